@@ -1,0 +1,29 @@
+"""Sfumato: a complete latent diffusion system, small enough to read. Importing it costs nothing until a name is used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+_HOMES = {
+    "load": "sfumato.generate",
+    "Model": "sfumato.generate",
+    "Request": "sfumato.types",
+    "Result": "sfumato.types",
+    "Conditioning": "sfumato.types",
+    "train": "sfumato.train",
+    "SfumatoError": "sfumato.errors",
+    "InputError": "sfumato.errors",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,48 @@
+"""The one tree of errors a user can meet.
+
+Every message is a sentence that says what was wrong, with which argument, and what would be right. The command line
+prints it as one line and exits with `exit_code`; nothing below ever shows a traceback for bad input.
+"""
+
+
+class SfumatoError(Exception):
+    """Something failed. `code` is stable and meant for programs; `exit_code` is the command line's."""
+
+    code = "failed"
+    exit_code = 1
+
+
+class InputError(SfumatoError):
+    """What the caller gave cannot be used: a request, an argument, a recipe."""
+
+    code = "bad_input"
+    exit_code = 2
+
+    def __init__(self, message: str, *, argument: str | None = None):
+        super().__init__(message)
+        self.argument = argument
+
+
+class CheckpointError(InputError):
+    """A weights file or model folder is damaged, incomplete, unsafe or of another kind."""
+
+    code = "bad_checkpoint"
+
+
+class DataError(InputError):
+    """A folder of pictures or one of its members cannot be used."""
+
+    code = "bad_data"
+
+
+class StaleCacheError(DataError):
+    """Cached latents were made from other pictures, another crop or another autoencoder."""
+
+    code = "stale_cache"
+
+
+class Cancelled(SfumatoError):
+    """The user asked to stop; nothing half-written stays behind."""
+
+    code = "cancelled"
+    exit_code = 130
