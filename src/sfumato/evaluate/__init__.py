@@ -1,0 +1,1 @@
+"""How good are the pictures: detectors, scores, statistics and reports."""
