@@ -1,0 +1,166 @@
+"""A person's own pictures as a `Source`: discovered, checked, sorted into aspect-ratio buckets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from sfumato.data.buckets import bucket_sizes, fit, nearest_bucket, raw_bits
+from sfumato.data.discover import Entry, discover, listed
+from sfumato.data.pictures import decode
+from sfumato.data.source import Problem, Size
+from sfumato.errors import DataError, InputError
+
+HANDFUL = 5  # this many bad members never stop a run
+RULES = "fit 1"  # changes when the same bytes would become other pixels
+HELD_OUT = 2**32
+
+
+class FolderSource:
+    """Captioned pictures of a folder (see `discover` for the layouts) or a WebDataset tar.
+
+    size: side in pixels of the square with a bucket's area. multiple: autoencoder factor × patch.
+    flip: add each picture's mirror image as a picture of its own. crop: "centre", or "random", a place fixed by (seed,
+    picture). max_ratio: widest bucket; 1 makes everything square. Pictures are set aside, with the reason, when they
+    are more than twice as long as the widest bucket, or would be enlarged more than `enlarge` times.
+    part: "all", or "train" / "held_out" to split off the fraction `held_out` by a hash of each picture's bytes.
+    allow: the fraction of members that may be set aside (a handful always may) before it is a `DataError`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        size: int = 128,
+        seed: int = 0,
+        *,
+        multiple: int = 8,
+        flip: bool = False,
+        crop: str = "centre",
+        max_ratio: float = 2.0,
+        enlarge: float = 4.0,
+        part: str = "all",
+        held_out: float = 0.0,
+        allow: float = 0.05,
+    ):
+        if crop not in ("centre", "random"):
+            raise InputError(f"crop must be centre or random, not {crop!r}", argument="crop")
+        if part not in ("all", "train", "held_out") or not 0.0 <= held_out < 1.0:
+            raise InputError(
+                f"part must be all, train or held_out, with held_out in [0, 1), not {part!r}", argument="part"
+            )
+        self.path, self.seed, self.crop = Path(path), seed, crop
+        self._sizes = bucket_sizes(size, multiple, max_ratio)
+        self._max_ratio, self._enlarge = max_ratio, enlarge
+        found = discover(path)
+        self.layout, self.passed_over = found.layout, tuple(found.passed_over)
+        problems = list(found.problems)
+        self._entries: list[Entry] = []
+        self._digests: list[str] = []
+        self._bucket: list[Size] = []
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for entry, result in zip(found.entries, pool.map(self._inspect, found.entries), strict=True):
+                if isinstance(result, Problem):
+                    problems.append(result)
+                elif _belongs(result[0], part, held_out):
+                    self._entries.append(entry)
+                    self._digests.append(result[0])
+                    self._bucket.append(result[1])
+        self.problems = tuple(problems)
+        self._judge(len(found.entries) + len(found.problems), allow, part)
+        self._items = [
+            (number, mirrored)
+            for mirrored in ((False, True) if flip else (False,))
+            for number, entry in enumerate(self._entries)
+            for _ in range(entry.repeats)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def buckets(self) -> dict[Size, list[int]]:
+        """(height, width) → indices, sizes ascending, only those that have pictures."""
+        result: dict[Size, list[int]] = {}
+        for index, (number, _) in enumerate(self._items):
+            result.setdefault(self._bucket[number], []).append(index)
+        return dict(sorted(result.items()))
+
+    def pixels(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 (B, H, W, 3). Raises `DataError` when a file changed or vanished since it was checked."""
+        return np.stack([self._picture(*self._items[i]) for i in indices])
+
+    def caption(self, index: int, epoch: int = 0) -> str:
+        return self._entries[self._items[index][0]].caption
+
+    def name(self, index: int) -> str:
+        return self._entries[self._items[index][0]].name
+
+    def digest(self, index: int) -> str:
+        number, mirrored = self._items[index]
+        rule = f"{RULES} {self._bucket[number]} {self._position(number)} {mirrored} {self._digests[number]}"
+        return hashlib.sha256(rule.encode()).hexdigest()
+
+    def labels(self, indices: Sequence[int], factor: int) -> Tensor | None:
+        """A folder knows nothing but captions."""
+        return None
+
+    def _inspect(self, entry: Entry) -> tuple[str, Size] | Problem:
+        """Digest and bucket of a picture, or why it is set aside. It is decoded once, whole, here."""
+        try:
+            data = entry.read()
+            picture = decode(data, entry.name)
+            return hashlib.sha256(data).hexdigest(), self._place(picture)
+        except DataError as error:
+            return Problem(entry.name, str(error).removeprefix(f"{entry.name} "))
+
+    def _place(self, picture: Image.Image) -> Size:
+        width, height = picture.size
+        ratio = max(width / height, height / width)
+        bucket = nearest_bucket(height, width, self._sizes)
+        if ratio > 2 * self._max_ratio:
+            raise DataError(
+                f"has an aspect ratio of {ratio:.4g}:1 ({width}×{height}); up to {2 * self._max_ratio:g}:1 is used"
+            )
+        if max(bucket[0] / height, bucket[1] / width) > self._enlarge:
+            raise DataError(
+                f"is too small: {width}×{height} would be enlarged more than {self._enlarge:g} times to {bucket[1]}×{bucket[0]}"
+            )
+        return bucket
+
+    def _picture(self, number: int, mirrored: bool) -> np.ndarray:
+        entry = self._entries[number]
+        data = entry.read()
+        if hashlib.sha256(data).hexdigest() != self._digests[number]:
+            raise DataError(f"{entry.name} changed while it was in use; start again to read the folder anew")
+        picture = fit(decode(data, entry.name), self._bucket[number], self._position(number))
+        if mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(picture)
+
+    def _position(self, number: int) -> tuple[float, float]:
+        if self.crop == "centre":
+            return 0.5, 0.5
+        words = raw_bits(2, "crop", self.seed, self._digests[number])
+        return float(words[0] >> 11) / 2**53, float(words[1] >> 11) / 2**53
+
+    def _judge(self, seen: int, allow: float, part: str) -> None:
+        bad = len(self.problems)
+        if bad > max(HANDFUL, allow * seen):
+            raise DataError(
+                f"{self.path}: {bad:,} of {seen:,} members cannot be used, more than {allow:.0%}: {listed(list(self.problems))}",
+                argument="path",
+            )
+        if not self._entries:
+            why = f": {listed(list(self.problems))}" if bad else f" in the part {part!r}"
+            raise DataError(f"{self.path} ({self.layout}) has no usable picture{why}", argument="path")
+
+
+def _belongs(digest: str, part: str, held_out: float) -> bool:
+    """Whether a picture is of the part; the same bytes are always on the same side, whatever else is in the folder."""
+    return part == "all" or (int(digest[:8], 16) < held_out * HELD_OUT) == (part == "held_out")

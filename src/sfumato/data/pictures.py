@@ -1,0 +1,229 @@
+"""Opening a picture that nobody vouches for: PNG, JPEG or WebP by content, within limits, as upright 8-bit RGB.
+
+What a file is, and how large, is read from its first bytes here, before any decoder runs. Rules for what has no single
+right answer: transparency is laid on white; of a moving picture the first frame counts; a colour profile is not
+applied (values are taken as sRGB), so a broken one does no harm; the EXIF orientation is applied, once.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from sfumato.errors import DataError
+
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_000  # pixels; libjpeg itself stops at 65,500
+MAX_BYTES = 256 * 2**20
+MAX_TEXT = 2**20  # bytes one compressed text chunk may unfold to; Pillow's own bound
+FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_OTHERS = (
+    (b"GIF8", "a GIF"),
+    (b"8BPS", "a Photoshop file"),
+    (b"%!PS", "a PostScript file"),
+    (b"SIMPLE  =", "a FITS file"),
+    (b"II*\0", "a TIFF"),
+    (b"MM\0*", "a TIFF"),
+    (b"BM", "a BMP"),
+    (b"<svg", "an SVG"),
+    (b"<?xml", "an SVG or other XML"),
+    (b"%PDF", "a PDF"),
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes say: format (a key of `FORMATS`), width and height in pixels as stored."""
+
+    format: str
+    width: int
+    height: int
+
+
+def sniff(start: bytes) -> str | None:
+    """The format of a file that begins with `start` (12 bytes are enough): png, jpeg, webp or None."""
+    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if start.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def describe(start: bytes) -> str:
+    """Words for content that is none of the three formats."""
+    if not start:
+        return "an empty file"
+    if not start.strip(b"\0"):
+        return "filled with zero bytes"
+    if start[4:8] == b"ftyp":
+        return "an AVIF" if start[8:12] in (b"avif", b"avis") else "a HEIC or video file"
+    return next((words for magic, words in _OTHERS if start.lstrip().startswith(magic)), "not a picture")
+
+
+def read_header(data: bytes, name: str = "the picture") -> Header:
+    """Format and size from the bytes alone, checked against the limits.
+
+    Raises `DataError` for other formats, damaged or cut headers, and sizes beyond `MAX_PIXELS` or `MAX_SIDE`.
+    """
+    kind = sniff(data[:12])
+    if kind is None:
+        raise DataError(f"{name} is {describe(data[:64])}; PNG, JPEG and WebP are read")
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{name} has {len(data):,} bytes; at most {MAX_BYTES:,} are read")
+    try:
+        width, height = {"png": _png_size, "jpeg": _jpeg_size, "webp": _webp_size}[kind](data)
+    except (struct.error, IndexError, ValueError):
+        raise DataError(
+            f"{name} is damaged or cut short: its {FORMATS[kind]} header cannot be read"
+        ) from None
+    if width < 1 or height < 1:
+        raise DataError(f"{name} is damaged: its header says {width}×{height} pixels")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise DataError(
+            f"{name} has {width}×{height} pixels; at most {MAX_PIXELS:,} and {MAX_SIDE:,} on a side are decoded"
+        )
+    return Header(kind, width, height)
+
+
+def decode(data: bytes, name: str = "the picture") -> Image.Image:
+    """Decode to an upright RGB picture of 8 bits, transparency on white. Raises `DataError` with one sentence."""
+    header = read_header(data, name)
+    if header.format == "png":
+        _check_png(data, name)
+    if header.format == "webp" and struct.unpack("<I", data[4:8])[0] + 8 > len(data):
+        raise DataError(f"{name} is cut short")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=[FORMATS[header.format]])
+        if picture.size != (header.width, header.height):
+            raise DataError(f"{name} is damaged: its size is given twice, differently")
+        picture.load()
+        picture = _upright(_rgb(picture), _orientation(picture))
+    except DataError:
+        raise
+    except Exception:  # Pillow's decoders raise nearly any type for hostile bytes; the text stays ours
+        raise DataError(f"{name} is damaged or cut short and cannot be decoded") from None
+    return picture
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    if data[12:16] != b"IHDR":
+        raise ValueError
+    return struct.unpack(">II", data[16:24])
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    at = 2
+    while True:
+        if data[at] != 0xFF:
+            raise ValueError
+        while data[at] == 0xFF:
+            at += 1
+        marker = data[at]
+        if marker in (0xD9, 0xDA):  # end or scan before any frame header
+            raise ValueError
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[at + 4 : at + 8])
+            return width, height
+        at += (
+            1
+            if marker == 0x01 or 0xD0 <= marker <= 0xD7
+            else 1 + struct.unpack(">H", data[at + 1 : at + 3])[0]
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if chunk == b"VP8L" and data[20] == 0x2F:
+        bits = struct.unpack("<I", data[21:25])[0]
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack("<HH", data[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    raise ValueError
+
+
+def _check_png(data: bytes, name: str) -> None:
+    """Walk the chunks: whole, checksums right, ended by IEND, no compressed text or profile that unfolds without bound."""
+    at = 8
+    view = memoryview(data)
+    while True:
+        if at + 12 > len(data):
+            raise DataError(f"{name} is cut short")
+        length = struct.unpack(">I", data[at : at + 4])[0]
+        kind, end = data[at + 4 : at + 8], at + 8 + length
+        if end + 4 > len(data):
+            raise DataError(f"{name} is cut short")
+        body = view[at + 4 : end]
+        if zlib.crc32(body) != struct.unpack(">I", data[end : end + 4])[0]:
+            raise DataError(
+                f"{name} is damaged: the checksum of its {kind.decode('latin-1')!r} chunk is wrong"
+            )
+        if kind in (b"zTXt", b"iTXt", b"iCCP") and _unfolds_too_far(kind, bytes(body[4:])):
+            raise DataError(
+                f"{name} holds a {kind.decode()} chunk that unfolds to more than {MAX_TEXT:,} bytes"
+            )
+        if kind == b"IEND":
+            return
+        at = end + 4
+
+
+def _unfolds_too_far(kind: bytes, body: bytes) -> bool:
+    keyword_end = body.find(b"\0")
+    if kind == b"iTXt":
+        if body[keyword_end + 1 : keyword_end + 2] != b"\x01":  # stored plainly
+            return False
+        language_end = body.find(b"\0", keyword_end + 3)
+        start = body.find(b"\0", language_end + 1) + 1
+    else:
+        start = keyword_end + 2
+    try:
+        unfolded = zlib.decompressobj().decompress(body[start:], MAX_TEXT + 1)
+    except zlib.error:
+        return False  # a broken profile or text is not needed
+    return len(unfolded) > MAX_TEXT
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey, 0 … 65535
+        wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
+        grey = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8), "L")
+        clear = picture.info.get("transparency")
+        if isinstance(clear, int):
+            grey.putalpha(Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8), "L"))
+        picture = grey
+    if picture.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        value = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _upright(picture: Image.Image, orientation: int) -> Image.Image:
+    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
