@@ -1,0 +1,233 @@
+"""Which noise levels a sampler visits: functions (steps, levels, options) -> (steps + 1,) float64 sigmas, ending in 0.
+
+`NoiseLevels` is what a schedule may know of a model: the levels it was trained on and the path they lie on. Every
+schedule works for every model; where the customary definition speaks of time steps, a level's place in that table is meant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.path import FLOW, VE, Path
+from sfumato.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseLevels:
+    """sigmas: (N,) float64, increasing, the levels of training; offset: the time step of sigmas[0] (FLOW counts from 1)."""
+
+    sigmas: Tensor
+    path: Path = VE
+    offset: int = 0
+    log: bool = field(default=True)
+
+    @property
+    def sigma_min(self) -> float:
+        return float(self.sigmas[0])
+
+    @property
+    def sigma_max(self) -> float:
+        return float(self.sigmas[-1])
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The (fractional) time step of a level: its place in the table, linear in log sigma between entries
+        (k-diffusion's rule; linear in sigma if `log` is false, diffusers' rule). Levels outside get the nearest end."""
+        table = self.sigmas.to(sigma.device)
+        low = torch.searchsorted(table, sigma.double().contiguous(), right=True).sub(1).clamp(0, len(table) - 2)
+        a, b, s = table[low], table[low + 1], sigma.double().clamp(self.sigma_min, self.sigma_max)
+        share = (s.log() - a.log()) / (b.log() - a.log()) if self.log else (s - a) / (b - a)
+        return (low + share + self.offset).to(sigma.dtype)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """The level of a time step, the inverse of `time`; float64."""
+        place = (time.double() - self.offset).clamp(0, len(self.sigmas) - 1)
+        low = place.floor().long().clamp(max=len(self.sigmas) - 2)
+        a, b, share = self.sigmas[low], self.sigmas[low + 1], place - low
+        return (a.log() + share * (b.log() - a.log())).exp() if self.log else a + share * (b - a)
+
+    def step_sigma(self, place: Tensor) -> Tensor:
+        """Table entries at whole places 0 … N − 1."""
+        return self.sigmas[place.long()]
+
+
+def flow_levels(shift: float = 1.0, steps: int = 1000) -> NoiseLevels:
+    """FLOW levels 1/steps … 1, moved by `shift` (SD3: 1000 steps, shift 3; a flow network is told sigma, not its place here)."""
+    sigmas = shift_sigma(torch.arange(1, steps + 1, dtype=torch.float64) / steps, shift)
+    return NoiseLevels(sigmas, FLOW, offset=1, log=False)
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """shift · sigma / (1 + (shift − 1) sigma): the level at a resolution whose noise must be `shift` times as strong
+    for the same uncertainty (Esser et al. 2024, eq. 23, shift = sqrt(m / n) for m pixels against n). FLOW only.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def resolution_shift(cells: int, base_cells: int) -> float:
+    """sqrt(cells / base_cells), the shift of eq. 23 for a latent of `cells` positions against `base_cells`."""
+    return math.sqrt(cells / base_cells)
+
+
+def beta_table(kind: str = "scaled_linear", start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> Tensor:
+    """(steps,) float64 betas of a DDPM. scaled_linear: the square roots are spaced evenly (SD); linear (Ho et al. 2020);
+    cosine (Nichol & Dhariwal 2021, eq. 17; start and end do not matter)."""
+    if kind == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    if kind == "cosine":
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise InputError(f"beta table {kind!r} is unknown; use linear, scaled_linear or cosine", argument="kind")
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Rescale betas so that the last level holds no signal (Lin et al. 2023, alg. 1). Its last alpha_bar is 0."""
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def beta_levels(betas: Tensor, log: bool = True) -> NoiseLevels:
+    """VE levels sqrt((1 − alpha_bar) / alpha_bar) of a DDPM. An alpha_bar of 0 is taken as 2⁻²⁴ (sigma 4096), as diffusers does."""
+    alpha_bar = torch.cumprod(1 - betas.double(), 0)
+    alpha_bar = torch.where(alpha_bar > 0, alpha_bar, torch.full_like(alpha_bar, 2.0**-24))
+    return NoiseLevels(((1 - alpha_bar) / alpha_bar).sqrt(), VE, log=log)
+
+
+def normal(steps: int, levels: NoiseLevels) -> Tensor:
+    """Time steps spaced evenly from last to first, both included (k-diffusion's default; diffusers' linspace)."""
+    last = len(levels.sigmas) - 1 + levels.offset
+    return _ending(levels.sigma(torch.linspace(last, levels.offset, steps, dtype=torch.float64)))
+
+
+def sgm_uniform(steps: int, levels: NoiseLevels) -> Tensor:
+    """Time steps spaced evenly from last to first, of steps + 1 the first `steps` (the lowest is left to the final 0)."""
+    last = len(levels.sigmas) - 1 + levels.offset
+    return _ending(levels.sigma(torch.linspace(last, levels.offset, steps + 1, dtype=torch.float64)[:-1]))
+
+
+def simple(steps: int, levels: NoiseLevels) -> Tensor:
+    """Every (N / steps)-th entry of the table, counted from the noisy end (ComfyUI's `simple`)."""
+    count = len(levels.sigmas)
+    back = (torch.arange(steps, dtype=torch.float64) * (count / steps)).floor()
+    return _ending(levels.step_sigma(count - 1 - back))
+
+
+def trailing(steps: int, levels: NoiseLevels) -> Tensor:
+    """Time steps round(N − k N / steps) − 1: the last one is always visited (Lin et al. 2023, table 2)."""
+    count = len(levels.sigmas)
+    place = count - torch.arange(steps, dtype=torch.float64) * (count / steps)
+    return _ending(levels.step_sigma(place.round() - 1))
+
+
+def leading(steps: int, levels: NoiseLevels, offset: int = 1) -> Tensor:
+    """Multiples of floor(N / steps) plus `offset` (DDIM's and SD 1's own grid; never visits the noisiest level)."""
+    place = torch.arange(steps - 1, -1, -1) * (len(levels.sigmas) // steps) + offset
+    return _ending(levels.step_sigma(place.clamp(max=len(levels.sigmas) - 1)))
+
+
+def karras(
+    steps: int, levels: NoiseLevels, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0
+) -> Tensor:
+    """sigma^(1/rho) spaced evenly from sigma_max to sigma_min (Karras et al. 2022, eq. 5). The ends default to the model's."""
+    low, high = _ends(levels, sigma_min, sigma_max)
+    return _ending(torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64) ** rho)
+
+
+def exponential(
+    steps: int, levels: NoiseLevels, sigma_min: float | None = None, sigma_max: float | None = None
+) -> Tensor:
+    """log sigma spaced evenly from sigma_max to sigma_min."""
+    low, high = _ends(levels, sigma_min, sigma_max)
+    return _ending(torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp())
+
+
+def log_snr_uniform(
+    steps: int, levels: NoiseLevels, sigma_min: float | None = None, sigma_max: float | None = None
+) -> Tensor:
+    """log(alpha / sigma) spaced evenly (DPM-Solver's grid, Lu et al. 2022, sec. 3.4); on VE the same as `exponential`.
+
+    A noisy end without signal is visited first, and the even part starts at half_log_snr −5 (sigma 0.9933 on FLOW).
+    """
+    low, high = _ends(levels, sigma_min, sigma_max)
+    path = levels.path
+    first = path.half_log_snr(high)
+    pure = [high] if math.isinf(first) else []
+    even = torch.linspace(max(first, -5.0) if pure else first, path.half_log_snr(low), steps - len(pure), dtype=torch.float64)
+    sigmas = torch.cat([torch.tensor(pure, dtype=torch.float64), path.sigma_at(even)])
+    return _ending(sigmas)
+
+
+def linear(steps: int, levels: NoiseLevels) -> Tensor:
+    """sigma spaced evenly from sigma_max to 0 (rectified flow's own grid)."""
+    return torch.linspace(levels.sigma_max, 0, steps + 1, dtype=torch.float64)
+
+
+def flow_shift(steps: int, levels: NoiseLevels, shift: float = 3.0) -> Tensor:
+    """`linear` moved towards noise by `shift` (Esser et al. 2024, eq. 23; SD3 uses 3). FLOW only."""
+    if levels.path is not FLOW:
+        raise InputError("schedule flow_shift needs a flow model; use karras or normal", argument="schedule")
+    return shift_sigma(linear(steps, levels), shift)
+
+
+AYS = {  # Sabour et al. 2024, Align Your Steps: the authors' published levels for ten steps
+    "sd": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+def ays(steps: int, levels: NoiseLevels, table: str = "sd") -> Tensor:
+    """Align Your Steps (2404.14507): the authors' ten-step levels of sd, sdxl or svd; other counts by linear
+    interpolation of log sigma over the step's share, as the authors advise. VE only."""
+    if table not in AYS:
+        raise InputError(f"ays table {table!r} is unknown; use one of {', '.join(AYS)}", argument="schedule")
+    if levels.path is not VE:
+        raise InputError("schedule ays is published for SD, SDXL and SVD only; use flow_shift", argument="schedule")
+    known = torch.tensor(AYS[table], dtype=torch.float64).log()
+    place = torch.linspace(0, len(known) - 1, steps + 1, dtype=torch.float64)[:-1]
+    low = place.floor().long().clamp(max=len(known) - 2)
+    return _ending((known[low] + (place - low) * (known[low + 1] - known[low])).exp())
+
+
+def _ending(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def _ends(levels: NoiseLevels, low: float | None, high: float | None) -> tuple[float, float]:
+    return (levels.sigma_min if low is None else low), (levels.sigma_max if high is None else high)
+
+
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "normal": normal,
+    "karras": karras,
+    "exponential": exponential,
+    "sgm_uniform": sgm_uniform,
+    "simple": simple,
+    "trailing": trailing,
+    "leading": leading,
+    "log_snr": log_snr_uniform,
+    "ays": ays,
+    "linear": linear,
+    "flow_shift": flow_shift,
+}
+
+
+def sigmas_for(name: str, steps: int, levels: NoiseLevels) -> Tensor:
+    """The named schedule with its default options, checked: (steps + 1,) strictly decreasing float64 levels ending in 0."""
+    if name not in SCHEDULES:
+        raise InputError(f"schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}", argument="schedule")
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, not {steps}", argument="steps")
+    sigmas = SCHEDULES[name](steps, levels)
+    if not bool((sigmas[1:] < sigmas[:-1]).all()):
+        raise InputError(f"schedule {name} cannot make {steps} different levels for this model; use fewer steps", argument="steps")
+    return sigmas
