@@ -1,0 +1,80 @@
+"""Verbs to functions, errors to one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from sfumato.cli import cost, evaluate, generate, models, scenes, train
+from sfumato.errors import Cancelled, SfumatoError
+
+DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
+VERBS = {
+    "generate": (generate.generate, generate.EXAMPLE),
+    "train": (train.train, train.EXAMPLE),
+    "scenes": (scenes.scenes, scenes.EXAMPLE),
+    "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
+    "cost": (cost.cost, cost.EXAMPLE),
+    "models": (models.models, models.EXAMPLE),
+}
+
+
+def build() -> typer.Typer:
+    """The whole command tree, made afresh; nothing heavy is imported before a verb runs."""
+    app = typer.Typer(name="sfumato", add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_top)
+    for name, (function, example) in VERBS.items():
+        app.command(name, epilog=f"Example: {example}")(function)
+    return app
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; every failure becomes one line on standard error."""
+    try:
+        command = typer.main.get_command(build())
+        code = command.main(args=list(arguments) or ["--help"], prog_name="sfumato", standalone_mode=False)
+        code = code if isinstance(code, int) else 0
+        if code == Cancelled.exit_code:
+            _complain("stopped")
+        return code
+    except SfumatoError as error:
+        _complain(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped")
+        return Cancelled.exit_code
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own usage errors
+            _complain(error.format_message())
+            return 2
+        if os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exc()
+        _complain(f"{type(error).__name__}: {error} (set {DEBUG_VARIABLE}=1 to see where)")
+        return 1
+
+
+def _complain(message: str) -> None:
+    line = " ".join(message.split())
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    sys.stderr.write("error: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from sfumato import __version__
+
+        typer.echo(f"sfumato {__version__}")
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Sfumato: text to pictures by latent diffusion, with everything needed to train it."""
