@@ -1,0 +1,58 @@
+"""FLOPs and sizes, counted and not estimated: what PyTorch was asked to do, operation by operation.
+
+A multiply and an add count as two; only products (matrix products, convolutions, attention) are counted, as is usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a module is made of: `parameters` as a count, `bytes` as stored in memory (buffers included)."""
+
+    parameters: int
+    bytes: int
+
+
+def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """FLOPs of `call(*args, **kwargs)`, backward passes inside it included. Works on any device, without a GPU."""
+    aten = torch.ops.aten
+    fused_on_cpu = {  # PyTorch's counter knows the fused attention of GPUs alone
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
+        call(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def module_size(*modules: nn.Module) -> Size:
+    """Parameters and bytes of the modules; a tensor that several share counts once."""
+    tensors = {id(p): p for module in modules for p in module.parameters()}
+    held = tensors | {id(b): b for module in modules for b in module.buffers()}
+    return Size(
+        parameters=sum(p.numel() for p in tensors.values()),
+        bytes=sum(t.numel() * t.element_size() for t in held.values()),
+    )
+
+
+def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    """Shapes (B, K, N, D), (B, K, M, D), (B, K, M, D'): the products q kᵀ and scores v."""
+    B, K, N, D = q
+    return 2 * B * K * N * k[-2] * (D + v[-1])
+
+
+def _attention_backward(gradient: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    """The scores once more, then the gradients of scores and v (width D') and of q and k (width D)."""
+    B, K, N, D = q
+    return 2 * B * K * N * k[-2] * (3 * D + 2 * v[-1])

@@ -1,0 +1,31 @@
+"""Shared by all tests: the one oracle that cannot be imported as it is packaged."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _open_k_diffusion() -> None:
+    """Make `k_diffusion.sampling` and `k_diffusion.external` importable without the rest of the package.
+
+    Its `__init__` imports CLIP, Inception, an experiment tracker and torchvision, which need gigabytes and builds that
+    fit one torch alone. The samplers use a single helper of it, given here.
+    """
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None or "k_diffusion" in sys.modules or spec.submodule_search_locations is None:
+        return
+    package = types.ModuleType("k_diffusion")
+    package.__path__ = list(spec.submodule_search_locations)
+    utils = types.ModuleType("k_diffusion.utils")
+    utils.append_dims = lambda x, dims: x[(...,) + (None,) * (dims - x.ndim)]
+    package.utils = utils
+    sys.modules["k_diffusion"] = package
+    sys.modules["k_diffusion.utils"] = utils
+
+
+_open_k_diffusion()
