@@ -1,7 +1,8 @@
 """WebDataset tar archives, read as a table of byte ranges: nothing is unpacked, and no member can run.
 
-Members of one basename (everything before the first dot of the file name) are one sample; a sample needs a picture and a
-`.txt`, `.caption` or `.json` (its `text` or `caption`). Other member types are set aside unopened.
+Members of one basename (everything before the first dot of the file name) are one sample; a sample needs a
+picture and a `.txt`, `.caption` or `.json` (its `text` or `caption`). Other member types are set aside
+unopened.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ MAX_MEMBERS = 10_000_000
 def read_archive(path: Path) -> tuple[list[Entry], list[Problem]]:
     """Entries and set-aside members of one uncompressed tar, in archive order.
 
-    Raises `DataError` when it is damaged or compressed, or holds a member that is absolute, climbs out with `..`, or is
-    a link or a device: such an archive was not made by a data tool, and none of it is used.
+    Raises `DataError` when it is damaged or compressed, or holds a member that is absolute, climbs out with
+    `..`, or is a link or a device: such an archive was not made by a data tool, and none of it is used.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     problems: list[Problem] = []

@@ -1,7 +1,7 @@
-"""Pictures of many shapes in batches of one shape, in an order that is a function of (seed, step) and nothing else.
+"""Pictures of many shapes in batches of one shape, in an order that is a function of (seed, step) alone.
 
-Aspect-ratio buckets: NovelAI's method as SDXL describes it (Podell et al. 2023, section 2.3): a few sizes of about
-equal area, each picture scaled to cover the nearest and cropped.
+Aspect-ratio buckets: NovelAI's method as SDXL describes it (Podell et al. 2023, section 2.3): a few sizes
+of about equal area, each picture scaled to cover the nearest and cropped.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ class Batch(NamedTuple):
 
 
 def bucket_sizes(size: int, multiple: int, max_ratio: float = 2.0) -> list[Size]:
-    """(height, width) pairs, multiples of `multiple`, area within 10 % of size², ratio up to `max_ratio` either way.
+    """(height, width) pairs, multiples of `multiple`, area within 10 % of size², ratio up to `max_ratio`
+    either way.
 
-    `multiple` is the autoencoder's factor times the denoiser's patch. Raises `InputError` when `size` is no multiple.
+    `multiple` is the autoencoder's factor times the denoiser's patch. Raises `InputError` when `size` is no
+    multiple.
     """
     if multiple < 1 or size < multiple or size % multiple:
         near = max(multiple, round(size / max(multiple, 1)) * multiple)
@@ -68,7 +70,7 @@ def fit(picture: Image.Image, size: Size, position: tuple[float, float] = (0.5, 
 
 
 def raw_bits(count: int, *key: object) -> np.ndarray:
-    """`count` uint64 words that are a function of `key` alone: Philox, whose raw output numpy keeps stable."""
+    """`count` uint64 words, a function of `key` alone: Philox, whose raw output numpy keeps stable."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
 
@@ -81,10 +83,10 @@ def shuffled(count: int, *key: object) -> np.ndarray:
 class Order:
     """Which pictures make up the batch of any step, without having made those before it.
 
-    Every batch is full and of one bucket. A bucket is an endless row of shuffled passes over its n members; by the end
-    of epoch e it has given ⌊(e + 1)·n / batch⌋ batches, and what is left over opens its next one. So no picture is
-    dropped or favoured: after any whole number of epochs the counts of two pictures of a bucket differ by at most one.
-    Within an epoch the buckets' batches are shuffled among each other.
+    Every batch is full and of one bucket. A bucket is an endless row of shuffled passes over its n members;
+    by the end of epoch e it has given ⌊(e + 1)·n / batch⌋ batches, and what is left over opens its next
+    one. So no picture is dropped or favoured: after any whole number of epochs the counts of two pictures
+    of a bucket differ by at most one. Within an epoch the buckets' batches are shuffled among each other.
     """
 
     def __init__(self, buckets: Mapping[Size, Sequence[int]], batch: int, seed: int = 0):

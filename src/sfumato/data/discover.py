@@ -1,9 +1,9 @@
 """Finding out how a folder of captioned pictures is laid out, and what in it cannot be used.
 
 Layouts, told apart by what is there and not by a flag: `metadata.jsonl` (Hugging Face imagefolder), kohya's
-`<repeats>_<name>` folders under the folder that is passed, pictures with a `.txt` or `.caption` file beside each, class
-folders (the folder's name is the caption), and WebDataset tar archives. Files are read, never run; nothing outside the
-folder is opened.
+`<repeats>_<name>` folders under the folder that is passed, pictures with a `.txt` or `.caption` file beside
+each, class folders (the folder's name is the caption), and WebDataset tar archives. Files are read, never
+run; nothing outside the folder is opened.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SPLITS = {"train", "test", "validation", "valid", "val"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture that was found with its caption; `length` −1 means the whole file, otherwise a stretch of an archive."""
+    """One picture with its caption; `length` −1 means the whole file, else a stretch of an archive."""
 
     name: str
     file: Path
@@ -77,7 +77,7 @@ class Entry:
 
 @dataclass
 class Found:
-    """What discovery reports: entries in name order, members set aside, and folders passed over with the reason."""
+    """Entries in name order, members set aside, and folders passed over, each with the reason."""
 
     layout: str
     entries: list[Entry] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Found:
 
 
 def discover(path: str | os.PathLike[str]) -> Found:
-    """Find the pictures and captions under `path`. Raises `DataError` when nothing usable is there, or it is unsafe."""
+    """The pictures and captions under `path`. Raises `DataError` when none is usable, or it is unsafe."""
     root = Path(path)
     if not root.exists():
         raise DataError(f"{root} does not exist; give a folder of captioned pictures", argument="path")
@@ -236,7 +236,7 @@ def _read_sidecar(root: Path, sidecar: Path) -> str:
 def _captioned(
     root: Path, files: list[Path], found: Found, repeats: int = 1, fallback: str | None = None
 ) -> None:
-    """Pair the pictures of one folder with their sidecars; set aside those without, and those that share one."""
+    """Pair the pictures of one folder with their sidecars; set aside those without or with a shared one."""
     same = defaultdict(list)
     for picture in files:
         same[picture.stem].append(picture)
@@ -312,8 +312,8 @@ def _from_metadata(root: Path) -> Found:
             found.problems.append(Problem(where, f"cannot be read ({error.strerror})"))
     if not found.entries:
         raise DataError(
-            f"{root / 'metadata.jsonl'} names no usable picture; each line is an object with file_name and text"
-            + (f": {listed(found.problems)}" if found.problems else "")
+            f"{root / 'metadata.jsonl'} names no usable picture; each line has to be an object "
+            "with file_name and text" + (f": {listed(found.problems)}" if found.problems else "")
         )
     found.entries.sort(key=lambda e: e.name)
     return found
@@ -359,6 +359,6 @@ def _nothing(root: Path, folders: dict[Path, list[Path]], found: Found) -> str:
 def _no_captions(root: Path, pictures: dict[Path, list[Path]]) -> str:
     has = _suffixes(p for files in pictures.values() for p in files)
     return (
-        f"{root} has {has} but no captions: looked for a .txt or .caption beside each picture, a metadata.jsonl with "
-        "file_name and text, folders named <repeats>_<name>, or one folder per class"
+        f"{root} has {has} but no captions: looked for a .txt or .caption beside each picture, "
+        "a metadata.jsonl with file_name and text, folders named <repeats>_<name>, or one folder per class"
     )

@@ -26,12 +26,13 @@ HELD_OUT = 2**32
 class FolderSource:
     """Captioned pictures of a folder (see `discover` for the layouts) or a WebDataset tar.
 
-    size: side in pixels of the square with a bucket's area. multiple: autoencoder factor × patch.
-    flip: add each picture's mirror image as a picture of its own. crop: "centre", or "random", a place fixed by (seed,
-    picture). max_ratio: widest bucket; 1 makes everything square. Pictures are set aside, with the reason, when they
-    are more than twice as long as the widest bucket, or would be enlarged more than `enlarge` times.
-    part: "all", or "train" / "held_out" to split off the fraction `held_out` by a hash of each picture's bytes.
-    allow: the fraction of members that may be set aside (a handful always may) before it is a `DataError`.
+    size: side in pixels of the square with a bucket's area. multiple: autoencoder factor × patch. flip: add
+    each picture's mirror image as a picture of its own. crop: "centre", or "random", a place fixed by
+    (seed, picture). max_ratio: widest bucket; 1 makes everything square. Pictures are set aside, with the
+    reason, when they are more than twice as long as the widest bucket, or would be enlarged more than
+    `enlarge` times. part: "all", or "train" / "held_out" to split off the fraction `held_out` by a hash of
+    each picture's bytes. allow: the fraction of members that may be set aside (a handful always may) before
+    it is a `DataError`.
     """
 
     def __init__(
@@ -125,11 +126,13 @@ class FolderSource:
         bucket = nearest_bucket(height, width, self._sizes)
         if ratio > 2 * self._max_ratio:
             raise DataError(
-                f"has an aspect ratio of {ratio:.4g}:1 ({width}×{height}); up to {2 * self._max_ratio:g}:1 is used"
+                f"has an aspect ratio of {ratio:.4g}:1 ({width}×{height}); "
+                f"up to {2 * self._max_ratio:g}:1 is used"
             )
         if max(bucket[0] / height, bucket[1] / width) > self._enlarge:
             raise DataError(
-                f"is too small: {width}×{height} would be enlarged more than {self._enlarge:g} times to {bucket[1]}×{bucket[0]}"
+                f"is too small: {width}×{height} would be enlarged more than "
+                f"{self._enlarge:g} times to {bucket[1]}×{bucket[0]}"
             )
         return bucket
 
@@ -153,7 +156,8 @@ class FolderSource:
         bad = len(self.problems)
         if bad > max(HANDFUL, allow * seen):
             raise DataError(
-                f"{self.path}: {bad:,} of {seen:,} members cannot be used, more than {allow:.0%}: {listed(list(self.problems))}",
+                f"{self.path}: {bad:,} of {seen:,} members cannot be used, "
+                f"more than {allow:.0%}: {listed(list(self.problems))}",
                 argument="path",
             )
         if not self._entries:
@@ -162,5 +166,5 @@ class FolderSource:
 
 
 def _belongs(digest: str, part: str, held_out: float) -> bool:
-    """Whether a picture is of the part; the same bytes are always on the same side, whatever else is in the folder."""
+    """Whether a picture is of the part; the same bytes are always on the same side."""
     return part == "all" or (int(digest[:8], 16) < held_out * HELD_OUT) == (part == "held_out")

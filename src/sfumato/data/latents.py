@@ -1,15 +1,13 @@
 """Pictures encoded once, kept by content, and gathered at random faster than any denoiser can ask.
 
-A cache is a folder: `cache.json` names the autoencoder (by the hash of its weights) and the stored dtype; every
-`latents-HxW-NNNNN.safetensors` holds rows of one bucket, and in its header the keys of these rows. A key is a hash of the
-picture's digest, its size, the autoencoder and the dtype, so a row can never be taken for another picture's. Shards
-appear whole or not at all; building again encodes only what is missing.
+A cache is a folder: `cache.json` names the autoencoder (by the hash of its weights) and the stored dtype;
+every `latents-HxW-NNNNN.safetensors` holds rows of one bucket, and in its header the keys of these rows. A
+key is a hash of the picture's digest, its size, the autoencoder and the dtype, so a row can never be taken
+for another picture's. Shards appear whole or not at all; building again encodes only what is missing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato.data.source import Size, Source, to_float
+from sfumato.data.store import lock, writing
 from sfumato.errors import DataError, InputError, SfumatoError, StaleCacheError
 from sfumato.runtime import DTYPES
 from sfumato.storage import check_safetensors, read_json, save_tensors, write_json
@@ -53,22 +52,25 @@ def build_latents(
     """Encode what `directory` does not hold yet, and open it.
 
     encode: float32 (B, 3, T, H, W) in [−1, 1] → normalised latents (B, C, T, H/f, W/f), on any device.
-    on_progress(done, total) is called after each batch and may raise to stop; whole shards stay.
-    Killed and started again, the same batches are encoded as without the kill, so the result is the same to the bit.
-    Raises `StaleCacheError` when the folder belongs to another autoencoder, `DataError` naming the picture whose
-    latent is not finite, `SfumatoError` when a shard cannot be written (what was there before stays).
+    on_progress(done, total) is called after each batch and may raise to stop; whole shards stay. Killed and
+    started again, the same batches are encoded as without the kill, so the result is the same to the bit.
+    Raises `StaleCacheError` when the folder belongs to another autoencoder, `DataError` naming the picture
+    whose latent is not finite, `SfumatoError` when a shard cannot be written (what was there before stays).
     """
     directory = Path(directory)
     if dtype not in ("float32", "float16", "bfloat16"):
         raise InputError(f"latents are stored as float16, bfloat16 or float32, not {dtype}", argument="dtype")
-    with _writing(directory), lock(directory):
+    with lock(directory):
         for leftover in directory.glob(".latents-*"):
             leftover.unlink(missing_ok=True)
         if (directory / INDEX).exists():
             _check_index(directory, autoencoder_hash, dtype)
         else:
-            write_json(directory / INDEX, {"format": FORMAT, "autoencoder": autoencoder_hash, "dtype": dtype})
-        held = {key for _, _, keys in _shards(directory) for key in keys}
+            with writing(directory):
+                write_json(
+                    directory / INDEX, {"format": FORMAT, "autoencoder": autoencoder_hash, "dtype": dtype}
+                )
+        held = {key for _, keys, _ in _shards(directory) for key in keys}
         missing: dict[Size, dict[str, int]] = {}
         total = 0
         for size, members in source.buckets().items():
@@ -89,16 +91,19 @@ def build_latents(
                     done += len(indices)
                     if on_progress:
                         on_progress(done, total)
-                save_tensors(
+                _save(
                     _free_name(directory, size),
-                    {"latents": torch.cat(parts)},
-                    {"keys": " ".join(shard), "format": FORMAT},
+                    torch.cat(parts),
+                    shard,
+                    [source.name(rows[k]) for k in shard],
                 )
     return LatentCache(directory, source, autoencoder_hash)
 
 
 class LatentCache:
-    """The latents of every picture of `source`, for reading. Raises `StaleCacheError` unless all are there and current."""
+    """The latents of every picture of `source`, for reading. Raises `StaleCacheError` unless all are there
+    and current.
+    """
 
     def __init__(
         self,
@@ -111,8 +116,10 @@ class LatentCache:
         self.dtype = _check_index(self.directory, autoencoder_hash, None)
         places: dict[str, tuple[int, int]] = {}
         paths = []
-        for number, (path, _, keys) in enumerate(_shards(self.directory)):
+        known: set[str] = set()
+        for number, (path, keys, names) in enumerate(_shards(self.directory)):
             paths.append(path)
+            known.update(names)
             places |= {key: (number, row) for row, key in enumerate(keys)}
         self._length = len(source)
         self._buckets = source.buckets()
@@ -125,15 +132,13 @@ class LatentCache:
                 place = places.get(latent_key(source.digest(index), size, autoencoder_hash, self.dtype))
                 self._size[index] = size
                 if place is None:
-                    absent.append((index, size))
+                    absent.append(index)
                 else:
                     self._shard[index], self._row[index] = place
         if absent:
-            index, (height, width) = absent[0]
             raise StaleCacheError(
-                f"{self.directory} lacks {len(absent):,} of {self._length:,} pictures as they are now (first: "
-                f"{source.name(index)} at {width}×{height}): they are new, changed or cropped differently; "
-                "encode again, which adds only these"
+                f"{self.directory} lacks {len(absent):,} of {self._length:,} pictures as they are now: "
+                f"{_differences([source.name(i) for i in absent], known)}; encode again, which adds only these"
             )
         used = set(self._shard.tolist())
         self._data = {number: _mapped(path) for number, path in enumerate(paths) if number in used}
@@ -149,7 +154,8 @@ class LatentCache:
 
     def shape(self, size: Size) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of one bucket."""
-        return tuple(self._data[int(self._shard[self._buckets[size][0]])].shape[1:])
+        channels, frames, height, width = self._data[int(self._shard[self._buckets[size][0]])].shape[1:]
+        return channels, frames, height, width
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """float32 (B, C, T, H, W) of pictures of one bucket, in the given order."""
@@ -189,26 +195,6 @@ class LatentCache:
         self._data = joined
 
 
-@contextlib.contextmanager
-def lock(directory: Path) -> Iterator[None]:
-    """Hold the folder against other writers; a second process waits. The lock ends with the process that holds it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SfumatoError(
-            f"{directory} cannot be written: {reason}; what it held before is intact, and the same command continues"
-        ) from error
-
-
 def _encoded(source: Source, encode: Encode, indices: list[int], dtype: str) -> Tensor:
     with torch.no_grad():
         latents = encode(to_float(source.pixels(indices)))
@@ -220,6 +206,15 @@ def _encoded(source: Source, encode: Encode, indices: list[int], dtype: str) -> 
         name = source.name(indices[int((~finite).nonzero()[0])])
         raise DataError(f"the latent of {name} is not finite as {dtype}; nothing of its batch was stored")
     return stored
+
+
+def _save(path: Path, latents: Tensor, keys: list[str], names: list[str]) -> None:
+    header = {"format": FORMAT, "keys": " ".join(keys), "names": json.dumps(names)}
+    with writing(path.parent):
+        try:
+            save_tensors(path, {"latents": latents}, header)
+        except SafetensorError as error:  # how the library reports a full disk
+            raise OSError(str(error)) from error
 
 
 def _check_index(directory: Path, autoencoder_hash: str, dtype: str | None) -> str:
@@ -243,21 +238,33 @@ def _check_index(directory: Path, autoencoder_hash: str, dtype: str | None) -> s
     return str(index["dtype"])
 
 
-def _shards(directory: Path) -> Iterator[tuple[Path, int, list[str]]]:
-    """(path, rows, keys) of each shard, in name order. A damaged one is a `DataError`."""
+def _shards(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """(path, keys of its rows, names of their pictures) of each shard, in name order. A damaged one is a `DataError`."""
     for path in sorted(directory.glob("latents-*.safetensors")):
         check_safetensors(path)
         try:
             with safe_open(path, framework="pt") as file:
-                keys = (file.metadata() or {}).get("keys", "").split()
+                header = file.metadata() or {}
+                keys, names = header.get("keys", "").split(), json.loads(header.get("names", "[]"))
                 rows = file.get_slice("latents").get_shape()[0]
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}); remove it and encode again") from None
         if rows != len(keys):
             raise DataError(
                 f"{path} is damaged: {len(keys)} keys for {rows} rows; remove it and encode again"
             )
-        yield path, rows, keys
+        yield path, keys, names
+
+
+def _differences(absent: list[str], known: set[str]) -> str:
+    changed = [name for name in absent if name in known]
+    new = [name for name in absent if name not in known]
+    parts = [
+        f"{len(names):,} {what} (first: {names[0]})"
+        for names, what in ((changed, "changed or cropped differently"), (new, "new"))
+        if names
+    ]
+    return ", ".join(parts)
 
 
 def _mapped(path: Path) -> Tensor:

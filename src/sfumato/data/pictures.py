@@ -1,8 +1,10 @@
-"""Opening a picture that nobody vouches for: PNG, JPEG or WebP by content, within limits, as upright 8-bit RGB.
+"""Opening a picture that nobody vouches for: PNG, JPEG or WebP by content, within limits, as upright 8-bit
+RGB.
 
-What a file is, and how large, is read from its first bytes here, before any decoder runs. Rules for what has no single
-right answer: transparency is laid on white; of a moving picture the first frame counts; a colour profile is not
-applied (values are taken as sRGB), so a broken one does no harm; the EXIF orientation is applied, once.
+What a file is, and how large, is read from its first bytes here, before any decoder runs. Rules for what
+has no single right answer: transparency is laid on white; of a moving picture the first frame counts; a
+colour profile is not applied (values are taken as sRGB), so a broken one does no harm; the EXIF orientation
+is applied, once.
 """
 
 from __future__ import annotations
@@ -97,29 +99,31 @@ def read_header(data: bytes, name: str = "the picture") -> Header:
         raise DataError(f"{name} is damaged: its header says {width}×{height} pixels")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise DataError(
-            f"{name} has {width}×{height} pixels; at most {MAX_PIXELS:,} and {MAX_SIDE:,} on a side are decoded"
+            f"{name} has {width}×{height} pixels; at most {MAX_PIXELS:,}, and "
+            f"{MAX_SIDE:,} on a side, are decoded"
         )
     return Header(kind, width, height)
 
 
 def decode(data: bytes, name: str = "the picture") -> Image.Image:
-    """Decode to an upright RGB picture of 8 bits, transparency on white. Raises `DataError` with one sentence."""
+    """Decode to an upright RGB picture of 8 bits, transparency on white. Raises `DataError` with one
+    sentence.
+    """
     header = read_header(data, name)
     if header.format == "png":
         _check_png(data, name)
     if header.format == "webp" and struct.unpack("<I", data[4:8])[0] + 8 > len(data):
         raise DataError(f"{name} is cut short")
     try:
-        picture = Image.open(io.BytesIO(data), formats=[FORMATS[header.format]])
-        if picture.size != (header.width, header.height):
+        opened = Image.open(io.BytesIO(data), formats=[FORMATS[header.format]])
+        if opened.size != (header.width, header.height):
             raise DataError(f"{name} is damaged: its size is given twice, differently")
-        picture.load()
-        picture = _upright(_rgb(picture), _orientation(picture))
+        opened.load()
+        return _upright(_rgb(opened), _orientation(opened))
     except DataError:
         raise
     except Exception:  # Pillow's decoders raise nearly any type for hostile bytes; the text stays ours
         raise DataError(f"{name} is damaged or cut short and cannot be decoded") from None
-    return picture
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
@@ -162,7 +166,9 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _check_png(data: bytes, name: str) -> None:
-    """Walk the chunks: whole, checksums right, ended by IEND, no compressed text or profile that unfolds without bound."""
+    """Walk the chunks: whole, checksums right, ended by IEND, no compressed text or profile that unfolds
+    without bound.
+    """
     at = 8
     view = memoryview(data)
     while True:

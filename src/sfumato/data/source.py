@@ -31,7 +31,9 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def buckets(self) -> dict[Size, list[int]]:
-        """(height, width) in pixels → indices of that size, each index in exactly one, sizes in ascending order."""
+        """(height, width) in pixels → indices of that size, each index in exactly one, sizes in ascending
+        order.
+        """
         ...
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
@@ -39,7 +41,9 @@ class Source(Protocol):
         ...
 
     def caption(self, index: int, epoch: int) -> str:
-        """The caption of one picture; a source that can phrase things differently does so from epoch to epoch."""
+        """The caption of one picture; a source that can phrase things differently does so from epoch to
+        epoch.
+        """
         ...
 
     def digest(self, index: int) -> str:
@@ -51,7 +55,9 @@ class Source(Protocol):
         ...
 
     def labels(self, indices: Sequence[int], factor: int) -> Tensor | None:
-        """int64 (B, A, H/factor, W/factor): A attributes of what each cell shows; None if the source knows none."""
+        """int64 (B, A, H/factor, W/factor): A attributes of what each cell shows; None if the source knows
+        none.
+        """
         ...
 
 

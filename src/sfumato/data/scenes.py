@@ -1,0 +1,248 @@
+"""The procedural world as a `Source`: scene k of a seed, rendered once, described anew in every epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.data.buckets import raw_bits
+from sfumato.data.source import Size
+from sfumato.data.store import RowStore, address, lock
+from sfumato.errors import InputError, SfumatoError
+
+CHUNK = 256  # scenes a kill can cost
+BATCH = 16  # scenes per call of the renderer
+
+
+class SceneSource:
+    """`count` scenes of one split, `frames` pictures each of `size` × `size` pixels.
+
+    cache: folder under which the rendered rows are kept, by what decides them; None renders at every call.
+    style: how captions are phrased (see `sfumato.scenes.describe`). options: further arguments of
+    `sample_scene`.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        seed: int = 0,
+        split: str = "train",
+        size: int = 128,
+        frames: int = 1,
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        device: str = "cpu",
+        style: str = "mixed",
+        options: dict[str, Any] | None = None,
+    ):
+        for name, value in (("count", count), ("size", size), ("frames", frames)):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}", argument=name)
+        self.count, self.seed, self.split, self.size, self.frames = count, seed, split, size, frames
+        self.device, self.style, self.options = device, style, dict(options or {})
+        self._scene = lru_cache(maxsize=4096)(self._sample)
+        self.store: RowStore | None = None
+        self.cache = None if cache is None else os.fspath(cache)
+        if self.cache is not None:
+            identity = {**self._identity(), "count": count}
+            fields = {"rgb": (frames, size, size, 3), "instances": (frames, size, size)}
+            self.store = RowStore(
+                Path(self.cache) / f"scenes-{address(identity)}", identity, count, fields, CHUNK
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def buckets(self) -> dict[Size, list[int]]:
+        return {(self.size, self.size): list(range(self.count))}
+
+    def scene(self, index: int) -> Any:
+        """The `sfumato.scenes.Scene` of an index."""
+        return self._scene(self._checked(index))
+
+    def pixels(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 (B, H, W, 3), or (B, T, H, W, 3) when frames > 1."""
+        rgb = self._rows("rgb", indices)
+        return rgb[:, 0] if self.frames == 1 else rgb
+
+    def instances(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 (B, T, H, W): 0 where nothing stands, k where object k − 1 of the scene does."""
+        return self._rows("instances", indices)
+
+    def caption(self, index: int, epoch: int = 0) -> str:
+        return self.described(index, epoch)[0]
+
+    def described(self, index: int, epoch: int = 0) -> tuple[str, Any]:
+        """The caption of an epoch, and the `Statement` of what it claims."""
+        from sfumato.scenes import describe
+
+        return describe(
+            self.scene(index), _seed("caption", self.seed, self.split, index, epoch), style=self.style
+        )
+
+    def digest(self, index: int) -> str:
+        return address({**self._identity(), "index": self._checked(index)})
+
+    def name(self, index: int) -> str:
+        return f"scene {index} of seed {self.seed} ({self.split})"
+
+    def labels(self, indices: Sequence[int], factor: int) -> Tensor:
+        """int64 (B, A, H/factor, W/factor): what each cell shows, see `sfumato.scenes.cell_labels`."""
+        from sfumato.scenes import cell_labels
+
+        masks = torch.from_numpy(np.ascontiguousarray(self.instances(indices)))
+        return cell_labels([self.scene(i) for i in indices], masks, factor)
+
+    def prepare(
+        self, processes: int | None = None, on_progress: Callable[[int, int], None] | None = None
+    ) -> SceneSource:
+        """Render what the cache lacks, in several processes of one thread each (default: one per core);
+        return self.
+
+        on_progress(done, total) counts scenes and may raise to stop; whole chunks stay, and the next call
+        goes on.
+        """
+        store = self.store
+        if store is None:
+            return self
+        with lock(store.directory):
+            store.refresh()
+            chunks = store.missing()
+            workers = min(processes or os.cpu_count() or 1, len(chunks)) if self.device == "cpu" else 1
+            state = {"done": self.count - sum(np.subtract(*store.span(c)[::-1]) for c in chunks)}
+
+            def finished(chunk: int) -> None:
+                store.record(chunk)
+                start, stop = store.span(chunk)
+                state["done"] += stop - start
+                if on_progress:
+                    on_progress(int(state["done"]), self.count)
+
+            if workers <= 1:
+                for chunk in chunks:
+                    self.render_chunk(chunk)
+                    finished(chunk)
+            else:
+                self._render_in_processes(workers, chunks, finished)
+        return self
+
+    def render_chunk(self, chunk: int) -> None:
+        """Render the scenes of one chunk into the store, without counting it as whole."""
+        if self.store is None:
+            raise InputError("rendering in chunks needs a cache folder", argument="cache")
+        self.store.put(chunk, self._render(range(*self.store.span(chunk))))
+
+    def _rows(self, field: str, indices: Sequence[int]) -> np.ndarray:
+        wanted = [self._checked(i) for i in indices]
+        if self.store is None:
+            return self._render(wanted)[field]
+        if not self.store.holds(wanted):
+            with lock(self.store.directory):
+                self.store.refresh()
+                for chunk in sorted({i // self.store.chunk for i in wanted} & set(self.store.missing())):
+                    self.render_chunk(chunk)
+                    self.store.record(chunk)
+        return self.store.rows(field, wanted)
+
+    def _render(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        from sfumato.scenes import render
+
+        rgb, instances = [], []
+        with torch.no_grad():
+            for start in range(0, len(indices), BATCH):
+                scenes = [self.scene(i) for i in indices[start : start + BATCH]]
+                made = render(scenes, size=self.size, device=self.device)
+                bytes_ = made.rgb.mul(255.0).round_().clamp_(0, 255).to(torch.uint8)
+                rgb.append(bytes_.permute(0, 2, 3, 4, 1).cpu().numpy())  # (B, T, H, W, 3)
+                instances.append(made.instances.to(torch.uint8).cpu().numpy())
+        return {"rgb": np.concatenate(rgb), "instances": np.concatenate(instances)}
+
+    def _render_in_processes(self, workers: int, chunks: list[int], finished: Callable[[int], None]) -> None:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        arguments = json.dumps(self._arguments())
+        waiting, gate = iter(chunks), threading.Lock()
+        failures: list[BaseException] = []
+        running: list[subprocess.Popen[str]] = []
+
+        def drive(process: subprocess.Popen[str]) -> None:
+            try:
+                assert process.stdin and process.stdout
+                process.stdin.write(arguments + "\n")
+                while not failures:
+                    with gate:
+                        chunk = next(waiting, None)
+                    if chunk is None:
+                        break
+                    process.stdin.write(f"{chunk}\n")
+                    process.stdin.flush()
+                    line = process.stdout.readline()
+                    answer = json.loads(line) if line else {"error": "a rendering process ended early"}
+                    if answer != chunk:
+                        raise SfumatoError(answer["error"])
+                    with gate:
+                        if not failures:
+                            finished(chunk)
+            except BaseException as error:  # carried to the caller's thread
+                failures.append(error)
+
+        try:
+            for _ in range(workers):
+                command = [sys.executable, "-m", "sfumato.data.render_worker"]
+                running.append(
+                    subprocess.Popen(
+                        command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                    )
+                )
+            threads = [threading.Thread(target=drive, args=(p,), daemon=True) for p in running]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        if failures:
+            raise failures[0]
+
+    def _arguments(self) -> dict[str, Any]:
+        names = ("count", "seed", "split", "size", "frames", "cache", "device", "style", "options")
+        return {name: getattr(self, name) for name in names}
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides the pixels of scene k, besides k."""
+        from sfumato.scenes import RENDERER_VERSION
+
+        names = ("seed", "split", "size", "frames", "device", "options")
+        return {"renderer": RENDERER_VERSION, **{name: getattr(self, name) for name in names}}
+
+    def _sample(self, index: int) -> Any:
+        from sfumato.scenes import sample_scene
+
+        seed = _seed("scene", self.seed, index)
+        return sample_scene(seed, split=self.split, frames=self.frames, **self.options)
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < self.count:
+            raise InputError(f"there is no scene {index}; there are {self.count}", argument="indices")
+        return int(index)
+
+
+def _seed(*key: object) -> int:
+    """A seed in 0 … 2⁶³ − 1 that is a function of `key` alone."""
+    return int(raw_bits(1, *key)[0] >> 1)
