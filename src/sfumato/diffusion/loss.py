@@ -109,7 +109,9 @@ def loss_weight(
     if weighting == "flow":
         alpha = parameterization.path.alpha(sigma)
         return (c_out * (alpha + sigma) / sigma.clamp(min=0.05)) ** 2
-    raise InputError(f"weighting {weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}", argument="weighting")
+    raise InputError(
+        f"weighting {weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}", argument="weighting"
+    )
 
 
 def prediction_loss(prediction: Tensor, pair: TrainingPair) -> Tensor:

@@ -45,7 +45,9 @@ class Parameterization:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"prediction {self.kind!r} is unknown; use one of {', '.join(KINDS)}", argument="kind")
+            raise InputError(
+                f"prediction {self.kind!r} is unknown; use one of {', '.join(KINDS)}", argument="kind"
+            )
 
     def coefficients(self, sigma: Any) -> tuple[Any, Any, Any]:
         """(c_skip, c_out, c_in) at a level, given as a float or a tensor. eps cannot be used where alpha is 0."""

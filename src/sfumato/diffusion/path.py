@@ -118,7 +118,11 @@ def _same(ratio: Level) -> Level:
 
 
 def _sine_of_ratio(ratio: Level) -> Level:
-    return 1 / (1 + (1 / ratio) ** 2) ** 0.5 if isinstance(ratio, Tensor) else (ratio and 1 / math.hypot(1, 1 / ratio))
+    return (
+        1 / (1 + (1 / ratio) ** 2) ** 0.5
+        if isinstance(ratio, Tensor)
+        else (ratio and 1 / math.hypot(1, 1 / ratio))
+    )
 
 
 def _share_of_ratio(ratio: Level) -> Level:

@@ -38,7 +38,9 @@ class NoiseLevels:
         """The (fractional) time step of a level: its place in the table, linear in log sigma between entries
         (k-diffusion's rule; linear in sigma if `log` is false, diffusers' rule). Levels outside get the nearest end."""
         table = self.sigmas.to(sigma.device)
-        low = torch.searchsorted(table, sigma.double().contiguous(), right=True).sub(1).clamp(0, len(table) - 2)
+        low = (
+            torch.searchsorted(table, sigma.double().contiguous(), right=True).sub(1).clamp(0, len(table) - 2)
+        )
         a, b, s = table[low], table[low + 1], sigma.double().clamp(self.sigma_min, self.sigma_max)
         share = (s.log() - a.log()) / (b.log() - a.log()) if self.log else (s - a) / (b - a)
         return (low + share + self.offset).to(sigma.dtype)
@@ -73,7 +75,9 @@ def resolution_shift(cells: int, base_cells: int) -> float:
     return math.sqrt(cells / base_cells)
 
 
-def beta_table(kind: str = "scaled_linear", start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> Tensor:
+def beta_table(
+    kind: str = "scaled_linear", start: float = 0.00085, end: float = 0.012, steps: int = 1000
+) -> Tensor:
     """(steps,) float64 betas of a DDPM. scaled_linear: the square roots are spaced evenly (SD); linear (Ho et al. 2020);
     cosine (Nichol & Dhariwal 2021, eq. 17; start and end do not matter)."""
     if kind == "linear":
@@ -135,7 +139,11 @@ def leading(steps: int, levels: NoiseLevels, offset: int = 1) -> Tensor:
 
 
 def karras(
-    steps: int, levels: NoiseLevels, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0
+    steps: int,
+    levels: NoiseLevels,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
 ) -> Tensor:
     """sigma^(1/rho) spaced evenly from sigma_max to sigma_min (Karras et al. 2022, eq. 5). The ends default to the model's."""
     low, high = _ends(levels, sigma_min, sigma_max)
@@ -161,7 +169,9 @@ def log_snr_uniform(
     path = levels.path
     first = path.half_log_snr(high)
     pure = [high] if math.isinf(first) else []
-    even = torch.linspace(max(first, -5.0) if pure else first, path.half_log_snr(low), steps - len(pure), dtype=torch.float64)
+    even = torch.linspace(
+        max(first, -5.0) if pure else first, path.half_log_snr(low), steps - len(pure), dtype=torch.float64
+    )
     sigmas = torch.cat([torch.tensor(pure, dtype=torch.float64), path.sigma_at(even)])
     return _ending(sigmas)
 
@@ -191,7 +201,9 @@ def ays(steps: int, levels: NoiseLevels, table: str = "sd") -> Tensor:
     if table not in AYS:
         raise InputError(f"ays table {table!r} is unknown; use one of {', '.join(AYS)}", argument="schedule")
     if levels.path is not VE:
-        raise InputError("schedule ays is published for SD, SDXL and SVD only; use flow_shift", argument="schedule")
+        raise InputError(
+            "schedule ays is published for SD, SDXL and SVD only; use flow_shift", argument="schedule"
+        )
     known = torch.tensor(AYS[table], dtype=torch.float64).log()
     place = torch.linspace(0, len(known) - 1, steps + 1, dtype=torch.float64)[:-1]
     low = place.floor().long().clamp(max=len(known) - 2)
@@ -224,10 +236,15 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 def sigmas_for(name: str, steps: int, levels: NoiseLevels) -> Tensor:
     """The named schedule with its default options, checked: (steps + 1,) strictly decreasing float64 levels ending in 0."""
     if name not in SCHEDULES:
-        raise InputError(f"schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}", argument="schedule")
+        raise InputError(
+            f"schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}", argument="schedule"
+        )
     if steps < 1:
         raise InputError(f"steps must be at least 1, not {steps}", argument="steps")
     sigmas = SCHEDULES[name](steps, levels)
     if not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise InputError(f"schedule {name} cannot make {steps} different levels for this model; use fewer steps", argument="steps")
+        raise InputError(
+            f"schedule {name} cannot make {steps} different levels for this model; use fewer steps",
+            argument="steps",
+        )
     return sigmas

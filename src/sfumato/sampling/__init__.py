@@ -11,16 +11,26 @@ from collections.abc import Callable
 from torch import Tensor
 
 from sfumato.errors import InputError
-from sfumato.sampling.multistep import dpmpp_2m
+from sfumato.sampling.multistep import dpmpp_2m, lms, unipc
 from sfumato.sampling.noise import SeededNoise
 from sfumato.sampling.ode import dpm2, euler, heun
+from sfumato.sampling.sde import ddim, ddpm, dpmpp_2m_sde, dpmpp_2s_a, dpmpp_sde, euler_a, lcm
 from sfumato.sampling.step import Step
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler": euler,
+    "euler_a": euler_a,
     "heun": heun,
     "dpm2": dpm2,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_sde": dpmpp_sde,
+    "dpmpp_2s_a": dpmpp_2s_a,
+    "unipc": unipc,
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "lms": lms,
+    "lcm": lcm,
 }
 
 __all__ = ["SAMPLERS", "SeededNoise", "Step", "sampler_named"]

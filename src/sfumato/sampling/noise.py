@@ -47,7 +47,11 @@ class SeededNoise:
 
     def _stack(self, word: int, draw: int) -> Tensor:
         count = math.prod(self.shape)
-        rows = np.stack([normals(seed, word, draw, count) for seed in self.seeds]) if self.seeds else np.empty((0, count))
+        rows = (
+            np.stack([normals(seed, word, draw, count) for seed in self.seeds])
+            if self.seeds
+            else np.empty((0, count))
+        )
         return torch.from_numpy(rows).to(self.dtype).to(self.device).view(len(self.seeds), *self.shape)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,9 +39,11 @@ def level(sigma: float) -> Tensor:
 def intervals(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
     """(index, sigma, next sigma) for each step. Coefficients are worked out from these in Python's float64."""
     values = [float(sigma) for sigma in sigmas]
-    if len(values) < 2 or any(not b < a for a, b in zip(values, values[1:], strict=False)) or values[-1] < 0:
-        raise InputError("sigmas must hold at least two levels, decrease, and not go below 0", argument="sigmas")
-    yield from ((i, values[i], values[i + 1]) for i in range(len(values) - 1))
+    if len(values) < 2 or any(not b < a for a, b in pairwise(values)) or values[-1] < 0:
+        raise InputError(
+            "sigmas must hold at least two levels, decrease, and not go below 0", argument="sigmas"
+        )
+    yield from ((i, sigma, sigma_next) for i, (sigma, sigma_next) in enumerate(pairwise(values)))
 
 
 def report(on_step: OnStep, sigmas: Tensor, index: int, x: Tensor, denoised: Tensor) -> None:
@@ -48,7 +51,18 @@ def report(on_step: OnStep, sigmas: Tensor, index: int, x: Tensor, denoised: Ten
         on_step(Step(index, len(sigmas) - 1, float(sigmas[index]), x, denoised))
 
 
-def jump(path: Path, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, kept: float | None = None) -> Tensor:
+def draw(noise: Noise | None, step: int, number: int = 0) -> Tensor:
+    """The fresh noise of a step; a sampler that needs it and was given none says so."""
+    if noise is None:
+        raise InputError(
+            "this sampler draws noise; give it, for example as SeededNoise(...)", argument="noise"
+        )
+    return noise(step, number)
+
+
+def jump(
+    path: Path, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, kept: float | None = None
+) -> Tensor:
     """Keep x0_hat and the noise it implies, and put both on the path at sigma_next: alpha' · x0_hat + sigma' · eps.
 
     This is DDIM's step (Song et al. 2021, eq. 12), DPM-Solver++'s first order (Lu et al. 2022, eq. 9), and Euler's step
@@ -80,5 +94,7 @@ def renew(path: Path, sigma: float, sigma_next: float, eta: float) -> tuple[floa
 
     fresh = eta · sigma_next · sqrt(1 − SNR/SNR'): DDIM's eq. 16, and k-diffusion's ancestral step, which are the same.
     """
-    fresh = min(sigma_next, eta * sigma_next * math.sqrt(fresh_share(path, sigma, sigma_next)))
+    fresh = (
+        min(sigma_next, eta * sigma_next * math.sqrt(fresh_share(path, sigma, sigma_next))) if eta else 0.0
+    )
     return math.sqrt(sigma_next**2 - fresh**2), fresh
