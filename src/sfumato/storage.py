@@ -34,7 +34,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on an exception it is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name[:32]}.", suffix=target.suffix[:8], dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -53,7 +53,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty staging directory; on success it replaces `path` whole, on an exception it is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", dir=target.parent))
     try:
         yield staging
         for member in staging.rglob("*"):
@@ -64,7 +64,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(staging, 0o777 & ~_umask())
         replaced = None
         if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.old.", dir=target.parent))
             os.replace(target, replaced / "old")
         os.replace(staging, target)
         _sync_directory(target.parent)
@@ -92,7 +92,9 @@ def read_json(path: str | os.PathLike[str]) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object is expected")
@@ -166,7 +168,7 @@ def load_sharded(directory: Path, files: list[str], hashes: Mapping[str, str] | 
     """Read the named files of `directory` into one dict; names that leave the folder, repeated keys and wrong hashes are refused."""
     tensors: dict = {}
     for file in files:
-        if Path(file).name != file:
+        if not isinstance(file, str) or file in {"", ".", ".."} or Path(file).name != file:
             raise CheckpointError(f"{directory} names the shard {file!r}, which lies outside the folder")
         if hashes and file in hashes and file_hash(directory / file) != hashes[file]:
             raise CheckpointError(f"{directory / file} does not match the hash its index gives; fetch it again")

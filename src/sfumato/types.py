@@ -11,7 +11,6 @@ zero mean and unit variance per channel over its training data.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +61,7 @@ class Request:
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
-                raise InputError(f"unknown field {name!r}; a request has {', '.join(known)}", argument=name)
+                raise InputError(f"unknown field {_shown(name)}; a request has {', '.join(known)}", argument=name)
         values = dict(values)
         if isinstance(values.get("size"), list):
             values["size"] = tuple(values["size"])
@@ -91,10 +90,10 @@ class Request:
         for name in ("sampler", "schedule"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise InputError(f"{name} must be a name, not {value!r}", argument=name)
+                raise InputError(f"{name} must be a name, not {_shown(value)}", argument=name)
         if self.size is not None:
             if not (isinstance(self.size, tuple) and len(self.size) == 2):
-                raise InputError(f"size must be (width, height), not {self.size!r}", argument="size")
+                raise InputError(f"size must be (width, height), not {_shown(self.size)}", argument="size")
             _integer("width", self.size[0], 1, MAX_SIDE)
             _integer("height", self.size[1], 1, MAX_SIDE)
         return self
@@ -131,13 +130,22 @@ def _text(name: str, value: object) -> None:
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{name} must be a whole number, not {value!r}", argument=name)
+        raise InputError(f"{name} must be a whole number, not {_shown(value)}", argument=name)
     if not low <= value <= high:
-        raise InputError(f"{name} must be between {low} and {high}, not {value}", argument=name)
+        raise InputError(f"{name} must be between {low} and {high}, not {_shown(value)}", argument=name)
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{name} must be a number, not {value!r}", argument=name)
-    if not math.isfinite(value) or not low <= value <= high:
-        raise InputError(f"{name} must be between {low:g} and {high:g}, not {value}", argument=name)
+        raise InputError(f"{name} must be a number, not {_shown(value)}", argument=name)
+    if not low <= value <= high:  # false for NaN too
+        raise InputError(f"{name} must be between {low:g} and {high:g}, not {_shown(value)}", argument=name)
+
+
+def _shown(value: object) -> str:
+    """A value as a message can hold it: short, and without failing on a number of a million digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of very many digits"
+    return text if len(text) <= 80 else text[:77] + "..."
