@@ -1,7 +1,7 @@
 """Guidance: a denoiser made from denoisers. Samplers and networks know nothing of it.
 
-Everything acts on x0_hat. For classifier-free guidance that changes nothing (noise, v and flow predictions are affine
-in x0_hat with the same coefficients for both branches); the rescale is defined on x0_hat here.
+Everything acts on x0_hat. For classifier-free guidance that changes nothing (noise, v and flow predictions
+are affine in x0_hat with the same coefficients for both branches); the rescale is defined on x0_hat here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cfg(
     """Classifier-free guidance: uncond + scale · (cond − uncond)  (Ho & Salimans 2022, eq. 6; scale = 1 + w).
 
     scale: 1 is no guidance; a tensor must broadcast against x (a scale per frame, say).
-    interval: guide only where low < sigma <= high (Kynkäänniemi et al. 2024, eq. 5); elsewhere one call suffices.
+    interval: guide only where low < sigma <= high (Kynkäänniemi et al. 2024, eq. 5), else one call does.
     rescale: see `rescaled`.
     """
 
@@ -63,9 +63,9 @@ def cfg_batched(
 
 
 def rescaled(guided: Tensor, cond: Tensor, amount: float) -> Tensor:
-    """Pull each sample's standard deviation back towards that of `cond` (Lin et al. 2023, 2305.08891, eqs. 14–16).
+    """Pull each sample's deviation back to that of `cond` (Lin et al. 2023, 2305.08891, eqs. 14–16).
 
-    amount: 0 leaves `guided`, 1 restores the deviation whole; the paper uses 0.7. The mean over a sample is scaled too.
+    amount: 0 leaves `guided`, 1 restores the deviation whole; the paper uses 0.7. The mean is scaled too.
     """
     axes = list(range(1, guided.ndim))
     ratio = cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp(min=1e-12)

@@ -1,7 +1,7 @@
 """Which noise levels training visits and how much each counts.
 
-A density is a quantile function: it maps u, uniform on (0, 1), to noise levels. So drawing is one call to a uniform
-generator, a batch can be spread evenly (`spread`), and a resumed run repeats itself.
+A density is a quantile function: it maps u, uniform on (0, 1), to noise levels. So drawing is one call to a
+uniform generator, a batch can be spread evenly (`spread`), and a resumed run repeats itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WEIGHTINGS = ("plain", "min_snr", "flow")
 
 
 def spread(u: Tensor, start: float = 0.0) -> Tensor:
-    """Stratify uniform draws u: (B,): draw k falls in the k-th of B equal parts of (0, 1), rotated by `start`.
+    """Stratify uniform draws u: (B,): draw k falls in the k-th of B parts of (0, 1), rotated by `start`.
 
     Each value is uniform when `start` is; the batch covers all levels, which lowers the variance of the loss
     (Kingma et al. 2021, Variational Diffusion Models, app. I.1, with independent offsets).
@@ -44,7 +44,7 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Density:
 
 
 def log_normal(mean: float = -1.2, std: float = 1.2) -> Density:
-    """ln sigma is normal: EDM's choice for VE (Karras et al. 2022, table 1), for data of standard deviation 0.5."""
+    """ln sigma is normal: EDM's choice for VE and data of deviation 0.5 (Karras et al. 2022, table 1)."""
     return lambda u: torch.exp(mean + std * _normal_quantile(u))
 
 
@@ -55,10 +55,11 @@ def shifted(density: Density, shift: float) -> Density:
 
 @dataclass(frozen=True)
 class TrainingPair:
-    """One step's network input and answer. x: (B, …) scaled for the network; time, weight: (B,) float32; target like x.
+    """One step's network input and answer.
 
-    The loss is mean(weight · mean over the sample of (F − target)²). `noisy` and `sigma` are what x was made from, for
-    losses on x0_hat.
+    x: (B, …) scaled for the network; time, weight: (B,) float32; target: like x.
+    The loss is mean(weight · mean over the sample of (F − target)²). `noisy` and `sigma` are what x was made
+    from, for losses on x0_hat.
     """
 
     x: Tensor
@@ -77,7 +78,7 @@ def training_pair(
     weighting: str = "plain",
     gamma: float = 5.0,
 ) -> TrainingPair:
-    """x0, noise: (B, …) clean samples and standard normal noise; sigma: (B,). See `loss_weight` for the weighting."""
+    """x0, noise: (B, …) clean samples and standard normals; sigma: (B,); weighting: see `loss_weight`."""
     p = parameterization
     noisy = p.path.noisy(x0, noise, sigma)
     _, _, c_in = p.coefficients(levels_like(sigma, x0))
@@ -94,12 +95,12 @@ def training_pair(
 def loss_weight(
     sigma: Tensor, parameterization: Parameterization, weighting: str = "plain", gamma: float = 5.0
 ) -> Tensor:
-    """(B,) weights of the squared error of F. Since x0_hat − x0 = c_out (F − target), a weight w on x0_hat is w · c_out².
+    """(B,) weights of the squared error of F. As x0_hat − x0 = c_out (F − target), w on x0_hat is w · c_out².
 
     plain: 1, the error of the network's own prediction.
-    min_snr: min(snr, gamma) on x0_hat (Hang et al. 2023, 2303.09556, sec. 3.4; gamma 5): for eps min(snr, gamma) / snr.
-    flow: the error of noise − x0 whatever the network predicts (with `x` this is JiT's v-loss, 2511.13720, eq. 7);
-        the level is kept at or above 0.05 in the divisor, as there.
+    min_snr: min(snr, gamma) on x0_hat; min(snr, gamma) / snr on eps (Hang et al. 2023, 2303.09556, sec. 3.4).
+    flow: the error of noise − x0 whatever the network predicts (with `x` this is JiT's v-loss, 2511.13720,
+        eq. 7); the level is kept at or above 0.05 in the divisor, as there.
     """
     if weighting == "plain":
         return torch.ones_like(sigma)

@@ -11,8 +11,9 @@ With x = alpha · x0 + sigma · noise, n = sqrt(alpha² + sigma²) and m = alpha
     x      x0                                 x0_hat = F                                  c_in = 1 / n
     flow   noise − x0                         x0_hat = (x − sigma F) / m                  c_in = 1 / m
 
-On VP n = 1 and on FLOW m = 1, which gives back the definitions of the papers (v: Salimans & Ho 2022, app. D; flow: Liu
-et al. 2022, eq. 1). Because they are written for any path, an SD network runs on VE, and a flow network may too.
+On VP n = 1 and on FLOW m = 1, which gives back the definitions of the papers (v: Salimans & Ho 2022, app. D;
+flow: Liu et al. 2022, eq. 1). Because they are written for any path, an SD network runs on VE, and a flow
+network may too.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> x0_hat
 class Parameterization:
     """One kind of prediction on one path.
 
-    time: maps a tensor of levels to what the network is told. None means sigma / (alpha + sigma), which lies in [0, 1]
-        and is sigma itself on FLOW. `NoiseLevels.time` gives the time step of an SD network.
+    time: maps a tensor of levels to what the network is told. None means sigma / (alpha + sigma), which lies
+        in [0, 1] and is sigma itself on FLOW. `NoiseLevels.time` gives the time step of an SD network.
     """
 
     kind: str = "flow"
@@ -50,7 +51,7 @@ class Parameterization:
             )
 
     def coefficients(self, sigma: Any) -> tuple[Any, Any, Any]:
-        """(c_skip, c_out, c_in) at a level, given as a float or a tensor. eps cannot be used where alpha is 0."""
+        """(c_skip, c_out, c_in) at a level, a float or a tensor. eps has none where alpha is 0."""
         alpha = self.path.alpha(sigma)
         n = (alpha * alpha + sigma * sigma) ** 0.5
         if self.kind == "eps":
@@ -69,7 +70,7 @@ class Parameterization:
     def denoiser(self, net: Callable[..., Tensor], cond: Any) -> Denoise:
         """Close net(x_in, time, cond) -> F over its condition: denoise(x, sigma) -> x0_hat.
 
-        x: (B, …); sigma: a scalar or (B,) float tensor, or a number; the network gets its time as (B,) float32.
+        x: (B, …); sigma: a number, or a scalar or (B,) tensor; the network gets its time as (B,) float32.
         """
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """The path from data to noise: x = alpha(sigma) · x0 + sigma · noise.
 
-A path is named by alpha as a function of sigma, so that one number, sigma, says where on the path a sample is.
+A path is alpha as a function of sigma, so that one number, sigma, says where on the path a sample is.
 
-    VE    alpha = 1               sigma in [0, inf)   k-diffusion's convention; SD's eps and v networks live here too
-    VP    alpha = sqrt(1 - s²)    sigma in [0, 1]     diffusers' convention for the same networks (DDPM)
-    FLOW  alpha = 1 - sigma       sigma in [0, 1]     rectified flow (SD3, Flux); sigma is also the time
+    VE    alpha = 1                  sigma in [0, inf)   k-diffusion; SD's eps and v networks run here
+    VP    alpha = sqrt(1 - sigma²)   sigma in [0, 1]     DDPM, diffusers; the same networks
+    FLOW  alpha = 1 - sigma          sigma in [0, 1]     rectified flow (SD3, Flux); sigma is the time too
 
-Divided by alpha all three are the same process with noise-to-signal ratio sigma / alpha. The samplers use that.
+Divided by alpha all three are one process with noise-to-signal ratio sigma / alpha. The samplers use that.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Path:
 
     alpha: the amount of signal at sigma.
     from_ratio: the sigma at which sigma / alpha has the given value in [0, inf].
-    scale: the factor s(sigma) for which x / s moves along a straight line in sigma / s while the denoiser's answer
-        stays the same: d(x/s) / d(sigma/s) = (x/s − x0_hat) / (sigma/s).  VE and FLOW are straight as they are; VP is
-        straight once divided by alpha.
+    scale: the factor s(sigma) for which x / s moves along a straight line in sigma / s while the denoiser's
+        answer stays the same: d(x/s) / d(sigma/s) = (x/s − x0_hat) / (sigma/s).  VE and FLOW are straight as
+        they are; VP is straight once divided by alpha.
     max_sigma: the largest level the path knows.
     """
 
@@ -46,7 +46,7 @@ class Path:
         return (path_named, (self.name,))
 
     def half_log_snr(self, sigma: Level) -> Level:
-        """lambda = log(alpha / sigma), the clock of DPM-Solver (Lu et al. 2022, sec. 3); inf at 0, −inf without signal."""
+        """lambda = log(alpha / sigma), the clock of DPM-Solver; inf at sigma 0, −inf where alpha is 0."""
         alpha = self.alpha(sigma)
         if isinstance(sigma, Tensor):
             return torch.log(alpha) - torch.log(sigma)
@@ -63,21 +63,21 @@ class Path:
         return self.from_ratio(_exp(-half_log_snr))
 
     def noisy(self, x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-        """x0, noise: (B, …); sigma: a number or (B,). Returns alpha · x0 + sigma · noise in the dtype of x0."""
+        """alpha · x0 + sigma · noise, in the dtype of x0. x0, noise: (B, …); sigma: a number or (B,)."""
         sigma = levels_like(sigma, x0)
         return self.alpha(sigma) * x0 + sigma * noise
 
     def prior_scale(self, sigma: float, data_std: float = 0.0) -> float:
         """Standard deviation of x at `sigma` when data has `data_std`: what to multiply initial noise by.
 
-        0 gives sigma itself (k-diffusion; diffusers' linspace and trailing grids); 1 gives sqrt(alpha² + sigma²)
-        (diffusers' leading grid, and exactly 1 on VP).
+        0 gives sigma itself (k-diffusion; diffusers' linspace and trailing grids); 1 gives sqrt(alpha² +
+        sigma²) (diffusers' leading grid, and exactly 1 on VP).
         """
         return math.hypot(self.alpha(sigma) * data_std, sigma)
 
 
 def levels_like(sigma: float | Tensor, x: Tensor) -> Tensor | float:
-    """Shape levels so that they multiply x: a number stays a number, (B,) becomes (B, 1, …) in the dtype of x."""
+    """Levels in a shape that multiplies x: one level as a float, (B,) as (B, 1, …) in the dtype of x."""
     if not isinstance(sigma, Tensor) or sigma.ndim == 0:
         return float(sigma)
     return sigma.to(device=x.device, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))

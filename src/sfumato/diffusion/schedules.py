@@ -1,7 +1,8 @@
-"""Which noise levels a sampler visits: functions (steps, levels, options) -> (steps + 1,) float64 sigmas, ending in 0.
+"""Which noise levels a sampler visits: schedule(steps, levels, options) -> (steps + 1,) sigmas, ending in 0.
 
-`NoiseLevels` is what a schedule may know of a model: the levels it was trained on and the path they lie on. Every
-schedule works for every model; where the customary definition speaks of time steps, a level's place in that table is meant.
+`NoiseLevels` is what a schedule may know of a model: the levels it was trained on and the path they lie on.
+Every schedule works for every model; where the customary definition speaks of time steps, a level's place in
+that table is meant.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from sfumato.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class NoiseLevels:
-    """sigmas: (N,) float64, increasing, the levels of training; offset: the time step of sigmas[0] (FLOW counts from 1)."""
+    """The levels a model was trained on.
+
+    sigmas: (N,) float64, increasing. path: where they lie. offset: the time step of sigmas[0], 1 on FLOW.
+    log: interpolate between time steps in log sigma (k-diffusion) or in sigma (diffusers).
+    """
 
     sigmas: Tensor
     path: Path = VE
@@ -35,8 +40,7 @@ class NoiseLevels:
         return float(self.sigmas[-1])
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The (fractional) time step of a level: its place in the table, linear in log sigma between entries
-        (k-diffusion's rule; linear in sigma if `log` is false, diffusers' rule). Levels outside get the nearest end."""
+        """The fractional time step of levels, in their shape and dtype; outside, that of the nearest end."""
         table = self.sigmas.to(sigma.device)
         low = (
             torch.searchsorted(table, sigma.double().contiguous(), right=True).sub(1).clamp(0, len(table) - 2)
@@ -58,28 +62,32 @@ class NoiseLevels:
 
 
 def flow_levels(shift: float = 1.0, steps: int = 1000) -> NoiseLevels:
-    """FLOW levels 1/steps … 1, moved by `shift` (SD3: 1000 steps, shift 3; a flow network is told sigma, not its place here)."""
+    """FLOW levels 1/steps … 1, moved by `shift` (SD3: 3). A flow network is told sigma, not the place."""
     sigmas = shift_sigma(torch.arange(1, steps + 1, dtype=torch.float64) / steps, shift)
     return NoiseLevels(sigmas, FLOW, offset=1, log=False)
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """shift · sigma / (1 + (shift − 1) sigma): the level at a resolution whose noise must be `shift` times as strong
-    for the same uncertainty (Esser et al. 2024, eq. 23, shift = sqrt(m / n) for m pixels against n). FLOW only.
+    """shift · sigma / (1 + (shift − 1) sigma): the level at a resolution whose noise must be `shift` times as
+    strong for the same uncertainty (Esser et al. 2024, eq. 23, shift = sqrt(m / n) for m pixels against n).
+    FLOW only.
     """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def resolution_shift(cells: int, base_cells: int) -> float:
-    """sqrt(cells / base_cells), the shift of eq. 23 for a latent of `cells` positions against `base_cells`."""
+    """sqrt(cells / base_cells): the shift of eq. 23 for a latent of `cells` positions."""
     return math.sqrt(cells / base_cells)
 
 
 def beta_table(
     kind: str = "scaled_linear", start: float = 0.00085, end: float = 0.012, steps: int = 1000
 ) -> Tensor:
-    """(steps,) float64 betas of a DDPM. scaled_linear: the square roots are spaced evenly (SD); linear (Ho et al. 2020);
-    cosine (Nichol & Dhariwal 2021, eq. 17; start and end do not matter)."""
+    """(steps,) float64 betas of a DDPM.
+
+    scaled_linear: square roots spaced evenly (SD); linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021,
+    eq. 17 (start and end do not matter).
+    """
     if kind == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if kind == "scaled_linear":
@@ -92,7 +100,7 @@ def beta_table(
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Rescale betas so that the last level holds no signal (Lin et al. 2023, alg. 1). Its last alpha_bar is 0."""
+    """Betas rescaled so that the last level holds no signal, alpha_bar 0 (Lin et al. 2023, alg. 1)."""
     root = torch.cumprod(1 - betas, 0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2
@@ -100,20 +108,20 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def beta_levels(betas: Tensor, log: bool = True) -> NoiseLevels:
-    """VE levels sqrt((1 − alpha_bar) / alpha_bar) of a DDPM. An alpha_bar of 0 is taken as 2⁻²⁴ (sigma 4096), as diffusers does."""
+    """VE levels sqrt((1 − alpha_bar) / alpha_bar) of a DDPM; alpha_bar 0 becomes 2⁻²⁴, sigma 4096."""
     alpha_bar = torch.cumprod(1 - betas.double(), 0)
     alpha_bar = torch.where(alpha_bar > 0, alpha_bar, torch.full_like(alpha_bar, 2.0**-24))
     return NoiseLevels(((1 - alpha_bar) / alpha_bar).sqrt(), VE, log=log)
 
 
 def normal(steps: int, levels: NoiseLevels) -> Tensor:
-    """Time steps spaced evenly from last to first, both included (k-diffusion's default; diffusers' linspace)."""
+    """Time steps spaced evenly from last to first, both included (k-diffusion; diffusers' linspace)."""
     last = len(levels.sigmas) - 1 + levels.offset
     return _ending(levels.sigma(torch.linspace(last, levels.offset, steps, dtype=torch.float64)))
 
 
 def sgm_uniform(steps: int, levels: NoiseLevels) -> Tensor:
-    """Time steps spaced evenly from last to first, of steps + 1 the first `steps` (the lowest is left to the final 0)."""
+    """Time steps spaced evenly from last to first, without the first: the final 0 stands for it (sgm)."""
     last = len(levels.sigmas) - 1 + levels.offset
     return _ending(levels.sigma(torch.linspace(last, levels.offset, steps + 1, dtype=torch.float64)[:-1]))
 
@@ -133,7 +141,7 @@ def trailing(steps: int, levels: NoiseLevels) -> Tensor:
 
 
 def leading(steps: int, levels: NoiseLevels, offset: int = 1) -> Tensor:
-    """Multiples of floor(N / steps) plus `offset` (DDIM's and SD 1's own grid; never visits the noisiest level)."""
+    """Multiples of floor(N / steps) plus `offset`: the grid of DDIM and SD 1, without the noisiest."""
     place = torch.arange(steps - 1, -1, -1) * (len(levels.sigmas) // steps) + offset
     return _ending(levels.step_sigma(place.clamp(max=len(levels.sigmas) - 1)))
 
@@ -145,7 +153,7 @@ def karras(
     sigma_max: float | None = None,
     rho: float = 7.0,
 ) -> Tensor:
-    """sigma^(1/rho) spaced evenly from sigma_max to sigma_min (Karras et al. 2022, eq. 5). The ends default to the model's."""
+    """sigma^(1/rho) spaced evenly between the ends, the model's by default (Karras et al. 2022, eq. 5)."""
     low, high = _ends(levels, sigma_min, sigma_max)
     return _ending(torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64) ** rho)
 
@@ -161,9 +169,10 @@ def exponential(
 def log_snr_uniform(
     steps: int, levels: NoiseLevels, sigma_min: float | None = None, sigma_max: float | None = None
 ) -> Tensor:
-    """log(alpha / sigma) spaced evenly (DPM-Solver's grid, Lu et al. 2022, sec. 3.4); on VE the same as `exponential`.
+    """log(alpha / sigma) spaced evenly: DPM-Solver's grid (Lu et al. 2022, 2206.00927, sec. 3.4).
 
-    A noisy end without signal is visited first, and the even part starts at half_log_snr −5 (sigma 0.9933 on FLOW).
+    On VE the same as `exponential`. An end without signal is visited first; the even part then starts at
+    half_log_snr −5 (sigma 0.9933 on FLOW).
     """
     low, high = _ends(levels, sigma_min, sigma_max)
     path = levels.path
@@ -234,7 +243,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 
 
 def sigmas_for(name: str, steps: int, levels: NoiseLevels) -> Tensor:
-    """The named schedule with its default options, checked: (steps + 1,) strictly decreasing float64 levels ending in 0."""
+    """The named schedule with its default options: (steps + 1,) float64, strictly decreasing to 0."""
     if name not in SCHEDULES:
         raise InputError(
             f"schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}", argument="schedule"

@@ -2,8 +2,9 @@
 
     sampler(denoise, x, sigmas, *, path, noise, on_step=None, **its own options) -> x
 
-denoise(x, sigma) -> x0_hat; x: (B, …) at sigmas[0]; sigmas: (S + 1,) decreasing, usually to 0; noise(step, draw) ->
-standard normal like x. No state, no device logic, no printing; `on_step` sees every step and may raise to cancel.
+denoise(x, sigma) -> x0_hat; x: (B, …) at sigmas[0]; sigmas: (S + 1,) decreasing, usually to 0; noise(step,
+draw) -> standard normal like x. No state, no device logic, no printing; `on_step` sees every step and may
+raise to cancel.
 """
 
 from collections.abc import Callable

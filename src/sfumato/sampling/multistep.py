@@ -23,8 +23,9 @@ def dpmpp_2m(
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, alg. 2).
 
-    Order 2, one call a step. x0_hat is extrapolated linearly in lambda = log(alpha / sigma) to the middle of the step.
-    The first step, and a step to sigma 0 (where lambda is infinite), are of first order. `noise` is not used.
+    Order 2, one call a step. x0_hat is extrapolated linearly in lambda = log(alpha / sigma) to the middle of
+    the step. The first step, and a step to sigma 0 (where lambda is infinite), are of first order. `noise` is
+    not used.
     """
     before: Tensor | None = None
     h_before = math.inf
@@ -50,9 +51,9 @@ def lms(
     on_step: OnStep = None,
     order: int = 4,
 ) -> Tensor:
-    """The linear multistep method of Adams and Bashforth on the ODE of Karras et al. 2022, eq. 4, as in k-diffusion.
+    """The linear multistep method of Adams and Bashforth on the ODE of Karras et al. 2022, eq. 4.
 
-    Order `order` (1 to 4), one call a step; the first steps use as many slopes as there are. `noise` is not used.
+    Order `order` (1 to 4), one call a step; the first steps use what slopes there are. `noise` is not used.
     """
     if order not in (1, 2, 3, 4):
         raise InputError(f"order of lms must be 1, 2, 3 or 4, not {order!r}", argument="order")
@@ -75,9 +76,9 @@ def lms(
 
 
 def adams_bashforth(taus: list[float], tau_next: float) -> list[float]:
-    """Weights, adding up to 1, of the slopes at `taus` (latest first, at most 4) for the step taus[0] → tau_next.
+    """Weights, of sum 1, of the slopes at `taus` (latest first, at most 4) for the step taus[0] → tau_next.
 
-    Each is the mean over the step of a Lagrange polynomial of degree at most 3, which two Gauss points give exactly.
+    Each is the mean over the step of a Lagrange polynomial of degree at most 3: exact with two Gauss points.
     """
     middle, half = (taus[0] + tau_next) / 2, (tau_next - taus[0]) / 2
     points = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
@@ -101,8 +102,8 @@ def unipc(
 ) -> Tensor:
     """UniPC, predicting data (Zhao et al. 2023, 2302.04867, algs. 5–8 with B(h) of sec. 4.1).
 
-    The call at the start of a step serves twice: it corrects the step before and predicts the next, so that the order
-    is order + 1 (order without the corrector) at one call a step. `noise` is not used.
+    The call at the start of a step serves twice: it corrects the step before and predicts the next, so that
+    the order is order + 1 (order without the corrector) at one call a step. `noise` is not used.
     order: 1 to 3; variant: B(h) = h ("bh1") or e^h − 1 ("bh2"). Steps next to sigma 0 are of lower order.
     """
     if order not in (1, 2, 3):
@@ -137,7 +138,7 @@ def unified_step(
     variant: str,
     arrived: Tensor | None = None,
 ) -> Tensor:
-    """One step of UniP (`arrived` None) or UniC (`arrived`: x0_hat at sigma_next): 2302.04867, eqs. 3, 8 and 9.
+    """One step of UniP, or of UniC when x0_hat at sigma_next has `arrived` (2302.04867, eqs. 3, 8, 9).
 
     history: (lambda, x0_hat) at sigma and before. The order is the length of the history, plus one for UniC.
     """
@@ -156,7 +157,7 @@ def unified_step(
 
 
 def unified_weights(ratios: list[float], h: float, size: float) -> list[float]:
-    """The weights rho of eq. 9: sum_m rho_m r_m^(n−1) = n! phi_{n+1}(−h) · (−h) / size, for n = 1 … len(ratios).
+    """The weights rho of eq. 9: sum_m rho_m r_m^(n−1) = n! phi_{n+1}(−h) · (−h) / size for n = 1, 2, ….
 
     A single weight is 1/2, its limit for small h, as the authors' code has it.
     """

@@ -1,9 +1,10 @@
 """Noise that belongs to a picture: a function of (its seed, the step, the draw) and of nothing else.
 
-Batch size, order, device and dtype do not enter. The numbers come from Philox4x64-10 (Salmon et al. 2011), a counter
-cipher: key = (seed, a constant of ours), counter = (running, draw, step, 0). Pairs of raw 64-bit words become normals by
-Box and Muller in float64 on the CPU and only then move and round. numpy guarantees the raw stream of a bit generator, so
-a seed means the same picture in every later version; a test holds the first draws.
+Batch size, order, device and dtype do not enter. The numbers come from Philox4x64-10 (Salmon et al. 2011), a
+counter cipher: key = (seed, a constant of ours), counter = (running, draw, step, 0). Pairs of raw 64-bit
+words become normals by Box and Muller in float64 on the CPU and only then move and round. numpy guarantees
+the raw stream of a bit generator, so a seed means the same picture in every later version; a test holds the
+first draws.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sfumato.errors import InputError
 
-DOMAIN = 0x5F75_6D61_746F_0001  # second half of the key: keeps these draws apart from any other use of Philox with the seed
+DOMAIN = 0x5F75_6D61_746F_0001  # second half of the key, so that no other use of a seed repeats these draws
 INITIAL = 0  # counter word of the initial noise; step k uses k + 1
 SEEDS = 2**64  # a seed is taken modulo this; picture k of a request has seed request.seed + k
 
@@ -27,7 +28,7 @@ SEEDS = 2**64  # a seed is taken modulo this; picture k of a request has seed re
 class SeededNoise:
     """Standard normal noise (B, C, T, H, W) for B = len(seeds) pictures; `noise(step, draw)` while sampling.
 
-    seeds: any integers, one per picture, taken modulo 2**64; shape: (C, T, H, W), or any other shape of one sample.
+    seeds: integers, one per picture, taken modulo 2**64; shape: (C, T, H, W), or any shape of one sample.
     """
 
     seeds: Sequence[int]

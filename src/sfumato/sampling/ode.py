@@ -21,8 +21,8 @@ def euler(
 ) -> Tensor:
     """Euler's method (Karras et al. 2022, alg. 1 without churn), which is DDIM with eta 0.
 
-    Order 1, one call a step. x: (B, …) at level sigmas[0]; sigmas: (S + 1,) decreasing, usually to 0; returns x at
-    sigmas[-1]. `noise` is not used.
+    Order 1, one call a step. x: (B, …) at level sigmas[0]; sigmas: (S + 1,) decreasing, usually to 0; returns
+    x at sigmas[-1]. `noise` is not used.
     """
     for i, sigma, sigma_next in intervals(sigmas):
         denoised = denoise(x, level(sigma))
@@ -46,8 +46,8 @@ def heun(
     """Heun's method with EDM's churn (Karras et al. 2022, alg. 2).
 
     Order 2, two calls a step; the step to 0 is Euler's.
-    churn: S_churn, 0 for none (then `noise` is not used); it acts where sigma/alpha lies in churn_range (S_tmin,
-    S_tmax), with noise of standard deviation s_noise (S_noise).
+    churn: S_churn, 0 for none (then `noise` is not used); it acts where sigma/alpha lies in churn_range
+    (S_tmin, S_tmax), with noise of standard deviation s_noise (S_noise).
     """
     for i, sigma, sigma_next in intervals(sigmas):
         gamma = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)

@@ -33,9 +33,9 @@ def euler_a(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Euler's method down to a lower level, then fresh noise back up: k-diffusion's ancestral sampler, one call a step.
+    """Euler's method to below the next level, then fresh noise back up: k-diffusion's ancestral sampler.
 
-    It is DDIM's chain (Song et al. 2021, eqs. 12, 16) on any path. eta: 0 gives `euler`, 1 the DDPM chain;
+    One call a step. It is DDIM's chain (Song et al. 2021, eqs. 12, 16). eta: 0 gives `euler`, 1 DDPM's chain;
     s_noise: standard deviation of the fresh noise.
     """
     for i, sigma, sigma_next in intervals(sigmas):
@@ -58,7 +58,7 @@ def ddim(
     on_step: OnStep = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eqs. 12, 16): `euler_a` with eta 0 by default, where it is `euler` and order 1."""
+    """DDIM (Song et al. 2021, eqs. 12, 16): `euler_a` with eta 0, where it equals `euler`, by default."""
     return euler_a(denoise, x, sigmas, path=path, noise=noise, on_step=on_step, eta=eta)
 
 
@@ -74,8 +74,8 @@ def ddpm(
 ) -> Tensor:
     """The DDPM chain (Ho et al. 2020, alg. 2) on the given levels, one call a step.
 
-    variance: "small" is that of the posterior q(x' | x, x0) (eq. 7; then it equals `euler_a`), "large" that of
-    q(x | x') (beta; sec. 3.2). A step to 0 adds no noise.
+    variance: "small" is that of the posterior q(x' | x, x0) (eq. 7; then it equals `euler_a`), "large" that
+    of q(x | x') (beta; sec. 3.2). A step to 0 adds no noise.
     """
     if variance not in ("small", "large"):
         raise InputError(f"variance of ddpm must be small or large, not {variance!r}", argument="variance")
@@ -101,8 +101,8 @@ def lcm(
     noise: Noise | None = None,
     on_step: OnStep = None,
 ) -> Tensor:
-    """Multistep consistency sampling: believe x0_hat, renoise it whole (Song et al. 2023, alg. 1; LCM, Luo et al. 2023,
-    2310.04378, alg. 3). One call a step, for distilled models; a step to 0 adds no noise.
+    """Multistep consistency sampling: believe x0_hat, renoise it whole (Song et al. 2023, alg. 1; LCM, Luo et
+    al. 2023, 2310.04378, alg. 3). One call a step, for distilled models; a step to 0 adds no noise.
     """
     for i, sigma, sigma_next in intervals(sigmas):
         denoised = denoise(x, level(sigma))
@@ -124,9 +124,9 @@ def dpmpp_2s_a(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """DPM-Solver++(2S) (Lu et al. 2022, 2211.01095, alg. 1, r = 1/2) down to a lower level, then fresh noise back up.
+    """DPM-Solver++(2S) (Lu et al. 2022, 2211.01095, alg. 1, r = 1/2) to a lower level, then noise back up.
 
-    Two calls a step. With eta 0 it is the plain solver, of order 2. A step from no signal, or to 0, is of first order.
+    Two calls a step. eta: 0 is the plain solver, of order 2. A step from no signal, or to 0, is of order 1.
     """
     for i, sigma, sigma_next in intervals(sigmas):
         denoised = denoise(x, level(sigma))
@@ -155,10 +155,11 @@ def dpmpp_sde(
     s_noise: float = 1.0,
     r: float = 0.5,
 ) -> Tensor:
-    """DPM-Solver++ for the SDE, single step (k-diffusion's sample_dpmpp_sde; Lu et al. 2022, 2211.01095, alg. 1 with noise).
+    """Single-step DPM-Solver++ for the SDE (Lu et al. 2022, 2211.01095, alg. 1 with k-diffusion's noise).
 
-    Two calls a step. Both stages of a step follow one Brownian motion in sigma/alpha: the whole step's noise contains
-    the noise of its first part. eta: 0 is the ODE, of order 2; r: where in lambda the inner level lies.
+    Two calls a step. Both stages of a step follow one Brownian motion in sigma/alpha: the whole step's noise
+    contains the noise of its first part. eta: 0 is the ODE, of order 2; r: where in lambda the inner level
+    lies.
     """
     for i, sigma, sigma_next in intervals(sigmas):
         denoised = denoise(x, level(sigma))
@@ -196,10 +197,10 @@ def dpmpp_2m_sde(
 ) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, sec. 5 and eq. 18), one call a step.
 
-    eta: the SDE's noise, as a factor of the reverse SDE's: e^(−eta h) of the noise in x outlives a step of length h in
-    lambda; 0 gives the ODE and, with variant "midpoint", `dpmpp_2m`.
-    variant: how the change of x0_hat enters: "midpoint" (its value in the middle of the step) or "heun" (its exact
-    integral).
+    eta: the SDE's noise, as a factor of the reverse SDE's: e^(−eta h) of the noise in x outlives a step of
+    length h in lambda; 0 gives the ODE and, with variant "midpoint", `dpmpp_2m`.
+    variant: how the change of x0_hat enters: "midpoint" (its value in the middle of the step) or "heun" (its
+    exact integral).
     """
     if variant not in ("midpoint", "heun"):
         raise InputError(
@@ -226,6 +227,6 @@ def dpmpp_2m_sde(
 
 
 def brownian_share(path: Path, sigma: float, middle: float, sigma_next: float) -> float:
-    """The part of a step's Brownian time that lies before `middle`; time is sigma/alpha, as in k-diffusion."""
+    """The part of a step's Brownian time before `middle`; time is sigma/alpha, as in k-diffusion."""
     start, inner, end = (s / path.alpha(s) for s in (sigma, middle, sigma_next))
     return (start - inner) / (start - end)

@@ -1,4 +1,4 @@
-"""What every sampler is built from: the report of a step, and the two moves a sample can make along a path."""
+"""What every sampler is built from: the report of a step, and the moves a sample can make along a path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Noise = Callable[..., Tensor]  # (step, draw=0) -> standard normal, shaped like 
 
 @dataclass(frozen=True)
 class Step:
-    """Step `index` of `total` is done. sigma: the level it started from; x: the sample after it; denoised: x0_hat at its start."""
+    """Step `index` (from 0) of `total` is done.
+
+    sigma: the level it started from; x: the sample after it; denoised: x0_hat at its start.
+    """
 
     index: int
     total: int
@@ -37,7 +40,7 @@ def level(sigma: float) -> Tensor:
 
 
 def intervals(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
-    """(index, sigma, next sigma) for each step. Coefficients are worked out from these in Python's float64."""
+    """(index, sigma, next sigma) of each step, as floats: coefficients are worked out in float64."""
     values = [float(sigma) for sigma in sigmas]
     if len(values) < 2 or any(not b < a for a, b in pairwise(values)) or values[-1] < 0:
         raise InputError(
@@ -63,10 +66,11 @@ def draw(noise: Noise | None, step: int, number: int = 0) -> Tensor:
 def jump(
     path: Path, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, kept: float | None = None
 ) -> Tensor:
-    """Keep x0_hat and the noise it implies, and put both on the path at sigma_next: alpha' · x0_hat + sigma' · eps.
+    """Keep x0_hat and the noise eps it implies, and go to sigma_next: alpha' · x0_hat + sigma' · eps.
 
-    This is DDIM's step (Song et al. 2021, eq. 12), DPM-Solver++'s first order (Lu et al. 2022, eq. 9), and Euler's step
-    on any straight path. kept: how much of eps to keep when the rest of sigma_next is to be fresh noise.
+    This is DDIM's step (Song et al. 2021, eq. 12), DPM-Solver++'s first order (Lu et al. 2022, eq. 9), and
+    Euler's step on any straight path. kept: how much of eps to keep when the rest of sigma_next is to be
+    fresh noise.
     """
     kept = sigma_next if kept is None else kept
     share = kept / sigma
@@ -74,7 +78,7 @@ def jump(
 
 
 def slope(path: Path, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-    """d(x/s) / d(sigma/s) on the straightened path: (x/s − x0_hat) / (sigma/s)  (Karras et al. 2022, eq. 4)."""
+    """d(x/s) / d(sigma/s) = (x/s − x0_hat) / (sigma/s) on the straight path (Karras et al. 2022, eq. 4)."""
     return (x - path.scale(sigma) * denoised) / sigma
 
 
@@ -85,14 +89,15 @@ def move(path: Path, x: Tensor, slope: Tensor, sigma: float, sigma_next: float) 
 
 
 def fresh_share(path: Path, sigma: float, sigma_next: float) -> float:
-    """1 − (SNR / SNR'), the share of the noise variance at sigma_next that a step of the reverse chain renews."""
+    """1 − SNR/SNR': the share of the noise variance at sigma_next that a reverse chain's step renews."""
     return -math.expm1(2 * (path.half_log_snr(sigma) - path.half_log_snr(sigma_next)))
 
 
 def renew(path: Path, sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
     """Split the noise at sigma_next into (kept, fresh) with kept² + fresh² = sigma_next².
 
-    fresh = eta · sigma_next · sqrt(1 − SNR/SNR'): DDIM's eq. 16, and k-diffusion's ancestral step, which are the same.
+    fresh = eta · sigma_next · sqrt(1 − SNR/SNR'): DDIM's eq. 16, and k-diffusion's ancestral step, which are
+    the same.
     """
     fresh = (
         min(sigma_next, eta * sigma_next * math.sqrt(fresh_share(path, sigma, sigma_next))) if eta else 0.0
