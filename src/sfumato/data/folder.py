@@ -149,8 +149,8 @@ class FolderSource:
     def _position(self, number: int) -> tuple[float, float]:
         if self.crop == "centre":
             return 0.5, 0.5
-        words = raw_bits(2, "crop", self.seed, self._digests[number])
-        return float(words[0] >> 11) / 2**53, float(words[1] >> 11) / 2**53
+        down, across = raw_bits(2, "crop", self.seed, self._digests[number])
+        return (int(down) >> 11) / 2**53, (int(across) >> 11) / 2**53
 
     def _judge(self, seen: int, allow: float, part: str) -> None:
         bad = len(self.problems)

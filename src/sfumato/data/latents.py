@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfumato.data.source import Size, Source, to_float
 from sfumato.data.store import lock, writing
-from sfumato.errors import DataError, InputError, SfumatoError, StaleCacheError
+from sfumato.errors import CheckpointError, DataError, InputError, SfumatoError, StaleCacheError
 from sfumato.runtime import DTYPES
 from sfumato.storage import check_safetensors, read_json, save_tensors, write_json
 
@@ -136,9 +136,10 @@ class LatentCache:
                 else:
                     self._shard[index], self._row[index] = place
         if absent:
+            differences = _differences([source.name(i) for i in absent], known)
             raise StaleCacheError(
                 f"{self.directory} lacks {len(absent):,} of {self._length:,} pictures as they are now: "
-                f"{_differences([source.name(i) for i in absent], known)}; encode again, which adds only these"
+                f"{differences}; encode again, which adds only these"
             )
         used = set(self._shard.tolist())
         self._data = {number: _mapped(path) for number, path in enumerate(paths) if number in used}
@@ -209,7 +210,8 @@ def _encoded(source: Source, encode: Encode, indices: list[int], dtype: str) -> 
 
 
 def _save(path: Path, latents: Tensor, keys: list[str], names: list[str]) -> None:
-    header = {"format": FORMAT, "keys": " ".join(keys), "names": json.dumps(names)}
+    # one entry, because the library writes several in no fixed order
+    header = {"rows": json.dumps({"format": FORMAT, "keys": keys, "names": names})}
     with writing(path.parent):
         try:
             save_tensors(path, {"latents": latents}, header)
@@ -221,7 +223,10 @@ def _check_index(directory: Path, autoencoder_hash: str, dtype: str | None) -> s
     """The stored dtype. Raises `StaleCacheError` if the folder is of another autoencoder, dtype or format."""
     if not (directory / INDEX).is_file():
         raise DataError(f"{directory} holds no cached latents ({INDEX} is missing)")
-    index = read_json(directory / INDEX)
+    try:
+        index = read_json(directory / INDEX)
+    except CheckpointError as error:
+        raise StaleCacheError(f"{error}; remove {directory} and encode again") from None
     if index.get("format") != FORMAT:
         raise StaleCacheError(
             f"{directory} is of format {index.get('format')!r}, not {FORMAT!r}; remove it and encode again"
@@ -239,15 +244,15 @@ def _check_index(directory: Path, autoencoder_hash: str, dtype: str | None) -> s
 
 
 def _shards(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """(path, keys of its rows, names of their pictures) of each shard, in name order. A damaged one is a `DataError`."""
+    """(path, keys of its rows, names of their pictures) of each shard, in name order; a `DataError` if damaged."""
     for path in sorted(directory.glob("latents-*.safetensors")):
         check_safetensors(path)
         try:
             with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                keys, names = header.get("keys", "").split(), json.loads(header.get("names", "[]"))
+                header = json.loads((file.metadata() or {})["rows"])
+                keys, names = header["keys"], header["names"]
                 rows = file.get_slice("latents").get_shape()[0]
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}); remove it and encode again") from None
         if rows != len(keys):
             raise DataError(

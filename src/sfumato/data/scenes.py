@@ -245,4 +245,4 @@ class SceneSource:
 
 def _seed(*key: object) -> int:
     """A seed in 0 … 2⁶³ − 1 that is a function of `key` alone."""
-    return int(raw_bits(1, *key)[0] >> 1)
+    return int(raw_bits(1, *key)[0]) >> 1
