@@ -1,4 +1,7 @@
-"""Sfumato: a complete latent diffusion system, small enough to read. Importing it costs nothing until a name is used."""
+"""Sfumato: a complete latent diffusion system, small enough to read.
+
+Importing it costs nothing until a name is used.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on an exception it is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name[:32]}.", suffix=target.suffix[:8], dir=target.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{target.name[:32]}.", suffix=target.suffix[:8], dir=target.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:
@@ -101,7 +103,9 @@ def read_json(path: str | os.PathLike[str]) -> dict:
     return value
 
 
-def save_tensors(path: str | os.PathLike[str], tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as one safetensors file, atomically. Tensors are made contiguous and moved to the CPU."""
     from safetensors.torch import save_file
 
@@ -131,15 +135,22 @@ def check_safetensors(path: str | os.PathLike[str]) -> None:
         start = stream.read(8)
     if path.suffix in {".ckpt", ".bin", ".pt", ".pth"} or start[:2] in {b"PK", b"\x80\x02", b"\x80\x04"}:
         raise CheckpointError(
-            f"{path} is a pickled checkpoint, which can run code when opened; convert it to safetensors on a machine you can lose"
+            f"{path} is a pickled checkpoint, which can run code when opened; "
+            "convert it to safetensors on a machine you can lose"
         )
     length = int.from_bytes(start, "little") if len(start) == 8 else -1
     if not 0 < length <= min(HEADER_LIMIT, path.stat().st_size - 8):
-        raise CheckpointError(f"{path} is not a safetensors file: its header length ({length} bytes) cannot be right")
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its header length ({length} bytes) cannot be right"
+        )
 
 
 def save_sharded(
-    directory: Path, name: str, tensors: Mapping, metadata: Mapping[str, str] | None = None, limit: int = SHARD_BYTES
+    directory: Path,
+    name: str,
+    tensors: Mapping,
+    metadata: Mapping[str, str] | None = None,
+    limit: int = SHARD_BYTES,
 ) -> list[str]:
     """Write tensors as `name.safetensors`, or as `name-00001-of-00003.safetensors` … when they exceed `limit` bytes.
 
@@ -165,17 +176,24 @@ def save_sharded(
 
 
 def load_sharded(directory: Path, files: list[str], hashes: Mapping[str, str] | None = None) -> dict:
-    """Read the named files of `directory` into one dict; names that leave the folder, repeated keys and wrong hashes are refused."""
+    """Read the named files of `directory` into one dict.
+
+    Names that leave the folder, repeated keys and wrong hashes are refused.
+    """
     tensors: dict = {}
     for file in files:
         if not isinstance(file, str) or file in {"", ".", ".."} or Path(file).name != file:
             raise CheckpointError(f"{directory} names the shard {file!r}, which lies outside the folder")
         if hashes and file in hashes and file_hash(directory / file) != hashes[file]:
-            raise CheckpointError(f"{directory / file} does not match the hash its index gives; fetch it again")
+            raise CheckpointError(
+                f"{directory / file} does not match the hash its index gives; fetch it again"
+            )
         shard = load_tensors(directory / file)
         repeated = tensors.keys() & shard.keys()
         if repeated:
-            raise CheckpointError(f"{directory / file} repeats the tensor {sorted(repeated)[0]!r} of another shard")
+            raise CheckpointError(
+                f"{directory / file} repeats the tensor {sorted(repeated)[0]!r} of another shard"
+            )
         tensors.update(shard)
     return tensors
 

@@ -61,7 +61,9 @@ class Request:
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
-                raise InputError(f"unknown field {_shown(name)}; a request has {', '.join(known)}", argument=name)
+                raise InputError(
+                    f"unknown field {_shown(name)}; a request has {', '.join(known)}", argument=name
+                )
         values = dict(values)
         if isinstance(values.get("size"), list):
             values["size"] = tuple(values["size"])
@@ -117,14 +119,17 @@ def _text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise InputError(f"{name} must be text, not {type(value).__name__}", argument=name)
     if len(value) > MAX_PROMPT:
-        raise InputError(f"{name} has {len(value)} characters; at most {MAX_PROMPT} are accepted", argument=name)
+        raise InputError(
+            f"{name} has {len(value)} characters; at most {MAX_PROMPT} are accepted", argument=name
+        )
     if "\0" in value:
         raise InputError(f"{name} holds a NUL character; remove it", argument=name)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{name} holds half of a surrogate pair at position {error.start}; give valid Unicode", argument=name
+            f"{name} holds half of a surrogate pair at position {error.start}; give valid Unicode",
+            argument=name,
         ) from None
 
 

@@ -90,7 +90,7 @@ def test_json_round_trip_and_its_damages(tmp_path):
     assert storage.read_json(path) == {"x": "é", "y": [1, None]}
     for text in (b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"a": ' * 100_000):
         path.write_bytes(text)
-        with pytest.raises(CheckpointError, match="a.json"):
+        with pytest.raises(CheckpointError, match=r"a\.json"):
             storage.read_json(path)
     with pytest.raises(CheckpointError, match="does not exist"):
         storage.read_json(tmp_path / "absent.json")
@@ -119,7 +119,7 @@ class Bomb:
 def test_a_pickle_is_refused_unopened(tmp_path, suffix, protocol):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(pickle.dumps(Bomb(), protocol=protocol))
-    with pytest.raises(CheckpointError, match="pickle|not a safetensors"):
+    with pytest.raises(CheckpointError, match=r"pickle|not a safetensors"):
         storage.load_tensors(path)
 
 
@@ -205,7 +205,9 @@ def test_shards_stay_within_the_limit_and_come_back(tmp_path):
         storage.load_sharded(tmp_path, files)
 
 
-@pytest.mark.parametrize("name", ["../w.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", 3, None])
+@pytest.mark.parametrize(
+    "name", ["../w.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", 3, None]
+)
 def test_an_index_cannot_leave_its_folder(tmp_path, name):
     with pytest.raises(CheckpointError, match="outside"):
         storage.load_sharded(tmp_path, [name], {str(name): "0"})

@@ -82,7 +82,9 @@ def test_accepted(values):
     assert Request.from_dict(request.to_dict()) == request
 
 
-@pytest.mark.parametrize(("name", "value"), REFUSED, ids=lambda v: v[:40] if isinstance(v, str) else type(v).__name__)
+@pytest.mark.parametrize(
+    ("name", "value"), REFUSED, ids=lambda v: v[:40] if isinstance(v, str) else type(v).__name__
+)
 def test_refused_by_the_argument_s_name_in_one_short_line(name, value):
     with pytest.raises(InputError, match=name) as caught:
         Request.from_dict({name: value})
@@ -93,7 +95,7 @@ def test_refused_by_the_argument_s_name_in_one_short_line(name, value):
 
 @pytest.mark.parametrize("size", [[0, 128], [128, -1], [MAX_SIDE + 1, 128], [128.0, 128], ["128", 128]])
 def test_sides_are_named(size):
-    with pytest.raises(InputError, match="width|height"):
+    with pytest.raises(InputError, match=r"width|height"):
         Request.from_dict({"size": size})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def main() -> int:
-    """Run `sfumato` with the process's arguments; returns the exit code (0 done, 1 failed, 2 bad input, 130 stopped)."""
+    """Run `sfumato` with the process's arguments; returns 0 done, 1 failed, 2 bad input or 130 stopped."""
     import sys
 
     from sfumato.cli.app import run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -14,7 +14,7 @@ from sfumato.cli import cost, evaluate, generate, models, scenes, train
 from sfumato.errors import Cancelled, SfumatoError
 
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
-VERBS = {
+VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "generate": (generate.generate, generate.EXAMPLE),
     "train": (train.train, train.EXAMPLE),
     "scenes": (scenes.scenes, scenes.EXAMPLE),

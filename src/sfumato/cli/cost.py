@@ -8,11 +8,13 @@ import typer
 
 from sfumato.cli import parse, show
 
-EXAMPLE = "sfumato cost -m pocket --json"
+EXAMPLE = "sfumato cost -m runs/mine --json"
 
 
 def cost(
-    model: Annotated[str | None, typer.Option("-m", "--model", help="A packaged model's name or a folder.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="A packaged model's name or a folder.")
+    ] = None,
     steps: Annotated[str | None, typer.Option(metavar="N", help="Sampling steps.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,

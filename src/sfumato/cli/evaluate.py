@@ -8,11 +8,13 @@ import typer
 
 from sfumato.cli import parse, show
 
-EXAMPLE = "sfumato evaluate -m pocket --per-group 32"
+EXAMPLE = "sfumato evaluate -m runs/mine --per-group 32"
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Option("-m", "--model", help="A packaged model's name or a folder.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="A packaged model's name or a folder.")
+    ] = None,
     per_group: Annotated[str, typer.Option(metavar="N", help="Prompts per task group.")] = "32",
     steps: Annotated[str | None, typer.Option(metavar="N", help="Sampling steps.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda.")] = None,

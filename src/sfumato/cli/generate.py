@@ -20,20 +20,28 @@ EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw; may be empty.")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="A .png, .jpg or .webp file; several become name-0, name-1 …")
+        Path,
+        typer.Option("-o", "--output", help="A .png, .jpg or .webp file; several become name-0, name-1 …"),
     ] = Path("out.png"),
     count: Annotated[str, typer.Option("-n", "--count", metavar="N", help="How many pictures.")] = "1",
     seed: Annotated[str, typer.Option(metavar="N", help="Picture k is the picture of seed + k.")] = "0",
     steps: Annotated[str | None, typer.Option(metavar="N", help="Sampling steps.")] = None,
-    guidance: Annotated[str | None, typer.Option(metavar="X", help="How strictly to follow the prompt.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(metavar="X", help="How strictly to follow the prompt.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="See `sfumato models`.")] = None,
     schedule: Annotated[str | None, typer.Option(metavar="NAME", help="See `sfumato models`.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels: 128 or 128x96.")] = None,
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What to stay away from.")] = "",
-    model: Annotated[str | None, typer.Option("-m", "--model", help="A packaged model's name or a folder.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; the faster one by default.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="A packaged model's name or a folder.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu or cuda; the faster one by default.")
+    ] = None,
     preview: Annotated[
-        bool, typer.Option("--preview", help="Show the picture forming; beside the output if this is no terminal.")
+        bool,
+        typer.Option("--preview", help="Show the picture forming; beside the output if this is no terminal."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
@@ -80,7 +88,9 @@ def generate(
             show.line(str(file))
 
 
-def _watcher(bar: Progress, model: Any, preview: Path | None) -> tuple[Callable[[Any], None], Callable[[], None]]:
+def _watcher(
+    bar: Progress, model: Any, preview: Path | None
+) -> tuple[Callable[[Any], None], Callable[[], None]]:
     """(on_step, clean up): moves the bar, and shows the forming picture in the terminal or in `name-preview.png`."""
     task = bar.add_task("drawing", total=None)
     file = None if preview is None else preview.with_name(f"{preview.stem}-preview.png")

@@ -49,7 +49,14 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """A rich progress display on standard error that is silent when that is not a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     screen = console()
     with Progress(
@@ -72,12 +79,14 @@ def half_blocks(image: Image, columns: int = 48) -> Text:
     from rich.text import Text
 
     rows = max(1, round(columns * image.height / image.width / 2))
-    pixels = image.convert("RGB").resize((columns, 2 * rows)).load()
+    pixels = image.convert("RGB").resize((columns, 2 * rows)).tobytes()
     text = Text()
     for row in range(rows):
         for column in range(columns):
-            ink = Color.from_rgb(*pixels[column, 2 * row])
-            ground = Color.from_rgb(*pixels[column, 2 * row + 1])
+            above = 3 * (2 * row * columns + column)
+            below = above + 3 * columns
+            ink = Color.from_rgb(*pixels[above : above + 3])
+            ground = Color.from_rgb(*pixels[below : below + 3])
             text.append("▀", Style(color=ink, bgcolor=ground))
         text.append("\n")
     return text

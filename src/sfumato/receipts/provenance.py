@@ -68,10 +68,14 @@ def check_output(path: str | os.PathLike[str], count: int = 1, request: Request 
         if "\0" in str(path):
             raise ValueError
     except ValueError:
-        raise InputError(f"output {shown} holds characters no file name can have", argument="output") from None
+        raise InputError(
+            f"output {shown} holds characters no file name can have", argument="output"
+        ) from None
     try:
         if not path.parent.is_dir():
-            raise InputError(f"the folder {str(path.parent)!r} does not exist; create it first", argument="output")
+            raise InputError(
+                f"the folder {str(path.parent)!r} does not exist; create it first", argument="output"
+            )
         for target in targets(path, count):
             if target.is_dir():
                 raise InputError(f"output {shown} is a folder; name a file in it", argument="output")
@@ -101,7 +105,12 @@ def save_images(result: Result, path: str | os.PathLike[str]) -> list[Path]:
     try:
         with contextlib.ExitStack() as stack:
             for k, (image, file) in enumerate(zip(result.images, files, strict=True)):
-                _save(image, stack.enter_context(atomic_file(file)), file.suffix.lower(), recipe_of(result.recipe, k))
+                _save(
+                    image,
+                    stack.enter_context(atomic_file(file)),
+                    file.suffix.lower(),
+                    recipe_of(result.recipe, k),
+                )
     except OSError as error:
         raise SfumatoError(f"{path} could not be written: {error.strerror or error}") from error
     return files
@@ -240,7 +249,9 @@ def _xmp_recipe(packet: bytes | str | None) -> str | None:
 
 def _check_segment(size: int) -> None:
     if size > JPEG_SEGMENT:
-        raise InputError("the prompt is too long for a JPEG to carry; write a .png or .webp", argument="output")
+        raise InputError(
+            "the prompt is too long for a JPEG to carry; write a .png or .webp", argument="output"
+        )
 
 
 def _tool() -> str:
