@@ -434,3 +434,49 @@ class TestPixels:
             read(tmp_path, crop="left")
         with pytest.raises(InputError, match="part must be"):
             read(tmp_path, part="test")
+
+
+class TestCache:
+    def test_a_checked_folder_is_not_decoded_again(self, tmp_path, monkeypatch):
+        folder = fill(tmp_path / "set", 30)
+        put(folder, "cut.png", "cut")
+        (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-9])
+        first = read(folder, cache=tmp_path / "cache")
+        plain = read(folder)
+        assert first.problems == plain.problems and len(first) == len(plain) == 30
+        decoded = []
+        original = FolderSource._inspect
+        monkeypatch.setattr(FolderSource, "_inspect", lambda s, e: decoded.append(e.name) or original(s, e))
+        again = read(folder, cache=tmp_path / "cache")
+        assert decoded == [] and again.problems == first.problems
+        put(folder, "p004.png", colour=(0, 99, 0))
+        os.utime(folder / "p004.png", ns=(1, 1))
+        changed = read(folder, cache=tmp_path / "cache")
+        assert decoded == ["p004.png"]
+        assert [i for i in range(30) if changed.digest(i) != first.digest(i)] == [4]
+        assert changed.pixels([4])[0, 0, 0].tolist() == [0, 99, 0]
+        for damaged in ("", "{", "[]"):
+            next((tmp_path / "cache").glob("checked-*")).write_text(damaged)
+            assert len(read(folder, cache=tmp_path / "cache")) == 30
+
+    def test_prepared_pixels_are_the_same_and_need_no_file(self, tmp_path):
+        folder = fill(tmp_path / "set", 20)
+        generator = np.random.default_rng(0)
+        for number in range(20):
+            size = (50, 30, 3) if number % 4 else (40, 40, 3)
+            Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)).save(
+                folder / f"p{number:03d}.png"
+            )
+        options = {"flip": True, "crop": "random", "seed": 4}
+        plain = read(folder, **options)
+        want = {size: plain.pixels(members) for size, members in plain.buckets().items()}
+        steps = []
+        made = read(folder, cache=tmp_path / "cache", **options).prepare(lambda *p: steps.append(p))
+        assert steps[-1] == (20, 20) and len(want) == 2
+        for number in range(20):
+            (folder / f"p{number:03d}.png").unlink()  # from here on only the cache can answer
+        assert [made.digest(i) for i in range(40)] == [plain.digest(i) for i in range(40)]
+        for size, members in plain.buckets().items():
+            assert np.array_equal(made.pixels(members), want[size])
+            with pytest.raises(DataError, match="cannot be read"):
+                plain.pixels(members)
