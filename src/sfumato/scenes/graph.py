@@ -1,0 +1,208 @@
+"""The scene graph: what is in a picture, as plain frozen values that survive JSON.
+
+World axes: x and y span the floor (z = 0), z points up; lengths are in world units (a large object is about 2 across),
+angles in radians. "Viewer" axes are the camera's: right, away along the floor, and up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sfumato.errors import DataError
+
+SHAPES = ("sphere", "cube", "cylinder", "cone", "torus", "capsule")
+COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow", "orange", "pink")
+MATERIALS = ("metal", "rubber")
+SIZES = ("small", "large")
+RELATIONS = ("left of", "right of", "in front of", "behind")
+INVERSE = {"left of": "right of", "right of": "left of", "in front of": "behind", "behind": "in front of"}
+MOTIONS = ("left", "right", "toward", "away")
+SPEEDS = ("slow", "fast")
+
+RADIUS = {"small": 0.56, "large": 1.0}  # world units; multiplies a shape's own proportions
+HALF_HEIGHT = {"sphere": 0.92, "cube": 0.74, "cylinder": 0.74, "cone": 0.86, "torus": 0.30, "capsule": 0.98}
+HALF_WIDTH = {"sphere": 0.92, "cube": 1.047, "cylinder": 0.74, "cone": 0.92, "torus": 0.96, "capsule": 0.50}
+SIDE_MARGIN = 0.85  # world units between centres, along the viewer's right, before "left of" may be said
+DEPTH_MARGIN = 1.0  # the same along the viewer's depth for "in front of"
+FAST = 0.95  # world units per second above which a motion is fast; below STILL it is none
+STILL = 0.05
+
+
+@dataclass(frozen=True)
+class Object:
+    """One solid on the floor. position: its centre (x, y, z); velocity: (x, y) per second; spin: radians per second."""
+
+    shape: str
+    color: str
+    material: str
+    size: str
+    position: tuple[float, float, float]
+    yaw: float = 0.0
+    tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    velocity: tuple[float, float] = (0.0, 0.0)
+    spin: float = 0.0
+
+    @property
+    def radius(self) -> float:
+        return RADIUS[self.size]
+
+    def at(self, seconds: float) -> tuple[float, float, float, float]:
+        """Centre x, y, z and yaw after `seconds`."""
+        x, y, z = self.position
+        return x + self.velocity[0] * seconds, y + self.velocity[1] * seconds, z, self.yaw + self.spin * seconds
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Looks at `target` from `distance`, turned by `azimuth` and raised by `elevation`; `fov` is across the picture."""
+
+    azimuth: float
+    elevation: float
+    distance: float
+    fov: float
+    target: tuple[float, float, float]
+
+    def axes(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+        """Position, and unit vectors right, up and forward."""
+        sa, ca = math.sin(self.azimuth), math.cos(self.azimuth)
+        se, ce = math.sin(self.elevation), math.cos(self.elevation)
+        forward = (ce * sa, ce * ca, -se)
+        position = tuple(t - self.distance * f for t, f in zip(self.target, forward, strict=True))
+        return position, (ca, -sa, 0.0), (se * sa, se * ca, ce), forward
+
+    def floor_axes(self, x: float, y: float) -> tuple[float, float]:
+        """A floor vector as the viewer has it: (right, away)."""
+        sa, ca = math.sin(self.azimuth), math.cos(self.azimuth)
+        return ca * x - sa * y, sa * x + ca * y
+
+    def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
+        """Picture coordinates in [0, 1] (right, down) and depth along the view axis, for a square picture."""
+        p, r, u, f = self.axes()
+        dx, dy, dz = x - p[0], y - p[1], z - p[2]
+        depth = dx * f[0] + dy * f[1] + dz * f[2]
+        scale = 0.5 / (math.tan(self.fov / 2) * depth)
+        right = dx * r[0] + dy * r[1] + dz * r[2]
+        up = dx * u[0] + dy * u[1] + dz * u[2]
+        return 0.5 + right * scale, 0.5 - up * scale, depth
+
+
+@dataclass(frozen=True)
+class Light:
+    """A far area light: azimuth relative to the world, elevation, linear RGB colour, and angular softness."""
+
+    azimuth: float
+    elevation: float
+    color: tuple[float, float, float]
+    softness: float
+
+    def direction(self) -> tuple[float, float, float]:
+        """Unit vector from the scene to the light."""
+        ce = math.cos(self.elevation)
+        return ce * math.sin(self.azimuth), ce * math.cos(self.azimuth), math.sin(self.elevation)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Linear RGB of the floor, of the backdrop it fades into, and of the light that falls from all sides."""
+
+    color: tuple[float, float, float]
+    backdrop: tuple[float, float, float]
+    ambient: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything a picture or clip shows."""
+
+    objects: tuple[Object, ...]
+    camera: Camera
+    light: Light
+    floor: Floor
+    frames: int = 1
+    fps: float = 8.0
+
+    def times(self) -> list[float]:
+        """Seconds at which the frames are taken."""
+        return [frame / self.fps for frame in range(self.frames)]
+
+
+def motion_of(scene: Scene, obj: Object) -> tuple[str, str] | None:
+    """(speed, direction) as the viewer sees it, or None for an object at rest."""
+    right, away = scene.camera.floor_axes(*obj.velocity)
+    speed = math.hypot(right, away)
+    if scene.frames < 2 or speed < STILL:
+        return None
+    direction = ("right" if right > 0 else "left") if abs(right) >= abs(away) else ("away" if away > 0 else "toward")
+    return "fast" if speed >= FAST else "slow", direction
+
+
+def related(scene: Scene, subject: int, relation: str, other: int) -> bool:
+    """Whether the relation holds between two objects by a clear margin, in every frame."""
+    a, b = scene.objects[subject], scene.objects[other]
+    for seconds in (0.0, scene.times()[-1]):  # motion is straight, so the ends bound the whole
+        pa, pb = a.at(seconds), b.at(seconds)
+        right, away = scene.camera.floor_axes(pa[0] - pb[0], pa[1] - pb[1])
+        gap = {"left of": -right, "right of": right, "in front of": -away, "behind": away}[relation]
+        if gap < (SIDE_MARGIN if relation in RELATIONS[:2] else DEPTH_MARGIN):
+            return False
+    return True
+
+
+def relations(scene: Scene) -> tuple[tuple[int, str, int], ...]:
+    """All (subject, relation, object) triples that hold."""
+    indices = range(len(scene.objects))
+    return tuple((i, r, j) for i in indices for j in indices if i != j for r in RELATIONS if related(scene, i, r, j))
+
+
+def scene_hash(scene: Scene) -> str:
+    """Hash of the meaning alone: the multiset of attributes and motions, and of relations between attributed objects.
+
+    Positions, light, camera and the order of the objects do not enter, so two pictures with one hash show the same thing.
+    """
+    names = [
+        " ".join((o.size, o.color, o.material, o.shape, *(motion_of(scene, o) or ()))) for o in scene.objects
+    ]
+    triples = sorted(f"{names[i]}>{r}>{names[j]}" for i, r, j in relations(scene) if r in ("left of", "in front of"))
+    return hashlib.sha256("|".join([*sorted(names), "", *triples]).encode()).hexdigest()
+
+
+def scene_to_dict(scene: Scene) -> dict[str, Any]:
+    """Plain JSON values; floats are kept exactly."""
+    return asdict(scene)
+
+
+def scene_from_dict(values: dict[str, Any]) -> Scene:
+    """The inverse of `scene_to_dict`. Raises `DataError` for missing fields or words outside the vocabulary."""
+    try:
+        objects = tuple(Object(**{k: _plain(v) for k, v in o.items()}) for o in values["objects"])
+        parts = [
+            kind(**{k: _plain(v) for k, v in values[name].items()})
+            for name, kind in (("camera", Camera), ("light", Light), ("floor", Floor))
+        ]
+        scene = Scene(objects, *parts, frames=int(values["frames"]), fps=float(values["fps"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"this is not a scene graph: {error}") from None
+    for obj in objects:
+        for name, words in (("shape", SHAPES), ("color", COLORS), ("material", MATERIALS), ("size", SIZES)):
+            if getattr(obj, name) not in words:
+                raise DataError(f"{name} {getattr(obj, name)!r} is unknown; use one of {', '.join(words)}")
+    return scene
+
+
+def scene_to_json(scene: Scene) -> str:
+    return json.dumps(scene_to_dict(scene))
+
+
+def scene_from_json(text: str) -> Scene:
+    try:
+        return scene_from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise DataError(f"this is not a scene graph: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    return tuple(float(v) for v in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,457 @@
+"""Scenes to pictures: a batched ray tracer in plain tensor operations, the same on the CPU and the GPU.
+
+Rays are kept as lists, and each shape is met only by rays near an object of that shape: (ray, object) pairs are listed
+first from picture boxes (primary rays) or from bounding spheres (all others), then intersected shape by shape. Soft
+shadows are the smallest signed distance between the way to the light and a solid, over the light's width there.
+Only correctly rounded operations are used, so a picture does not depend on the batch it is rendered in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import InputError
+from sfumato.scenes.graph import SHAPES, Scene
+from sfumato.scenes.pack import OBJ, SHOT, Shots, pack
+from sfumato.scenes.solids import HIT, INF, SDF, Vec, along, dot, unit
+
+CHUNK_RAYS = {"cpu": 2**17, "cuda": 2**22}
+SUBSAMPLES = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # rotated grid, in pixels
+EDGE = 0.035  # difference in brightness between neighbours from which a pixel is sampled four times
+BISECTIONS = 7
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Render:
+    """rgb: (B, 3, T, H, W) in [0, 1]; depth: (B, T, H, W) along the view axis; instances: (B, T, H, W) uint8, 0 for the
+    floor and k for object k - 1; normals: (B, 3, T, H, W), unit, in world axes."""
+
+    rgb: Tensor
+    depth: Tensor
+    instances: Tensor
+    normals: Tensor
+
+
+def render(scenes: Sequence[Scene], size: int = 128, device: str | torch.device = "cpu", *, antialias: bool = True) -> Render:
+    """Render scenes with equally many frames at `size` × `size` pixels. Raises `InputError`."""
+    if not scenes:
+        raise InputError("there is no scene to render", argument="scenes")
+    if not 8 <= size <= 4096:
+        raise InputError(f"size {size} is outside 8 to 4096", argument="size")
+    frames = scenes[0].frames
+    if any(scene.frames != frames for scene in scenes):
+        raise InputError("scenes of one batch must have equally many frames", argument="scenes")
+    device = torch.device(device)
+    shots = [(scene, seconds) for scene in scenes for seconds in scene.times()]
+    per_chunk = max(1, CHUNK_RAYS.get(device.type, 2**17) // (size * size))
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(shots), per_chunk):
+            parts.append(_render_shots(pack(shots[start : start + per_chunk], device), size, antialias))
+    rgb, depth, instances, normals = (torch.cat(part) for part in zip(*parts, strict=True))
+    batch = (len(scenes), frames)
+    return Render(
+        rgb.unflatten(0, batch).transpose(1, 2).contiguous(),
+        depth.unflatten(0, batch),
+        instances.unflatten(0, batch),
+        normals.unflatten(0, batch).transpose(1, 2).contiguous(),
+    )
+
+
+class _Rays:
+    """Rays of many shots. Dense: tensors (S, N), shot s in row s. Listed: tensors (R,), with the shot of each."""
+
+    def __init__(self, shots: Shots, shot: Tensor | None):
+        self.shots, self.shot = shots, shot
+        self._known: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A property of each ray's shot, shaped to broadcast with the rays."""
+        if name not in self._known:
+            row = self.shots.shots[SHOT[name]]
+            self._known[name] = row[:, None] if self.shot is None else row[self.shot]
+        return self._known[name]
+
+    def vec(self, *names: str) -> Vec:
+        return tuple(self[name] for name in names)
+
+
+def _render_shots(shots: Shots, size: int, antialias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, device = len(shots), shots.shots.device
+    line = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) * (2.0 / size) - 1.0
+    across = line.repeat(size)[None]
+    down = line.repeat_interleave(size)[None]
+    rays = _Rays(shots, None)
+    color, depth, inst, normal = _primary(rays, across, down, size)
+    image = torch.stack(color, 1).reshape(count, 3, size, size)
+    inst = inst.reshape(count, size, size)
+    if antialias:
+        pixel = _edges(image, inst).reshape(-1).nonzero()[:, 0]
+        shot = pixel // (size * size)
+        spot = pixel - shot * (size * size)
+        total = [torch.zeros_like(pixel, dtype=torch.float32) for _ in range(3)]
+        fine = _Rays(shots, shot.repeat(4))
+        x = torch.cat([across[0][spot] + dx * (2.0 / size) for dx, _ in SUBSAMPLES])
+        y = torch.cat([down[0][spot] + dy * (2.0 / size) for _, dy in SUBSAMPLES])
+        samples = _primary(fine, x, y, size)[0]
+        flat = image.reshape(count, 3, -1)
+        for c in range(3):
+            a = samples[c].reshape(4, -1)
+            flat[:, c][shot, spot] = ((a[0] + a[1]) + (a[2] + a[3])) * 0.25
+        del total
+    shape = (count, 3, size, size)
+    return _srgb(image), depth.reshape(count, size, size), inst, torch.stack(normal, 1).reshape(shape)
+
+
+def _edges(image: Tensor, inst: Tensor) -> Tensor:
+    """Pixels that differ from a neighbour in object or brightness: (S, H, W) bool."""
+    light = (image[:, 0] * 0.3 + image[:, 1] * 0.6 + image[:, 2] * 0.1).sqrt()
+    mask = torch.zeros_like(inst, dtype=torch.bool)
+    for a, b in (
+        ((slice(None), slice(1, None)), (slice(None), slice(None, -1))),
+        ((slice(None), slice(None), slice(1, None)), (slice(None), slice(None), slice(None, -1))),
+    ):
+        differs = (inst[a] != inst[b]) | ((light[a] - light[b]).abs() > EDGE)
+        mask[a] |= differs
+        mask[b] |= differs
+    return mask
+
+
+def _srgb(linear: Tensor) -> Tensor:
+    """Linear light to sRGB by three nested square roots, within 0.003 of the standard's curve."""
+    a = linear.clamp(0, 1).sqrt()
+    b = a.sqrt()
+    return (a * 0.585122381 + b * 0.783140355 - b.sqrt() * 0.368262736).clamp(0, 1)
+
+
+def _tone(v: Tensor) -> Tensor:
+    """A straight line up to 0.7, then a shoulder that never reaches 1."""
+    over = (v - 0.7).clamp(min=0)
+    return torch.where(v < 0.7, v, 0.7 + over * 0.3 / (over + 0.3))
+
+
+def _primary(rays: _Rays, across: Tensor, down: Tensor, size: int) -> tuple[Vec, Tensor, Tensor, Vec]:
+    """Colour (linear, tone-mapped), depth, instance and normal of camera rays through points in [-1, 1]²."""
+    tangent = rays["tan"]
+    a, b = across * tangent, -(down * tangent)
+    f = rays.vec("fx", "fy", "fz")
+    d = unit(tuple(f[i] + a * rays["r" + "xyz"[i]] + b * rays["u" + "xyz"[i]] for i in range(3)))
+    origin = rays.vec("px", "py", "pz")
+    t_floor = torch.where(d[2] < -1e-4, -origin[2] / d[2].clamp(max=-1e-4), INF)
+    ground = along(origin, t_floor, d)
+    shape = t_floor.shape
+    dense = rays.shot is None
+    flat_d = tuple(v.reshape(-1) for v in d)
+    if dense:
+        n = shape[1]
+        near = _box_pairs(rays.shots, size, ("u0", "u1", "v0", "v1"))
+        under = _box_pairs(rays.shots, size, ("s0", "s1", "w0", "w1"))
+        shot_of_ray = None
+    else:
+        n = 0
+        near, under, shot_of_ray = None, None, rays.shot
+    # floor everywhere, then objects over it
+    lit, ao = _shadows(rays, ground, shot_of_ray, under, n)
+    color = _floor_color(rays, ground, lit, ao, t_floor)
+    color = [c.reshape(-1).clone() if c.shape != shape else c.reshape(-1) for c in color]
+    color = [c.expand(shape).reshape(-1) if c.numel() != t_floor.numel() else c for c in color]
+    starts = origin if not dense else tuple(v.expand(shape).reshape(-1) for v in origin)
+    pairs = near if near is not None else _sphere_pairs(rays, starts, flat_d, None)
+    best, ray, obj, normal = _closest(rays.shots, starts, flat_d, pairs, t_floor.numel())
+    total = torch.minimum(best, t_floor.reshape(-1))
+    forward = d[0] * f[0] + d[1] * f[1] + d[2] * f[2]
+    depth = total.reshape(shape) * forward
+    inst = torch.zeros(t_floor.numel(), dtype=torch.uint8, device=total.device)
+    inst[ray] = (obj - obj // rays.shots.slots * rays.shots.slots + 1).to(torch.uint8) if len(obj) else inst[ray]
+    full = [torch.zeros_like(total), torch.zeros_like(total), torch.ones_like(total)]
+    if len(ray):
+        hit_d = tuple(v[ray] for v in flat_d)
+        point = along(tuple(v[ray] for v in starts), best[ray], hit_d)
+        listed = _Rays(rays.shots, obj // rays.shots.slots)
+        shaded = _object_color(listed, point, hit_d, normal, obj)
+        for c in range(3):
+            color[c][ray] = shaded[c]
+            full[c][ray] = normal[c]
+    return tuple(_tone(c).reshape(shape) for c in color), depth, inst.reshape(shape), tuple(v.reshape(shape) for v in full)
+
+
+def _box_pairs(shots: Shots, size: int, names: tuple[str, str, str, str]) -> tuple[Tensor, Tensor]:
+    """(ray, object) for every pixel in every object's picture box, objects in the order of their shape."""
+    table = shots.objects
+    order = torch.argsort(table[OBJ["shape"]], stable=True)
+    order = order[table[OBJ["bound"]][order] > 0]
+    x0, x1, y0, y1 = (table[OBJ[name]][order] * size for name in names)
+    x0, y0 = x0.floor().long(), y0.floor().long()
+    wide = (x1.ceil().long() - x0).clamp(min=0)
+    high = (y1.ceil().long() - y0).clamp(min=0)
+    sizes = wide * high
+    which = torch.repeat_interleave(torch.arange(len(order), device=table.device), sizes)
+    inside = torch.arange(len(which), device=table.device) - (sizes.cumsum(0) - sizes)[which]
+    row = inside // wide[which]
+    obj = order[which]
+    start = (obj // max(shots.slots, 1)) * (size * size) + y0[which] * size + x0[which]
+    return start + row * size + (inside - row * wide[which]), obj
+
+
+def _sphere_pairs(rays: _Rays, o: Vec, d: Vec, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(ray, object) where a listed ray passes an object's bounding sphere, other than its own, in the order of shapes."""
+    table, slots = rays.shots.objects, rays.shots.slots
+    found = []
+    for k in range(slots):
+        obj = rays.shot * slots + k
+        c = tuple(table[OBJ[name]][obj] - o[i] for i, name in enumerate(("cx", "cy", "cz")))
+        bound = table[OBJ["bound"]][obj]
+        middle = dot(c, d)
+        near = (dot(c, c) - middle * middle < bound * bound) & (middle > -bound) & (bound > 0)
+        if own is not None:
+            near &= obj != own
+        ray = near.nonzero()[:, 0]
+        found.append((ray, obj[ray]))
+    return _by_shape(rays.shots, found, o[0].device)
+
+
+def _by_shape(shots: Shots, found: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    if not found:
+        empty = torch.zeros(0, dtype=torch.long, device=device)
+        return empty, empty
+    ray, obj = (torch.cat(part) for part in zip(*found, strict=True))
+    order = torch.argsort(shots.objects[OBJ["shape"]][obj].to(torch.uint8), stable=True)
+    return ray[order], obj[order]
+
+
+def _runs(shots: Shots, obj: Tensor) -> list[slice]:
+    """Where each shape's pairs lie in a list of objects in the order of shapes."""
+    shape = shots.objects[OBJ["shape"]][obj].contiguous()
+    ends = torch.searchsorted(shape, torch.arange(len(SHAPES), device=shape.device, dtype=shape.dtype), right=True)
+    stops = [0, *ends.tolist()]
+    return [slice(a, b) for a, b in zip(stops, stops[1:], strict=False)]
+
+
+def _local(table: Tensor, obj: Tensor, o: Vec, d: Vec | None) -> tuple[Vec, Vec | None]:
+    """Points and directions in the frames of the objects."""
+    columns = table[: OBJ["inverse"] + 1][:, obj]
+    cos, sin, inverse = columns[OBJ["cos"]], columns[OBJ["sin"]], columns[OBJ["inverse"]]
+    x, y, z = o[0] - columns[0], o[1] - columns[1], o[2] - columns[2]
+    cos, sin = cos * inverse, sin * inverse
+    at = (x * cos + y * sin, y * cos - x * sin, z * inverse)
+    if d is None:
+        return at, None
+    return at, (d[0] * cos + d[1] * sin, d[1] * cos - d[0] * sin, d[2] * inverse)
+
+
+def _closest(
+    shots: Shots, o: Vec, d: Vec, pairs: tuple[Tensor, Tensor], count: int
+) -> tuple[Tensor, Tensor, Tensor, Vec]:
+    """Nearest hit: distance of every ray (INF if none), then ray, object and world normal of those that hit."""
+    ray, obj = pairs
+    table = shots.objects
+    best = torch.full((count,), INF, device=table.device)
+    at, to = _local(table, obj, tuple(v[ray] for v in o), tuple(v[ray] for v in d))
+    # start at the point nearest the object's centre: keeps float32 exact enough at any distance
+    middle = -dot(at, to) / dot(to, to)
+    at = along(at, middle, to)
+    times, normals = [], []
+    for run, hit in zip(_runs(shots, obj), HIT, strict=True):
+        t, normal = hit(tuple(v[run] for v in at), tuple(v[run] for v in to))
+        times.append(t)
+        normals.append(normal)
+    t = torch.cat(times)
+    t = torch.where(t < INF * 0.5, t + middle, INF)
+    t = torch.where(t > 1e-4, t, INF)
+    best.scatter_reduce_(0, ray, t, "amin")
+    won = ((t < INF * 0.5) & (t == best[ray])).nonzero()[:, 0]
+    ray, obj = ray[won], obj[won]
+    x, y, z = (torch.cat([n[i] for n in normals])[won] for i in range(3))
+    cos, sin = table[OBJ["cos"]][obj], table[OBJ["sin"]][obj]
+    return best, ray, obj, unit((x * cos - y * sin, x * sin + y * cos, z))
+
+
+def _shadows(rays, point: Vec, shot: Tensor | None, pairs, n: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Share of the key light that reaches each point, and of the light from all sides that nearby objects let through."""
+    shots = rays.shots
+    table, slots = shots.objects, shots.slots
+    total = point[0].numel()
+    flat = tuple(v.reshape(-1) for v in point)
+    if pairs is None:
+        found = []
+        light = rays.vec("lx", "ly", "lz")
+        for k in range(slots):
+            obj = shot * slots + k
+            c = tuple(table[OBJ[name]][obj] - flat[i] for i, name in enumerate(("cx", "cy", "cz")))
+            bound = table[OBJ["bound"]][obj]
+            middle = dot(c, light)
+            wide = bound + rays["soft"] * (middle + bound).clamp(min=0)
+            square = dot(c, c)
+            near = (square - middle * middle < wide * wide) & (middle > -bound)
+            near = (near | (square < (bound + bound) * (bound + bound))) & (bound > 0)
+            if own is not None:
+                near &= obj != own
+            ray = near.nonzero()[:, 0]
+            found.append((ray, obj[ray]))
+        pairs = _by_shape(shots, found, flat[0].device)
+    ray, obj = pairs
+    owner = obj // max(slots, 1)
+    start = tuple(v[ray] for v in flat)
+    to = tuple(shots.shots[SHOT[name]][owner] for name in ("lx", "ly", "lz"))
+    p, d = _local(table, obj, start, to)
+    scale, inverse, soft = table[OBJ["scale"]][obj], table[OBJ["inverse"]][obj], shots.shots[SHOT["soft"]][owner]
+    # in units of the object's radius the unit light direction has length 1 / scale: use steps of that length instead
+    d = tuple(v * scale for v in d)
+    bound = table[OBJ["bound"]][obj] * inverse
+    runs = _runs(shots, obj)
+
+    def distance(t: Tensor) -> Tensor:
+        q = along(p, t, d)
+        return torch.cat([sdf(tuple(v[run] for v in q)) for run, sdf in zip(runs, SDF, strict=True)])
+
+    middle = -dot(p, d)
+    low, high = (middle - bound).clamp(min=0), (middle + bound).clamp(min=0)
+    a, b = high - (high - low) * GOLDEN, low + (high - low) * GOLDEN
+    da, db = distance(a), distance(b)
+    for _ in range(BISECTIONS):  # golden section: the distance is convex along a line for convex solids
+        left = da < db
+        low, high = torch.where(left, low, a), torch.where(left, b, high)
+        width = (high - low) * GOLDEN
+        fresh = torch.where(left, high - width, low + width)
+        d_fresh = distance(fresh)
+        a, b = torch.where(left, fresh, b), torch.where(left, a, fresh)
+        da, db = torch.where(left, d_fresh, db), torch.where(left, da, d_fresh)
+    least, where = torch.minimum(da, db), torch.where(da < db, a, b)
+    s = (least / (soft * where + 0.025) * 0.5 + 0.5).clamp(0, 1)
+    s = s * s * (3.0 - s - s)
+    lit = torch.ones(slots, total, device=s.device)
+    slot = obj - owner * max(slots, 1)
+    spot = slot * total + ray
+    lit.view(-1)[spot] = torch.where(high > 0, s, 1.0)
+    up = distance_at(shots, p, runs, 0.30)
+    ao = torch.ones(slots, total, device=s.device)
+    near = (1.0 - (up + 0.06) * (1 / 0.62)).clamp(0, 1)
+    ao.view(-1)[spot] = 1.0 - near * near * 0.62
+    shape = point[0].shape
+    return _product(lit, total).reshape(shape), _product(ao, total).reshape(shape)
+
+
+def distance_at(shots: Shots, p: Vec, runs: list[slice], lift: float) -> Tensor:
+    """Signed distance a little above each point, in the object's radii."""
+    return torch.cat([sdf((p[0][r], p[1][r], p[2][r] + lift)) for r, sdf in zip(runs, SDF, strict=True)])
+
+
+def _product(rows: Tensor, total: int) -> Tensor:
+    if not len(rows):
+        return torch.ones(total, device=rows.device)
+    out = rows[0]
+    for row in rows[1:]:
+        out = out * row
+    return out
+
+
+def _floor_color(rays: _Rays, point: Vec, lit: Tensor, ao: Tensor, t: Tensor) -> list[Tensor]:
+    """Linear radiance of the floor: a pool of light that fades into the backdrop."""
+    x, y = point[0] - rays["tx"], point[1] - rays["ty"]
+    away = x * rays["hx"] + y * rays["hy"]
+    fade = ((away - 2.0) * (1 / 8.0)).clamp(0, 1)
+    fade = fade * fade * (3.0 - fade - fade)
+    spread = (x * x + y * y) * (1 / 60.0)
+    pool = 1.0 / (1.0 + spread)
+    key = lit * rays["lz"] * 0.86
+    out = []
+    for name in "rgb":
+        near = rays["floor_" + name] * (key * rays["k" + name] * pool + ao * rays["amb_" + name] * 0.34 * (0.5 + 0.5 * pool))
+        shade = 0.55 + 0.45 * (lit * ao)
+        out.append(near + fade * (rays["back_" + name] * 0.72 * shade - near))
+    return out
+
+
+def _sky(rays: _Rays, d: Vec) -> list[Tensor]:
+    """What a mirror sees above the floor: backdrop, darker zenith, the key light as a soft box and a strip behind."""
+    light = rays.vec("lx", "ly", "lz")
+    rise = d[2].clamp(0, 1)
+    facing = dot(d, light)
+    box = ((facing - 0.90) * (1 / 0.05)).clamp(0, 1)
+    box = box * box * (3.0 - box - box)
+    strip = ((d[0] * rays["hx"] + d[1] * rays["hy"] - 0.2) * 1.4).clamp(0, 1) * (1.0 - (rise - 0.45).abs() * 5.0).clamp(0, 1)
+    level = 0.95 - 0.62 * rise * (2.0 - rise)
+    return [rays["back_" + n] * level + (2.6 * box + 0.5 * strip) * rays["k" + n] for n in "rgb"]
+
+
+def _albedo(shots: Shots, obj: Tensor) -> list[Tensor]:
+    return [shots.objects[OBJ[name]][obj] for name in "rgb"]
+
+
+def _diffuse(rays: _Rays, point: Vec, normal: Vec, lit: Tensor) -> list[Tensor]:
+    """Irradiance over pi at points of objects: key light, sky from above, the floor's light from below."""
+    facing = (dot(normal, rays.vec("lx", "ly", "lz")) * 1.08 - 0.02).clamp(0, 1)
+    up = 0.5 + 0.5 * normal[2]
+    ground = (point[2] * 0.9).clamp(0, 1)
+    low = 0.45 + 0.55 * ground * (2.0 - ground)
+    out = []
+    for n in "rgb":
+        bounce = rays["floor_" + n] * (1.0 - up) * 0.42 * (0.35 + 0.65 * ground)
+        out.append(facing * lit * rays["k" + n] * 0.92 + rays["amb_" + n] * (0.12 + 0.26 * up) * (low + (1.0 - low) * up) + bounce)
+    return out
+
+
+def _object_color(rays: _Rays, point: Vec, d: Vec, normal: Vec, obj: Tensor) -> list[Tensor]:
+    """Linear radiance of objects: matte rubber with a dull sheen, or tinted metal with one mirror bounce."""
+    shots = rays.shots
+    light = rays.vec("lx", "ly", "lz")
+    lifted = along(point, torch.full_like(point[0], 1e-3), normal)
+    lit, ao = _shadows(rays, lifted, rays.shot, None, 0, own=obj)
+    albedo = _albedo(shots, obj)
+    light_in = _diffuse(rays, point, normal, lit)
+    half = unit(tuple(light[i] - d[i] for i in range(3)))
+    gloss = dot(normal, half).clamp(min=0)
+    for _ in range(4):
+        gloss = gloss * gloss
+    grazing = (1.0 + dot(normal, d)).clamp(0, 1)
+    fresnel = grazing * grazing * grazing
+    ao = 0.35 + 0.65 * ao
+    out = []
+    for c, n in enumerate("rgb"):
+        sheen = 0.10 * gloss * lit * rays["k" + n] + 0.10 * fresnel * rays["back_" + n]
+        out.append(albedo[c] * light_in[c] * ao + sheen)
+    metal = (shots.objects[OBJ["metal"]][obj] > 0.5).nonzero()[:, 0]
+    if not len(metal):
+        return out
+    mirror = _Rays(shots, rays.shot[metal])
+    n_m, d_m = tuple(v[metal] for v in normal), tuple(v[metal] for v in d)
+    twice = dot(n_m, d_m) * -2.0
+    bounce = along(d_m, twice, n_m)
+    seen = _mirror(mirror, tuple(v[metal] for v in lifted), bounce, obj[metal])
+    f = fresnel[metal]
+    gloss, lit = gloss[metal], lit[metal]
+    for _ in range(3):
+        gloss = gloss * gloss
+    for c, n in enumerate("rgb"):
+        base = albedo[c][metal]
+        tint = base * 0.94 + 0.05
+        mirror_color = seen[c] * (tint + (0.9 - tint).clamp(min=0) * f)
+        out[c][metal] = base * light_in[c][metal] * 0.34 + mirror_color * 0.92 + 1.6 * gloss * lit * mirror["k" + n]
+    return out
+
+
+def _mirror(rays: _Rays, o: Vec, d: Vec, own: Tensor) -> list[Tensor]:
+    """What reflected rays see: the floor with its shadows, other objects in plain light, else the studio."""
+    out = _sky(rays, d)
+    down = (d[2] < -1e-3).nonzero()[:, 0]
+    if len(down):
+        below = _Rays(rays.shots, rays.shot[down])
+        o_d, d_d = tuple(v[down] for v in o), tuple(v[down] for v in d)
+        t = -o_d[2] / d_d[2]
+        ground = along(o_d, t, d_d)
+        lit, ao = _shadows(below, ground, below.shot, None, 0)
+        for c, color in enumerate(_floor_color(below, ground, lit, ao, t)):
+            out[c][down] = color
+    best, ray, obj, normal = _closest(rays.shots, o, d, _sphere_pairs(rays, o, d, own), o[0].numel())
+    if len(ray):
+        hit = _Rays(rays.shots, rays.shot[ray])
+        point = along(tuple(v[ray] for v in o), best[ray], tuple(v[ray] for v in d))
+        light_in = _diffuse(hit, point, normal, torch.ones_like(point[0]))
+        for c, base in enumerate(_albedo(rays.shots, obj)):
+            out[c][ray] = base * light_in[c]
+    return out

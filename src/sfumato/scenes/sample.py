@@ -1,0 +1,232 @@
+"""Random scenes: a pure function of the seed, drawn with the one generator whose stream Python promises to keep."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+from sfumato.errors import InputError
+from sfumato.scenes.graph import (
+    COLORS,
+    HALF_HEIGHT,
+    HALF_WIDTH,
+    MATERIALS,
+    RADIUS,
+    SHAPES,
+    Camera,
+    Floor,
+    Light,
+    Object,
+    Scene,
+)
+from sfumato.scenes.splits import HELD_COUNTS, HELD_MOTIONS, HELD_PAIRS, HELD_RELATIONS, SPLITS, split_of
+
+COUNT_WEIGHTS = (0.25, 0.37, 0.20, 0.11, 0.07)  # of 1, 2, 3, 4, 5 objects
+FRAME_MARGIN = 0.025  # of the picture's side
+GAP = 0.28  # world units of free floor between two objects
+MIN_VISIBLE = 0.55  # of an object's outline, counted as if every nearer object filled its own
+VIEW_HALF_WIDTH = 2.85  # world units from the centre to the picture's edge, at the target's distance
+SPEED = {"slow": (0.4, 0.7), "fast": (1.3, 1.7)}  # world units per second
+ATTEMPTS = 4000
+_SPIRAL = [
+    (math.sqrt((k + 0.5) / 20) * math.cos(2.399963 * k), math.sqrt((k + 0.5) / 20) * math.sin(2.399963 * k))
+    for k in range(20)
+]
+
+
+def sample_scene(
+    seed: int,
+    *,
+    split: str = "train",
+    objects: tuple[int, int] = (1, 5),
+    frames: int = 1,
+    fps: float = 8.0,
+) -> Scene:
+    """The scene of a seed in a split: the same arguments give the same scene, forever.
+
+    objects: fewest and most objects, within 1 … 5; frames > 1 sets some of the objects in motion. Every object lies
+    whole in the picture, apart from the others and mostly visible, in all frames. Raises `InputError`.
+    """
+    low, high = objects
+    if split not in SPLITS:
+        raise InputError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}", argument="split")
+    if not 1 <= low <= high <= 5:
+        raise InputError(f"objects {objects} is not a range within 1 to 5", argument="objects")
+    if frames < 1 or (split == "motions" and frames < 2):
+        raise InputError(f"frames {frames} is too few for split {split!r}", argument="frames")
+    low = max(low, 2 if split in {"relations", "counts"} else 1)
+    if low > high:
+        raise InputError(f"split {split!r} needs at least two objects", argument="objects")
+    random = Random(seed)
+    counts = range(low, high + 1)
+    count = _pick(random, list(counts), [COUNT_WEIGHTS[n - 1] for n in counts])
+    for _ in range(ATTEMPTS):
+        camera = _camera(random)
+        placed = _place(random, _kinds(random, count, split), camera, split, frames, fps)
+        if placed is None:
+            continue
+        scene = Scene(placed, camera, *_studio(random, camera), frames=frames, fps=fps)
+        if split_of(scene) == split:
+            return scene
+    raise InputError(f"no scene of split {split!r} with {count} objects was found", argument="seed")
+
+
+def _pick(random: Random, values, weights=None):
+    if weights is None:
+        return values[int(random.random() * len(values))]
+    at = random.random() * sum(weights)
+    for value, weight in zip(values, weights, strict=True):
+        at -= weight
+        if at < 0:
+            return value
+    return values[-1]
+
+
+def _between(random: Random, low: float, high: float) -> float:
+    return low + (high - low) * random.random()
+
+
+def _kinds(random: Random, count: int, split: str) -> list[tuple[str, str, str, str]]:
+    """(shape, color, material, size) of each object; held-out content is put in where the split asks for it."""
+    large = (0.6, 0.55, 0.5, 0.4, 0.32)[count - 1]
+    while True:
+        shapes = [_pick(random, SHAPES) for _ in range(count)]
+        colors = [_pick(random, COLORS) for _ in range(count)]
+        if split == "pairs":
+            colors[0], shapes[0] = _pick(random, sorted(HELD_PAIRS))
+        elif split == "relations":
+            shapes[0], _, shapes[1] = _pick(random, HELD_RELATIONS)
+        elif split == "counts":
+            color, times = _pick(random, [held for held in sorted(HELD_COUNTS) if held[1] <= count])
+            colors[:times] = [color] * times
+        held = sum((c, s) in HELD_PAIRS for c, s in zip(colors, shapes, strict=True))
+        counted = any((c, colors.count(c)) in HELD_COUNTS for c in colors)
+        if (held > 0) == (split == "pairs") and counted == (split == "counts"):
+            break
+    materials = [_pick(random, MATERIALS) for _ in range(count)]
+    sizes = ["large" if random.random() < large else "small" for _ in range(count)]
+    return list(zip(shapes, colors, materials, sizes, strict=True))
+
+
+def _camera(random: Random) -> Camera:
+    fov = math.radians(_between(random, 29, 39))
+    return Camera(
+        azimuth=math.radians(_between(random, -25, 25)),
+        elevation=math.radians(_between(random, 27, 40)),
+        distance=VIEW_HALF_WIDTH * _between(random, 0.97, 1.04) / math.tan(fov / 2),
+        fov=fov,
+        target=(0.0, 0.0, 0.45),
+    )
+
+
+def _studio(random: Random, camera: Camera) -> tuple[Light, Floor]:
+    """Key light from the viewer's upper left or right, warm or cool; a pale floor that never rivals the objects."""
+    side = 1 if random.random() < 0.65 else -1  # 1 is the left
+    warmth = _between(random, -1, 1)
+    strength = _between(random, 0.92, 1.12)
+    key = (strength * (1 + 0.10 * warmth), strength, strength * (1 - 0.13 * warmth))
+    light = Light(
+        azimuth=camera.azimuth + math.pi + side * math.radians(_between(random, 20, 75)),
+        elevation=math.radians(_between(random, 46, 64)),
+        color=key,
+        softness=_between(random, 0.10, 0.22),
+    )
+    hue, tint = _between(random, 0, 2 * math.pi), _between(random, 0.0, 0.085)
+    wave = [math.cos(hue - k * 2 * math.pi / 3) for k in range(3)]
+    level = _between(random, 0.50, 0.74)
+    floor = tuple(level * (1 + tint * w) for w in wave)
+    back = level * _between(random, 0.62, 1.1)
+    backdrop = tuple(back * (1 + 1.6 * tint * w - 0.03 * warmth * s) for w, s in zip(wave, (1, 0, -1), strict=True))
+    sky = _between(random, 0.9, 1.1)
+    ambient = (sky * (1 - 0.05 * warmth), sky, sky * (1 + 0.07 * warmth))
+    return light, Floor(floor, backdrop, ambient)
+
+
+def _velocity(random: Random, camera: Camera, split: str, forced: bool) -> tuple[tuple[float, float], float]:
+    if not forced and random.random() < 0.3:
+        return (0.0, 0.0), (_between(random, 0.6, 1.4) if random.random() < 0.5 else 0.0)
+    choices = [(s, d) for s in ("slow", "fast") for d in ("left", "right", "toward", "away")]
+    held = [c for c in choices if (c in HELD_MOTIONS) == (split == "motions" and forced)]
+    pace, direction = _pick(random, held)
+    speed, slant = _between(random, *SPEED[pace]), _between(random, -0.3, 0.3)
+    right, away = {"left": (-1, slant), "right": (1, slant), "toward": (slant, -1), "away": (slant, 1)}[direction]
+    scale = speed / math.hypot(right, away)
+    ca, sa = math.cos(camera.azimuth), math.sin(camera.azimuth)
+    return ((ca * right + sa * away) * scale, (-sa * right + ca * away) * scale), 0.0
+
+
+def _place(random, kinds, camera: Camera, split: str, frames: int, fps: float) -> tuple[Object, ...] | None:
+    """Put the objects on the floor one by one, or None if one finds no place."""
+    seconds = (frames - 1) / fps
+    ca, sa = math.cos(camera.azimuth), math.sin(camera.azimuth)
+    placed: list[Object] = []
+    for shape, color, material, size in kinds:
+        radius = RADIUS[size]
+        tint = tuple(_between(random, 0.94, 1.06) for _ in range(3))
+        yaw = _between(random, 0, 2 * math.pi)
+        for _ in range(24):
+            velocity, spin = (0.0, 0.0), 0.0
+            if frames > 1:
+                velocity, spin = _velocity(random, camera, split, forced=split == "motions" and not placed)
+            right, away = _between(random, -2.3, 2.3), _between(random, -2.2, 2.4)
+            x = ca * right + sa * away - velocity[0] * seconds / 2
+            y = -sa * right + ca * away - velocity[1] * seconds / 2
+            z = HALF_HEIGHT[shape] * radius
+            obj = Object(shape, color, material, size, (x, y, z), yaw, tint, velocity, spin)
+            if _fits(obj, placed, camera, seconds):
+                placed.append(obj)
+                break
+        else:
+            return None
+    return tuple(placed)
+
+
+def _fits(obj: Object, others: list[Object], camera: Camera, seconds: float) -> bool:
+    moments = [0.0] if seconds == 0 else [seconds * k / 4 for k in range(5)]
+    reach = HALF_WIDTH[obj.shape] * obj.radius
+    for moment in moments:
+        x, y, z, _ = obj.at(moment)
+        for other in others:
+            ox, oy, _, _ = other.at(moment)
+            if math.hypot(x - ox, y - oy) < reach + HALF_WIDTH[other.shape] * other.radius + GAP:
+                return False
+    for moment in moments:
+        own = _outline(obj, camera, moment)
+        if not (
+            own[0] - own[2] > FRAME_MARGIN
+            and own[0] + own[2] < 1 - FRAME_MARGIN
+            and own[1] - own[3] > FRAME_MARGIN
+            and own[1] + own[3] < 1 - FRAME_MARGIN
+        ):
+            return False
+        outlines = [own, *(_outline(other, camera, moment) for other in others)]
+        if any(_visible(outlines, k) < MIN_VISIBLE for k in range(len(outlines))):
+            return False
+    return True
+
+
+def _outline(obj: Object, camera: Camera, seconds: float) -> tuple[float, float, float, float, float]:
+    """Centre, half width, half height (fractions of the picture) and depth of the ellipse around the object's image."""
+    x, y, z, _ = obj.at(seconds)
+    u, v, depth = camera.project(x, y, z)
+    scale = 0.5 / (math.tan(camera.fov / 2) * depth)
+    wide = HALF_WIDTH[obj.shape] * obj.radius
+    tall = HALF_HEIGHT[obj.shape] * obj.radius
+    if obj.shape in {"sphere", "capsule"}:  # round ends: the height adds to the radius of the cap
+        high = (tall - wide) * math.cos(camera.elevation) + wide
+    else:
+        high = tall * math.cos(camera.elevation) + wide * math.sin(camera.elevation)
+    return u, v, 1.03 * wide * scale, 1.05 * high * scale, depth
+
+
+def _visible(outlines: list[tuple[float, ...]], k: int) -> float:
+    """Share of outline k not covered by the outlines of nearer objects."""
+    u, v, wide, high, depth = outlines[k]
+    nearer = [o for o in outlines if o[4] < depth and abs(o[0] - u) < o[2] + wide and abs(o[1] - v) < o[3] + high]
+    if not nearer:
+        return 1.0
+    seen = 0
+    for a, b in _SPIRAL:
+        pu, pv = u + a * wide, v + b * high
+        seen += all(((pu - o[0]) / o[2]) ** 2 + ((pv - o[1]) / o[3]) ** 2 > 1 for o in nearer)
+    return seen / len(_SPIRAL)
