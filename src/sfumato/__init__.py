@@ -15,7 +15,6 @@ _HOMES = {
     "Request": "sfumato.types",
     "Result": "sfumato.types",
     "Conditioning": "sfumato.types",
-    "train": "sfumato.train",
     "SfumatoError": "sfumato.errors",
     "InputError": "sfumato.errors",
 }

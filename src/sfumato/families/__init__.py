@@ -1,0 +1,45 @@
+"""The only rooms that know families of models by name. A family is a module with these functions:
+
+    open_folder(directory, device) -> System      the packaged or trained model in a folder
+    build(config) -> System                       fresh weights, for training
+    save_folder(system, directory) -> list[Path]  write it so that `open_folder` reads it back
+
+`FAMILIES` maps the name that a model folder states to the module, imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from sfumato.errors import CheckpointError, InputError
+from sfumato.storage import read_json
+
+FAMILIES = {"pocket": "sfumato.families.pocket"}
+PACKAGED = {"pocket": Path(__file__).parent / "pocket" / "weights"}
+DEFAULT_MODEL = "pocket"
+CARD = "model.json"
+
+
+def family_named(name: str) -> ModuleType:
+    """The module of a family; an unknown name is an `InputError` that lists the known ones."""
+    if name not in FAMILIES:
+        raise InputError(f"family {name!r} is unknown; known are {', '.join(FAMILIES)}", argument="family")
+    return importlib.import_module(FAMILIES[name])
+
+
+def family_of(directory: Path) -> ModuleType:
+    """The family of a model folder, by its card; `CheckpointError` when there is no such folder, card or family."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"there is no model {str(directory)!r}: give a packaged one ({', '.join(PACKAGED)}) or a model folder"
+        )
+    if not (directory / CARD).is_file():
+        raise CheckpointError(f"{directory} is not a model folder: it holds no {CARD}")
+    name = read_json(directory / CARD).get("family")
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"{directory / CARD} names the family {name!r}; known are {', '.join(FAMILIES)}"
+        )
+    return family_named(name)

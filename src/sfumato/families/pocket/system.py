@@ -1,0 +1,146 @@
+"""The parts of a pocket model put together, and how they lie in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.autoencoder import Autoencoder
+from sfumato.diffusion.parameterization import Parameterization
+from sfumato.diffusion.path import FLOW
+from sfumato.diffusion.schedules import NoiseLevels, flow_levels
+from sfumato.errors import CheckpointError
+from sfumato.families.pocket.config import PocketConfig
+from sfumato.nn.dit import DiT, DiTConfig
+from sfumato.storage import load_sharded, read_json, save_sharded, write_json
+from sfumato.text import TextConfig, TextEncoder, Tokenizer
+from sfumato.types import Conditioning
+
+FORMAT = "sfumato model 1"
+
+
+class TextDenoiser(nn.Module):
+    """Text encoder and DiT, which train as one network: (x, time, ids, mask) → (prediction, label logits or None)."""
+
+    def __init__(self, config: PocketConfig):
+        super().__init__()
+        d = config.denoiser
+        self.text = TextEncoder(
+            TextConfig(len(Tokenizer(config.words)), d.text_width, d.text_depth, max(1, d.text_width // 64))
+        )
+        self.dit = DiT(
+            DiTConfig(
+                latent_channels=config.autoencoder.channels,
+                patch=d.patch,
+                width=d.width,
+                depth=d.depth,
+                heads=d.heads,
+                text_width=d.text_width,
+                label_classes=d.label_classes,
+            )
+        )
+
+    def forward(self, x: Tensor, time: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.dit.forward_with_labels(x, time, Conditioning(self.text(ids, mask), mask))
+
+
+@dataclass(frozen=True)
+class System:
+    """A whole model: what `generate` composes and `train` fills with weights."""
+
+    config: PocketConfig
+    autoencoder: Autoencoder
+    denoiser: TextDenoiser
+    tokenizer: Tokenizer
+
+    @property
+    def parameterization(self) -> Parameterization:
+        return Parameterization(self.config.denoiser.prediction, FLOW)
+
+    @property
+    def levels(self) -> NoiseLevels:
+        return flow_levels()
+
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """Text features of the prompts, padded to a common length."""
+        device = next(self.denoiser.parameters()).device
+        ids, mask = self.tokenizer.batch(prompts)
+        ids, mask = ids.to(device), mask.to(device)
+        return Conditioning(self.denoiser.text(ids, mask), mask)
+
+    def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        return self.denoiser.dit(x, time, cond)
+
+
+def build(config: PocketConfig) -> System:
+    """Fresh weights from the global generator's current state (seed it first)."""
+    return System(
+        config,
+        Autoencoder(config.autoencoder),
+        TextDenoiser(config),
+        Tokenizer(config.words, config.denoiser.max_tokens),
+    )
+
+
+def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = None) -> list[Path]:
+    """Write `model.json` and bfloat16 weights into an existing folder, the card last, so that a card means a whole model."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files: dict[str, list[str]] = {}
+    for name in ("autoencoder", "denoiser"):
+        for old in directory.glob(f"{name}*.safetensors"):
+            if (directory / "model.json").exists():
+                (directory / "model.json").unlink()
+            old.unlink()
+        state = getattr(system, name).state_dict()
+        keep = {"latent_mean", "latent_std"}
+        tensors = {k: v if k in keep else v.to(torch.bfloat16) for k, v in state.items()}
+        files[name] = save_sharded(directory, name, tensors)
+    card = {"format": FORMAT, "family": "pocket", **system.config.to_dict(), "files": files, **(extra or {})}
+    write_json(directory / "model.json", card)
+    return [directory / "model.json", *(directory / f for group in files.values() for f in group)]
+
+
+def open_folder(directory: Path, device: torch.device) -> System:
+    """Read a folder that `save_folder` wrote, strictly: every tensor present, of its shape, finite, and none besides."""
+    card = read_json(directory / "model.json")
+    if card.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory / 'model.json'} is of format {card.get('format')!r}, not {FORMAT!r}"
+        )
+    config = PocketConfig.from_dict(card)
+    with torch.device("meta"):
+        system = build(config)
+    for name in ("autoencoder", "denoiser"):
+        module = getattr(system, name)
+        module.to_empty(device="cpu")
+        fill(module, load_sharded(directory, list(card["files"][name])), f"{directory} ({name})")
+        module.to(device).eval().requires_grad_(False)
+    return system
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy tensors into a module's float32 state. Raises `CheckpointError` that names missing, unexpected and bad keys."""
+    state = module.state_dict()
+    missing, unexpected = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
+    if missing or unexpected:
+        parts = [
+            f"{len(keys)} {word} ({', '.join(keys[:10])})"
+            for word, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise CheckpointError(f"{where}: tensors {' and '.join(parts)}")
+    for key, tensor in tensors.items():
+        if tensor.shape != state[key].shape:
+            raise CheckpointError(
+                f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(state[key].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: {key} holds NaN or infinite values; the file is unusable")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            state[key].copy_(tensor)

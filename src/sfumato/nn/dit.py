@@ -1,0 +1,116 @@
+"""A single-stream diffusion transformer: text and latent tokens in one sequence, told the time by shared adaLN.
+
+Sources: DiT (Peebles & Xie 2023) for adaLN-zero; PixArt-α (Chen et al. 2023, sec. 2.3) for one modulation shared by
+all blocks plus a learned offset each; DiT-Air (2503.10618) for the single stream; QK-norm and 3D rotary positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, sinusoid
+from sfumato.nn.transformer import Block, rms_norm
+from sfumato.types import Conditioning
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    latent_channels: int  # channels of the latent; 3 for pixels
+    patch: int = 1  # latent cells per token and side; 1 for compressed latents, more for pixels
+    width: int = 320  # channels of a token
+    depth: int = 8  # blocks
+    heads: int = 5  # attention heads; 64 channels each keep a matrix tile full
+    text_width: int = 256  # channels of the text features
+    time_width: int = 256  # sinusoids that encode the time
+    label_classes: tuple[int, ...] = ()  # per-cell attributes a middle layer learns to name; () for none
+
+
+class DiT(nn.Module):
+    """Network of a denoiser: (x, time, conditioning) → a field of x's shape (velocity, noise or picture, by training)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        D = config.width
+        cell = config.latent_channels * config.patch**2
+        self.latent_in = nn.Linear(cell, D)
+        self.text_in = nn.Linear(config.text_width, D)
+        self.time_in = nn.Sequential(nn.Linear(config.time_width, D), nn.SiLU(), nn.Linear(D, D))
+        self.pooled_in = nn.Linear(config.text_width, D)
+        self.modulation = nn.Linear(D, 6 * D)
+        self.blocks = nn.ModuleList([Block(D, config.heads, modulated=True) for _ in range(config.depth)])
+        self.offsets = nn.Parameter(torch.zeros(config.depth, 6, D))
+        self.final_modulation = nn.Linear(D, 2 * D)
+        self.latent_out = nn.Linear(D, cell)
+        self.label_out = nn.Linear(D, sum(config.label_classes)) if config.label_classes else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Linear layers as in ViT; everything that gates or ends the residual stream starts at zero (adaLN-zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in (self.modulation, self.final_modulation, self.latent_out):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    @property
+    def label_depth(self) -> int:
+        """Number of blocks before the label head reads the latent tokens."""
+        return max(1, self.config.depth // 2)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """x: (B, C, T, H, W); time: (B,) or scalar in [0, 1]; returns (B, C, T, H, W)."""
+        return self.forward_with_labels(x, time, cond)[0]
+
+    def forward_with_labels(
+        self, x: Tensor, time: Tensor, cond: Conditioning
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, with the label head's logits (B, T·H·W, Σ classes), or None without a head."""
+        B, _, T, H, W = x.shape
+        p = self.config.patch
+        tokens = self.latent_in(to_patches(x, p))  # (B, N, D)
+        positions = grid_positions(T, H // p, W // p, x.device)
+        tokens = tokens + grid_sinusoid(positions, tokens.shape[-1]).to(tokens.dtype)
+        text = self.text_in(cond.tokens)  # (B, M, D)
+        h = torch.cat([text, tokens], dim=1)  # (B, M + N, D)
+        angles = rope_angles(positions, self.config.width // self.config.heads)
+        angles = torch.cat([angles.new_zeros(text.shape[1], angles.shape[1]), angles])  # words do not turn
+        cos, sin = angles.cos(), angles.sin()
+        mask = torch.cat([cond.mask, cond.mask.new_ones(B, tokens.shape[1])], dim=1)
+
+        weight = cond.mask[..., None].to(cond.tokens.dtype)
+        pooled = (cond.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, text_width)
+        c = self.time_in(sinusoid(1000 * time.expand(B), self.config.time_width)) + self.pooled_in(pooled)
+        c = nn.functional.silu(c)
+        shared = self.modulation(c).view(B, 6, -1)
+
+        labels = None
+        for i, block in enumerate(self.blocks):
+            h = block(h, cos, sin, mask, shared + self.offsets[i])
+            if self.label_out is not None and i + 1 == self.label_depth:
+                labels = self.label_out(rms_norm(h[:, text.shape[1] :]))
+        shift, scale = self.final_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        out = self.latent_out(rms_norm(h[:, text.shape[1] :]) * (1 + scale) + shift)  # (B, N, C·p²)
+        return from_patches(out, (T, H, W), p).to(x.dtype), labels
+
+
+def to_patches(x: Tensor, patch: int) -> Tensor:
+    """(B, C, T, H, W) → (B, T·H/p·W/p, C·p²): frames in order, rows, then columns."""
+    B, C, T, H, W = x.shape
+    x = x.view(B, C, T, H // patch, patch, W // patch, patch).permute(0, 2, 3, 5, 1, 4, 6)
+    return x.reshape(B, T * (H // patch) * (W // patch), C * patch * patch)
+
+
+def from_patches(tokens: Tensor, shape: tuple[int, int, int], patch: int) -> Tensor:
+    """The inverse of `to_patches` for a latent of `shape` (T, H, W)."""
+    T, H, W = shape
+    B, _, cell = tokens.shape
+    C = cell // patch**2
+    x = tokens.view(B, T, H // patch, W // patch, C, patch, patch).permute(0, 4, 1, 2, 5, 3, 6)
+    return x.reshape(B, C, T, H, W)

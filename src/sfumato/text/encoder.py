@@ -1,0 +1,45 @@
+"""A small bidirectional transformer over a prompt's tokens, trained jointly with the denoiser it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.nn.embed import rope_angles
+from sfumato.nn.transformer import Block, rms_norm
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    vocabulary: int  # token ids; the tokenizer's length
+    width: int = 256  # channels of a token's features
+    depth: int = 2  # blocks; the denoiser's own blocks go on reading the words
+    heads: int = 4  # 64 channels each
+
+
+class TextEncoder(nn.Module):
+    """ids (B, N) and mask (B, N) → features (B, N, D); padding is neither read nor meaningful in the output."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.blocks = nn.ModuleList(
+            [Block(config.width, config.heads, modulated=False) for _ in range(config.depth)]
+        )
+        self.gain = nn.Parameter(torch.ones(config.width))
+        nn.init.normal_(self.embedding.weight, std=0.02 * config.width**0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        h = self.embedding(ids)  # (B, N, D)
+        positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)[:, None]
+        angles = rope_angles(positions, self.config.width // self.config.heads, theta=1000.0)
+        cos, sin = angles.cos(), angles.sin()
+        for block in self.blocks:
+            h = block(h, cos, sin, mask)
+        return rms_norm(h) * self.gain

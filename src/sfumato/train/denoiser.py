@@ -1,0 +1,162 @@
+"""One training step of the denoiser and its text encoder, on cached latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sfumato.data.buckets import Order
+from sfumato.data.latents import LatentCache
+from sfumato.data.source import Source
+from sfumato.diffusion.loss import (
+    Density,
+    logit_normal,
+    prediction_loss,
+    shifted,
+    spread,
+    training_pair,
+    uniform,
+)
+from sfumato.diffusion.parameterization import Parameterization
+from sfumato.errors import InputError
+from sfumato.text import Tokenizer
+from sfumato.train.loop import Player, seeded
+from sfumato.train.recipe import DenoiserLoss, DenoiserRecipe
+
+TEXT_MULTIPLE = 16  # prompts are padded to multiples of this many tokens, so that few shapes are compiled
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch. latents: (B, C, T, H, W); ids, mask: (B, N); labels: (B, A, H, W) int64 or None."""
+
+    latents: Tensor
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor | None
+
+
+class Examples:
+    """Random access to microbatches: part p of step s, the same whenever it is asked for."""
+
+    def __init__(
+        self,
+        source: Source,
+        cache: LatentCache,
+        tokenizer: Tokenizer,
+        recipe: DenoiserRecipe,
+        seed: int,
+        device: torch.device,
+        labels: Tensor | None = None,
+    ):
+        self.source, self.cache, self.tokenizer, self.recipe = source, cache, tokenizer, recipe
+        self.seed, self.device, self.labels = seed, device, labels
+        self.order = Order(cache.buckets(), recipe.train.batch, seed)
+
+    def part(self, step: int, part: int) -> Batch:
+        train = self.recipe.train
+        parts = train.batch // (train.microbatch or train.batch)
+        batch = self.order.batch_at(step - 1, part, parts)
+        generator = seeded("cpu", self.seed, "prompt", step, part)
+        dropped = torch.rand(len(batch.indices), generator=generator) < self.recipe.loss.drop_prompt
+        captions = [
+            "" if drop else self.source.caption(int(i), int(epoch))
+            for i, epoch, drop in zip(batch.indices, batch.epochs, dropped, strict=True)
+        ]
+        ids, mask = self.tokenizer.batch(captions, TEXT_MULTIPLE)
+        labels = (
+            None
+            if self.labels is None
+            else self.labels[torch.from_numpy(batch.indices)].long().to(self.device)
+        )
+        return Batch(
+            self.cache.batch(batch.indices.tolist()).to(self.device),
+            ids.to(self.device),
+            mask.to(self.device),
+            labels,
+        )
+
+
+def density_of(loss: DenoiserLoss) -> Density:
+    """The density of noise levels a recipe asks for."""
+    if loss.density == "logit_normal":
+        density = logit_normal(loss.mean, loss.std)
+    elif loss.density == "uniform":
+        density = uniform(0.0, 1.0)
+    else:
+        raise InputError(
+            f"density {loss.density!r} is unknown; use logit_normal or uniform",
+            argument="denoiser.loss.density",
+        )
+    return shifted(density, loss.shift) if loss.shift != 1 else density
+
+
+def denoiser_loss(
+    net: Callable[..., tuple[Tensor, Tensor | None]],
+    batch: Batch,
+    parameterization: Parameterization,
+    recipe: DenoiserLoss,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss of a microbatch and its terms: `diffusion` (weighted squared error) and, with labels, `labels`.
+
+    Chance (noise levels, noise) comes from `generator` alone.
+    """
+    x0 = batch.latents
+    noise = torch.randn(x0.shape, generator=generator, device=generator.device).to(x0.device)
+    u = spread(torch.rand(len(x0), generator=generator, device=generator.device)).to(x0.device)
+    sigma = density_of(recipe)(u).clamp(1e-4, 1 - 1e-4)
+    pair = training_pair(x0, noise, sigma, parameterization, recipe.weighting)
+    prediction, logits = net(pair.x, pair.time, batch.ids, batch.mask)
+    diffusion = prediction_loss(prediction, pair).mean()
+    loss, terms = diffusion, {"diffusion": diffusion}
+    if batch.labels is not None and logits is not None and recipe.labels:
+        terms["labels"] = label_loss(logits.float(), batch.labels)
+        loss = loss + recipe.labels * terms["labels"]
+    return loss, {"loss": loss, **terms}
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over attributes and cells. logits: (B, N, Σ classes); labels: (B, A, H, W).
+
+    Exact per-cell labels of a made world stand in for the features of a pretrained network (REPA, 2410.06940).
+    """
+    B, A = labels.shape[:2]
+    targets = labels.view(B, A, -1)
+    sizes = label_sizes(logits.shape[-1])
+    total = logits.new_zeros(())
+    for a, part in enumerate(logits.split(sizes, dim=-1)):
+        total = total + functional.cross_entropy(part.flatten(0, 1), targets[:, a].flatten())
+    return total / A
+
+
+def label_sizes(total: int) -> list[int]:
+    """Class counts per attribute of the scenes' cells, background included; `total` must be their sum."""
+    from sfumato.scenes import CELL_CLASSES
+
+    if sum(CELL_CLASSES) != total:
+        raise InputError(f"a label head of {total} classes does not fit the cells' {list(CELL_CLASSES)}")
+    return list(CELL_CLASSES)
+
+
+def denoiser_player(
+    network: nn.Module,
+    examples: Examples,
+    parameterization: Parameterization,
+    recipe: DenoiserRecipe,
+    seed: int,
+) -> Player:
+    """The denoiser as the loop knows it."""
+
+    def loss(net: nn.Module, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = seeded("cpu", seed, "noise", step, part)
+        return denoiser_loss(net, examples.part(step, part), parameterization, recipe.loss, generator)
+
+    def compile_(module: nn.Module) -> None:
+        module.compile(dynamic=False)
+
+    return Player("denoiser", network, recipe.train, loss, compile_)

@@ -1,0 +1,226 @@
+"""Recipes: a TOML file, checked field by field into frozen dataclasses before anything runs.
+
+    [data]         where pictures and captions come from
+    [autoencoder]  its shape; [autoencoder.loss] its loss; [autoencoder.train] its optimisation
+    [denoiser]     its shape; [denoiser.loss] its loss; [denoiser.train] its optimisation
+    [preset]       how the finished model draws when the user says nothing
+
+A table that is absent leaves its stage out, or takes its defaults.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.autoencoder import AutoencoderConfig
+from sfumato.autoencoder.losses import LossConfig
+from sfumato.errors import InputError
+from sfumato.families.pocket.config import DenoiserConfig, Preset
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Pictures with captions."""
+
+    kind: str = "folder"  # folder, or scenes for the procedural world
+    path: str = ""  # folder: where; a plain folder, metadata.jsonl, kohya folders or class folders
+    size: int = 128  # side in pixels of a square picture; other shapes get about the same area
+    count: int = 10_000  # scenes: how many different ones
+    split: str = "train"  # scenes: which split
+    seed: int = 0  # scenes: which world; folder: the choice of crops
+    flip: bool = False  # folder: add the mirror image of every picture
+    cache: str = ""  # scenes: where rendered pictures are kept; empty for the run's own folder
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How weights are fitted. One step sees `batch` pictures in parts of `microbatch`, whose gradients add up."""
+
+    steps: int = 10_000
+    batch: int = 128
+    microbatch: int = (
+        0  # pictures per pass; 0 for the whole batch. Chance is drawn per part, so it is part of the recipe
+    )
+    optimizer: str = "adamw"  # adamw, or muon for the hidden matrices (and adamw for the rest)
+    lr: float = 3e-4  # AdamW's peak rate
+    muon_lr: float = 2e-3  # Muon's peak rate, in AdamW's scale (rms-matched)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    warmup: int = 200  # steps of linear rise
+    decay: float = 0.3  # last share of the steps, over which the rate falls linearly to zero
+    clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.999  # decay of the averaged weights per step; the average is what is kept
+    precision: str = "auto"  # auto, float32 or bfloat16 (autocast; the weights themselves stay float32)
+    compile: bool = False  # torch.compile the network
+    save_every: int = 500  # steps between checkpoints
+    sheet_every: int = 1_000  # steps between sample sheets and exports of the averaged model
+    crop: int = 0  # side in pixels of random crops; 0 for whole pictures (autoencoder only)
+
+
+@dataclass(frozen=True)
+class DenoiserLoss:
+    """What the denoiser is asked for. density: where noise levels fall; the logit-normal is SD3's (2403.03206, eq. 19)."""
+
+    density: str = "logit_normal"  # logit_normal, or uniform
+    mean: float = 0.0  # of the logit; above 0 visits noisier levels more often
+    std: float = 1.0
+    shift: float = 1.0  # resolution shift of the levels (eq. 23)
+    weighting: str = "plain"  # plain, min_snr or flow (`sfumato.diffusion.loss.loss_weight`)
+    drop_prompt: float = 0.1  # share of pictures whose prompt is emptied, for guidance
+    labels: float = 0.0  # weight of naming what each latent cell shows; needs a source with labels
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    model: AutoencoderConfig
+    loss: LossConfig
+    train: TrainRecipe
+    init: str = ""  # a model whose autoencoder to start from; its shape is then that model's
+
+
+@dataclass(frozen=True)
+class DenoiserRecipe:
+    model: DenoiserConfig
+    loss: DenoiserLoss
+    train: TrainRecipe
+    vocabulary: int = 4096  # most frequent words that get a token of their own
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    data: DataRecipe
+    autoencoder: AutoencoderRecipe | None = None
+    denoiser: DenoiserRecipe | None = None
+    preset: Preset = field(default_factory=Preset)
+    seed: int = 0
+    family: str = "pocket"
+    out: str = ""  # where the run goes; runs/<name> by default
+    log: str = "csv"  # csv, or tensorboard for both
+
+
+def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe. `overrides` are dotted keys, such as {"denoiser.train.steps": 100}."""
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no recipe {str(path)!r}", argument="recipe") from None
+    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path} is not a readable TOML recipe: {error}", argument="recipe") from None
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        table = values
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise InputError(f"{key} cannot be set: {parent} is a value, not a table", argument=key)
+        table[last] = value
+    values.setdefault("name", path.stem)
+    values.setdefault("data", {})
+    return parse_recipe(values)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Build a `Recipe` from plain tables; every unknown key or wrong type is an `InputError` that names it."""
+    values = dict(values)
+    stages: dict[str, Any] = {}
+    for stage, kind in (("autoencoder", AutoencoderRecipe), ("denoiser", DenoiserRecipe)):
+        table = values.pop(stage, None)
+        if table is None:
+            continue
+        if not isinstance(table, dict):
+            raise InputError(f"{stage} must be a table, not {table!r}", argument=stage)
+        inner = {name: table[name] for name in table if name in {"loss", "train", "init", "vocabulary"}}
+        inner["model"] = {name: value for name, value in table.items() if name not in inner}
+        stages[stage] = _build(kind, inner, stage, hide="model")
+    recipe = _build(Recipe, values, "")
+    object.__setattr__(recipe, "autoencoder", stages.get("autoencoder"))
+    object.__setattr__(recipe, "denoiser", stages.get("denoiser"))
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.data.kind not in ("folder", "scenes"):
+        raise InputError(
+            f"data.kind must be folder or scenes, not {recipe.data.kind!r}", argument="data.kind"
+        )
+    if not recipe.autoencoder and not recipe.denoiser:
+        raise InputError(
+            "the recipe has no [autoencoder] and no [denoiser] table: nothing to train", argument="recipe"
+        )
+    for stage in ("autoencoder", "denoiser"):
+        part = getattr(recipe, stage)
+        if part is None:
+            continue
+        train = part.train
+        for name in ("batch", "save_every", "sheet_every"):
+            if getattr(train, name) < 1:
+                raise InputError(f"{stage}.train.{name} must be at least 1", argument=f"{stage}.train.{name}")
+        if train.steps < 0:
+            raise InputError(f"{stage}.train.steps must not be negative", argument=f"{stage}.train.steps")
+        if train.microbatch and train.batch % train.microbatch:
+            raise InputError(
+                f"{stage}.train.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
+                argument=f"{stage}.train.microbatch",
+            )
+        if train.optimizer not in ("adamw", "muon"):
+            raise InputError(
+                f"{stage}.train.optimizer must be adamw or muon, not {train.optimizer!r}",
+                argument=f"{stage}.train.optimizer",
+            )
+
+
+def _build(kind: Any, values: Any, where: str, hide: str = "") -> Any:
+    """Fill the dataclass `kind` from a table, recursively."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be a table, not {values!r}", argument=where)
+    known = {f.name: f for f in fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in known:
+            raise InputError(
+                f"unknown key {_dotted(where, name)!r}; known are {', '.join(known)}",
+                argument=_dotted(where, name),
+            )
+    built = {}
+    for name, f in known.items():
+        here = where if name == hide else _dotted(where, name)
+        hint = _inner(hints[name])
+        if name in values:
+            built[name] = (
+                _build(hint, values[name], here) if is_dataclass(hint) else _value(hint, values[name], here)
+            )
+        elif is_dataclass(hint) and f.default is MISSING and f.default_factory is MISSING:
+            built[name] = _build(hint, {}, here)
+    return kind(**built)
+
+
+def _inner(hint: Any) -> Any:
+    """The type in `X | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(option for option in typing.get_args(hint) if option is not type(None))
+    return hint
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{where} must be a list, not {value!r}", argument=where)
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, v, where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise InputError(f"{where} must be {hint.__name__}, not {value!r}", argument=where)
+    return value
+
+
+def _dotted(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

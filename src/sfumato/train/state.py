@@ -1,0 +1,119 @@
+"""Checkpoints of a run: whole or absent, verified by hash, the old one removed only when the new one is safe."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from sfumato.errors import CheckpointError, SfumatoError
+from sfumato.storage import atomic_directory, atomic_file, file_hash, load_tensors, read_json, save_tensors
+
+KEPT = 2  # newest checkpoints
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], identity: str) -> Path:
+    """Write `step-NNNNNNNN/` with its tensors and their hash, then drop all but the newest two."""
+    target = folder / f"step-{step:08d}"
+    try:
+        with atomic_directory(target) as staging:
+            save_tensors(staging / "state.safetensors", tensors)
+            card = {"step": step, "identity": identity, "sha256": file_hash(staging / "state.safetensors")}
+            (staging / "state.json").write_text(json.dumps(card), encoding="utf-8")
+    except OSError as error:
+        raise SfumatoError(
+            f"the checkpoint of step {step} could not be written ({error}); the one before it is intact"
+        ) from None
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def newest_state(folder: Path, identity: str) -> tuple[int, dict[str, Tensor]] | None:
+    """(step, tensors) of the newest checkpoint that verifies, or None when there is none.
+
+    A damaged one is passed over for the one before it. Raises `CheckpointError` when the newest belongs to another recipe.
+    """
+    clear_leftovers(folder)
+    for place in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            card = read_json(place / "state.json")
+            if card["identity"] != identity:
+                raise _OtherRecipe(
+                    f"{folder} holds a run of another recipe; give another --out, or remove that folder to start anew"
+                )
+            if file_hash(place / "state.safetensors") != card["sha256"]:
+                continue
+            return int(card["step"]), load_tensors(place / "state.safetensors")
+        except _OtherRecipe as error:
+            raise CheckpointError(str(error)) from None
+        except (CheckpointError, KeyError, OSError):
+            continue
+    return None
+
+
+class _OtherRecipe(Exception):
+    pass
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a kill in the middle of a save left behind; a checkpoint set aside mid-rename comes back."""
+    if not folder.is_dir():
+        return
+    for leftover in folder.glob(".step-*.old.*"):
+        kept = leftover / "old"
+        target = folder / leftover.name[1:].split(".old.")[0]
+        if kept.is_dir() and not target.exists():
+            kept.rename(target)
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+class Log:
+    """One CSV row a step. Rows beyond the checkpoint that a run continues from are dropped, so that no step stands twice."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as stream:
+                self.rows = [row for row in csv.DictReader(stream) if _number(row.get("step")) <= step]
+        self.names: list[str] = list(self.rows[0]) if self.rows else []
+        self._rewrite()
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        row = {"step": str(step)} | {name: repr(float(value)) for name, value in values.items()}
+        self.rows.append(row)
+        if not set(row) <= set(self.names):
+            self.names += [name for name in row if name not in self.names]
+            self._rewrite()
+            return
+        csv.DictWriter(self._stream, self.names).writerow(row)
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _rewrite(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._stream.close()
+        with (
+            atomic_file(self.path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as stream,
+        ):
+            writer = csv.DictWriter(stream, self.names or ["step"])
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self._stream = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115 — closed by `close`
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "inf")
+    except ValueError:
+        return float("inf")
