@@ -63,6 +63,10 @@ def render(scenes: Sequence[Scene], size: int = 128, device: str | torch.device 
     )
 
 
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    return values.index_select(0, index)
+
+
 class _Rays:
     """Rays of many shots. Dense: tensors (S, N), shot s in row s. Listed: tensors (R,), with the shot of each."""
 
@@ -74,7 +78,7 @@ class _Rays:
         """A property of each ray's shot, shaped to broadcast with the rays."""
         if name not in self._known:
             row = self.shots.shots[SHOT[name]]
-            self._known[name] = row[:, None] if self.shot is None else row[self.shot]
+            self._known[name] = row[:, None] if self.shot is None else _take(row, self.shot)
         return self._known[name]
 
     def vec(self, *names: str) -> Vec:
@@ -94,7 +98,6 @@ def _render_shots(shots: Shots, size: int, antialias: bool) -> tuple[Tensor, Ten
         pixel = _edges(image, inst).reshape(-1).nonzero()[:, 0]
         shot = pixel // (size * size)
         spot = pixel - shot * (size * size)
-        total = [torch.zeros_like(pixel, dtype=torch.float32) for _ in range(3)]
         fine = _Rays(shots, shot.repeat(4))
         x = torch.cat([across[0][spot] + dx * (2.0 / size) for dx, _ in SUBSAMPLES])
         y = torch.cat([down[0][spot] + dy * (2.0 / size) for _, dy in SUBSAMPLES])
@@ -103,7 +106,6 @@ def _render_shots(shots: Shots, size: int, antialias: bool) -> tuple[Tensor, Ten
         for c in range(3):
             a = samples[c].reshape(4, -1)
             flat[:, c][shot, spot] = ((a[0] + a[1]) + (a[2] + a[3])) * 0.25
-        del total
     shape = (count, 3, size, size)
     return _srgb(image), depth.reshape(count, size, size), inst, torch.stack(normal, 1).reshape(shape)
 
@@ -170,8 +172,8 @@ def _primary(rays: _Rays, across: Tensor, down: Tensor, size: int) -> tuple[Vec,
     inst[ray] = (obj - obj // rays.shots.slots * rays.shots.slots + 1).to(torch.uint8) if len(obj) else inst[ray]
     full = [torch.zeros_like(total), torch.zeros_like(total), torch.ones_like(total)]
     if len(ray):
-        hit_d = tuple(v[ray] for v in flat_d)
-        point = along(tuple(v[ray] for v in starts), best[ray], hit_d)
+        hit_d = tuple(_take(v, ray) for v in flat_d)
+        point = along(tuple(_take(v, ray) for v in starts), _take(best, ray), hit_d)
         listed = _Rays(rays.shots, obj // rays.shots.slots)
         shaded = _object_color(listed, point, hit_d, normal, obj)
         for c in range(3):
@@ -184,8 +186,8 @@ def _box_pairs(shots: Shots, size: int, names: tuple[str, str, str, str]) -> tup
     """(ray, object) for every pixel in every object's picture box, objects in the order of their shape."""
     table = shots.objects
     order = torch.argsort(table[OBJ["shape"]], stable=True)
-    order = order[table[OBJ["bound"]][order] > 0]
-    x0, x1, y0, y1 = (table[OBJ[name]][order] * size for name in names)
+    order = order[_take(table[OBJ["bound"]], order) > 0]
+    x0, x1, y0, y1 = (_take(table[OBJ[name]], order) * size for name in names)
     x0, y0 = x0.floor().long(), y0.floor().long()
     wide = (x1.ceil().long() - x0).clamp(min=0)
     high = (y1.ceil().long() - y0).clamp(min=0)
@@ -204,14 +206,14 @@ def _sphere_pairs(rays: _Rays, o: Vec, d: Vec, own: Tensor | None) -> tuple[Tens
     found = []
     for k in range(slots):
         obj = rays.shot * slots + k
-        c = tuple(table[OBJ[name]][obj] - o[i] for i, name in enumerate(("cx", "cy", "cz")))
-        bound = table[OBJ["bound"]][obj]
+        c = tuple(_take(table[OBJ[name]], obj) - o[i] for i, name in enumerate(("cx", "cy", "cz")))
+        bound = _take(table[OBJ["bound"]], obj)
         middle = dot(c, d)
         near = (dot(c, c) - middle * middle < bound * bound) & (middle > -bound) & (bound > 0)
         if own is not None:
             near &= obj != own
         ray = near.nonzero()[:, 0]
-        found.append((ray, obj[ray]))
+        found.append((ray, _take(obj, ray)))
     return _by_shape(rays.shots, found, o[0].device)
 
 
@@ -220,13 +222,13 @@ def _by_shape(shots: Shots, found: list[tuple[Tensor, Tensor]], device: torch.de
         empty = torch.zeros(0, dtype=torch.long, device=device)
         return empty, empty
     ray, obj = (torch.cat(part) for part in zip(*found, strict=True))
-    order = torch.argsort(shots.objects[OBJ["shape"]][obj].to(torch.uint8), stable=True)
-    return ray[order], obj[order]
+    order = torch.argsort(_take(shots.objects[OBJ["shape"]], obj).to(torch.uint8), stable=True)
+    return _take(ray, order), _take(obj, order)
 
 
 def _runs(shots: Shots, obj: Tensor) -> list[slice]:
     """Where each shape's pairs lie in a list of objects in the order of shapes."""
-    shape = shots.objects[OBJ["shape"]][obj].contiguous()
+    shape = _take(shots.objects[OBJ["shape"]], obj).contiguous()
     ends = torch.searchsorted(shape, torch.arange(len(SHAPES), device=shape.device, dtype=shape.dtype), right=True)
     stops = [0, *ends.tolist()]
     return [slice(a, b) for a, b in zip(stops, stops[1:], strict=False)]
@@ -234,9 +236,8 @@ def _runs(shots: Shots, obj: Tensor) -> list[slice]:
 
 def _local(table: Tensor, obj: Tensor, o: Vec, d: Vec | None) -> tuple[Vec, Vec | None]:
     """Points and directions in the frames of the objects."""
-    columns = table[: OBJ["inverse"] + 1][:, obj]
-    cos, sin, inverse = columns[OBJ["cos"]], columns[OBJ["sin"]], columns[OBJ["inverse"]]
-    x, y, z = o[0] - columns[0], o[1] - columns[1], o[2] - columns[2]
+    cos, sin, inverse = (_take(table[OBJ[name]], obj) for name in ("cos", "sin", "inverse"))
+    x, y, z = (o[i] - _take(table[OBJ[name]], obj) for i, name in enumerate(("cx", "cy", "cz")))
     cos, sin = cos * inverse, sin * inverse
     at = (x * cos + y * sin, y * cos - x * sin, z * inverse)
     if d is None:
@@ -251,7 +252,7 @@ def _closest(
     ray, obj = pairs
     table = shots.objects
     best = torch.full((count,), INF, device=table.device)
-    at, to = _local(table, obj, tuple(v[ray] for v in o), tuple(v[ray] for v in d))
+    at, to = _local(table, obj, tuple(_take(v, ray) for v in o), tuple(_take(v, ray) for v in d))
     # start at the point nearest the object's centre: keeps float32 exact enough at any distance
     middle = -dot(at, to) / dot(to, to)
     at = along(at, middle, to)
@@ -264,10 +265,10 @@ def _closest(
     t = torch.where(t < INF * 0.5, t + middle, INF)
     t = torch.where(t > 1e-4, t, INF)
     best.scatter_reduce_(0, ray, t, "amin")
-    won = ((t < INF * 0.5) & (t == best[ray])).nonzero()[:, 0]
-    ray, obj = ray[won], obj[won]
-    x, y, z = (torch.cat([n[i] for n in normals])[won] for i in range(3))
-    cos, sin = table[OBJ["cos"]][obj], table[OBJ["sin"]][obj]
+    won = ((t < INF * 0.5) & (t == _take(best, ray))).nonzero()[:, 0]
+    ray, obj = _take(ray, won), _take(obj, won)
+    x, y, z = (torch.cat([n[i] for n in normals]).index_select(0, won) for i in range(3))
+    cos, sin = _take(table[OBJ["cos"]], obj), _take(table[OBJ["sin"]], obj)
     return best, ray, obj, unit((x * cos - y * sin, x * sin + y * cos, z))
 
 
@@ -279,30 +280,30 @@ def _shadows(rays, point: Vec, shot: Tensor | None, pairs, n: int, own: Tensor |
     flat = tuple(v.reshape(-1) for v in point)
     if pairs is None:
         found = []
-        light = rays.vec("lx", "ly", "lz")
+        light, soft = rays.vec("lx", "ly", "lz"), rays["soft"]
         for k in range(slots):
             obj = shot * slots + k
-            c = tuple(table[OBJ[name]][obj] - flat[i] for i, name in enumerate(("cx", "cy", "cz")))
-            bound = table[OBJ["bound"]][obj]
-            middle = dot(c, light)
-            wide = bound + rays["soft"] * (middle + bound).clamp(min=0)
-            square = dot(c, c)
-            near = (square - middle * middle < wide * wide) & (middle > -bound)
-            near = (near | (square < (bound + bound) * (bound + bound))) & (bound > 0)
+            near = _shaded(table, obj, flat, light, soft)
             if own is not None:
                 near &= obj != own
             ray = near.nonzero()[:, 0]
-            found.append((ray, obj[ray]))
-        pairs = _by_shape(shots, found, flat[0].device)
-    ray, obj = pairs
+            found.append((ray, _take(obj, ray)))
+        ray, obj = _by_shape(shots, found, flat[0].device)
+    else:
+        ray, obj = pairs
+        owner = obj // max(slots, 1)
+        light = tuple(_take(shots.shots[SHOT[name]], owner) for name in ("lx", "ly", "lz"))
+        start = tuple(_take(v, ray) for v in flat)
+        kept = _shaded(table, obj, start, light, _take(shots.shots[SHOT["soft"]], owner)).nonzero()[:, 0]
+        ray, obj = _take(ray, kept), _take(obj, kept)
     owner = obj // max(slots, 1)
-    start = tuple(v[ray] for v in flat)
-    to = tuple(shots.shots[SHOT[name]][owner] for name in ("lx", "ly", "lz"))
+    start = tuple(_take(v, ray) for v in flat)
+    to = tuple(_take(shots.shots[SHOT[name]], owner) for name in ("lx", "ly", "lz"))
     p, d = _local(table, obj, start, to)
-    scale, inverse, soft = table[OBJ["scale"]][obj], table[OBJ["inverse"]][obj], shots.shots[SHOT["soft"]][owner]
+    scale, inverse, soft = _take(table[OBJ["scale"]], obj), _take(table[OBJ["inverse"]], obj), _take(shots.shots[SHOT["soft"]], owner)
     # in units of the object's radius the unit light direction has length 1 / scale: use steps of that length instead
     d = tuple(v * scale for v in d)
-    bound = table[OBJ["bound"]][obj] * inverse
+    bound = _take(table[OBJ["bound"]], obj) * inverse
     runs = _runs(shots, obj)
 
     def distance(t: Tensor) -> Tensor:
@@ -334,6 +335,16 @@ def _shadows(rays, point: Vec, shot: Tensor | None, pairs, n: int, own: Tensor |
     ao.view(-1)[spot] = 1.0 - near * near * 0.62
     shape = point[0].shape
     return _product(lit, total).reshape(shape), _product(ao, total).reshape(shape)
+
+
+def _shaded(table: Tensor, obj: Tensor, point: Vec, light: Vec, soft: Tensor) -> Tensor:
+    """Whether an object can stand between a point and the light, or is near enough to darken it."""
+    c = tuple(_take(table[OBJ[name]], obj) - point[i] for i, name in enumerate(("cx", "cy", "cz")))
+    bound = _take(table[OBJ["bound"]], obj)
+    middle, square = dot(c, light), dot(c, c)
+    wide = bound + soft * (middle + bound).clamp(min=0)
+    reach = bound + bound
+    return ((((square - middle * middle) < wide * wide) & (middle > -bound)) | (square < reach * reach)) & (bound > 0)
 
 
 def distance_at(shots: Shots, p: Vec, runs: list[slice], lift: float) -> Tensor:
@@ -375,12 +386,12 @@ def _sky(rays: _Rays, d: Vec) -> list[Tensor]:
     box = ((facing - 0.90) * (1 / 0.05)).clamp(0, 1)
     box = box * box * (3.0 - box - box)
     strip = ((d[0] * rays["hx"] + d[1] * rays["hy"] - 0.2) * 1.4).clamp(0, 1) * (1.0 - (rise - 0.45).abs() * 5.0).clamp(0, 1)
-    level = 0.95 - 0.62 * rise * (2.0 - rise)
+    level = 0.55 + 0.75 * (rise * 1.6).clamp(max=1) - 0.95 * (rise - 0.35).clamp(min=0)
     return [rays["back_" + n] * level + (2.6 * box + 0.5 * strip) * rays["k" + n] for n in "rgb"]
 
 
 def _albedo(shots: Shots, obj: Tensor) -> list[Tensor]:
-    return [shots.objects[OBJ[name]][obj] for name in "rgb"]
+    return [_take(shots.objects[OBJ[name]], obj) for name in "rgb"]
 
 
 def _diffuse(rays: _Rays, point: Vec, normal: Vec, lit: Tensor) -> list[Tensor]:
@@ -415,23 +426,24 @@ def _object_color(rays: _Rays, point: Vec, d: Vec, normal: Vec, obj: Tensor) -> 
     for c, n in enumerate("rgb"):
         sheen = 0.10 * gloss * lit * rays["k" + n] + 0.10 * fresnel * rays["back_" + n]
         out.append(albedo[c] * light_in[c] * ao + sheen)
-    metal = (shots.objects[OBJ["metal"]][obj] > 0.5).nonzero()[:, 0]
+    metal = (_take(shots.objects[OBJ["metal"]], obj) > 0.5).nonzero()[:, 0]
     if not len(metal):
         return out
     mirror = _Rays(shots, rays.shot[metal])
-    n_m, d_m = tuple(v[metal] for v in normal), tuple(v[metal] for v in d)
+    n_m, d_m = tuple(_take(v, metal) for v in normal), tuple(_take(v, metal) for v in d)
     twice = dot(n_m, d_m) * -2.0
     bounce = along(d_m, twice, n_m)
-    seen = _mirror(mirror, tuple(v[metal] for v in lifted), bounce, obj[metal])
+    seen = _mirror(mirror, tuple(_take(v, metal) for v in lifted), bounce, obj[metal])
     f = fresnel[metal]
     gloss, lit = gloss[metal], lit[metal]
+    broad = gloss
     for _ in range(3):
         gloss = gloss * gloss
     for c, n in enumerate("rgb"):
         base = albedo[c][metal]
         tint = base * 0.94 + 0.05
         mirror_color = seen[c] * (tint + (0.9 - tint).clamp(min=0) * f)
-        out[c][metal] = base * light_in[c][metal] * 0.34 + mirror_color * 0.92 + 1.6 * gloss * lit * mirror["k" + n]
+        out[c][metal] = base * light_in[c][metal] * 0.20 + mirror_color + (0.22 * broad + 1.5 * gloss) * lit * mirror["k" + n]
     return out
 
 
@@ -441,16 +453,17 @@ def _mirror(rays: _Rays, o: Vec, d: Vec, own: Tensor) -> list[Tensor]:
     down = (d[2] < -1e-3).nonzero()[:, 0]
     if len(down):
         below = _Rays(rays.shots, rays.shot[down])
-        o_d, d_d = tuple(v[down] for v in o), tuple(v[down] for v in d)
+        o_d, d_d = tuple(_take(v, down) for v in o), tuple(_take(v, down) for v in d)
         t = -o_d[2] / d_d[2]
         ground = along(o_d, t, d_d)
         lit, ao = _shadows(below, ground, below.shot, None, 0)
+        dim = 1.08 - 0.62 * (t * (1 / 5.0)).clamp(0, 1)  # far floor is dark: gives flat mirrors a gradient
         for c, color in enumerate(_floor_color(below, ground, lit, ao, t)):
-            out[c][down] = color
+            out[c][down] = color * dim
     best, ray, obj, normal = _closest(rays.shots, o, d, _sphere_pairs(rays, o, d, own), o[0].numel())
     if len(ray):
         hit = _Rays(rays.shots, rays.shot[ray])
-        point = along(tuple(v[ray] for v in o), best[ray], tuple(v[ray] for v in d))
+        point = along(tuple(_take(v, ray) for v in o), best[ray], tuple(_take(v, ray) for v in d))
         light_in = _diffuse(hit, point, normal, torch.ones_like(point[0]))
         for c, base in enumerate(_albedo(rays.shots, obj)):
             out[c][ray] = base * light_in[c]

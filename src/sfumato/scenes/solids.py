@@ -16,7 +16,7 @@ from sfumato.scenes.graph import HALF_HEIGHT, HALF_WIDTH
 
 Vec = tuple[Tensor, Tensor, Tensor]
 INF = 1e9
-BEVEL = 0.055
+BEVEL = 0.08
 SPHERE = HALF_HEIGHT["sphere"]
 CUBE = HALF_HEIGHT["cube"]
 CYL_R, CYL_H = HALF_WIDTH["cylinder"], HALF_HEIGHT["cylinder"]
