@@ -28,7 +28,8 @@ def picture(seed: int = 0, size: tuple[int, int] = (24, 16)) -> Image.Image:
 def result(request: Request) -> Result:
     recipe = {
         "request": request.to_dict(),
-        "model": {"name": "tiny", "hash": "0123456789abcdef"},
+        "model": "tiny, v1",
+        "weights": {"net": "0123"},
         "seconds": 0.5,
     }
     return Result(images=tuple(picture(k) for k in range(request.count)), recipe=recipe)
@@ -69,7 +70,7 @@ def test_the_recipe_comes_back_and_the_source_is_marked(tmp_path, suffix):
     assert parameters_of(file).startswith(
         "a red cube\nNegative prompt: blur, dark: night\nSteps: 8, Sampler: DPM++ 2M,"
     )
-    assert "Model hash: 0123456789" in parameters_of(file)
+    assert 'Model hash: 1be2e452b4, Model: "tiny, v1", Version: sfumato' in parameters_of(file)
     assert "CFG scale: 4.5, Seed: 5, Size: 24x16" in parameters_of(file)
 
 

@@ -40,11 +40,17 @@ def cost(
         ["FLOPs: decode", *(_flops(c["flops"]["decode"]) for c in columns)],
         ["FLOPs: picture", *(_flops(c["flops"]["picture"]) for c in columns)],
         ["seconds per picture", *(f"{c['seconds']:.3f}" for c in columns)],
-        ["peak memory", *(f"{c['peak_bytes'] / 2**20:,.0f} MiB" for c in columns)],
+        ["weights in memory", *(_mebibytes(c["weight_bytes"]) for c in columns)],
+        ["other tensors, at most", *(_mebibytes(c["tensor_bytes"]) for c in columns)],
+        ["process or GPU, at most", *(_mebibytes(c["peak_bytes"]) for c in columns)],
     ]
     width, height = report["size"]
     title = f"{report['model']}: one {width}x{height} picture, {report['steps']} steps, guidance {report['guidance']:g}"
     show.table(title, ["", "latent", "pixel twin"], rows)
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def _flops(count: int) -> str:

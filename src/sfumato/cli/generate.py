@@ -60,7 +60,7 @@ def generate(
         schedule=schedule,
         size=None if size is None else parse.size(size),
     ).validate()
-    check_output(output, request.count)
+    check_output(output, request.count, request)
 
     started = time.perf_counter()
     from sfumato.generate import DEFAULT_MODEL, load

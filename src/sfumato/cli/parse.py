@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from typing import Any
 
 from sfumato.errors import InputError
 
@@ -34,17 +36,21 @@ def size(text: str) -> tuple[int, int]:
     return width, int(match[2] or width)
 
 
-def overrides(pairs: list[str]) -> dict[str, str]:
-    """`key=value` pairs to a dict of texts; a key given twice is an error."""
-    values: dict[str, str] = {}
+def overrides(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` pairs to a dict; values are TOML (10, 3e-4, true, [0.9, 0.95]), and text where they are not."""
+    values: dict[str, Any] = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
+        key, equals, text = pair.partition("=")
         key = key.strip()
-        if not equals or not key:
+        if not equals or not key or not all(key.split(".")):
             raise InputError(f"--set takes key=value, not {_quoted(pair)}", argument="set")
         if key in values:
             raise InputError(f"--set gives {key} twice", argument="set")
-        values[key] = value
+        try:
+            parsed = tomllib.loads(f"value = {text}")
+        except (tomllib.TOMLDecodeError, RecursionError):
+            parsed = {}
+        values[key] = parsed["value"] if parsed.keys() == {"value"} else text
     return values
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,8 +44,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     Console().print(drawn)
 
 
-@contextlib.contextmanager
-def progress() -> Iterator[Progress]:
+def progress() -> Progress:
     """A rich progress display on standard error that is silent when that is not a terminal."""
     from rich.progress import (
         BarColumn,
@@ -59,7 +56,7 @@ def progress() -> Iterator[Progress]:
     )
 
     screen = console()
-    with Progress(
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -68,8 +65,24 @@ def progress() -> Iterator[Progress]:
         console=screen,
         transient=True,
         disable=not screen.is_terminal,
-    ) as bar:
-        yield bar
+    )
+
+
+def training() -> Progress:
+    """A progress display whose tasks have a text `told` beside the bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    screen = console()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[told]}", markup=False),
+        console=screen,
+        refresh_per_second=4,
+        disable=not screen.is_terminal,
+    )
 
 
 def half_blocks(image: Image, columns: int = 48) -> Text:

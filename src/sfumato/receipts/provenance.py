@@ -8,6 +8,7 @@ XMP always marks the picture as made by a model: IPTC's DigitalSourceType `train
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
@@ -155,8 +156,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def parameters(recipe: dict[str, Any]) -> str:
     """The recipe in the form of AUTOMATIC1111's web UI: prompt, negative prompt, then one line of settings."""
     request = recipe.get("request", {})
-    model = recipe.get("model", {})
-    model = model if isinstance(model, dict) else {"name": str(model)}
+    weights = "".join(recipe.get("weights", {}).values())
     sampler = request.get("sampler")
     settings = {
         "Steps": request.get("steps"),
@@ -165,8 +165,8 @@ def parameters(recipe: dict[str, Any]) -> str:
         "CFG scale": request.get("guidance"),
         "Seed": request.get("seed"),
         "Size": "x".join(str(side) for side in request["size"]) if request.get("size") else None,
-        "Model hash": str(model["hash"])[:10] if model.get("hash") else None,
-        "Model": model.get("name"),
+        "Model hash": hashlib.sha256(weights.encode()).hexdigest()[:10] if weights else None,
+        "Model": recipe.get("model"),
         "Version": _tool(),
     }
     lines = [request.get("prompt", "")]

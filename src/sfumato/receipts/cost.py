@@ -1,0 +1,156 @@
+"""What one picture costs: numbers, FLOPs, seconds and memory, for a model and for the same trunk in pixel space."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sfumato.receipts.flops import count_flops, module_size
+from sfumato.types import Request
+
+if TYPE_CHECKING:
+    from sfumato.generate import Model
+
+PROMPT = "a red metal sphere behind a small blue cube"
+
+
+def cost_report(
+    model: Model, steps: int | None = None, repeats: int = 3, prompt: str = PROMPT
+) -> dict[str, Any]:
+    """Plain JSON: the request that was measured, and under `latent` and `pixel` what `measure` says of each model.
+
+    The pixel twin has the same trunk and as many tokens, an autoencoder that does nothing, and untrained weights, which
+    cost exactly as much as trained ones.
+    """
+    request = model.complete(Request(prompt=prompt, steps=steps))
+    return {
+        "model": model.name,
+        "prompt": prompt,
+        "size": list(request.size or ()),
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "sampler": request.sampler,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "latent": measure(model, request, repeats),
+        "pixel": measure(pixel_model(model), request, repeats),
+    }
+
+
+def pixel_model(model: Model) -> Model:
+    """The pixel twin of `model`, on its device and in its precision, with fresh weights. Draws nothing globally."""
+    # the package that defines the system is its family
+    family = sys.modules[type(model.system).__module__.rpartition(".")[0]]
+    with torch.random.fork_rng(devices=[]):
+        system = family.build(family.pixel_twin(model.system.config))
+    for module in (system.autoencoder, system.denoiser):
+        module.to(model.device).eval().requires_grad_(False)
+    return type(model)(system, model.device, name=f"{model.name} in pixels", dtype=model.dtype)
+
+
+@torch.inference_mode()
+def measure(model: Model, request: Request, repeats: int = 3) -> dict[str, Any]:
+    """Costs of one picture of a complete `request`.
+
+    numbers: what the sampler works on, C·T·H·W; tokens: what attention sees of them. flops: of the text (prompt and
+    negative), one guided step, the decoding, and the picture in whole. seconds: median of `repeats` after one picture
+    to warm up. weight_bytes, tensor_bytes: the weights, and the most that all other tensors held at once.
+    peak_bytes: the process's largest resident memory while drawing, or the GPU's.
+    """
+    assert request.size and request.guidance is not None
+    width, height = request.size
+    shape = model.system.autoencoder.latent_shape(1, height, width)
+    x = torch.zeros(1, *shape, device=model.device)
+    level = torch.tensor(0.5, dtype=torch.float64)
+    cond = model.condition(request)
+    denoise = model.denoiser(cond, request.guidance)
+    size = module_size(model.system.autoencoder, model.system.denoiser)
+    flops = {
+        "text": count_flops(model.condition, request),
+        "step": count_flops(denoise, x, level),
+        "decode": count_flops(model.decode_pixels, x),
+        "picture": count_flops(model.generate, request),
+    }
+    times = [_timed(model.generate, request, model.device) for _ in range(repeats)]
+    with _LiveBytes() as live:
+        model.generate(request)
+    return {
+        "numbers": math.prod(shape),
+        "tokens": math.prod(shape[1:]) // model.system.config.denoiser.patch**2,
+        "parameters": size.parameters,
+        "flops": flops,
+        "seconds": round(statistics.median(times), 4),
+        "weight_bytes": size.bytes,
+        "tensor_bytes": live.peak,
+        "peak_bytes": _peak_bytes(model.generate, request, model.device),
+    }
+
+
+def _timed(call: Callable[[Request], Any], request: Request, device: torch.device) -> float:
+    started = time.perf_counter()
+    call(request)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _peak_bytes(call: Callable[[Request], Any], request: Request, device: torch.device) -> int:
+    """Peak memory of the GPU, or of the process during the call; where the system cannot tell, since its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call(request)
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # Linux: start the high-water mark again
+    call(request)
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations inside it made and that still live; `peak` is the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, made=False)  # it was there before
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, made=True)
+        return out
+
+    def _see(self, tensor: Tensor, made: bool) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.seen:
+            return
+        self.seen[storage] = True
+        if made:
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, storage.nbytes())
+
+    def _gone(self, size: int) -> None:
+        self.live -= size
