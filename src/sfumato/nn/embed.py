@@ -54,5 +54,5 @@ def rope_angles(positions: Tensor, head_width: int, theta: float = 100.0) -> Ten
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (i, i + D/2) of x: (B, K, N, D) by the angles whose cos and sin are (N, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    halves = x.unflatten(-1, (2, -1))  # (B, K, N, 2, D/2)
+    return (halves * cos.unsqueeze(-2) + halves.flip(-2) * torch.stack([-sin, sin], dim=-2)).flatten(-2)

@@ -135,12 +135,13 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def label_sizes(total: int) -> list[int]:
-    """Class counts per attribute of the scenes' cells, background included; `total` must be their sum."""
-    from sfumato.scenes import CELL_CLASSES
+    """Classes of each attribute of a scene's cells, background included; `total` must be their sum."""
+    from sfumato.scenes.labels import ATTRIBUTES
 
-    if sum(CELL_CLASSES) != total:
-        raise InputError(f"a label head of {total} classes does not fit the cells' {list(CELL_CLASSES)}")
-    return list(CELL_CLASSES)
+    sizes = [1 + len(words) for _, words in ATTRIBUTES]
+    if sum(sizes) != total:
+        raise InputError(f"a label head of {total} classes does not fit the cells' {sizes}")
+    return sizes
 
 
 def denoiser_player(
