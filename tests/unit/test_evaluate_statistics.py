@@ -12,7 +12,9 @@ from sfumato.evaluate import statistics as stats
 
 def gaussian(count, mean, scale, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, len(mean), generator=generator, dtype=torch.float64) * torch.tensor(scale) + torch.tensor(mean)
+    return torch.randn(count, len(mean), generator=generator, dtype=torch.float64) * torch.tensor(
+        scale
+    ) + torch.tensor(mean)
 
 
 def test_bootstrap_matches_the_normal_interval_of_a_mean():
@@ -37,7 +39,9 @@ def test_bootstrap_repeats_and_depends_on_clusters():
     values = [1.0] * 40 + [0.0] * 60
     assert stats.bootstrap(values, seed=3) == stats.bootstrap(values, seed=3)
     lone = stats.bootstrap(values)
-    clustered = stats.bootstrap(values, clusters=[i // 20 for i in range(100)])  # five units, each all right or all wrong
+    clustered = stats.bootstrap(
+        values, clusters=[i // 20 for i in range(100)]
+    )  # five units, each all right or all wrong
     assert clustered.high - clustered.low > 2 * (lone.high - lone.low)
     assert clustered.mean == lone.mean == 0.4
 
@@ -45,7 +49,9 @@ def test_bootstrap_repeats_and_depends_on_clusters():
 def test_an_all_right_sample_still_has_a_width():
     interval = stats.bootstrap([1.0] * 100)
     assert interval.mean == 1.0 and interval.high == 1.0
-    assert interval.low == pytest.approx(100 / (100 + 1.959964**2), abs=1e-6)  # Wilson's closed form at share 1
+    assert interval.low == pytest.approx(
+        100 / (100 + 1.959964**2), abs=1e-6
+    )  # Wilson's closed form at share 1
     zero = stats.bootstrap([0.0] * 100)
     assert zero.low == pytest.approx(0.0, abs=1e-12) and zero.high == pytest.approx(1 - interval.low)
 
@@ -70,11 +76,17 @@ def test_frechet_does_not_change_under_rotation():
 
 def test_kernel_distance_is_unbiased_and_sees_a_shift():
     same = [
-        stats.kernel_distance(gaussian(300, [0.0] * 8, [1.0] * 8, 2 * k), gaussian(300, [0.0] * 8, [1.0] * 8, 2 * k + 1), subsets=4)[0]
+        stats.kernel_distance(
+            gaussian(300, [0.0] * 8, [1.0] * 8, 2 * k),
+            gaussian(300, [0.0] * 8, [1.0] * 8, 2 * k + 1),
+            subsets=4,
+        )[0]
         for k in range(20)
     ]
     assert abs(np.mean(same)) < 3 * np.std(same) / math.sqrt(20) and min(same) < 0 < max(same)
-    shifted, _ = stats.kernel_distance(gaussian(300, [0.0] * 8, [1.0] * 8, 50), gaussian(300, [0.7] * 8, [1.0] * 8, 51))
+    shifted, _ = stats.kernel_distance(
+        gaussian(300, [0.0] * 8, [1.0] * 8, 50), gaussian(300, [0.7] * 8, [1.0] * 8, 51)
+    )
     assert shifted > 20 * np.std(same)
 
 
@@ -99,7 +111,10 @@ def test_nearest_finds_planted_copies_in_chunks():
 
 def test_copying_z_tells_copies_from_fresh_samples():
     train, held = gaussian(2000, [0.0] * 6, [1.0] * 6, 8), gaussian(400, [0.0] * 6, [1.0] * 6, 9)
-    fresh, copies = gaussian(400, [0.0] * 6, [1.0] * 6, 10), train[:400] + 0.05 * gaussian(400, [0.0] * 6, [1.0] * 6, 11)
+    fresh, copies = (
+        gaussian(400, [0.0] * 6, [1.0] * 6, 10),
+        train[:400] + 0.05 * gaussian(400, [0.0] * 6, [1.0] * 6, 11),
+    )
     base = stats.nearest(held, train)[0]
     assert abs(stats.copying_z(stats.nearest(fresh, train)[0], base)) < 3
     assert stats.copying_z(stats.nearest(copies, train)[0], base) < -10

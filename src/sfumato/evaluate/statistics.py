@@ -39,9 +39,9 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap of the mean (Efron & Tibshirani 1993, ch. 13).
 
-    `clusters` names the unit that is drawn (the prompt, when several pictures share one); without it each value is its
-    own unit. When every value is 0 or 1 and all are equal, resampling can only repeat them and would claim certainty;
-    the bounds are then Wilson's, over the number of units.
+    `clusters` names the unit that is drawn (the prompt, when several pictures share one); without it each
+    value is its own unit. When every value is 0 or 1 and all are equal, resampling can only repeat them and
+    would claim certainty; the bounds are then Wilson's, over the number of units.
     """
     data = np.asarray(values, dtype=np.float64).ravel()
     if data.size == 0:
@@ -74,8 +74,11 @@ def wilson(successes: float, count: int, confidence: float = 0.95) -> tuple[floa
     return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
 
 
-def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 50, size: int = 500, seed: int = 0) -> tuple[float, float]:
-    """Squared MMD with the cubic kernel (x·y/D + 1)³, unbiased, over random subsets (KID; Binkowski et al. 2018, eq. 4).
+def kernel_distance(
+    x: Tensor, y: Tensor, *, subsets: int = 50, size: int = 500, seed: int = 0
+) -> tuple[float, float]:
+    """Squared MMD with the cubic kernel (x·y/D + 1)³, unbiased, over random subsets (KID; Binkowski et al.
+    2018, eq. 4).
 
     x: (N, D), y: (M, D) features. Returns the mean over subsets and its standard deviation. About 0 for equal
     distributions, and it may be slightly negative: the estimator is unbiased.
@@ -105,18 +108,24 @@ def _mmd2(a: Tensor, b: Tensor) -> Tensor:
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """|μx − μy|² + tr(Σx + Σy − 2 (Σx Σy)^½): the squared 2-Wasserstein distance of the fitted Gaussians (Heusel et al. 2017, eq. 6).
+    """|μx − μy|² + tr(Σx + Σy − 2 (Σx Σy)^½): the squared 2-Wasserstein distance of the fitted Gaussians
+    (Heusel et al. 2017, eq. 6).
 
     x: (N, D), y: (M, D). Biased upwards for small samples: compare only values made with the same N and M.
     """
     x, y = _features(x, y)
     if min(len(x), len(y)) < 2:
         raise InputError("the Fréchet distance needs at least two pictures on each side", argument="features")
-    covariance_x, covariance_y = torch.cov(x.T).reshape(x.shape[1], -1), torch.cov(y.T).reshape(x.shape[1], -1)
+    covariance_x, covariance_y = (
+        torch.cov(x.T).reshape(x.shape[1], -1),
+        torch.cov(y.T).reshape(x.shape[1], -1),
+    )
     values, vectors = torch.linalg.eigh(covariance_x)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ covariance_y @ root).clamp_min(0).sqrt().sum()
-    distance = (x.mean(0) - y.mean(0)).square().sum() + covariance_x.trace() + covariance_y.trace() - 2 * cross
+    distance = (
+        (x.mean(0) - y.mean(0)).square().sum() + covariance_x.trace() + covariance_y.trace() - 2 * cross
+    )
     return max(0.0, float(distance))
 
 
@@ -130,8 +139,9 @@ def nearest(queries: Tensor, bank: Tensor, *, chunk: int = 256) -> tuple[Tensor,
 def copying_z(generated: Tensor, held_out: Tensor) -> float:
     """Mann–Whitney z of generated-to-training against held-out-to-training distances (C_T of Meehan et al. 2020).
 
-    Both are (N,) nearest-neighbour distances to the same training set. About 0 when generated pictures are as far from the training
-    set as unseen real ones; far below 0 (under −3) when they sit closer, which is copying; above 0 when farther.
+    Both are (N,) nearest-neighbour distances to the same training set. About 0 when generated pictures are as
+    far from the training set as unseen real ones; far below 0 (under −3) when they sit closer, which is
+    copying; above 0 when farther.
     """
     n, m = len(generated), len(held_out)
     pooled = torch.cat([generated, held_out]).double()
@@ -164,5 +174,8 @@ def vendi(features: Tensor) -> float:
 
 def _features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise InputError(f"features must be (N, D) and (M, D), not {tuple(x.shape)} and {tuple(y.shape)}", argument="features")
+        raise InputError(
+            f"features must be (N, D) and (M, D), not {tuple(x.shape)} and {tuple(y.shape)}",
+            argument="features",
+        )
     return x.detach().cpu().double(), y.detach().cpu().double()
