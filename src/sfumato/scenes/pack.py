@@ -66,6 +66,7 @@ def pack(shots: list[tuple[Scene, float]], device: torch.device) -> Shots:
         camera, light, floor = scene.camera, scene.light, scene.floor
         position, right, up, forward = camera.axes()
         tangent = math.tan(camera.fov / 2)
+        view = (position, right, up, forward, tangent)
         heading = (math.sin(camera.azimuth), math.cos(camera.azimuth))
         to_light = light.direction()
         rows.append(
@@ -79,14 +80,14 @@ def pack(shots: list[tuple[Scene, float]], device: torch.device) -> Shots:
             albedo = [min(a * t, 1.0) for a, t in zip(ALBEDO[obj.color], obj.tint, strict=True)]
             reach = z / to_light[2]
             shadow = (x - to_light[0] * reach, y - to_light[1] * reach, 0.0)
-            spread = bound / to_light[2] + light.softness * reach * 1.5
-            body = _box(camera, (x, y, z), bound)
-            cast = _box(camera, shadow, spread)
-            ring = _box(camera, (x, y, 0.0), HALF_WIDTH[obj.shape] * scale + 0.9 * scale)
-            both = [min(cast[0], ring[0]), max(cast[1], ring[1]), min(cast[2], ring[2]), max(cast[3], ring[3])]
+            spread = bound / to_light[2] + light.softness * (reach + bound) * 1.1 + 0.05
+            wide = HALF_WIDTH[obj.shape] * scale
+            body = _box(view, (_disc(x, y, 0.0, wide), _disc(x, y, 2 * z, wide)))
+            ring = _disc(x, y, 0.0, wide + 0.6 * scale)
+            cast = _box(view, (_disc(shadow[0], shadow[1], 0.0, spread), ring))
             objects.append(
                 [x, y, z, math.cos(yaw), math.sin(yaw), scale, 1 / scale, bound, float(SHAPES.index(obj.shape))]
-                + [*albedo, float(obj.material == "metal"), *body, *both]
+                + [*albedo, float(obj.material == "metal"), *body, *cast]
             )
         objects.extend([absent] * (slots - len(scene.objects)))
     shot_table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(SHOT_FIELDS))
@@ -98,15 +99,26 @@ def pack(shots: list[tuple[Scene, float]], device: torch.device) -> Shots:
     )
 
 
-def _box(camera, center: tuple[float, float, float], radius: float) -> list[float]:
-    """Left, right, top and bottom (fractions of the picture) of a box that surely holds the image of a sphere."""
-    u, v, depth = camera.project(*center)
-    near = depth - radius
-    if near < 0.2:
-        return [0.0, 1.0, 0.0, 1.0]
-    reach = 0.5 * radius / (math.tan(camera.fov / 2) * near)
-    pull = depth / near - 1  # the near side lies farther from the picture's middle
-    grow_u, grow_v = reach + abs(u - 0.5) * pull, reach + abs(v - 0.5) * pull
-    return [min(max(e, 0.0), 1.0) for e in (u - grow_u, u + grow_u, v - grow_v, v + grow_v)]
+_CORNERS = [
+    (math.cos(k * math.pi / 4) / math.cos(math.pi / 8), math.sin(k * math.pi / 4) / math.cos(math.pi / 8)) for k in range(8)
+]
 
 
+def _disc(x: float, y: float, z: float, radius: float) -> list[tuple[float, float, float]]:
+    """Corners of an octagon around a level disc."""
+    return [(x + radius * a, y + radius * b, z) for a, b in _CORNERS]
+
+
+def _box(view: tuple, outlines: tuple[list[tuple[float, float, float]], ...]) -> list[float]:
+    """Left, right, top and bottom (fractions of the picture) of a box that holds the image of the points' convex hull."""
+    position, right, up, forward, tangent = view
+    us, vs = [], []
+    for point in (p for outline in outlines for p in outline):
+        x, y, z = point[0] - position[0], point[1] - position[1], point[2] - position[2]
+        depth = x * forward[0] + y * forward[1] + z * forward[2]
+        if depth < 0.2:
+            return [0.0, 1.0, 0.0, 1.0]
+        scale = 0.5 / (tangent * depth)
+        us.append(0.5 + (x * right[0] + y * right[1] + z * right[2]) * scale)
+        vs.append(0.5 - (x * up[0] + y * up[1] + z * up[2]) * scale)
+    return [min(max(e, 0.0), 1.0) for e in (min(us), max(us), min(vs), max(vs))]

@@ -19,10 +19,11 @@ from sfumato.scenes.graph import SHAPES, Scene
 from sfumato.scenes.pack import OBJ, SHOT, Shots, pack
 from sfumato.scenes.solids import HIT, INF, SDF, Vec, along, dot, unit
 
-CHUNK_RAYS = {"cpu": 2**17, "cuda": 2**22}
+CHUNK_RAYS = {"cpu": 2**18, "cuda": 2**22}
 SUBSAMPLES = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # rotated grid, in pixels
 EDGE = 0.035  # difference in brightness between neighbours from which a pixel is sampled four times
-BISECTIONS = 7
+SECTIONS = 7
+AO_LIFT, AO_REACH = 0.30, 0.56  # in the object's radii
 GOLDEN = 0.6180339887498949
 
 
@@ -48,7 +49,7 @@ def render(scenes: Sequence[Scene], size: int = 128, device: str | torch.device 
         raise InputError("scenes of one batch must have equally many frames", argument="scenes")
     device = torch.device(device)
     shots = [(scene, seconds) for scene in scenes for seconds in scene.times()]
-    per_chunk = max(1, CHUNK_RAYS.get(device.type, 2**17) // (size * size))
+    per_chunk = max(1, CHUNK_RAYS.get(device.type, 2**18) // (size * size))
     parts = []
     with torch.inference_mode():
         for start in range(0, len(shots), per_chunk):
@@ -147,22 +148,15 @@ def _primary(rays: _Rays, across: Tensor, down: Tensor, size: int) -> tuple[Vec,
     t_floor = torch.where(d[2] < -1e-4, -origin[2] / d[2].clamp(max=-1e-4), INF)
     ground = along(origin, t_floor, d)
     shape = t_floor.shape
-    dense = rays.shot is None
     flat_d = tuple(v.reshape(-1) for v in d)
-    if dense:
-        n = shape[1]
+    if rays.shot is None:
         near = _box_pairs(rays.shots, size, ("u0", "u1", "v0", "v1"))
         under = _box_pairs(rays.shots, size, ("s0", "s1", "w0", "w1"))
-        shot_of_ray = None
+        starts = tuple(v.expand(shape).reshape(-1) for v in origin)
     else:
-        n = 0
-        near, under, shot_of_ray = None, None, rays.shot
-    # floor everywhere, then objects over it
-    lit, ao = _shadows(rays, ground, shot_of_ray, under, n)
-    color = _floor_color(rays, ground, lit, ao, t_floor)
-    color = [c.reshape(-1).clone() if c.shape != shape else c.reshape(-1) for c in color]
-    color = [c.expand(shape).reshape(-1) if c.numel() != t_floor.numel() else c for c in color]
-    starts = origin if not dense else tuple(v.expand(shape).reshape(-1) for v in origin)
+        near, under, starts = None, None, origin
+    lit, ao = _shadows(rays, ground, rays.shot, under)
+    color = [c.reshape(-1) for c in _floor_color(rays, ground, lit, ao)]
     pairs = near if near is not None else _sphere_pairs(rays, starts, flat_d, None)
     best, ray, obj, normal = _closest(rays.shots, starts, flat_d, pairs, t_floor.numel())
     total = torch.minimum(best, t_floor.reshape(-1))
@@ -272,96 +266,108 @@ def _closest(
     return best, ray, obj, unit((x * cos - y * sin, x * sin + y * cos, z))
 
 
-def _shadows(rays, point: Vec, shot: Tensor | None, pairs, n: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Share of the key light that reaches each point, and of the light from all sides that nearby objects let through."""
+def _shadows(
+    rays: _Rays, point: Vec, shot: Tensor | None, pairs: tuple[Tensor, Tensor] | None, own: Tensor | None = None, facing: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Share of the key light that reaches each point, and of the light from all sides that nearby objects let through.
+
+    Points on objects name their `own` object, which casts nothing on itself, and whether they face the light at all.
+    """
     shots = rays.shots
-    table, slots = shots.objects, shots.slots
-    total = point[0].numel()
+    table, slots = shots.objects, max(shots.slots, 1)
+    total, shape = point[0].numel(), point[0].shape
     flat = tuple(v.reshape(-1) for v in point)
+    light, soft = rays.vec("lx", "ly", "lz"), rays["soft"]
     if pairs is None:
-        found = []
-        light, soft = rays.vec("lx", "ly", "lz"), rays["soft"]
-        for k in range(slots):
+        blockers, neighbours = [], []
+        for k in range(shots.slots):
             obj = shot * slots + k
-            near = _shaded(table, obj, flat, light, soft)
+            blocks, near = _reach(table, obj, flat, light, soft)
             if own is not None:
-                near &= obj != own
-            ray = near.nonzero()[:, 0]
-            found.append((ray, _take(obj, ray)))
-        ray, obj = _by_shape(shots, found, flat[0].device)
+                other = obj != own
+                blocks, near = blocks & other & facing, near & other
+            for found, mask in ((blockers, blocks), (neighbours, near)):
+                ray = mask.nonzero()[:, 0]
+                found.append((ray, _take(obj, ray)))
+        blockers, neighbours = (_by_shape(shots, found, flat[0].device) for found in (blockers, neighbours))
     else:
         ray, obj = pairs
-        owner = obj // max(slots, 1)
+        owner = obj // slots
         light = tuple(_take(shots.shots[SHOT[name]], owner) for name in ("lx", "ly", "lz"))
         start = tuple(_take(v, ray) for v in flat)
-        kept = _shaded(table, obj, start, light, _take(shots.shots[SHOT["soft"]], owner)).nonzero()[:, 0]
-        ray, obj = _take(ray, kept), _take(obj, kept)
-    owner = obj // max(slots, 1)
-    start = tuple(_take(v, ray) for v in flat)
+        masks = _reach(table, obj, start, light, _take(shots.shots[SHOT["soft"]], owner))
+        kept = [mask.nonzero()[:, 0] for mask in masks]
+        blockers, neighbours = ((_take(ray, k), _take(obj, k)) for k in kept)
+    lit = _spread(*_penumbra(shots, flat, *blockers), slots, total)
+    ao = _spread(*_crowding(shots, flat, *neighbours), slots, total)
+    return lit.reshape(shape), ao.reshape(shape)
+
+
+def _reach(table: Tensor, obj: Tensor, point: Vec, light: Vec, soft: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether an object can stand between a point and the light; whether it is near enough to darken it."""
+    c = tuple(_take(table[OBJ[name]], obj) - point[i] for i, name in enumerate(("cx", "cy", "cz")))
+    bound = _take(table[OBJ["bound"]], obj)
+    middle, square = dot(c, light), dot(c, c)
+    wide = bound + (soft * (middle + bound).clamp(min=0) + 0.025)
+    there = bound > 0
+    reach = bound + _take(table[OBJ["scale"]], obj) * (AO_LIFT + AO_REACH)
+    return (square - middle * middle < wide * wide) & (middle > -bound) & there, (square < reach * reach) & there
+
+
+def _distance(runs: list[slice], p: Vec) -> Tensor:
+    return torch.cat([sdf(tuple(v[run] for v in p)) for run, sdf in zip(runs, SDF, strict=True) if run.stop > run.start])
+
+
+def _penumbra(shots: Shots, flat: Vec, ray: Tensor, obj: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ray, object and the share of the light that the object lets pass."""
+    if not len(ray):
+        return ray, obj, torch.ones(0, device=ray.device)
+    table, owner = shots.objects, obj // shots.slots
     to = tuple(_take(shots.shots[SHOT[name]], owner) for name in ("lx", "ly", "lz"))
-    p, d = _local(table, obj, start, to)
-    scale, inverse, soft = _take(table[OBJ["scale"]], obj), _take(table[OBJ["inverse"]], obj), _take(shots.shots[SHOT["soft"]], owner)
-    # in units of the object's radius the unit light direction has length 1 / scale: use steps of that length instead
-    d = tuple(v * scale for v in d)
-    bound = _take(table[OBJ["bound"]], obj) * inverse
+    scale, soft = _take(table[OBJ["scale"]], obj), _take(shots.shots[SHOT["soft"]], owner)
+    p, d = _local(table, obj, tuple(_take(v, ray) for v in flat), to)
+    d = tuple(v * scale for v in d)  # of length 1: lengths below are in units of the object's radius
+    bound = _take(table[OBJ["bound"]], obj) * _take(table[OBJ["inverse"]], obj)
     runs = _runs(shots, obj)
-
-    def distance(t: Tensor) -> Tensor:
-        q = along(p, t, d)
-        return torch.cat([sdf(tuple(v[run] for v in q)) for run, sdf in zip(runs, SDF, strict=True)])
-
     middle = -dot(p, d)
     low, high = (middle - bound).clamp(min=0), (middle + bound).clamp(min=0)
-    a, b = high - (high - low) * GOLDEN, low + (high - low) * GOLDEN
-    da, db = distance(a), distance(b)
-    for _ in range(BISECTIONS):  # golden section: the distance is convex along a line for convex solids
+    width = (high - low) * GOLDEN
+    a, b = high - width, low + width
+    da, db = _distance(runs, along(p, a, d)), _distance(runs, along(p, b, d))
+    for _ in range(SECTIONS):  # golden section: along a line, the distance to a convex solid is convex
         left = da < db
         low, high = torch.where(left, low, a), torch.where(left, b, high)
-        width = (high - low) * GOLDEN
+        width = width * GOLDEN
         fresh = torch.where(left, high - width, low + width)
-        d_fresh = distance(fresh)
+        d_fresh = _distance(runs, along(p, fresh, d))
         a, b = torch.where(left, fresh, b), torch.where(left, a, fresh)
         da, db = torch.where(left, d_fresh, db), torch.where(left, da, d_fresh)
     least, where = torch.minimum(da, db), torch.where(da < db, a, b)
     s = (least / (soft * where + 0.025) * 0.5 + 0.5).clamp(0, 1)
-    s = s * s * (3.0 - s - s)
-    lit = torch.ones(slots, total, device=s.device)
-    slot = obj - owner * max(slots, 1)
-    spot = slot * total + ray
-    lit.view(-1)[spot] = torch.where(high > 0, s, 1.0)
-    up = distance_at(shots, p, runs, 0.30)
-    ao = torch.ones(slots, total, device=s.device)
-    near = (1.0 - (up + 0.06) * (1 / 0.62)).clamp(0, 1)
-    ao.view(-1)[spot] = 1.0 - near * near * 0.62
-    shape = point[0].shape
-    return _product(lit, total).reshape(shape), _product(ao, total).reshape(shape)
+    return ray, obj, s * s * (3.0 - s - s)
 
 
-def _shaded(table: Tensor, obj: Tensor, point: Vec, light: Vec, soft: Tensor) -> Tensor:
-    """Whether an object can stand between a point and the light, or is near enough to darken it."""
-    c = tuple(_take(table[OBJ[name]], obj) - point[i] for i, name in enumerate(("cx", "cy", "cz")))
-    bound = _take(table[OBJ["bound"]], obj)
-    middle, square = dot(c, light), dot(c, c)
-    wide = bound + soft * (middle + bound).clamp(min=0)
-    reach = bound + bound
-    return ((((square - middle * middle) < wide * wide) & (middle > -bound)) | (square < reach * reach)) & (bound > 0)
+def _crowding(shots: Shots, flat: Vec, ray: Tensor, obj: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ray, object and the share of light from all sides that the object leaves: by its distance from just above the point."""
+    if not len(ray):
+        return ray, obj, torch.ones(0, device=ray.device)
+    p, _ = _local(shots.objects, obj, tuple(_take(v, ray) for v in flat), None)
+    near = (1.0 - (_distance(_runs(shots, obj), (p[0], p[1], p[2] + AO_LIFT)) + 0.06) * (1 / (AO_REACH + 0.06))).clamp(0, 1)
+    return ray, obj, 1.0 - near * near * 0.62
 
 
-def distance_at(shots: Shots, p: Vec, runs: list[slice], lift: float) -> Tensor:
-    """Signed distance a little above each point, in the object's radii."""
-    return torch.cat([sdf((p[0][r], p[1][r], p[2][r] + lift)) for r, sdf in zip(runs, SDF, strict=True)])
-
-
-def _product(rows: Tensor, total: int) -> Tensor:
-    if not len(rows):
-        return torch.ones(total, device=rows.device)
-    out = rows[0]
-    for row in rows[1:]:
-        out = out * row
+def _spread(ray: Tensor, obj: Tensor, share: Tensor, slots: int, total: int) -> Tensor:
+    """Product over the objects of a ray, always in the order of their slots so that it rounds the same way."""
+    out = torch.ones(total, device=share.device)
+    slot = obj - obj // slots * slots
+    for k in range(slots):
+        mine = (slot == k).nonzero()[:, 0]
+        rays = _take(ray, mine)  # a ray meets each slot once
+        out[rays] = _take(out, rays) * _take(share, mine)
     return out
 
 
-def _floor_color(rays: _Rays, point: Vec, lit: Tensor, ao: Tensor, t: Tensor) -> list[Tensor]:
+def _floor_color(rays: _Rays, point: Vec, lit: Tensor, ao: Tensor) -> list[Tensor]:
     """Linear radiance of the floor: a pool of light that fades into the backdrop."""
     x, y = point[0] - rays["tx"], point[1] - rays["ty"]
     away = x * rays["hx"] + y * rays["hy"]
@@ -369,12 +375,13 @@ def _floor_color(rays: _Rays, point: Vec, lit: Tensor, ao: Tensor, t: Tensor) ->
     fade = fade * fade * (3.0 - fade - fade)
     spread = (x * x + y * y) * (1 / 60.0)
     pool = 1.0 / (1.0 + spread)
-    key = lit * rays["lz"] * 0.86
+    key = lit * pool * (rays["lz"] * 0.86)
+    around = ao * (pool * 0.17 + 0.17)
+    shade = ((lit * ao) * 0.45 + 0.55) * 0.72
     out = []
     for name in "rgb":
-        near = rays["floor_" + name] * (key * rays["k" + name] * pool + ao * rays["amb_" + name] * 0.34 * (0.5 + 0.5 * pool))
-        shade = 0.55 + 0.45 * (lit * ao)
-        out.append(near + fade * (rays["back_" + name] * 0.72 * shade - near))
+        near = (key * rays["k" + name] + around * rays["amb_" + name]) * rays["floor_" + name]
+        out.append(near + fade * (shade * rays["back_" + name] - near))
     return out
 
 
@@ -412,7 +419,7 @@ def _object_color(rays: _Rays, point: Vec, d: Vec, normal: Vec, obj: Tensor) -> 
     shots = rays.shots
     light = rays.vec("lx", "ly", "lz")
     lifted = along(point, torch.full_like(point[0], 1e-3), normal)
-    lit, ao = _shadows(rays, lifted, rays.shot, None, 0, own=obj)
+    lit, ao = _shadows(rays, lifted, rays.shot, None, own=obj, facing=dot(normal, light) > 0)
     albedo = _albedo(shots, obj)
     light_in = _diffuse(rays, point, normal, lit)
     half = unit(tuple(light[i] - d[i] for i in range(3)))
@@ -456,9 +463,9 @@ def _mirror(rays: _Rays, o: Vec, d: Vec, own: Tensor) -> list[Tensor]:
         o_d, d_d = tuple(_take(v, down) for v in o), tuple(_take(v, down) for v in d)
         t = -o_d[2] / d_d[2]
         ground = along(o_d, t, d_d)
-        lit, ao = _shadows(below, ground, below.shot, None, 0)
+        lit, ao = _shadows(below, ground, below.shot, None)
         dim = 1.08 - 0.62 * (t * (1 / 5.0)).clamp(0, 1)  # far floor is dark: gives flat mirrors a gradient
-        for c, color in enumerate(_floor_color(below, ground, lit, ao, t)):
+        for c, color in enumerate(_floor_color(below, ground, lit, ao)):
             out[c][down] = color * dim
     best, ray, obj, normal = _closest(rays.shots, o, d, _sphere_pairs(rays, o, d, own), o[0].numel())
     if len(ray):
