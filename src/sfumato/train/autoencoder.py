@@ -1,7 +1,7 @@
 """One training step of the autoencoder and of its discriminator, and the statistics of the finished latents.
 
-These are functions of (weights, pixels, generator, step) and nothing else: the same four give the same loss to the bit. The
-loop owns optimisers, precision, averaging and saving.
+These are functions of (weights, pixels, generator, step) and nothing else: the same four give the same loss
+to the bit. The loop owns optimisers, precision, averaging and saving.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def autoencoder_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss to minimise for the autoencoder, and its unweighted terms as detached scalars.
 
-    model: an `Autoencoder`, bare or wrapped (DDP, compile). pixels: (B, 3, T, H, W) in [-1, 1]. generator: the only source
-    of chance (posterior noise, equivariance scale), on any device. step: counts from 1; the adversarial term joins at
-    `config.adversarial_start` if a discriminator is given. The discriminator's own gradients are left untouched.
+    model: an `Autoencoder`, bare or wrapped (DDP, compile). pixels: (B, 3, T, H, W) in [-1, 1]. generator:
+    the only source of chance (posterior noise, equivariance scale), on any device. step: counts from 1; the
+    adversarial term joins at `config.adversarial_start` if a discriminator is given. The discriminator's own
+    gradients are left untouched.
     """
     inner = unwrapped(model)
     shape = (len(pixels), *inner.latent_shape(*pixels.shape[2:]))
@@ -68,7 +69,9 @@ def discriminator_loss(
     generator: torch.Generator,
     step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hinge loss of the discriminator on pictures and their reconstructions; 0 times it before `config.adversarial_start`."""
+    """Hinge loss of the discriminator on pictures and their reconstructions; 0 times it before
+    `config.adversarial_start`.
+    """
     inner = unwrapped(model)
     with torch.no_grad():
         shape = (len(pixels), *inner.latent_shape(*pixels.shape[2:]))
@@ -88,8 +91,8 @@ def discriminator_loss(
 def latent_statistics(model: Autoencoder, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) float32 of the posterior means of all `batches` of pixels (B, 3, T, H, W).
 
-    Streams in float64 by Chan's pairwise update, so that the order of magnitude of the mean costs no digits. `InputError` when
-    there are fewer than two latent cells.
+    Streams in float64 by Chan's pairwise update, so that the order of magnitude of the mean costs no digits.
+    `InputError` when there are fewer than two latent cells.
     """
     count, mean, spread = 0, None, None
     for pixels in batches:
@@ -130,7 +133,9 @@ def unwrapped(model: nn.Module) -> Autoencoder:
 
 
 class frozen:
-    """Within it a module's parameters gather no gradients, while gradients still flow through it to its input."""
+    """Within it a module's parameters gather no gradients, while gradients still flow through it to its
+    input.
+    """
 
     def __init__(self, module: nn.Module):
         self.parameters = [p for p in module.parameters() if p.requires_grad]

@@ -24,7 +24,7 @@ from sfumato.diffusion.loss import (
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.errors import InputError
 from sfumato.text import Tokenizer
-from sfumato.train.loop import Player, seeded
+from sfumato.train.loop import Loss, Player, seeded
 from sfumato.train.recipe import DenoiserLoss, DenoiserRecipe
 
 TEXT_MULTIPLE = 16  # prompts are padded to multiples of this many tokens, so that few shapes are compiled
@@ -153,11 +153,9 @@ def denoiser_player(
 ) -> Player:
     """The denoiser as the loop knows it."""
 
-    def loss(net: nn.Module, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        generator = seeded("cpu", seed, "noise", step, part)
-        return denoiser_loss(net, examples.part(step, part), parameterization, recipe.loss, generator)
+    def loss(net: nn.Module, batch: Batch, step: int, part: int) -> Loss:
+        return denoiser_loss(
+            net, batch, parameterization, recipe.loss, seeded("cpu", seed, "noise", step, part)
+        )
 
-    def compile_(module: nn.Module) -> None:
-        module.compile(dynamic=False)
-
-    return Player("denoiser", network, recipe.train, loss, compile_)
+    return Player("denoiser", network, recipe.train, examples.part, loss)

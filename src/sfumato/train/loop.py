@@ -1,13 +1,17 @@
 """The loop that fits weights: any task, any optimiser, one process or many, killed and continued at any moment.
 
-Everything a step does is a function of (recipe, step, weights): the order of pictures, the noise, the dropped prompts. So a
-run that continues from its checkpoint goes on to the bit as if it had never stopped, on the same machine with as many threads.
+Everything a step does is a function of (recipe, step, weights): the order of pictures, the noise, the dropped
+prompts. So a run that continues from its checkpoint goes on to the bit as if it had never stopped, on the same
+machine with as many threads.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sfumato.errors import SfumatoError
+from sfumato.errors import InputError, SfumatoError
 from sfumato.runtime import autocast, fast_dtype
 from sfumato.train.optim import (
     Average,
@@ -34,7 +38,7 @@ from sfumato.train.state import Log, newest_state, save_state
 
 @dataclass(frozen=True)
 class Event:
-    """What a run tells: kind is step, save, sheet, note or done."""
+    """What a run tells. kind: step, prepare (rendering, encoding), save, sheet, note or done."""
 
     kind: str
     stage: str
@@ -44,27 +48,30 @@ class Event:
     rate: float = 0.0  # pictures per second
     mfu: float = 0.0  # share of the machine's matrix-product peak
     stall: float = 0.0  # share of the time spent waiting for data
+    optimizer: float = 0.0  # share of the time spent in optimisers and averaging
+    seconds_left: float = 0.0
     text: str = ""
-
-    @property
-    def seconds_left(self) -> float:
-        return self.values.get("batch", 0.0) * (self.total - self.step) / self.rate if self.rate else 0.0
 
 
 OnEvent = Callable[[Event], None]
+Loss = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass
 class Player:
-    """One network with its optimisers. `loss(net, step, part)` returns the mean loss of one microbatch and its terms."""
+    """One network with its optimisers.
+
+    batch(step, part) is one microbatch; loss(net, batch, step, part) is its mean loss and the terms to log. Both
+    are functions of their arguments alone, so that batches may be made ahead of time.
+    """
 
     name: str
     module: nn.Module
     recipe: TrainRecipe
-    loss: Callable[[nn.Module, int, int], tuple[Tensor, dict[str, Tensor]]]
-    compile: Callable[[nn.Module], None] | None = None  # how to compile it, where the recipe asks
+    batch: Callable[[int, int], Any]
+    loss: Callable[[nn.Module, Any, int, int], Loss]
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-    net: nn.Module | None = None  # the module as it is called: wrapped for several processes
+    net: nn.Module | None = None  # the module as it is called: compiled, or wrapped for several processes
 
 
 class Task(Protocol):
@@ -93,6 +100,10 @@ class World:
     def leads(self) -> bool:
         return self.rank == 0
 
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
 
 def fit(
     task: Task,
@@ -105,14 +116,18 @@ def fit(
 ) -> dict[str, Tensor]:
     """Train `task` to its last step, from the newest checkpoint in `folder` if there is one; return the averaged state.
 
-    `peak` is the machine's FLOP/s for the figure of merit that events carry. Only rank 0 writes and speaks.
+    identity: a hash of what decides the run; a checkpoint of another one is refused. peak: the machine's FLOP/s, for
+    the utilisation that events carry. Only rank 0 writes and speaks. Raises `SfumatoError` when the loss is not finite.
     """
     recipe, world = task.recipe, World.current()
     parts = recipe.batch // (recipe.microbatch or recipe.batch)
     if parts % world.size:
-        raise SfumatoError(
-            f"{world.size} processes cannot share {parts} microbatches a step; set {task.stage}.train.microbatch so that they can"
+        raise InputError(
+            f"{world.size} processes cannot share {parts} microbatches a step; set {task.stage}.train.microbatch "
+            f"to a divisor of {recipe.batch // world.size}",
+            argument=f"{task.stage}.train.microbatch",
         )
+    share = parts // world.size
     dtype = fast_dtype(device) if recipe.precision == "auto" else getattr(torch, recipe.precision)
     for player in task.players:
         player.module.to(device).train()
@@ -123,118 +138,170 @@ def fit(
         step = _restore(task, average, found)
         on_event(Event("note", task.stage, step, recipe.steps, text=f"continues from step {step}"))
     for player in task.players:
-        if recipe.compile and player.compile:
-            player.compile(player.module)
+        if recipe.compile:
+            player.module.compile(dynamic=False)
         player.net = DistributedDataParallel(player.module) if world.size > 1 else player.module
     table = Log(folder / "log.csv", step) if world.leads else None
-    clock = _Clock(recipe.batch, task.flops, peak, world.size)
-    while step < recipe.steps:
-        step += 1
-        clock.start()
-        values = {}
-        for player in task.players:
-            values |= _step(player, step, parts, world, device, dtype, clock)
-        average.update(task.players[0].module, step)
-        if not torch.isfinite(torch.tensor(values["loss"])):
-            raise SfumatoError(
-                f"the loss of {task.stage} became {values['loss']} at step {step}; lower the rate and run again: "
-                "it continues from the last checkpoint"
-            )
-        clock.stop()
-        if table:
+    clock = Clock(recipe.batch, task.flops, peak * world.size)
+    feeds = [
+        Feed(player.batch, range(world.rank * share, (world.rank + 1) * share), recipe.steps)
+        for player in task.players
+    ]
+    try:
+        while step < recipe.steps:
+            step += 1
+            clock.start()
+            values: dict[str, float] = {}
+            for player, feed in zip(task.players, feeds, strict=True):
+                values |= _step(player, feed, step, world, device, dtype, clock)
+            with clock.counting("optimizer"):
+                average.update(task.players[0].module, step)
+            if not math.isfinite(values["loss"]):
+                raise SfumatoError(
+                    f"the loss of {task.stage} became {values['loss']} at step {step}; lower the rate and run again: "
+                    "it continues from the last checkpoint"
+                )
+            clock.stop()
+            last = step == recipe.steps
+            if not table:
+                continue
             table.add(step, values)
             if log:
                 log(step, values)
             on_event(clock.event(task.stage, step, recipe.steps, values))
-        last = step == recipe.steps
-        if table and (last or step % recipe.save_every == 0):
-            save_state(folder / "state", step, _gather(task, average), identity)
-            on_event(Event("save", task.stage, step, recipe.steps))
-        if table and (last or step % recipe.sheet_every == 0):
-            on_event(Event("sheet", task.stage, step, recipe.steps, text=task.sheet(average.state, step)))
-    if table:
-        table.close()
-    if world.size > 1:
-        dist.barrier()
+            if last or step % recipe.save_every == 0:
+                save_state(folder / "state", step, _gather(task, average), identity)
+                on_event(Event("save", task.stage, step, recipe.steps))
+            if last or step % recipe.sheet_every == 0:
+                on_event(Event("sheet", task.stage, step, recipe.steps, text=task.sheet(average.state, step)))
+    finally:
+        for feed in feeds:
+            feed.close()
+        if table:
+            table.close()
+    world.wait()
     return average.state
 
 
 def _step(
     player: Player,
+    feed: Feed,
     step: int,
-    parts: int,
     world: World,
     device: torch.device,
     dtype: torch.dtype,
-    clock: _Clock,
+    clock: Clock,
 ) -> dict[str, float]:
-    """One optimiser step of one player over this process's share of the microbatches."""
+    """One optimiser step of one player over this process's share of the microbatches; the mean terms of all processes."""
     net = player.net
     assert net is not None
-    share = parts // world.size
     sums: dict[str, Tensor] = {}
     set_rate(player.optimizers, rate_at(step, player.recipe))
     for optimizer in player.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    for i in range(share):
-        part = world.rank * share + i
-        quiet = net.no_sync() if isinstance(net, DistributedDataParallel) and i + 1 < share else nullcontext()
-        with quiet:
+    for part in feed.parts:
+        with clock.counting("data"):
+            batch = feed.take(step, part)
+        quiet = isinstance(net, DistributedDataParallel) and part != feed.parts[-1]
+        with net.no_sync() if quiet else nullcontext():
             with autocast(device, dtype):
-                loss, terms = player.loss(net, step, part)
-            (loss / share).backward()
+                loss, terms = player.loss(net, batch, step, part)
+            (loss / len(feed.parts)).backward()
         for name, value in terms.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() / share
+            mean = value.detach().float() / len(feed.parts)
+            sums[name] = sums[name] + mean if name in sums else mean
     norm = nn.utils.clip_grad_norm_(player.module.parameters(), player.recipe.clip)
-    before = time.perf_counter()
-    for optimizer in player.optimizers:
-        optimizer.step()
-    clock.optimizer += time.perf_counter() - before
-    names = list(sums)
-    stacked = torch.stack([sums[name] for name in names])
+    with clock.counting("optimizer"):
+        for optimizer in player.optimizers:
+            optimizer.step()
+    stacked = torch.stack([value.to(device) for value in sums.values()])
     if world.size > 1:
         dist.all_reduce(stacked)
         stacked = stacked / world.size
-    values = dict(zip(names, stacked.tolist(), strict=True))
+    values = dict(zip(sums, stacked.tolist(), strict=True))
     prefix = "" if "loss" in values else f"{player.name}_"
     return values | {
         f"{prefix}grad_norm": float(norm),
-        f"{prefix}rate": player.optimizers[0].param_groups[0]["lr"],
+        f"{prefix}learning_rate": float(player.optimizers[0].param_groups[0]["lr"]),
     }
 
 
-class _Clock:
-    """Pictures per second over the last steps, and what share of them was waiting."""
+class Feed:
+    """Makes the next microbatch in a thread while the network works on this one."""
 
-    def __init__(self, batch: int, flops: float, peak: float, world: int):
-        self.batch, self.flops, self.peak, self.world = batch, flops, peak, world
-        self.mean = 0.0
-        self.optimizer = 0.0
-        self.waited = 0.0
+    def __init__(self, make: Callable[[int, int], Any], parts: range, last_step: int):
+        self.make, self.parts, self.last_step = make, parts, last_step
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._ahead: tuple[tuple[int, int], Future[Any]] | None = None
+
+    def take(self, step: int, part: int) -> Any:
+        """The microbatch `part` of `step`; the one that will be asked for after it is begun."""
+        ahead, self._ahead = self._ahead, None
+        batch = ahead[1].result() if ahead and ahead[0] == (step, part) else self.make(step, part)
+        following = (step, part + 1) if part + 1 in self.parts else (step + 1, self.parts[0])
+        if following[0] <= self.last_step:
+            self._ahead = (following, self._thread.submit(self.make, *following))
+        return batch
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class Clock:
+    """Where the time of recent steps went."""
+
+    def __init__(self, batch: int, flops: float, peak: float):
+        self.batch, self.flops, self.peak = batch, flops, peak
+        self._means: dict[str, float] = {}
+        self._now: dict[str, float] = {}
 
     def start(self) -> None:
-        self.began = time.perf_counter()
+        self._began = time.perf_counter()
+        self._now = {"data": 0.0, "optimizer": 0.0}
+
+    def counting(self, what: str) -> _Counting:
+        """A context whose time is added to `what` (data or optimizer) of the current step."""
+        return _Counting(self._now, what)
 
     def stop(self) -> None:
-        took = time.perf_counter() - self.began
-        self.mean = took if not self.mean else 0.95 * self.mean + 0.05 * took
+        self._now["step"] = time.perf_counter() - self._began
+        for name, value in self._now.items():
+            self._means[name] = value + 0.95 * (self._means.get(name, value) - value)
 
     def event(self, stage: str, step: int, total: int, values: dict[str, float]) -> Event:
-        rate = self.batch / self.mean
-        mfu = rate * self.flops / (self.peak * self.world) if self.peak else 0.0
-        return Event("step", stage, step, total, values | {"batch": float(self.batch)}, rate, mfu)
+        seconds = self._means["step"]
+        rate = self.batch / seconds
+        return Event(
+            "step",
+            stage,
+            step,
+            total,
+            values,
+            rate=rate,
+            mfu=rate * self.flops / self.peak if self.peak else 0.0,
+            stall=self._means["data"] / seconds,
+            optimizer=self._means["optimizer"] / seconds,
+            seconds_left=seconds * (total - step),
+        )
+
+
+class _Counting:
+    def __init__(self, sums: dict[str, float], what: str):
+        self.sums, self.what = sums, what
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.sums[self.what] += time.perf_counter() - self.began
 
 
 def _gather(task: Task, average: Average) -> dict[str, Tensor]:
     tensors = {f"average/{name}": value for name, value in average.state.items()}
     for player in task.players:
-        tensors |= {
-            f"weights/{player.name}/{name}": value for name, value in player.module.state_dict().items()
-        }
-        tensors |= {
-            f"optimizer/{player.name}/{name}": value
-            for name, value in optimizer_tensors(player.optimizers).items()
-        }
+        weights, moments = player.module.state_dict(), optimizer_tensors(player.optimizers)
+        tensors |= {f"weights/{player.name}/{name}": value for name, value in weights.items()}
+        tensors |= {f"optimizer/{player.name}/{name}": value for name, value in moments.items()}
     return {name: value.clone() for name, value in tensors.items()}
 
 
@@ -254,7 +321,5 @@ def _restore(task: Task, average: Average, found: tuple[int, dict[str, Tensor]])
 
 def seeded(device: torch.device | str, *key: Any) -> torch.Generator:
     """A generator whose draws are a function of `key` alone."""
-    import hashlib
-
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -32,7 +32,7 @@ from sfumato.storage import atomic_file, load_tensors, save_tensors, tensors_has
 from sfumato.text import Tokenizer, learn_words
 from sfumato.train.autoencoder import autoencoder_loss, discriminator_loss, latent_statistics
 from sfumato.train.denoiser import Batch, Examples, denoiser_loss, denoiser_player
-from sfumato.train.loop import Event, OnEvent, Player, World, fit, seeded
+from sfumato.train.loop import Event, Loss, OnEvent, Player, World, fit, seeded
 from sfumato.train.recipe import Recipe, TrainRecipe, read_recipe
 
 LATENT_STATISTICS_PICTURES = 2048  # pictures whose latents give the normalisation
@@ -120,7 +120,7 @@ class _Run:
             source = SceneSource(d.count, d.seed, d.split, d.size, cache=d.cache or self.folder / "scenes")
             if self.world.leads:
                 source.prepare(on_progress=self.progress("rendering"))
-            self._wait()
+            self.world.wait()
             return source
         if not d.path:
             raise InputError(
@@ -152,7 +152,7 @@ class _Run:
             model.set_statistics(*(value.to(self.device) for value in latent_statistics(model, batches)))
         if self.world.leads:
             save_tensors(finished, model.state_dict())
-        self._wait()
+        self.world.wait()
         return model
 
     def _fresh_autoencoder(self) -> Autoencoder:
@@ -196,7 +196,7 @@ class _Run:
         )
         if self.world.leads:
             task.export(state, recipe.train.steps)
-        self._wait()
+        self.world.wait()
         self.tell(Event("done", "denoiser", recipe.train.steps, recipe.train.steps, text=str(self.folder)))
         return self.folder
 
@@ -210,7 +210,7 @@ class _Run:
 
         if self.world.leads:
             build_latents(source, encode, digest, place, 32, self.progress("encoding"))
-        self._wait()
+        self.world.wait()
         return LatentCache(place, source, digest)
 
     def _words(self, source: Source, limit: int) -> tuple[str, ...]:
@@ -222,7 +222,7 @@ class _Run:
                 temporary.write_text(
                     json.dumps(learn_words(texts, limit), ensure_ascii=False), encoding="utf-8"
                 )
-        self._wait()
+        self.world.wait()
         return tuple(json.loads(kept.read_text(encoding="utf-8")))
 
     def _labels(self, source: Source, config: PocketConfig) -> Tensor:
@@ -238,7 +238,7 @@ class _Run:
                 parts.append(labels.to(torch.uint8))
                 self.tell(Event("prepare", "labels", indices.stop, len(source)))
             save_tensors(kept, {"labels": torch.cat(parts)})
-        self._wait()
+        self.world.wait()
         return load_tensors(kept)["labels"]
 
     # --- shared ------------------------------------------------------------------------------------------------
@@ -270,10 +270,6 @@ class _Run:
 
         return write
 
-    def _wait(self) -> None:
-        if self.world.size > 1:
-            dist.barrier()
-
 
 class _AutoencoderTask:
     """Pictures, or random crops of them, against their reconstructions."""
@@ -290,18 +286,18 @@ class _AutoencoderTask:
         seed, losses = run.recipe.seed, recipe.loss
         discriminator = Discriminator() if losses.adversarial else None
 
-        def loss(net: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(net: Any, pixels: Tensor, step: int, part: int) -> Loss:
             generator = seeded("cpu", seed, "autoencoder", step, part)
-            return autoencoder_loss(net, self.pixels(step, part), losses, generator, step, discriminator)
+            return autoencoder_loss(net, pixels, losses, generator, step, discriminator)
 
-        self.players = [Player("autoencoder", model, self.recipe, loss)]
+        self.players = [Player("autoencoder", model, self.recipe, self.pixels, loss)]
         if discriminator is not None:
 
-            def judge(net: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+            def judge(net: Any, pixels: Tensor, step: int, part: int) -> Loss:
                 generator = seeded("cpu", seed, "discriminator", step, part)
-                return discriminator_loss(model, net, self.pixels(step, part), losses, generator, step)
+                return discriminator_loss(model, net, pixels, losses, generator, step)
 
-            self.players.append(Player("discriminator", discriminator, self.recipe, judge))
+            self.players.append(Player("discriminator", discriminator, self.recipe, self.pixels, judge))
         sample = self.pixels(1, 0)[:1]
         self.flops = float(
             count_flops(lambda: autoencoder_loss(model, sample, losses, seeded("cpu", 0), 1)[0].backward())
