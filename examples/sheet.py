@@ -1,4 +1,6 @@
-"""Draw several prompts with the packaged model and lay the pictures out on one sheet: `python examples/sheet.py out.png`.
+"""Draw several prompts with the packaged model and lay the pictures out on one sheet.
+
+    python examples/sheet.py out.png
 
 This is `make demo`, and a first look at the Python API.
 """
@@ -37,7 +39,9 @@ def sheet(rows: list[tuple[str, tuple[Image.Image, ...]]]) -> Image.Image:
     letters = max(10, page.width // 8)
     for r, (prompt, pictures) in enumerate(rows):
         top = GAP + r * (CAPTION + height + GAP)
-        pen.multiline_text((GAP, top), textwrap.fill(prompt, letters), "black", font)
+        words = textwrap.fill(prompt, letters)
+        tall = pen.multiline_textbbox((0, 0), words, font)[3]
+        pen.multiline_text((GAP, top + CAPTION - tall - GAP // 2), words, "black", font)
         for c, picture in enumerate(pictures):
             page.paste(picture, (GAP + c * (width + GAP), top + CAPTION))
     return page
