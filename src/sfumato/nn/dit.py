@@ -29,7 +29,7 @@ class DiTConfig:
 
 
 class DiT(nn.Module):
-    """Network of a denoiser: (x, time, conditioning) → a field of x's shape (velocity, noise or picture, by training)."""
+    """Network of a denoiser: (x, time, conditioning) → a field shaped like x (velocity, noise or picture)."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()

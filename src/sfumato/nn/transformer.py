@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that the text encoder and the DiT share: RMSNorm, QK-norm, rotary attention, SwiGLU."""
+"""The pre-norm block of the text encoder and the DiT: RMSNorm, QK-norm, rotary attention, SwiGLU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over (B, N, D) with RMS-normalised queries and keys (Dehghani et al. 2023, sec. 2.1)."""
+    """Self-attention over (B, N, D) with RMS-normalised queries and keys (Dehghani et al. 2023, sec. 2.1)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

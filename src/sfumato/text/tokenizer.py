@@ -19,13 +19,24 @@ from sfumato.errors import InputError
 PAD, START, WORD_OPEN, WORD_CLOSE = 0, 1, 2, 3  # spelt words stand between WORD_OPEN and WORD_CLOSE
 FIRST_BYTE = 4
 FIRST_WORD = FIRST_BYTE + 256
-_PIECE = re.compile(r"\"[^\"\n]*\"|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_", re.UNICODE)
+_QUOTED = re.compile(r"(\"[^\"\n]*\"|“[^“”\n]*”|＂[^＂\n]*＂)")
+_PIECE = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_", re.UNICODE)
 
 
 def split(text: str) -> list[str]:
-    """Quoted strings (with their quotes), words and single marks, after NFKC; case is folded outside quotes."""
-    pieces = _PIECE.findall(unicodedata.normalize("NFKC", text))
-    return [piece if len(piece) > 1 and piece.startswith('"') else piece.casefold() for piece in pieces]
+    """Quoted strings as they are (in straight quotes), words and single marks under NFKC and case folding."""
+    pieces: list[str] = []
+    for number, part in enumerate(_QUOTED.split(text)):
+        if number % 2:  # what the pattern caught stands between what it did not
+            pieces.append(f'"{part[1:-1]}"')
+        else:
+            pieces += [p.casefold() for p in _PIECE.findall(unicodedata.normalize("NFKC", part))]
+    return pieces
+
+
+def letters(piece: str) -> str:
+    """What a piece says: itself, or what stands between its quotes."""
+    return piece[1:-1] if len(piece) > 1 and piece.startswith('"') else piece
 
 
 def learn_words(texts: Iterable[str], limit: int = 4096) -> tuple[str, ...]:
@@ -53,7 +64,7 @@ class Tokenizer:
             if piece in self._ids:
                 ids.append(self._ids[piece])
             else:
-                ids += [WORD_OPEN, *(FIRST_BYTE + byte for byte in piece.strip('"').encode()), WORD_CLOSE]
+                ids += [WORD_OPEN, *(FIRST_BYTE + byte for byte in letters(piece).encode()), WORD_CLOSE]
         if len(ids) > self.max_tokens:
             raise InputError(
                 f"the prompt needs {len(ids)} tokens and this model reads at most {self.max_tokens}; shorten it "
@@ -63,14 +74,8 @@ class Tokenizer:
         return ids
 
     def batch(self, texts: Sequence[str], multiple: int = 8) -> tuple[Tensor, Tensor]:
-        """ids (B, N) int64 padded to a common multiple, and mask (B, N) bool that is True on real tokens."""
-        encoded = [self.encode(text) for text in texts]
-        longest = max(len(ids) for ids in encoded)
-        length = -(-longest // multiple) * multiple
-        ids = torch.full((len(encoded), length), PAD, dtype=torch.int64)
-        for row, tokens in zip(ids, encoded, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids, ids != PAD
+        """`encode` each text and `pad` them together."""
+        return pad([self.encode(text) for text in texts], multiple)
 
     def decode(self, ids: Iterable[int]) -> str:
         """A readable form of the tokens: known words as they are, spelt ones joined from their bytes."""
@@ -87,3 +92,12 @@ class Tokenizer:
             elif token >= FIRST_WORD:
                 pieces.append(self.words[token - FIRST_WORD])
         return " ".join(pieces)
+
+
+def pad(rows: Sequence[Sequence[int]], multiple: int = 8) -> tuple[Tensor, Tensor]:
+    """ids (B, N) int64, N the longest row rounded up to `multiple`, and mask (B, N) bool, True on real tokens."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    ids = torch.full((len(rows), length), PAD, dtype=torch.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids, ids != PAD

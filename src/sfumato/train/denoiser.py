@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from sfumato.diffusion.loss import (
 )
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.errors import InputError
-from sfumato.text import Tokenizer
+from sfumato.text import Tokenizer, pad
 from sfumato.train.loop import Loss, Player, seeded
 from sfumato.train.recipe import DenoiserLoss, DenoiserRecipe
 
@@ -41,7 +42,11 @@ class Batch:
 
 
 class Examples:
-    """Random access to microbatches: part p of step s, the same whenever it is asked for."""
+    """Random access to microbatches: part p of step s, the same whenever it is asked for.
+
+    A step's pictures are dealt to its parts by the length of their prompts, so that short ones are not padded to the
+    longest of all; the step's gradient is the same sum.
+    """
 
     def __init__(
         self,
@@ -56,29 +61,28 @@ class Examples:
         self.source, self.cache, self.tokenizer, self.recipe = source, cache, tokenizer, recipe
         self.seed, self.device, self.labels = seed, device, labels
         self.order = Order(cache.buckets(), recipe.train.batch, seed)
+        self._dealt = functools.lru_cache(maxsize=2)(self._deal)
 
     def part(self, step: int, part: int) -> Batch:
-        train = self.recipe.train
-        parts = train.batch // (train.microbatch or train.batch)
-        batch = self.order.batch_at(step - 1, part, parts)
-        generator = seeded("cpu", self.seed, "prompt", step, part)
+        """Microbatch `part` of `step` (from 1), on the device."""
+        size = self.recipe.train.microbatch or self.recipe.train.batch
+        chosen = self._dealt(step)[part * size : (part + 1) * size]
+        indices = [index for index, _ in chosen]
+        ids, mask = pad([tokens for _, tokens in chosen], TEXT_MULTIPLE)
+        labels = None if self.labels is None else self.labels[indices].long().to(self.device)
+        latents = self.cache.batch(indices)
+        return Batch(latents.to(self.device), ids.to(self.device), mask.to(self.device), labels)
+
+    def _deal(self, step: int) -> list[tuple[int, list[int]]]:
+        """(picture, prompt's tokens) of the whole step, short prompts first."""
+        batch = self.order.batch_at(step - 1)
+        generator = seeded("cpu", self.seed, "prompt", step)
         dropped = torch.rand(len(batch.indices), generator=generator) < self.recipe.loss.drop_prompt
-        captions = [
-            "" if drop else self.source.caption(int(i), int(epoch))
-            for i, epoch, drop in zip(batch.indices, batch.epochs, dropped, strict=True)
+        rows = [
+            (int(i), self.tokenizer.encode("" if drop else self.source.caption(int(i), int(epoch))))
+            for i, epoch, drop in zip(batch.indices, batch.epochs, dropped.tolist(), strict=True)
         ]
-        ids, mask = self.tokenizer.batch(captions, TEXT_MULTIPLE)
-        labels = (
-            None
-            if self.labels is None
-            else self.labels[torch.from_numpy(batch.indices)].long().to(self.device)
-        )
-        return Batch(
-            self.cache.batch(batch.indices.tolist()).to(self.device),
-            ids.to(self.device),
-            mask.to(self.device),
-            labels,
-        )
+        return sorted(rows, key=lambda row: len(row[1]))
 
 
 def density_of(loss: DenoiserLoss) -> Density:

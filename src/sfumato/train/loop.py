@@ -192,7 +192,7 @@ def _step(
     dtype: torch.dtype,
     clock: Clock,
 ) -> dict[str, float]:
-    """One optimiser step of one player over this process's share of the microbatches; the mean terms of all processes."""
+    """One optimiser step of one player over this process's microbatches; the mean terms of all processes."""
     net = player.net
     assert net is not None
     sums: dict[str, Tensor] = {}

@@ -64,7 +64,7 @@ class TrainRecipe:
 
 @dataclass(frozen=True)
 class DenoiserLoss:
-    """What the denoiser is asked for. density: where noise levels fall; the logit-normal is SD3's (2403.03206, eq. 19)."""
+    """What the denoiser is asked for. density: where noise levels fall; logit-normal as SD3 (2403.03206, eq. 19)."""
 
     density: str = "logit_normal"  # logit_normal, or uniform
     mean: float = 0.0  # of the logit; above 0 visits noisier levels more often

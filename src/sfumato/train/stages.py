@@ -23,7 +23,7 @@ from sfumato.data.latents import LatentCache, build_latents
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Source, to_float
 from sfumato.errors import InputError
-from sfumato.families.pocket import PocketConfig, System, TextDenoiser, build, open_folder, save_folder
+from sfumato.families.pocket import PocketConfig, System, TextDenoiser, build, save_folder
 from sfumato.generate import Model, load, to_image
 from sfumato.receipts.flops import count_flops
 from sfumato.receipts.probe import matmul_peak
@@ -50,8 +50,8 @@ def run(
 ) -> Path:
     """Train what `recipe` describes, or go on from where it stopped; return the model folder.
 
-    Under `torchrun` every process calls this; they share each batch, and rank 0 alone writes. Raises `InputError` for a bad
-    recipe or a run folder of another recipe, `DataError` for unusable data.
+    Under `torchrun` every process calls this; they share each batch, and rank 0 alone writes. Raises `InputError`
+    for a bad recipe or a run folder of another recipe, `DataError` for unusable data.
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     if data is not None:
@@ -182,6 +182,7 @@ class _Run:
         cache = self._latents(source, autoencoder)
         words = self._words(source, recipe.vocabulary)
         config = PocketConfig(autoencoder.config, recipe.model, words, self.recipe.preset)
+        self._check_captions(source, Tokenizer(words, recipe.model.max_tokens))
         torch.manual_seed(self.recipe.seed)
         fresh = build(config)
         system = System(config, autoencoder, fresh.denoiser, fresh.tokenizer)
@@ -224,6 +225,20 @@ class _Run:
                 )
         self.world.wait()
         return tuple(json.loads(kept.read_text(encoding="utf-8")))
+
+    def _check_captions(self, source: Source, tokenizer: Tokenizer) -> None:
+        """Name the first caption that is too long for the model, before hours are spent. Scenes keep within the limit."""
+        if self.recipe.data.kind == "scenes":
+            return
+        for i in range(len(source)):
+            try:
+                tokenizer.encode(source.caption(i, 0))
+            except InputError:
+                raise InputError(
+                    f"the caption of {source.name(i)} is longer than {tokenizer.max_tokens} tokens; shorten it, or raise "
+                    "denoiser.max_tokens in the recipe",
+                    argument="denoiser.max_tokens",
+                ) from None
 
     def _labels(self, source: Source, config: PocketConfig) -> Tensor:
         """What every cell of every picture shows, (N, A, H, W) uint8, worked out once and kept with the run."""
@@ -395,6 +410,3 @@ def save_sheet(rows: list[list[Image.Image]], path: Path) -> str:
     with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG")
     return str(path)
-
-
-__all__ = ["Tokenizer", "open_folder", "read_recipe", "run", "save_sheet"]

@@ -36,7 +36,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], identity: st
 def newest_state(folder: Path, identity: str) -> tuple[int, dict[str, Tensor]] | None:
     """(step, tensors) of the newest checkpoint that verifies, or None when there is none.
 
-    A damaged one is passed over for the one before it. Raises `CheckpointError` when the newest belongs to another recipe.
+    A damaged one is passed over for the one before it. `CheckpointError` when the newest is of another recipe.
     """
     clear_leftovers(folder)
     for place in sorted(folder.glob("step-*"), reverse=True):
@@ -75,7 +75,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 class Log:
-    """One CSV row a step. Rows beyond the checkpoint that a run continues from are dropped, so that no step stands twice."""
+    """One CSV row a step. Rows beyond the checkpoint that a run continues from are dropped: no step stands twice."""
 
     def __init__(self, path: Path, step: int):
         self.path = path

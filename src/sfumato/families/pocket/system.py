@@ -88,7 +88,7 @@ def build(config: PocketConfig) -> System:
 
 
 def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = None) -> list[Path]:
-    """Write `model.json` and bfloat16 weights into an existing folder, the card last, so that a card means a whole model."""
+    """Write bfloat16 weights into a folder, and then `model.json`: where the card is, the model is whole."""
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[str]] = {}
     for name in ("autoencoder", "denoiser"):
@@ -106,7 +106,7 @@ def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = 
 
 
 def open_folder(directory: Path, device: torch.device) -> System:
-    """Read a folder that `save_folder` wrote, strictly: every tensor present, of its shape, finite, and none besides."""
+    """Read what `save_folder` wrote, strictly: every tensor present, of its shape, finite, and none besides."""
     card = read_json(directory / "model.json")
     if card.get("format") != FORMAT:
         raise CheckpointError(
@@ -124,7 +124,7 @@ def open_folder(directory: Path, device: torch.device) -> System:
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy tensors into a module's float32 state. Raises `CheckpointError` that names missing, unexpected and bad keys."""
+    """Copy tensors into a module's float32 state; a `CheckpointError` names missing, unexpected and bad keys."""
     state = module.state_dict()
     missing, unexpected = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
     if missing or unexpected:
