@@ -162,6 +162,13 @@ class _Run:
             torch.manual_seed(self.recipe.seed)
             return Autoencoder(recipe.model)
         model = load(recipe.init, "cpu").system.autoencoder
+        for name in ("factor", "latent_channels"):
+            if getattr(model.config, name) != getattr(recipe.model, name):
+                raise InputError(
+                    f"autoencoder.{name} is {getattr(recipe.model, name)} in the recipe, but {recipe.init} has "
+                    f"{getattr(model.config, name)}; make them equal, or drop autoencoder.init",
+                    argument=f"autoencoder.{name}",
+                )
         return model.requires_grad_(True)
 
     def _picture_batches(self, source: Source, batch: int = 16) -> Any:
@@ -227,7 +234,7 @@ class _Run:
         return tuple(json.loads(kept.read_text(encoding="utf-8")))
 
     def _check_captions(self, source: Source, tokenizer: Tokenizer) -> None:
-        """Name the first caption that is too long for the model, before hours are spent. Scenes keep within the limit."""
+        """Name the first caption that is too long, before hours are spent. Those of scenes never are."""
         if self.recipe.data.kind == "scenes":
             return
         for i in range(len(source)):
@@ -235,8 +242,8 @@ class _Run:
                 tokenizer.encode(source.caption(i, 0))
             except InputError:
                 raise InputError(
-                    f"the caption of {source.name(i)} is longer than {tokenizer.max_tokens} tokens; shorten it, or raise "
-                    "denoiser.max_tokens in the recipe",
+                    f"the caption of {source.name(i)} is longer than {tokenizer.max_tokens} tokens; shorten it, "
+                    "or raise denoiser.max_tokens in the recipe",
                     argument="denoiser.max_tokens",
                 ) from None
 
