@@ -5,4 +5,5 @@ parameterization  what a network predicts (eps, v, x, flow) and how that becomes
 guidance          denoisers made from denoisers: classifier-free guidance, its interval and its rescale
 schedules         which noise levels a sampler visits
 loss              which noise levels training visits, and how much each counts
+exact             data whose best denoiser is known, to test samplers against
 """

@@ -26,7 +26,8 @@ def cfg(
     """Classifier-free guidance: uncond + scale · (cond − uncond)  (Ho & Salimans 2022, eq. 6; scale = 1 + w).
 
     scale: 1 is no guidance; a tensor must broadcast against x (a scale per frame, say).
-    interval: guide only where low < sigma <= high (Kynkäänniemi et al. 2024, eq. 5), else one call does.
+    interval: guide only where low < sigma <= high (Kynkäänniemi et al. 2024, eq. 5), else one call does; with an
+        interval sigma must be one level for the whole batch, as samplers give it.
     rescale: see `rescaled`.
     """
 
