@@ -197,6 +197,8 @@ REFUSED = {
     "scenes size": (["scenes", "--out", "s", "--size", "x"], "size"),
     "scenes without a folder": (["scenes"], "--out"),
     "evaluate no number": (["evaluate", "--per-group", "x"], "per-group"),
+    "evaluate nothing": (["evaluate", "--per-group", "0"], "per-group must be between 1 and"),
+    "evaluate unknown group": (["evaluate", "--group", "nine"], "nine"),
     "cost steps": (["cost", "--steps", "0"], "steps"),
 }
 
@@ -382,6 +384,11 @@ def test_values_of_the_command_line():
     for pair in ("a", "=1", "a..b=1", ".=1"):
         with pytest.raises(InputError):
             parse.overrides([pair])
+
+
+def test_json_has_no_nan(capsys):
+    show.answer({"a": [float("nan"), 1.5, {"b": float("inf")}], "c": ("é", None, True)})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, {"b": None}], "c": ["é", None, True]}
 
 
 def test_half_blocks_show_two_rows_in_one():

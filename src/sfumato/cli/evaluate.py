@@ -2,31 +2,139 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sfumato.cli import parse, show
+from sfumato.errors import InputError
 
-EXAMPLE = "sfumato evaluate -m runs/mine --per-group 32"
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+EXAMPLE = "sfumato evaluate -m runs/mine --per-group 32 --group one --group two"
+MAX_PICTURES = 100_000
 
 
 def evaluate(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="A packaged model's name or a folder.")
     ] = None,
-    per_group: Annotated[str, typer.Option(metavar="N", help="Prompts per task group.")] = "32",
+    per_group: Annotated[str, typer.Option(metavar="N", help="Prompts per task group.")] = "100",
+    groups: Annotated[
+        list[str] | None, typer.Option("--group", metavar="NAME", help="Only these task groups.")
+    ] = None,
+    seed: Annotated[str, typer.Option(metavar="N", help="Other prompts and other noise.")] = "0",
     steps: Annotated[str | None, typer.Option(metavar="N", help="Sampling steps.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(metavar="X", help="How strictly to follow the prompt.")
+    ] = None,
+    reconstruction: Annotated[
+        str, typer.Option(metavar="N", help="Pictures for the autoencoder's table; 0 for none.")
+    ] = "64",
+    distribution: Annotated[
+        str, typer.Option(metavar="N", help="Pictures for distances and diversity; 0 for none.")
+    ] = "0",
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
-    """Score pictures of held-out prompts against the truth."""
-    count = parse.whole("per-group", per_group)
+    """Score pictures of held-out prompts with two detectors, between their ceiling and floor."""
     from sfumato.types import Request
 
-    request = Request(steps=None if steps is None else parse.whole("steps", steps)).validate()
-    from sfumato.evaluate import report
+    request = Request(
+        seed=parse.whole("seed", seed),
+        steps=None if steps is None else parse.whole("steps", steps),
+        guidance=None if guidance is None else parse.number("guidance", guidance),
+    ).validate()
+    prompts = _count("per-group", per_group, 1)
+    rebuilt = _count("reconstruction", reconstruction, 0)
+    drawn = _count("distribution", distribution, 0)
+    if groups:
+        from sfumato.evaluate.tasks import task_groups
+
+        task_groups(1, request.seed, groups)  # a wrong name fails before any model is opened
     from sfumato.generate import DEFAULT_MODEL, load
 
-    result = report(load(model or DEFAULT_MODEL, device=device), per_group=count, steps=request.steps)
-    show.answer(result) if as_json else show.line(str(result))
+    loaded = load(model or DEFAULT_MODEL, device=device)
+    from sfumato.evaluate.report import distribution_report, evaluate_model, reconstruction_report
+
+    with show.progress() as bar:
+        report = evaluate_model(
+            loaded,
+            groups or None,
+            prompts,
+            request.seed,
+            steps=request.steps,
+            guidance=request.guidance,
+            on_progress=_reporter(bar),
+        )
+        answer: dict[str, Any] = {"model": loaded.name, **report.to_dict()}
+        if rebuilt:
+            answer["reconstruction"] = reconstruction_report(
+                loaded.system.autoencoder, rebuilt, request.seed, size=loaded.preset["size"][0]
+            )
+        if drawn:
+            answer["distribution"] = distribution_report(
+                loaded,
+                drawn,
+                request.seed,
+                steps=request.steps,
+                guidance=request.guidance,
+                on_progress=_reporter(bar),
+            )
+    if as_json:
+        show.answer(answer)
+        return
+    show.table(f"{loaded.name}: pictures that show what was asked, in per cent", *report.table())
+    if rebuilt:
+        show.table(
+            "autoencoder on unseen scenes", ["", "mean", "95 % interval"], _rebuilt(answer["reconstruction"])
+        )
+    if drawn:
+        show.table(
+            "pictures against unseen scenes", ["", "model", "real"], _distances(answer["distribution"])
+        )
+
+
+def _count(name: str, text: str, low: int) -> int:
+    value = parse.whole(name, text)
+    if not low <= value <= MAX_PICTURES:
+        raise InputError(f"{name} must be between {low} and {MAX_PICTURES}, not {value}", argument=name)
+    return value
+
+
+def _reporter(bar: Progress) -> Callable[[str, int, int], None]:
+    tasks: dict[str, Any] = {}
+
+    def hear(doing: str, done: int, total: int) -> None:
+        if doing not in tasks:
+            tasks[doing] = bar.add_task(doing, total=total)
+        bar.update(tasks[doing], completed=done, total=total)
+
+    return hear
+
+
+def _rebuilt(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, label in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
+        value = found[name]
+        rows.append([label, f"{value['mean']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}"])
+    bands = ", ".join(f"{value:.2f}" for value in found["spectral_error"])
+    rows.append(["spectral error by band, coarse to fine", bands, ""])
+    return rows
+
+
+def _distances(found: dict[str, Any]) -> list[list[str]]:
+    rows = [
+        [name.replace("_", " "), *(f"{found[side][name]:.4g}" for side in ("model", "real"))]
+        for name in ("kernel_distance", "frechet_distance")
+    ]
+    spread = found["diversity"]
+    return [
+        *rows,
+        *(
+            [f"diversity: {name}", *(f"{spread[f'{side}_{name}']:.4g}" for side in ("model", "real"))]
+            for name in ("spread", "vendi")
+        ),
+    ]
