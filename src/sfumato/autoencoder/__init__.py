@@ -1,4 +1,6 @@
-"""Pixels to latents and back: the network, its losses, its discriminator and the measures of a reconstruction."""
+"""Pixels to latents and back: the network, its losses, its discriminator and the measures of a
+reconstruction.
+"""
 
 from sfumato.autoencoder.discriminator import Discriminator, DiscriminatorConfig
 from sfumato.autoencoder.losses import LossConfig

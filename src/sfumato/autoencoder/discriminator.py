@@ -13,14 +13,14 @@ from sfumato.autoencoder.model import PIXEL_CHANNELS, to_frames
 @dataclass(frozen=True)
 class DiscriminatorConfig:
     width: int = 64  # channels of the first layer, LDM's ndf; doubled per layer, at most 8×
-    layers: int = 3  # stride-2 layers: 3 judge patches of 70 pixels, which suits 256²; 2 (34 pixels) suits 128² and below
+    layers: int = 3  # stride-2 layers: 3 judge patches of 70 pixels (for 256²), 2 of 34 (for 128² and below)
 
 
 class Discriminator(nn.Module):
     """Pixels (B, 3, T, H, W) -> logits (B·T, 1, h, w), one per patch.
 
-    GroupNorm stands where LDM has BatchNorm: the judgement of a picture then depends on no other, and there are no running
-    statistics to keep in step between processes.
+    GroupNorm stands where LDM has BatchNorm: the judgement of a picture then depends on no other, and there
+    are no running statistics to keep in step between processes.
     """
 
     def __init__(self, config: DiscriminatorConfig = DiscriminatorConfig()):

@@ -1,4 +1,6 @@
-"""What a reconstruction is asked to be. Every picture term is a mean over pixel values, so weights do not depend on size."""
+"""What a reconstruction is asked to be. Every picture term is a mean over pixel values, so weights do not
+depend on size.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,11 @@ class LossConfig:
     l1: float = 1.0  # mean |error|; 1 sets the scale of all others
     gradient: float = 1.0  # edges at several scales, which L1 alone blurs
     gradient_scales: int = 3  # full, half and quarter size
-    haar: float = 0.0  # wavelet details at three levels: like `gradient`, also along diagonals, but tied to even positions
+    haar: float = 0.0  # wavelet details at three levels: `gradient` with diagonals, tied to even positions
     spectral: float = 0.02  # log-amplitudes of blocks: texture energy, wherever it lies inside a block
     spectral_block: int = 16  # pixels per side of a block; also at half size
     kl: float = 1e-6  # LDM's weight, times the summed KL per pixel value (see `kl_loss`)
-    equivariance: float = (
-        0.25  # alpha of 2502.14831, eq. 5: a shrunk latent must decode to the shrunk picture
-    )
+    equivariance: float = 0.25  # alpha of 2502.14831: a shrunk latent decodes to the shrunk picture
     equivariance_scales: tuple[int, ...] = (2, 4)  # drawn evenly per step
     equivariance_share: float = 0.5  # part of the batch that pays for it
     adversarial: float = 0.0  # LDM's PatchGAN weight is 0.5; off, because scenes reconstruct without it
@@ -35,7 +35,9 @@ class LossConfig:
 def picture_loss(
     reconstruction: Tensor, pixels: Tensor, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the picture terms, and each term unweighted. Both (B, 3, T, H, W) in [-1, 1], float32."""
+    """The weighted sum of the picture terms, and each term unweighted. Both (B, 3, T, H, W) in [-1, 1],
+    float32.
+    """
     terms = {}
     if config.l1:
         terms["l1"] = (reconstruction - pixels).abs().mean()
@@ -50,7 +52,9 @@ def picture_loss(
 
 
 def gradient_loss(a: Tensor, b: Tensor, scales: int = 3) -> Tensor:
-    """Mean |difference of finite differences| along x and y, averaged over `scales` halvings (those that fit)."""
+    """Mean |difference of finite differences| along x and y, averaged over `scales` halvings (those that
+    fit).
+    """
     error = planes(a - b)
     total, used = error.new_zeros(()), 0
     for scale in range(scales):
@@ -78,7 +82,9 @@ def haar_loss(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
 
 
 def haar(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One level of the orthonormal Haar transform of (B, H, W): low, along x, along y, diagonal, each (B, H/2, W/2)."""
+    """One level of the orthonormal Haar transform of (B, H, W): low, along x, along y, diagonal, each (B,
+    H/2, W/2).
+    """
     a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
     return (a + b + c + d) / 2, (a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2
 
@@ -86,9 +92,10 @@ def haar(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def spectral_loss(a: Tensor, b: Tensor, block: int = 16) -> Tensor:
     """Mean |difference of log-amplitudes| of block spectra, at full and half size.
 
-    After the Watson-DFT distance (2006.15057), which also compares amplitudes of blocks so that texture may shift, without
-    its visibility tables: the logarithm, softened below 0.05 of a unit-amplitude grating, plays the part of contrast masking.
-    Blocks lie on a half-shifted grid at the second size. Sizes smaller than a block are skipped.
+    After the Watson-DFT distance (2006.15057), which also compares amplitudes of blocks so that texture may
+    shift, without its visibility tables: the logarithm, softened below the amplitude 0.05, plays the part of
+    contrast masking. Sizes smaller than a block are skipped, as are rows and columns beyond the last whole
+    block.
     """
     a, b = planes(a), planes(b)
     total, used = a.new_zeros(()), 0
@@ -103,25 +110,26 @@ def spectral_loss(a: Tensor, b: Tensor, block: int = 16) -> Tensor:
 
 
 def log_amplitude(x: Tensor, block: int, softening: float = 0.05) -> Tensor:
-    """(B, H, W) -> log amplitudes of Hann-windowed blocks, half overlapping: (B, blocks y, blocks x, block, block/2 + 1)."""
-    window = torch.hann_window(block, periodic=True, dtype=x.dtype, device=x.device)
-    window = window[:, None] * window * (4 / block**2)  # a unit grating gives amplitude about 1/2
-    blocks = x.unfold(-2, block, block // 2).unfold(-2, block, block // 2) * window
-    spectrum = torch.fft.rfft2(blocks)
+    """(B, H, W) -> log amplitudes of blocks (B, blocks y, blocks x, block, block/2 + 1)."""
+    blocks = x.unfold(-2, block, block).unfold(-2, block, block)
+    spectrum = torch.fft.rfft2(blocks, norm="forward")  # a unit grating has amplitude 1/2
     return 0.5 * torch.log(spectrum.real.square() + spectrum.imag.square() + softening**2)
 
 
 def kl_loss(posterior: Posterior, pixels: Tensor) -> Tensor:
     """KL summed over all latent numbers, per pixel value.
 
-    LDM divides both the summed absolute error and the summed KL by the batch; dividing both by the pixel values as well keeps
-    the ratio and makes its weight of 1e-6 mean the same here, beside an L1 that is a mean.
+    LDM divides both the summed absolute error and the summed KL by the batch; dividing both by the pixel
+    values as well keeps the ratio and makes its weight of 1e-6 mean the same here, beside an L1 that is a
+    mean.
     """
     return posterior.kl().sum() / pixels.numel()
 
 
 def equivariance_loss(small: Tensor, pixels: Tensor, config: LossConfig) -> Tensor:
-    """Picture loss between decoded shrunk latents (B', 3, T, H/s, W/s) and the first B' pictures shrunk as much (2502.14831, eq. 5)."""
+    """Picture loss between decoded shrunk latents (B', 3, T, H/s, W/s) and the first B' pictures shrunk as
+    much (2502.14831, eq. 5).
+    """
     scale = pixels.shape[-1] // small.shape[-1]
     return picture_loss(small, shrink_planes(pixels[: len(small)], scale), config)[0]
 
@@ -137,7 +145,9 @@ def hinge_generator(fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(picture: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 1e4) -> Tensor:
-    """|∇ picture| / (|∇ adversarial| + 1e-4) at the decoder's last layer, clamped to [0, limit] (VQGAN 2012.09841, eq. 7; LDM)."""
+    """|∇ picture| / (|∇ adversarial| + 1e-4) at the decoder's last layer, clamped to [0, limit] (VQGAN
+    2012.09841, eq. 7; LDM).
+    """
     (grad_picture,) = torch.autograd.grad(picture, last_layer, retain_graph=True)
     (grad_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (grad_picture.norm() / (grad_adversarial.norm() + 1e-4)).clamp(0, limit).detach()

@@ -1,13 +1,14 @@
 """A convolutional KL autoencoder for any factor 1 … 32; factor 1 is the identity through the same interface.
 
-The plan follows what a small CPU is good at. Matrix units make convolutions nearly free, while every pass over a large
-activation costs memory traffic; so the stem folds pixels into channels at once (space to depth), norms act on the
-channels of one position, and nothing wide happens at full resolution. Down- and upsampling carry the parameter-free
-space-to-channel shortcuts of DC-AE (Chen et al. 2024, arXiv 2410.10733, sec. 3.2), which keep deep factors trainable.
+The plan follows what a small CPU is good at. Matrix units make convolutions nearly free, while every pass
+over a large activation costs memory traffic; so the stem folds pixels into channels at once (space to depth),
+norms act on the channels of one position, and nothing wide happens at full resolution. Down- and upsampling
+carry the parameter-free space-to-channel shortcuts of DC-AE (Chen et al. 2024, arXiv 2410.10733, sec. 3.2),
+which keep deep factors trainable.
 
-No layer looks further than its convolution's window, and none mixes positions otherwise (no attention, no GroupNorm),
-so the decoder has a finite receptive field and a picture decoded in overlapping tiles is the picture decoded whole.
-Frames are independent: T pictures of a clip are T pictures of a batch.
+No layer looks further than its convolution's window, and none mixes positions otherwise (no attention, no
+GroupNorm), so the decoder has a finite receptive field and a picture decoded in overlapping tiles is the
+picture decoded whole. Frames are independent: T pictures of a clip are T pictures of a batch.
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ from torch import Tensor, nn
 from sfumato.errors import InputError
 
 FACTORS = (1, 2, 4, 8, 16, 32)
-LOGVAR_RANGE = (
-    -30.0,
-    20.0,
-)  # LDM's clamp (ldm/modules/distributions), so that exp(logvar) is finite in float32
+LOGVAR_RANGE = (-30.0, 20.0)  # LDM's clamp (ldm/modules/distributions): exp(logvar) stays finite
 PIXEL_CHANNELS = 3
 
 
@@ -36,18 +34,12 @@ class AutoencoderConfig:
     """Shape of an autoencoder. Widths are channels; strides are pixels per cell side."""
 
     factor: int = 16  # pixels per side of a latent cell; 1 is the identity
-    latent_channels: int = (
-        16  # channels of a latent cell; f16c16 holds as many numbers as f8c4. Ignored (3) at factor 1
-    )
+    latent_channels: int = 16  # of a latent cell; f16c16 holds as many numbers as f8c4. At factor 1 it is 3
     encoder_width: int = 64  # channels at stride 4, doubled at each coarser stride, halved at stride 2
-    decoder_width: int = 96  # the same for the decoder, which has to invent what the latent lost
-    max_width: int = (
-        256  # channels at most at any stride: 3×3 convolutions beyond it hold most of the weights
-    )
+    decoder_width: int = 64  # the same for the decoder, which is larger by its blocks and its finer head
+    max_width: int = 192  # channels at most: the coarsest convolutions hold most of the weights
     encoder_blocks: int = 1  # residual blocks per stride
-    decoder_blocks: int = (
-        2  # residual blocks per stride: twice the encoder's, for the same reason as its width
-    )
+    decoder_blocks: int = 2  # residual blocks per stride, one at stride 2: it invents what the latent lost
     stem: int = 4  # pixels per side folded into channels before the first convolution, at most `factor`
     head: int = 2  # pixels per side unfolded from channels after the last convolution, at most `factor`
 
@@ -66,7 +58,7 @@ class AutoencoderConfig:
         for name in ("encoder_width", "decoder_width", "max_width"):
             if getattr(self, name) % 32:
                 raise InputError(
-                    f"{name} must be a multiple of 32 (matrix units work on 32 channels), not {getattr(self, name)}",
+                    f"{name} must be a multiple of 32, the matrix units' grain, not {getattr(self, name)}",
                     argument=name,
                 )
 
@@ -110,16 +102,22 @@ class Posterior:
         return self.mean
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std · noise; the caller draws `noise` (standard normal, the mean's shape), so that it can be repeated."""
+        """mean + std · noise; the caller draws `noise` (standard normal, the mean's shape), so that it can be
+        repeated.
+        """
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
-        """KL divergence to the standard normal in nats for each latent number, the mean's shape (VAE, 1312.6114, app. B)."""
+        """KL divergence to the standard normal in nats for each latent number, the mean's shape (VAE,
+        1312.6114, app. B).
+        """
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar)
 
 
 class Reconstruction(NamedTuple):
-    """What a training step needs: pixels (B, 3, T, H, W), the posterior, and the picture of the downscaled latent."""
+    """What a training step needs: pixels (B, 3, T, H, W), the posterior, and the picture of the downscaled
+    latent.
+    """
 
     pixels: Tensor
     posterior: Posterior
@@ -140,7 +138,9 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(norm(x)))): one norm and one activation between two 3×3 convolutions, the last one starting at 0."""
+    """x + conv(silu(conv(norm(x)))): one norm and one activation between two 3×3 convolutions, the last one
+    starting at 0.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -153,7 +153,9 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width: a stride-2 convolution beside the mean of space-to-channel groups (DC-AE, fig. 4)."""
+    """Halve height and width: a stride-2 convolution beside the mean of space-to-channel groups (DC-AE, fig.
+    4).
+    """
 
     def __init__(self, channels: int, out: int):
         super().__init__()
@@ -167,7 +169,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: convolution and channel-to-space beside a repeated channel-to-space (DC-AE, fig. 4)."""
+    """Double height and width: convolution and channel-to-space beside a repeated channel-to-space (DC-AE,
+    fig. 4).
+    """
 
     def __init__(self, channels: int, out: int):
         super().__init__()
@@ -180,7 +184,9 @@ class Upsample(nn.Module):
 
 
 def regroup_channels(x: Tensor, channels: int) -> Tensor:
-    """(B, C, H, W) -> (B, C', H, W): the mean of neighbouring channels, or each several times in a row, or both by the gcd."""
+    """(B, C, H, W) -> (B, C', H, W): the mean of neighbouring channels, or each several times in a row, or
+    both by the gcd.
+    """
     common = math.gcd(x.shape[1], channels)
     x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
     if channels > common:
@@ -240,8 +246,8 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Pixels (B, 3, T, H, W) in [-1, 1] <-> latents (B, C, T, H/f, W/f).
 
-    `latent_mean` and `latent_std` (C,) are measured on the training data after training and travel with the weights;
-    a diffusion model sees normalised latents only.
+    `latent_mean` and `latent_std` (C,) are measured on the training data after training and travel with the
+    weights; a diffusion model sees normalised latents only.
     """
 
     latent_mean: Tensor
@@ -269,7 +275,9 @@ class Autoencoder(nn.Module):
         return self.decoder.out.weight
 
     def reset_parameters(self) -> None:
-        """Residual branches start at zero; sub-pixel convolutions start equal for all pixels of a cell (ICNR, 1707.02937)."""
+        """Residual branches start at zero; sub-pixel convolutions start equal for all pixels of a cell (ICNR,
+        1707.02937).
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -289,7 +297,9 @@ class Autoencoder(nn.Module):
                     ] = -6.0  # std 0.05: nearly deterministic at first
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """Posterior over latents; at factor 1 its mean is `pixels` and its variance nil. `InputError` on a wrong shape or size."""
+        """Posterior over latents; at factor 1 its mean is `pixels` and its variance nil. `InputError` on a
+        wrong shape or size.
+        """
         self.check(pixels)
         if self.encoder is None:
             return Posterior(pixels, torch.full_like(pixels, LOGVAR_RANGE[0]))
@@ -314,8 +324,8 @@ class Autoencoder(nn.Module):
     ) -> Reconstruction:
         """Encode and decode. `noise` (standard normal, the latent's shape) samples the posterior; None takes its mean.
 
-        With shrink s > 1 the first ceil(share · B) latents are also averaged over s×s cells and decoded, which the
-        scale-equivariance loss compares with equally shrunk pictures.
+        With shrink s > 1 the first ceil(share · B) latents are also averaged over s×s cells and decoded,
+        which the scale-equivariance loss compares with equally shrunk pictures.
         """
         posterior = self.encode(pixels)
         latent = posterior.mode() if noise is None else posterior.sample(noise)
@@ -398,7 +408,9 @@ def from_frames(x: Tensor, batch: int) -> Tensor:
 
 
 def icnr_(weight: Tensor, pixels: int) -> None:
-    """Make the `pixels` filters of each output channel equal, so that the pixel shuffle starts without a checkerboard."""
+    """Make the `pixels` filters of each output channel equal, so that the pixel shuffle starts without a
+    checkerboard.
+    """
     with torch.no_grad():
         weight.copy_(weight[::pixels].repeat_interleave(pixels, 0))
 
