@@ -154,7 +154,12 @@ class FolderSource:
         if self._cache is None:
             with _threads() as pool:
                 return list(pool.map(self._inspect, entries))
-        rules = {"rules": RULES, "path": str(self.path.resolve()), "sizes": self._sizes, "enlarge": self._enlarge}
+        rules = {
+            "rules": RULES,
+            "path": str(self.path.resolve()),
+            "sizes": self._sizes,
+            "enlarge": self._enlarge,
+        }
         rules["ratio"] = self._max_ratio
         path = self._cache / f"checked-{address(rules)}.json"
         try:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from sfumato.data.source import Size
 from sfumato.data.store import RowStore, address, lock
 from sfumato.errors import InputError, SfumatoError
 
+RENDERER = 1  # to be raised whenever `sfumato.scenes` makes another picture of the same seed
 CHUNK = 256  # scenes a kill can cost
 BATCH = 16  # scenes per call of the renderer
 
@@ -29,8 +32,8 @@ class SceneSource:
     """`count` scenes of one split, `frames` pictures each of `size` × `size` pixels.
 
     cache: folder under which the rendered rows are kept, by what decides them; None renders at every call.
-    style: how captions are phrased (see `sfumato.scenes.describe`). options: further arguments of
-    `sample_scene`.
+    style: how captions are phrased (see `sfumato.scenes.describe`). options: further arguments of `sample_scene`.
+    chunk: scenes rendered and kept at a time.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class SceneSource:
         device: str = "cpu",
         style: str = "mixed",
         options: dict[str, Any] | None = None,
+        chunk: int = CHUNK,
     ):
-        for name, value in (("count", count), ("size", size), ("frames", frames)):
+        for name, value in (("count", count), ("size", size), ("frames", frames), ("chunk", chunk)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}", argument=name)
         self.count, self.seed, self.split, self.size, self.frames = count, seed, split, size, frames
         self.device, self.style, self.options = device, style, dict(options or {})
+        self.chunk = chunk
         self._scene = lru_cache(maxsize=4096)(self._sample)
         self.store: RowStore | None = None
         self.cache = None if cache is None else os.fspath(cache)
@@ -58,7 +63,7 @@ class SceneSource:
             identity = {**self._identity(), "count": count}
             fields = {"rgb": (frames, size, size, 3), "instances": (frames, size, size)}
             self.store = RowStore(
-                Path(self.cache) / f"scenes-{address(identity)}", identity, count, fields, CHUNK
+                Path(self.cache) / f"scenes-{address(identity)}", identity, count, fields, chunk
             )
 
     def __len__(self) -> int:
@@ -97,8 +102,10 @@ class SceneSource:
     def name(self, index: int) -> str:
         return f"scene {index} of seed {self.seed} ({self.split})"
 
-    def labels(self, indices: Sequence[int], factor: int) -> Tensor:
-        """int64 (B, A, H/factor, W/factor): what each cell shows, see `sfumato.scenes.cell_labels`."""
+    def labels(self, indices: Sequence[int], factor: int) -> Tensor | None:
+        """int64 (B, A, H/factor, W/factor), see `sfumato.scenes.cell_labels`; None if the scenes move."""
+        if self.frames > 1:
+            return None
         from sfumato.scenes import cell_labels
 
         masks = torch.from_numpy(np.ascontiguousarray(self.instances(indices)))
@@ -178,22 +185,22 @@ class SceneSource:
         waiting, gate = iter(chunks), threading.Lock()
         failures: list[BaseException] = []
         running: list[subprocess.Popen[str]] = []
+        complaints: dict[int, IO[bytes]] = {}
 
         def drive(process: subprocess.Popen[str]) -> None:
             try:
-                assert process.stdin and process.stdout
-                process.stdin.write(arguments + "\n")
+                said = arguments + "\n"
                 while not failures:
                     with gate:
                         chunk = next(waiting, None)
                     if chunk is None:
                         break
-                    process.stdin.write(f"{chunk}\n")
-                    process.stdin.flush()
-                    line = process.stdout.readline()
-                    answer = json.loads(line) if line else {"error": "a rendering process ended early"}
+                    answer = _ask(process, f"{said}{chunk}\n")
+                    if answer is None:
+                        raise SfumatoError(_last_words(process, complaints[process.pid]))
                     if answer != chunk:
                         raise SfumatoError(answer["error"])
+                    said = ""
                     with gate:
                         if not failures:
                             finished(chunk)
@@ -203,11 +210,12 @@ class SceneSource:
         try:
             for _ in range(workers):
                 command = [sys.executable, "-m", "sfumato.data.render_worker"]
-                running.append(
-                    subprocess.Popen(
-                        command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-                    )
+                pipe, said = subprocess.PIPE, tempfile.TemporaryFile()  # noqa: SIM115
+                process = subprocess.Popen(
+                    command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=said
                 )
+                running.append(process)
+                complaints[process.pid] = said
             threads = [threading.Thread(target=drive, args=(p,), daemon=True) for p in running]
             for thread in threads:
                 thread.start()
@@ -217,19 +225,21 @@ class SceneSource:
             for process in running:
                 process.kill()
                 process.wait()
+                for stream in (process.stdin, process.stdout, complaints.get(process.pid)):
+                    with contextlib.suppress(OSError):  # words an ended process never took
+                        if stream:
+                            stream.close()
         if failures:
             raise failures[0]
 
     def _arguments(self) -> dict[str, Any]:
-        names = ("count", "seed", "split", "size", "frames", "cache", "device", "style", "options")
+        names = ("count", "seed", "split", "size", "frames", "cache", "device", "style", "options", "chunk")
         return {name: getattr(self, name) for name in names}
 
     def _identity(self) -> dict[str, Any]:
         """All that decides the pixels of scene k, besides k."""
-        from sfumato.scenes import RENDERER_VERSION
-
         names = ("seed", "split", "size", "frames", "device", "options")
-        return {"renderer": RENDERER_VERSION, **{name: getattr(self, name) for name in names}}
+        return {"renderer": RENDERER, **{name: getattr(self, name) for name in names}}
 
     def _sample(self, index: int) -> Any:
         from sfumato.scenes import sample_scene
@@ -241,6 +251,25 @@ class SceneSource:
         if not 0 <= index < self.count:
             raise InputError(f"there is no scene {index}; there are {self.count}", argument="indices")
         return int(index)
+
+
+def _ask(process: subprocess.Popen[str], words: str) -> Any:
+    """Send `words` to a worker and read its answer; None if it has ended."""
+    assert process.stdin and process.stdout
+    try:
+        process.stdin.write(words)
+        process.stdin.flush()
+    except OSError:
+        return None
+    line = process.stdout.readline()
+    return json.loads(line) if line else None
+
+
+def _last_words(process: subprocess.Popen[str], complaints: IO[bytes]) -> str:
+    code = process.wait()
+    complaints.seek(0)
+    lines = complaints.read().decode(errors="replace").strip().splitlines()
+    return f"a rendering process ended with status {code}" + (f": {lines[-1]}" if lines else "")
 
 
 def _seed(*key: object) -> int:

@@ -79,17 +79,22 @@ class RowStore:
             "chunk": chunk,
             "fields": {name: list(shape) for name, shape in self.fields.items()},
         }
-        with lock(self.directory), writing(self.directory):
-            if not (self.directory / INDEX).exists():
-                for name, shape in self.fields.items():
-                    with open(self._path(name), "wb") as stream:
-                        stream.truncate(count * int(np.prod(shape)))
-                write_json(self.directory / INDEX, {**self._head, "done": []})
+        if not (self.directory / INDEX).exists():
+            with lock(self.directory), writing(self.directory):
+                self._create()
         self.refresh()
         self._rows = {
             name: np.memmap(self._path(name), dtype=np.uint8, mode="r", shape=(count, *shape))
             for name, shape in self.fields.items()
         }
+
+    def _create(self) -> None:
+        if (self.directory / INDEX).exists():  # by another process, while this one waited for the lock
+            return
+        for name, shape in self.fields.items():
+            with open(self._path(name), "wb") as stream:
+                stream.truncate(self.count * int(np.prod(shape)))
+        write_json(self.directory / INDEX, {**self._head, "done": []})
 
     @property
     def chunks(self) -> int:
