@@ -8,7 +8,24 @@ from sfumato.scenes.sample import sample_scene
 from sfumato.scenes.splits import SPLITS, split_of
 
 __all__ = [
-    *("COLORS", "MATERIALS", "RELATIONS", "SHAPES", "SIZES", "SPLITS"),
-    *("Object", "ObjectClaim", "RelationClaim", "Render", "Scene", "Statement"),
-    *("cell_labels", "describe", "holds", "phrase", "render", "sample_scene", "scene_hash", "split_of"),
+    "COLORS",
+    "MATERIALS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "Object",
+    "ObjectClaim",
+    "RelationClaim",
+    "Render",
+    "Scene",
+    "Statement",
+    "cell_labels",
+    "describe",
+    "holds",
+    "phrase",
+    "render",
+    "sample_scene",
+    "scene_hash",
+    "split_of",
 ]

@@ -23,7 +23,10 @@ NOUNS = {
     None: (("object", 6), ("thing", 4)),
 }
 PLURALS = {"torus": "toruses", "box": "boxes"}
-COLOR_WORDS: dict[str | None, tuple[tuple[str, int], ...]] = {"gray": (("gray", 7), ("grey", 3)), "purple": (("purple", 8), ("violet", 2))}
+COLOR_WORDS: dict[str | None, tuple[tuple[str, int], ...]] = {
+    "gray": (("gray", 7), ("grey", 3)),
+    "purple": (("purple", 8), ("violet", 2)),
+}
 MATERIAL_WORDS = {
     "metal": (("metal", 6), ("shiny", 2), ("metallic", 2)),
     "rubber": (("rubber", 6), ("matte", 4)),
@@ -36,7 +39,12 @@ RELATION_WORDS = {
     "in front of": (("in front of", 1),),
     "behind": (("behind", 1),),
 }
-POSSESSIVE = {"left of": "to its left", "right of": "to its right", "in front of": "in front of it", "behind": "behind it"}
+POSSESSIVE = {
+    "left of": "to its left",
+    "right of": "to its right",
+    "in front of": "in front of it",
+    "behind": "behind it",
+}
 MOTION_WORDS = {
     "left": (("moving left", 5), ("moving to the left", 3), ("going left", 2)),
     "right": (("moving right", 5), ("moving to the right", 3), ("going right", 2)),
@@ -49,7 +57,7 @@ ENDINGS = (("and other things", 3), ("and more", 2), ("among other things", 2))
 
 @dataclass(frozen=True)
 class ObjectClaim:
-    """`count` objects with the given attributes; None leaves one open. A count above 1 claims that there are no more of them.
+    """`count` objects with the given attributes; None leaves one open. A count above 1 claims there are no more.
 
     motion: left, right, toward or away; speed: slow or fast, only beside a motion.
     """
@@ -156,12 +164,14 @@ def _claim(scene: Scene, obj: Object, random: Random, style: str) -> ObjectClaim
         return claim
     if style == "sparse":
         kept = random.random()  # material alone, size alone, or neither
-        claim = replace(claim, size=None if kept < 0.7 else obj.size, material=None if kept > 0.35 else obj.material)
+        claim = replace(
+            claim, size=None if kept < 0.7 else obj.size, material=None if kept > 0.35 else obj.material
+        )
     elif style == "short":
         claim = replace(claim, material=None, size=obj.size if random.random() < 0.25 else None)
         dropped = random.random()
         if dropped < 0.12:
-            claim = replace(claim, **{("color" if dropped < 0.08 else "shape"): None})
+            claim = replace(claim, color=None) if dropped < 0.08 else replace(claim, shape=None)
     moves = motion_of(scene, obj)
     if moves and random.random() < (0.9 if style == "full" else 0.7):
         claim = replace(claim, motion=moves[1], speed=moves[0] if random.random() < 0.6 else None)
@@ -176,7 +186,9 @@ def _group(order: list[int], claims: list[ObjectClaim]) -> list[tuple[ObjectClai
     return [(replace(claim, count=len(found)), found) for claim, found in members.items()]
 
 
-def _relate(scene: Scene, groups: list[tuple[ObjectClaim, list[int]]], random: Random) -> tuple[RelationClaim, ...]:
+def _relate(
+    scene: Scene, groups: list[tuple[ObjectClaim, list[int]]], random: Random
+) -> tuple[RelationClaim, ...]:
     """Up to two relations, each between a claim and an earlier one that words can point back to."""
     claims = [claim for claim, _ in groups]
     found: list[RelationClaim] = []
@@ -199,7 +211,7 @@ def _relate(scene: Scene, groups: list[tuple[ObjectClaim, list[int]]], random: R
 
 
 def phrase(statement: Statement, seed: int) -> str:
-    """Say a statement in words; the seed picks synonyms and constructions. Raises `InputError` for an empty or broken one."""
+    """Say a statement in words; the seed picks synonyms and constructions. Raises `InputError` for a broken one."""
     _check(statement)
     random = Random(f"phrase {seed}")
     nouns = {shape: _word(NOUNS[shape], random) for shape in NOUNS}
@@ -241,14 +253,20 @@ def _pair(statement: Statement, texts: list[str], claim: RelationClaim, random: 
 
 
 def _relation(claim: RelationClaim, subject: int, random: Random) -> str:
-    return _word(RELATION_WORDS[claim.relation if claim.subject == subject else INVERSE[claim.relation]], random)
+    return _word(
+        RELATION_WORDS[claim.relation if claim.subject == subject else INVERSE[claim.relation]], random
+    )
 
 
-def _definite(claims: tuple[ObjectClaim, ...], relation: RelationClaim, j: int, nouns: dict[str | None, str]) -> str:
+def _definite(
+    claims: tuple[ObjectClaim, ...], relation: RelationClaim, j: int, nouns: dict[str | None, str]
+) -> str:
     other = relation.object if relation.subject == j else relation.subject
     names = _reference(list(claims), other) or ("size", "color", "material", "shape")
     claim = claims[other]
-    words = [str(getattr(claim, n)) for n in ("size", "color", "material") if n in names and getattr(claim, n)]
+    words = [
+        str(getattr(claim, n)) for n in ("size", "color", "material") if n in names and getattr(claim, n)
+    ]
     noun = nouns[claim.shape]
     return " ".join(["the", *words, _plural(noun) if claim.count > 1 else noun])
 
@@ -256,7 +274,13 @@ def _definite(claims: tuple[ObjectClaim, ...], relation: RelationClaim, j: int, 
 def _reference(claims: list[ObjectClaim], index: int) -> tuple[str, ...] | None:
     """The fewest attributes that set a claim apart from all the others, or None."""
     claim = claims[index]
-    for names in (("shape",), ("color", "shape"), ("size", "shape"), ("size", "color", "shape"), ("color", "material", "shape")):
+    for names in (
+        ("shape",),
+        ("color", "shape"),
+        ("size", "shape"),
+        ("size", "color", "shape"),
+        ("color", "material", "shape"),
+    ):
         if all(getattr(claim, n) is not None for n in names):
             others = (c for k, c in enumerate(claims) if k != index)
             if all(any(getattr(c, n) not in (None, getattr(claim, n)) for n in names) for c in others):
@@ -290,18 +314,31 @@ def _check(statement: Statement) -> None:
     if not statement.objects:
         raise InputError("a statement needs at least one object", argument="statement")
     for claim in statement.objects:
-        for name, words in (("shape", NOUNS), ("material", MATERIAL_WORDS), ("size", SIZE_WORDS), ("motion", MOTION_WORDS)):
+        for name, words in (
+            ("shape", NOUNS),
+            ("material", MATERIAL_WORDS),
+            ("size", SIZE_WORDS),
+            ("motion", MOTION_WORDS),
+        ):
             value = getattr(claim, name)
             if value is not None and value not in words:
                 raise InputError(f"{name} {value!r} is unknown", argument=name)
         if claim.color is not None and claim.color not in COLORS:
-            raise InputError(f"color {claim.color!r} is unknown; use one of {', '.join(COLORS)}", argument="color")
+            raise InputError(
+                f"color {claim.color!r} is unknown; use one of {', '.join(COLORS)}", argument="color"
+            )
         if claim.count != 1 and claim.count not in NUMBERS:
             raise InputError(f"count {claim.count} is outside 1 to 5", argument="count")
     for relation in statement.relations:
         ends = {relation.subject, relation.object}
-        if relation.relation not in RELATION_WORDS or len(ends) != 2 or not ends <= set(range(len(statement.objects))):
-            raise InputError(f"relation {relation} names no two objects of the statement", argument="relations")
+        if (
+            relation.relation not in RELATION_WORDS
+            or len(ends) != 2
+            or not ends <= set(range(len(statement.objects)))
+        ):
+            raise InputError(
+                f"relation {relation} names no two objects of the statement", argument="relations"
+            )
 
 
 def _word(choices: tuple[tuple[str, int], ...], random: Random) -> str:

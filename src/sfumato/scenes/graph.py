@@ -28,6 +28,7 @@ HALF_HEIGHT = {"sphere": 0.92, "cube": 0.74, "cylinder": 0.74, "cone": 0.86, "to
 HALF_WIDTH = {"sphere": 0.92, "cube": 1.047, "cylinder": 0.74, "cone": 0.92, "torus": 0.96, "capsule": 0.50}
 SIDE_MARGIN = 0.85  # world units between centres, along the viewer's right, before "left of" may be said
 DEPTH_MARGIN = 1.0  # the same along the viewer's depth for "in front of"
+Triple = tuple[float, float, float]
 FAST = 0.95  # world units per second above which a motion is fast; below STILL it is none
 STILL = 0.05
 
@@ -40,9 +41,9 @@ class Object:
     color: str
     material: str
     size: str
-    position: tuple[float, float, float]
+    position: Triple
     yaw: float = 0.0
-    tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    tint: Triple = (1.0, 1.0, 1.0)
     velocity: tuple[float, float] = (0.0, 0.0)
     spin: float = 0.0
 
@@ -53,7 +54,12 @@ class Object:
     def at(self, seconds: float) -> tuple[float, float, float, float]:
         """Centre x, y, z and yaw after `seconds`."""
         x, y, z = self.position
-        return x + self.velocity[0] * seconds, y + self.velocity[1] * seconds, z, self.yaw + self.spin * seconds
+        return (
+            x + self.velocity[0] * seconds,
+            y + self.velocity[1] * seconds,
+            z,
+            self.yaw + self.spin * seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,22 +70,22 @@ class Camera:
     elevation: float
     distance: float
     fov: float
-    target: tuple[float, float, float]
+    target: Triple
 
-    def axes(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    def axes(self) -> tuple[Triple, Triple, Triple, Triple]:
         """Position, and unit vectors right, up and forward."""
         sa, ca = math.sin(self.azimuth), math.cos(self.azimuth)
         se, ce = math.sin(self.elevation), math.cos(self.elevation)
         forward = (ce * sa, ce * ca, -se)
-        position = tuple(t - self.distance * f for t, f in zip(self.target, forward, strict=True))
-        return position, (ca, -sa, 0.0), (se * sa, se * ca, ce), forward
+        x, y, z = (t - self.distance * f for t, f in zip(self.target, forward, strict=True))
+        return (x, y, z), (ca, -sa, 0.0), (se * sa, se * ca, ce), forward
 
     def floor_axes(self, x: float, y: float) -> tuple[float, float]:
         """A floor vector as the viewer has it: (right, away)."""
         sa, ca = math.sin(self.azimuth), math.cos(self.azimuth)
         return ca * x - sa * y, sa * x + ca * y
 
-    def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
+    def project(self, x: float, y: float, z: float) -> Triple:
         """Picture coordinates in [0, 1] (right, down) and depth along the view axis, for a square picture."""
         p, r, u, f = self.axes()
         dx, dy, dz = x - p[0], y - p[1], z - p[2]
@@ -96,10 +102,10 @@ class Light:
 
     azimuth: float
     elevation: float
-    color: tuple[float, float, float]
+    color: Triple
     softness: float
 
-    def direction(self) -> tuple[float, float, float]:
+    def direction(self) -> Triple:
         """Unit vector from the scene to the light."""
         ce = math.cos(self.elevation)
         return ce * math.sin(self.azimuth), ce * math.cos(self.azimuth), math.sin(self.elevation)
@@ -109,9 +115,9 @@ class Light:
 class Floor:
     """Linear RGB of the floor, of the backdrop it fades into, and of the light that falls from all sides."""
 
-    color: tuple[float, float, float]
-    backdrop: tuple[float, float, float]
-    ambient: tuple[float, float, float]
+    color: Triple
+    backdrop: Triple
+    ambient: Triple
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,9 @@ def motion_of(scene: Scene, obj: Object) -> tuple[str, str] | None:
     speed = math.hypot(right, away)
     if scene.frames < 2 or speed < STILL:
         return None
-    direction = ("right" if right > 0 else "left") if abs(right) >= abs(away) else ("away" if away > 0 else "toward")
+    direction = (
+        ("right" if right > 0 else "left") if abs(right) >= abs(away) else ("away" if away > 0 else "toward")
+    )
     return "fast" if speed >= FAST else "slow", direction
 
 
@@ -155,18 +163,22 @@ def related(scene: Scene, subject: int, relation: str, other: int) -> bool:
 def relations(scene: Scene) -> tuple[tuple[int, str, int], ...]:
     """All (subject, relation, object) triples that hold."""
     indices = range(len(scene.objects))
-    return tuple((i, r, j) for i in indices for j in indices if i != j for r in RELATIONS if related(scene, i, r, j))
+    return tuple(
+        (i, r, j) for i in indices for j in indices if i != j for r in RELATIONS if related(scene, i, r, j)
+    )
 
 
 def scene_hash(scene: Scene) -> str:
     """Hash of the meaning alone: the multiset of attributes and motions, and of relations between attributed objects.
 
-    Positions, light, camera and the order of the objects do not enter, so two pictures with one hash show the same thing.
+    Positions, light, camera and the order of the objects do not enter: two pictures with one hash show the same thing.
     """
     names = [
         " ".join((o.size, o.color, o.material, o.shape, *(motion_of(scene, o) or ()))) for o in scene.objects
     ]
-    triples = sorted(f"{names[i]}>{r}>{names[j]}" for i, r, j in relations(scene) if r in ("left of", "in front of"))
+    triples = sorted(
+        f"{names[i]}>{r}>{names[j]}" for i, r, j in relations(scene) if r in ("left of", "in front of")
+    )
     return hashlib.sha256("|".join([*sorted(names), "", *triples]).encode()).hexdigest()
 
 
@@ -178,12 +190,15 @@ def scene_to_dict(scene: Scene) -> dict[str, Any]:
 def scene_from_dict(values: dict[str, Any]) -> Scene:
     """The inverse of `scene_to_dict`. Raises `DataError` for missing fields or words outside the vocabulary."""
     try:
-        objects = tuple(Object(**{k: _plain(v) for k, v in o.items()}) for o in values["objects"])
-        parts = [
-            kind(**{k: _plain(v) for k, v in values[name].items()})
-            for name, kind in (("camera", Camera), ("light", Light), ("floor", Floor))
-        ]
-        scene = Scene(objects, *parts, frames=int(values["frames"]), fps=float(values["fps"]))
+        objects = tuple(Object(**_plain(o)) for o in values["objects"])
+        scene = Scene(
+            objects,
+            Camera(**_plain(values["camera"])),
+            Light(**_plain(values["light"])),
+            Floor(**_plain(values["floor"])),
+            frames=int(values["frames"]),
+            fps=float(values["fps"]),
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"this is not a scene graph: {error}") from None
     for obj in objects:
@@ -204,5 +219,5 @@ def scene_from_json(text: str) -> Scene:
         raise DataError(f"this is not a scene graph: {error}") from None
 
 
-def _plain(value: Any) -> Any:
-    return tuple(float(v) for v in value) if isinstance(value, list | tuple) else value
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(float(x) for x in v) if isinstance(v, list | tuple) else v for k, v in values.items()}

@@ -1,4 +1,4 @@
-"""Exact labels of latent cells, free with every render: what the training of a network may be asked besides the picture."""
+"""Exact labels of latent cells, free with every render: what a network may be asked besides the picture."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ATTRIBUTES = (("shape", SHAPES), ("color", COLORS), ("material", MATERIALS), ("s
 
 
 def cell_labels(scenes: Sequence[Scene], instances: Tensor, cell: int) -> Tensor:
-    """(B, A, H/cell, W/cell) int64 with A = shape, colour, material, size: 0 for background, else 1 + the place in the vocabulary.
+    """(B, A, H/cell, W/cell) int64, A = shape, colour, material, size: 0 for background, else 1 + its place.
 
-    instances: (B, H, W) uint8 as rendered, or (B, 1, H, W). A cell belongs to the object that covers most of it, if that
-    is at least a quarter of the cell.
+    instances: (B, H, W) uint8 as rendered, or (B, 1, H, W). A cell belongs to the object that covers most of it,
+    if that is at least a quarter of the cell.
     """
     masks = instances.reshape(len(scenes), *instances.shape[-2:])
     slots = max(len(scene.objects) for scene in scenes)
@@ -27,7 +27,9 @@ def cell_labels(scenes: Sequence[Scene], instances: Tensor, cell: int) -> Tensor
                 table[b, a, k + 1] = 1 + words.index(getattr(obj, name))
     height, width = masks.shape[1] // cell, masks.shape[2] // cell
     cells = masks[:, : height * cell, : width * cell].reshape(len(scenes), height, cell, width, cell)
-    shares = torch.stack([(cells == k + 1).sum((2, 4)) for k in range(slots)], 1)  # (B, slots, H/cell, W/cell)
+    shares = torch.stack(
+        [(cells == k + 1).sum((2, 4)) for k in range(slots)], 1
+    )  # (B, slots, H/cell, W/cell)
     most, owner = shares.max(1)
     owner = torch.where(most * 4 >= cell * cell, owner + 1, 0).reshape(len(scenes), 1, -1)
     found = table.to(masks.device).gather(2, owner.expand(-1, len(ATTRIBUTES), -1))

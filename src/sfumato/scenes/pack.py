@@ -38,7 +38,16 @@ SHOT_FIELDS = (
 )
 OBJECT_FIELDS = (
     *("cx", "cy", "cz", "cos", "sin", "scale", "inverse", "bound", "shape", "r", "g", "b", "metal"),
-    *("u0", "u1", "v0", "v1", "s0", "s1", "w0", "w1"),  # picture boxes: of the object, and of its shadow on the floor
+    *(
+        "u0",
+        "u1",
+        "v0",
+        "v1",
+        "s0",
+        "s1",
+        "w0",
+        "w1",
+    ),  # picture boxes: of the object, and of its shadow on the floor
 )
 SHOT = {name: k for k, name in enumerate(SHOT_FIELDS)}
 OBJ = {name: k for k, name in enumerate(OBJECT_FIELDS)}
@@ -59,9 +68,11 @@ class Shots:
 def pack(shots: list[tuple[Scene, float]], device: torch.device) -> Shots:
     """Tables for (scene, seconds) pairs. All trigonometry happens here, in Python's double precision."""
     slots = max((len(scene.objects) for scene, _ in shots), default=0)
-    rows, objects = [], []
-    absent = [0.0] * len(OBJECT_FIELDS)
-    absent[OBJ["cz"]], absent[OBJ["bound"]], absent[OBJ["inverse"]] = -1e4, -1.0, 1.0
+    rows: list[tuple[float, ...]] = []
+    objects: list[tuple[float, ...]] = []
+    blank = [0.0] * len(OBJECT_FIELDS)
+    blank[OBJ["cz"]], blank[OBJ["bound"]], blank[OBJ["inverse"]] = -1e4, -1.0, 1.0
+    absent = tuple(blank)
     for scene, seconds in shots:
         camera, light, floor = scene.camera, scene.light, scene.floor
         position, right, up, forward = camera.axes()
@@ -70,8 +81,10 @@ def pack(shots: list[tuple[Scene, float]], device: torch.device) -> Shots:
         heading = (math.sin(camera.azimuth), math.cos(camera.azimuth))
         to_light = light.direction()
         rows.append(
-            [*position, *right, *up, *forward, tangent, *to_light, *light.color, light.softness]
-            + [*floor.color, *floor.backdrop, *floor.ambient, *heading, *camera.target[:2]]
+            (
+                *(*position, *right, *up, *forward, tangent, *to_light, *light.color, light.softness),
+                *(*floor.color, *floor.backdrop, *floor.ambient, *heading, *camera.target[:2]),
+            )
         )
         for obj in scene.objects:
             x, y, z, yaw = obj.at(seconds)
@@ -85,10 +98,8 @@ def pack(shots: list[tuple[Scene, float]], device: torch.device) -> Shots:
             body = _box(view, (_disc(x, y, 0.0, wide), _disc(x, y, 2 * z, wide)))
             ring = _disc(x, y, 0.0, wide + 0.6 * scale)
             cast = _box(view, (_disc(shadow[0], shadow[1], 0.0, spread), ring))
-            objects.append(
-                [x, y, z, math.cos(yaw), math.sin(yaw), scale, 1 / scale, bound, float(SHAPES.index(obj.shape))]
-                + [*albedo, float(obj.material == "metal"), *body, *cast]
-            )
+            turned = (math.cos(yaw), math.sin(yaw), scale, 1 / scale, bound, float(SHAPES.index(obj.shape)))
+            objects.append((x, y, z, *turned, *albedo, float(obj.material == "metal"), *body, *cast))
         objects.extend([absent] * (slots - len(scene.objects)))
     shot_table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(SHOT_FIELDS))
     object_table = torch.tensor(objects, dtype=torch.float64).reshape(-1, len(OBJECT_FIELDS))
@@ -100,7 +111,8 @@ def pack(shots: list[tuple[Scene, float]], device: torch.device) -> Shots:
 
 
 _CORNERS = [
-    (math.cos(k * math.pi / 4) / math.cos(math.pi / 8), math.sin(k * math.pi / 4) / math.cos(math.pi / 8)) for k in range(8)
+    (math.cos(k * math.pi / 4) / math.cos(math.pi / 8), math.sin(k * math.pi / 4) / math.cos(math.pi / 8))
+    for k in range(8)
 ]
 
 
@@ -110,7 +122,7 @@ def _disc(x: float, y: float, z: float, radius: float) -> list[tuple[float, floa
 
 
 def _box(view: tuple, outlines: tuple[list[tuple[float, float, float]], ...]) -> list[float]:
-    """Left, right, top and bottom (fractions of the picture) of a box that holds the image of the points' convex hull."""
+    """Left, right, top and bottom (fractions of the picture) of a box that holds the image of the points."""
     position, right, up, forward, tangent = view
     us, vs = [], []
     for point in (p for outline in outlines for p in outline):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from random import Random
+from typing import TypeVar
 
 from sfumato.errors import InputError
 from sfumato.scenes.graph import (
@@ -21,6 +23,7 @@ from sfumato.scenes.graph import (
 )
 from sfumato.scenes.splits import HELD_COUNTS, HELD_MOTIONS, HELD_PAIRS, HELD_RELATIONS, SPLITS, split_of
 
+T = TypeVar("T")
 COUNT_WEIGHTS = (0.25, 0.37, 0.20, 0.11, 0.07)  # of 1, 2, 3, 4, 5 objects
 FRAME_MARGIN = 0.025  # of the picture's side
 GAP = 0.28  # world units of free floor between two objects
@@ -71,7 +74,7 @@ def sample_scene(
     raise InputError(f"no scene of split {split!r} with {count} objects was found", argument="seed")
 
 
-def _pick(random: Random, values, weights=None):
+def _pick(random: Random, values: Sequence[T], weights: Sequence[float] | None = None) -> T:
     if weights is None:
         return values[int(random.random() * len(values))]
     at = random.random() * sum(weights)
@@ -134,9 +137,14 @@ def _studio(random: Random, camera: Camera) -> tuple[Light, Floor]:
     hue, tint = _between(random, 0, 2 * math.pi), _between(random, 0.0, 0.085)
     wave = [math.cos(hue - k * 2 * math.pi / 3) for k in range(3)]
     level = _between(random, 0.50, 0.74)
-    floor = tuple(level * (1 + tint * w) for w in wave)
+    floor = (level * (1 + tint * wave[0]), level * (1 + tint * wave[1]), level * (1 + tint * wave[2]))
     back = level * _between(random, 0.62, 1.1)
-    backdrop = tuple(back * (1 + 1.6 * tint * w - 0.03 * warmth * s) for w, s in zip(wave, (1, 0, -1), strict=True))
+    cast = (-0.03 * warmth, 0.0, 0.03 * warmth)
+    backdrop = (
+        back * (1 + 1.6 * tint * wave[0] + cast[0]),
+        back * (1 + 1.6 * tint * wave[1] + cast[1]),
+        back * (1 + 1.6 * tint * wave[2] + cast[2]),
+    )
     sky = _between(random, 0.9, 1.1)
     ambient = (sky * (1 - 0.05 * warmth), sky, sky * (1 + 0.07 * warmth))
     return light, Floor(floor, backdrop, ambient)
@@ -149,7 +157,9 @@ def _velocity(random: Random, camera: Camera, split: str, forced: bool) -> tuple
     held = [c for c in choices if (c in HELD_MOTIONS) == (split == "motions" and forced)]
     pace, direction = _pick(random, held)
     speed, slant = _between(random, *SPEED[pace]), _between(random, -0.3, 0.3)
-    right, away = {"left": (-1, slant), "right": (1, slant), "toward": (slant, -1), "away": (slant, 1)}[direction]
+    right, away = {"left": (-1, slant), "right": (1, slant), "toward": (slant, -1), "away": (slant, 1)}[
+        direction
+    ]
     scale = speed / math.hypot(right, away)
     ca, sa = math.cos(camera.azimuth), math.sin(camera.azimuth)
     return ((ca * right + sa * away) * scale, (-sa * right + ca * away) * scale), 0.0
@@ -162,7 +172,7 @@ def _place(random, kinds, camera: Camera, split: str, frames: int, fps: float) -
     placed: list[Object] = []
     for shape, color, material, size in kinds:
         radius = RADIUS[size]
-        tint = tuple(_between(random, 0.94, 1.06) for _ in range(3))
+        tint = (_between(random, 0.94, 1.06), _between(random, 0.94, 1.06), _between(random, 0.94, 1.06))
         yaw = _between(random, 0, 2 * math.pi)
         for _ in range(24):
             velocity, spin = (0.0, 0.0), 0.0
@@ -185,7 +195,7 @@ def _fits(obj: Object, others: list[Object], camera: Camera, seconds: float) -> 
     moments = [0.0] if seconds == 0 else [seconds * k / 4 for k in range(5)]
     reach = HALF_WIDTH[obj.shape] * obj.radius
     for moment in moments:
-        x, y, z, _ = obj.at(moment)
+        x, y, _, _ = obj.at(moment)
         for other in others:
             ox, oy, _, _ = other.at(moment)
             if math.hypot(x - ox, y - oy) < reach + HALF_WIDTH[other.shape] * other.radius + GAP:
@@ -219,10 +229,12 @@ def _outline(obj: Object, camera: Camera, seconds: float) -> tuple[float, float,
     return u, v, 1.03 * wide * scale, 1.05 * high * scale, depth
 
 
-def _visible(outlines: list[tuple[float, ...]], k: int) -> float:
+def _visible(outlines: list[tuple[float, float, float, float, float]], k: int) -> float:
     """Share of outline k not covered by the outlines of nearer objects."""
     u, v, wide, high, depth = outlines[k]
-    nearer = [o for o in outlines if o[4] < depth and abs(o[0] - u) < o[2] + wide and abs(o[1] - v) < o[3] + high]
+    nearer = [
+        o for o in outlines if o[4] < depth and abs(o[0] - u) < o[2] + wide and abs(o[1] - v) < o[3] + high
+    ]
     if not nearer:
         return 1.0
     seen = 0

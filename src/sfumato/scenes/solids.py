@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato.scenes.graph import HALF_HEIGHT, HALF_WIDTH
 
-Vec = tuple[Tensor, Tensor, Tensor]
+Vec = tuple[Tensor, ...]  # (x, y, z)
 INF = 1e9
 BEVEL = 0.08
 SPHERE = HALF_HEIGHT["sphere"]
@@ -112,7 +112,11 @@ def hit_cone(o: Vec, d: Vec) -> tuple[Tensor, Vec]:
     side = (2 * CONE_H / CONE_L) / (x * x + y * y).clamp(min=1e-12).sqrt()
     zero, down = torch.zeros_like(t), torch.full_like(t, -1.0)
     up = torch.full_like(t, CONE_R / CONE_L)
-    return t, (torch.where(base, zero, x * side), torch.where(base, zero, y * side), torch.where(base, down, up))
+    return t, (
+        torch.where(base, zero, x * side),
+        torch.where(base, zero, y * side),
+        torch.where(base, down, up),
+    )
 
 
 def hit_torus(o: Vec, d: Vec) -> tuple[Tensor, Vec]:
@@ -188,5 +192,19 @@ def sdf_capsule(p: Vec) -> Tensor:
 
 
 Hit = Callable[[Vec, Vec], tuple[Tensor, Vec]]
-HIT: tuple[Hit, ...] = (hit_sphere, hit_cube, hit_cylinder, hit_cone, hit_torus, hit_capsule)  # in the order of SHAPES
-SDF: tuple[Callable[[Vec], Tensor], ...] = (sdf_sphere, sdf_cube, sdf_cylinder, sdf_cone, sdf_torus, sdf_capsule)
+HIT: tuple[Hit, ...] = (
+    hit_sphere,
+    hit_cube,
+    hit_cylinder,
+    hit_cone,
+    hit_torus,
+    hit_capsule,
+)  # in the order of SHAPES
+SDF: tuple[Callable[[Vec], Tensor], ...] = (
+    sdf_sphere,
+    sdf_cube,
+    sdf_cylinder,
+    sdf_cone,
+    sdf_torus,
+    sdf_capsule,
+)

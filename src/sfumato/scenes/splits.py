@@ -1,7 +1,7 @@
 """Which scenes training may see. A split is a property of the scene graph, so no seed can leak from one to another.
 
 `train` and `val` share a distribution and are told apart by the hash of the graph. The other splits hold what neither
-contains: colour-shape pairs (after CLEVR-CoGenT), relations between two shapes, counts of a colour, and speeds in a direction.
+contains: colour-shape pairs (after CLEVR-CoGenT), relations between shapes, counts of a colour, speeds in a direction.
 """
 
 from __future__ import annotations
