@@ -6,7 +6,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from sfumato.autoencoder import AutoencoderConfig
-from sfumato.errors import CheckpointError
+from sfumato.diffusion.parameterization import KINDS
+from sfumato.diffusion.schedules import flow_levels, sigmas_for
+from sfumato.errors import CheckpointError, InputError
+from sfumato.sampling import sampler_named
+from sfumato.types import Request
+
+MOST = {"depth": 1_000, "text_depth": 1_000}  # what a card may ask for before its weights are looked at
+MOST_OTHERWISE = 100_000
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,17 @@ class Preset:
     schedule: str = "linear"
     size: tuple[int, int] = (128, 128)
     interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "guidance", "sampler", "schedule", "size"):
+            if getattr(self, name) is None:
+                raise InputError(f"the preset needs {name}", argument=name)
+        Request("", "", 1, 0, self.steps, self.guidance, self.sampler, self.schedule, self.size).validate()
+        sampler_named(self.sampler)
+        sigmas_for(self.schedule, self.steps, flow_levels())
+        numbers = isinstance(self.interval, tuple) and all(isinstance(v, int | float) for v in self.interval)
+        if not (numbers and len(self.interval) == 2 and self.interval[0] <= self.interval[1]):
+            raise InputError(f"interval must be (low, high), not {self.interval!r}", argument="interval")
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,32 @@ class DenoiserConfig:
     max_tokens: int = 128  # longest prompt, in words and spelt letters
     prediction: str = "flow"  # what the network predicts: flow for latents, x for pixels (JiT, 2511.13720)
     label_classes: tuple[int, ...] = ()  # per-cell attributes to learn beside the picture; () for none
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "patch", "text_width", "text_depth", "max_tokens"):
+            _whole(name, getattr(self, name), MOST.get(name, MOST_OTHERWISE))
+        for name, heads in (("width", self.heads), ("text_width", self.text_heads)):
+            if getattr(self, name) % (2 * heads):
+                raise InputError(
+                    f"{name} must be {heads} heads of an even number of channels, not {getattr(self, name)}",
+                    argument=name,
+                )
+        if self.prediction not in KINDS:
+            raise InputError(
+                f"prediction {self.prediction!r} is unknown; use one of {', '.join(KINDS)}",
+                argument="prediction",
+            )
+        if not isinstance(self.label_classes, tuple):
+            raise InputError(
+                f"label_classes must be a list, not {self.label_classes!r}", argument="label_classes"
+            )
+        for count in self.label_classes:
+            _whole("label_classes", count, MOST_OTHERWISE)
+
+    @property
+    def text_heads(self) -> int:
+        """Heads of the text encoder, 64 channels each."""
+        return max(1, self.text_width // 64)
 
 
 @dataclass(frozen=True)
@@ -55,13 +99,16 @@ class PocketConfig:
     def from_dict(cls, values: dict[str, Any]) -> PocketConfig:
         """The inverse of `to_dict` after a passage through JSON; unknown or ill-typed parts are a `CheckpointError`."""
         try:
+            words = values["words"]
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise TypeError("words must be a list of texts")
             return cls(
                 autoencoder=AutoencoderConfig.from_dict(values["autoencoder"]),
-                denoiser=_plain(DenoiserConfig, values["denoiser"]),
-                words=tuple(values["words"]),
-                preset=_plain(Preset, values["preset"]),
+                denoiser=_plain(DenoiserConfig, "denoiser", values["denoiser"]),
+                words=tuple(words),
+                preset=_plain(Preset, "preset", values["preset"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (InputError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the model card is not one of a pocket model: {error}") from None
 
 
@@ -74,9 +121,16 @@ def pixel_twin(config: PocketConfig) -> PocketConfig:
     )
 
 
-def _plain(kind: type, values: dict[str, Any]) -> Any:
+def _plain(kind: type, where: str, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise TypeError(f"{where} must be an object")
     known = {f.name for f in fields(kind)}
     unknown = values.keys() - known
     if unknown:
-        raise TypeError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
+        raise TypeError(f"{where} has no field {min(unknown)!r}")
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _whole(name: str, value: object, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise InputError(f"{name} must be a whole number from 1 to {most:,}, not {value!r}", argument=name)

@@ -31,7 +31,7 @@ class TextDenoiser(nn.Module):
         super().__init__()
         d = config.denoiser
         self.text = TextEncoder(
-            TextConfig(len(Tokenizer(config.words)), d.text_width, d.text_depth, max(1, d.text_width // 64))
+            TextConfig(len(Tokenizer(config.words)), d.text_width, d.text_depth, d.text_heads)
         )
         self.dit = DiT(
             DiTConfig(
@@ -113,12 +113,15 @@ def open_folder(directory: Path, device: torch.device) -> System:
             f"{directory / 'model.json'} is of format {card.get('format')!r}, not {FORMAT!r}"
         )
     config = PocketConfig.from_dict(card)
+    files = card.get("files")
+    for name in ("autoencoder", "denoiser"):
+        if not isinstance(files, dict) or not isinstance(files.get(name), list):
+            raise CheckpointError(f"{directory / 'model.json'} lacks the list of {name} under 'files'")
     with torch.device("meta"):
         system = build(config)
     for name in ("autoencoder", "denoiser"):
         module = getattr(system, name)
-        module.to_empty(device="cpu")
-        fill(module, load_sharded(directory, list(card["files"][name])), f"{directory} ({name})")
+        fill(module, load_sharded(directory, card["files"][name]), f"{directory} ({name})")
         module.to(device).eval().requires_grad_(False)
     return system
 
@@ -139,8 +142,12 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
             raise CheckpointError(
                 f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(state[key].shape)}"
             )
-        if not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {key} holds {tensor.dtype}, expected floating-point numbers")
+        if not torch.isfinite(tensor.float()).all():
             raise CheckpointError(f"{where}: {key} holds NaN or infinite values; the file is unusable")
+    if any(value.is_meta for value in state.values()):
+        state = module.to_empty(device="cpu").state_dict()
     with torch.no_grad():
         for key, tensor in tensors.items():
             state[key].copy_(tensor)
