@@ -62,7 +62,9 @@ class Model:
     def encode(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Pictures of one size → normalised latents (B, C, 1, H/f, W/f)."""
         images = [images] if isinstance(images, Image.Image) else list(images)
-        if len({image.size for image in images}) != 1:
+        if not images:
+            raise InputError("give at least one picture to encode", argument="images")
+        if len({image.size for image in images}) > 1:
             raise InputError("the pictures to encode together must have one size", argument="images")
         self._check_size(images[0].size)
         pixels = torch.stack([to_pixels(image) for image in images]).to(self.device)
