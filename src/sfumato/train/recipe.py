@@ -34,6 +34,7 @@ class DataRecipe:
     split: str = "train"  # scenes: which split
     seed: int = 0  # scenes: which world; folder: the choice of crops
     flip: bool = False  # folder: add the mirror image of every picture
+    held_out: float = 0.02  # folder: share of the pictures kept from the autoencoder, to measure it on
     cache: str = ""  # scenes: where rendered pictures are kept; empty for the run's own folder
 
 

@@ -17,24 +17,26 @@ from torch import Tensor
 
 from sfumato.autoencoder import Autoencoder
 from sfumato.autoencoder.discriminator import Discriminator
+from sfumato.autoencoder.metrics import psnr, spectral_error, ssim
 from sfumato.data.buckets import Order, raw_bits
 from sfumato.data.folder import FolderSource
 from sfumato.data.latents import LatentCache, build_latents
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Source, to_float
-from sfumato.errors import InputError
+from sfumato.errors import DataError, InputError
 from sfumato.families.pocket import PocketConfig, System, TextDenoiser, build, save_folder
 from sfumato.generate import Model, load, to_image
 from sfumato.receipts.flops import count_flops
 from sfumato.receipts.probe import matmul_peak
 from sfumato.runtime import autocast, fast_dtype, pick_device
-from sfumato.storage import atomic_file, load_tensors, save_tensors, tensors_hash
+from sfumato.storage import atomic_file, load_tensors, save_tensors, tensors_hash, write_json
 from sfumato.text import Tokenizer, learn_words
 from sfumato.train.autoencoder import autoencoder_loss, discriminator_loss, latent_statistics
 from sfumato.train.denoiser import Batch, Examples, denoiser_loss, denoiser_player
 from sfumato.train.loop import Event, Loss, OnEvent, Player, World, fit, seeded
 from sfumato.train.recipe import Recipe, TrainRecipe, read_recipe
 
+HELD_OUT_SCENES = 256  # of the val split, to measure the autoencoder on
 LATENT_STATISTICS_PICTURES = 2048  # pictures whose latents give the normalisation
 VOLATILE = {"steps", "save_every", "sheet_every"}  # may change between two starts of one run
 
@@ -99,25 +101,30 @@ class _Run:
     def whole(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.recipe.seed)
-        multiple = (self.recipe.autoencoder.model.factor if self.recipe.autoencoder else 16) * (
-            self.recipe.denoiser.model.patch if self.recipe.denoiser else 1
-        )
-        source = self.source(multiple)
-        self.note("data", f"{len(source):,} pictures in {len(source.buckets())} sizes")
         if self.recipe.autoencoder is None:
             raise InputError("the recipe has no [autoencoder]: give one with init = a model to take it from")
+        multiple = self.recipe.autoencoder.model.factor
+        multiple *= self.recipe.denoiser.model.patch if self.recipe.denoiser else 1
+        source = self.source(multiple)
+        self.note("data", f"{len(source):,} pictures in {len(source.buckets())} sizes")
+        if problems := getattr(source, "problems", ()):
+            first = problems[0]
+            self.note("data", f"{len(problems):,} set aside, the first {first.path}: {first.reason}")
         self.peak = matmul_peak(self.device, fast_dtype(self.device), 0.6)
-        autoencoder = self.autoencoder(source)
+        autoencoder = self.autoencoder(multiple)
         if self.recipe.denoiser is None:
             return self.folder
         return self.denoiser(source, autoencoder)
 
     # --- data ----------------------------------------------------------------------------------------------
 
-    def source(self, multiple: int) -> Source:
+    def source(self, multiple: int, part: str = "all") -> Source:
+        """The pictures to learn from. part: all, or what the autoencoder trains on (train) or is measured on (held_out)."""
         d = self.recipe.data
         if d.kind == "scenes":
-            source = SceneSource(d.count, d.seed, d.split, d.size, cache=d.cache or self.folder / "scenes")
+            split = "val" if part == "held_out" else d.split
+            count = HELD_OUT_SCENES if part == "held_out" else d.count
+            source = SceneSource(count, d.seed, split, d.size, cache=d.cache or self.folder / "scenes")
             if self.world.leads:
                 source.prepare(on_progress=self.progress("rendering"))
             self.world.wait()
@@ -126,12 +133,14 @@ class _Run:
             raise InputError(
                 "no pictures were named: give --data DIR, or data.path in the recipe", argument="data"
             )
-        return FolderSource(d.path, d.size, multiple=multiple, seed=d.seed, flip=d.flip)
+        return FolderSource(
+            d.path, d.size, multiple=multiple, seed=d.seed, flip=d.flip, part=part, held_out=d.held_out
+        )
 
     # --- autoencoder -----------------------------------------------------------------------------------------
 
-    def autoencoder(self, source: Source) -> Autoencoder:
-        """Train the autoencoder, or read the finished one; statistics included."""
+    def autoencoder(self, multiple: int) -> Autoencoder:
+        """Train the autoencoder, or read the finished one; statistics included, and measured on held-out pictures."""
         recipe = self.recipe.autoencoder
         assert recipe is not None
         place = self.folder / "autoencoder"
@@ -141,6 +150,7 @@ class _Run:
         if finished.exists():
             model.load_state_dict(load_tensors(finished))
             return model.to(self.device).eval()
+        source = self.source(multiple, "train")
         if recipe.train.steps and model.factor > 1:
             task = _AutoencoderTask(self, model, source)
             model.load_state_dict(
@@ -151,9 +161,31 @@ class _Run:
         with torch.no_grad(), autocast(self.device, fast_dtype(self.device)):
             model.set_statistics(*(value.to(self.device) for value in latent_statistics(model, batches)))
         if self.world.leads:
+            self._measure(model, multiple, place / "held-out.json")
             save_tensors(finished, model.state_dict())
         self.world.wait()
         return model
+
+    @torch.no_grad()
+    def _measure(self, model: Autoencoder, multiple: int, path: Path) -> None:
+        """Write PSNR (dB), SSIM and spectral error of held-out pictures, if any were held out."""
+        try:
+            source = self.source(multiple, "held_out")
+        except DataError as error:
+            self.note("autoencoder", f"not measured on held-out pictures: {error}")
+            return
+        sums: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "spectral_error": []}
+        for pixels in self._picture_batches(source):
+            with autocast(self.device, fast_dtype(self.device)):
+                rebuilt = model.decode(model.encode(pixels).mode()).float().clamp(-1, 1)
+            for name, measure in (("psnr", psnr), ("ssim", ssim), ("spectral_error", spectral_error)):
+                sums[name].append(measure(rebuilt, pixels).double().cpu())
+        means = {name: torch.cat(values).mean(0).tolist() for name, values in sums.items()}
+        write_json(path, {"pictures": len(source), **means})
+        self.note(
+            "autoencoder",
+            f"held out: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f} ({len(source)} pictures)",
+        )
 
     def _fresh_autoencoder(self) -> Autoencoder:
         recipe = self.recipe.autoencoder
