@@ -195,6 +195,13 @@ REFUSED = {
     "override twice": (["train", "a.toml", "--set", "a=1", "--set", "a=2"], "--set gives a twice"),
     "scenes 0": (["scenes", "--out", "s", "-n", "0"], "count"),
     "scenes size": (["scenes", "--out", "s", "--size", "x"], "size"),
+    "scenes size 0": (["scenes", "--out", "s", "--size", "0"], "size"),
+    "scenes seed -1": (["scenes", "--out", "s", "--seed", "-1"], "seed"),
+    "scenes split": (["scenes", "--out", "s", "--split", "nine"], "nine"),
+    "scenes into a file": (["scenes", "--out", "/dev/null"], "no folder"),
+    "scenes below a file": (["scenes", "--out", "/dev/null/x"], "no folder"),
+    "scenes with a long name": (["scenes", "--out", "x" * 300], "out"),
+    "train into a file": (["train", "a.toml", "--out", "/dev/null"], "no folder"),
     "scenes without a folder": (["scenes"], "--out"),
     "evaluate no number": (["evaluate", "--per-group", "x"], "per-group"),
     "evaluate nothing": (["evaluate", "--per-group", "0"], "per-group must be between 1 and"),
@@ -369,6 +376,18 @@ def test_cost_compares_latents_with_pixels(model, capsys):
         assert part["weight_bytes"] >= 4 * part["parameters"]
     assert run(["cost", "-m", model, "--steps", "1"]) == 0
     assert "pixel twin" in capsys.readouterr().out
+
+
+def test_scenes_are_a_captioned_folder_or_nothing(capsys):
+    assert run(["scenes", "--out", "s", "-n", "3", "--size", "32", "--seed", "4", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == {"out": "s", "count": 3, "size": 32, "seed": 4, "split": "train"}
+    assert [Image.open(f"s/0000{k}.png").size for k in range(3)] == [(32, 32)] * 3
+    assert all(Path(f"s/0000{k}.txt").read_text().strip() for k in range(3))
+    before = pixels("s/00000.png")
+    assert run(["scenes", "--out", "s", "-n", "3", "--size", "32"]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert pixels("s/00000.png") == before
 
 
 def test_values_of_the_command_line():

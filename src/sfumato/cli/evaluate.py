@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sfumato.cli import parse, show
-from sfumato.errors import InputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -47,9 +46,9 @@ def evaluate(
         steps=None if steps is None else parse.whole("steps", steps),
         guidance=None if guidance is None else parse.number("guidance", guidance),
     ).validate()
-    prompts = _count("per-group", per_group, 1)
-    rebuilt = _count("reconstruction", reconstruction, 0)
-    drawn = _count("distribution", distribution, 0)
+    prompts = parse.between("per-group", parse.whole("per-group", per_group), 1, MAX_PICTURES)
+    rebuilt = parse.between("reconstruction", parse.whole("reconstruction", reconstruction), 0, MAX_PICTURES)
+    drawn = parse.between("distribution", parse.whole("distribution", distribution), 0, MAX_PICTURES)
     if groups:
         from sfumato.evaluate.tasks import task_groups
 
@@ -95,13 +94,6 @@ def evaluate(
         show.table(
             "pictures against unseen scenes", ["", "model", "real"], _distances(answer["distribution"])
         )
-
-
-def _count(name: str, text: str, low: int) -> int:
-    value = parse.whole(name, text)
-    if not low <= value <= MAX_PICTURES:
-        raise InputError(f"{name} must be between {low} and {MAX_PICTURES}, not {value}", argument=name)
-    return value
 
 
 def _reporter(bar: Progress) -> Callable[[str, int, int], None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 from sfumato.errors import InputError
@@ -34,6 +36,35 @@ def size(text: str) -> tuple[int, int]:
         raise InputError(f"size must be like 128 or 128x96, not {_quoted(text)}", argument="size")
     width = int(match[1])
     return width, int(match[2] or width)
+
+
+def between(name: str, value: int, low: int, high: int) -> int:
+    """The value itself if it lies in [low, high]."""
+    if not low <= value <= high:
+        raise InputError(f"{name} must be between {low} and {high}, not {value}", argument=name)
+    return value
+
+
+def folder(name: str, path: Path) -> Path:
+    """The path itself if a folder stands there or could be made there."""
+    shown = _quoted(str(path))
+    try:
+        standing = path
+        while not os.path.lexists(standing) and standing != standing.parent:
+            standing = standing.parent
+        if not standing.is_dir():
+            raise InputError(
+                f"{name} {shown} lies below {_quoted(str(standing))}, which is no folder", argument=name
+            )
+        if not os.access(standing, os.W_OK | os.X_OK):
+            raise InputError(f"{name} {shown} cannot be written to", argument=name)
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no file can have this name"
+        raise InputError(f"{name} {shown} cannot be used: {reason}", argument=name) from None
+    return path
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:

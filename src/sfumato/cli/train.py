@@ -32,6 +32,8 @@ def train(
 ) -> None:
     """Train from a recipe, or continue after any interruption: the same command again."""
     values = parse.overrides(overrides or [])
+    if out is not None:
+        parse.folder("out", out)
     from sfumato.train import run
 
     started = time.perf_counter()
