@@ -119,7 +119,7 @@ class _Run:
     # --- data ----------------------------------------------------------------------------------------------
 
     def source(self, multiple: int, part: str = "all") -> Source:
-        """The pictures to learn from. part: all, or what the autoencoder trains on (train) or is measured on (held_out)."""
+        """The pictures to learn from. part: all, or what the autoencoder sees (train) or is measured on (held_out)."""
         d = self.recipe.data
         if d.kind == "scenes":
             split = "val" if part == "held_out" else d.split
