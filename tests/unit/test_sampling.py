@@ -91,6 +91,21 @@ def test_steps_are_reported_and_denoise_is_called_once_a_stage(name, path):
     assert all(s >= 0 for s in calls) and calls[0] == float(sigmas[0])
 
 
+def test_a_step_without_signal_costs_one_call():
+    """At sigma 1 of FLOW there is no level between in lambda; the second call would repeat the first."""
+    levels = []
+
+    def denoise(x, sigma):
+        levels.append(float(sigma))
+        return TwoPeaks().denoiser(FLOW)(x, sigma)
+
+    x = torch.ones(1, 2, 1, 3, 5, dtype=torch.float64)
+    for name in ("dpmpp_2s_a", "dpmpp_sde"):
+        levels.clear()
+        SAMPLERS[name](denoise, x, SIGMAS["flow"], path=FLOW, eta=0.0)
+        assert len(levels) == 8 and levels.count(1.0) == 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_on_step_cancels(name):
     seen = []
