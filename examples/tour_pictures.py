@@ -113,7 +113,7 @@ def decode(model: sfumato.Model, latent: Tensor, picture: Image.Image) -> Image.
     back = model.decode(model.encode(picture))[0]
     lost = ImageChops.difference(picture, back).point(lambda v: min(255, 4 * v))
     w, h = picture.size
-    middle = (w // 4, h // 3, w // 4 + w // 3, h // 3 + h // 3)
+    middle = (3 * w // 8, 3 * h // 8, 3 * w // 8 + w // 3, 3 * h // 8 + h // 3)
     return page(
         [
             [*channels(latent), ("decoded", model.decode(latent)[0])],
@@ -121,8 +121,8 @@ def decode(model: sfumato.Model, latent: Tensor, picture: Image.Image) -> Image.
                 ("scene", picture),
                 ("part of it", picture.crop(middle)),
                 ("the same, decoded", back.crop(middle)),
-                ("difference × 4", lost.crop(middle)),
-                ("whole, × 4", lost),
+                ("difference, 4 times", lost.crop(middle)),
+                ("whole, 4 times", lost),
             ],
         ]
     )
