@@ -1,10 +1,12 @@
 """The analytic detector: background, colour, silhouette and perspective; nothing in it was learned by gradient.
 
-1. A smooth surface is fitted to the logarithm of the picture, robustly, so that objects do not pull it: the empty floor.
-2. Each pixel's colour against that floor is judged by Gaussian mixtures, one for the floor with its shadows and one
+1. A smooth surface is fitted to the logarithm of the picture, robustly, so that objects do not pull it: the
+empty floor. 2. Each pixel's colour against that floor is judged by Gaussian mixtures, one for the floor with
+its shadows and one
    for each colour word (a quadratic discriminant).
 3. Connected regions of one colour become objects; patches enclosed by another colour are reflections and join it.
-4. Shape and material are read from a normalised crop by kernel ridge regression, solved in closed form. Size and place follow
+4. Shape and material are read from a normalised crop by kernel ridge regression, solved in closed form. Size
+and place follow
    from perspective: where a solid of known proportions must stand to look so wide and so high.
 
 It shares no code, features or training pictures with the learned detector.
@@ -35,7 +37,8 @@ CAMERA = Camera(0.0, math.radians(33.5), 3.1 / math.tan(math.radians(17)), math.
 
 @dataclass(frozen=True)
 class Region:
-    """One candidate object. mask: (H, W) bool; color: index; certainty: mean probability of its pixels; row: its features."""
+    """One candidate object. mask: (H, W) bool; color: index; certainty: mean probability of its pixels; row:
+    its features."""
 
     mask: Tensor
     color: int
@@ -46,11 +49,16 @@ class Region:
 def linear_log(pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1], sRGB → natural logarithm of linear light, floored at 0.004."""
     v = (pixels + 1) / 2
-    return torch.where(v <= 0.04045, v / 12.92, ((v.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4).clamp_min(0.004).log()
+    return (
+        torch.where(v <= 0.04045, v / 12.92, ((v.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4)
+        .clamp_min(0.004)
+        .log()
+    )
 
 
 def empty_floor(light: Tensor) -> Tensor:
-    """The floor without objects: a polynomial in picture coordinates fitted by reweighted least squares, (B, 3, H, W)."""
+    """The floor without objects: a polynomial in picture coordinates fitted by reweighted least squares, (B,
+    3, H, W)."""
     line = torch.linspace(-1, 1, SIDE)
     y, x = torch.meshgrid(line, line, indexing="ij")
     terms = [y * 0 + 1, x, y, x * x, x * y, y * y, y**3, x * x * y, y**4, x * x * y * y, y**5]
@@ -72,7 +80,8 @@ def empty_floor(light: Tensor) -> Tensor:
 
 
 def pixel_features(pixels: Tensor) -> Tensor:
-    """(B, 8, H, W): brightness against the floor; chroma, absolute and against the floor; brightness; local contrast twice."""
+    """(B, 8, H, W): brightness against the floor; chroma, absolute and against the floor; brightness; local
+    contrast twice."""
     light = linear_log(pixels)
     gap = light - empty_floor(light)
     bright = gap.mean(1, keepdim=True)
@@ -83,7 +92,8 @@ def pixel_features(pixels: Tensor) -> Tensor:
 
 
 def components(classes: Tensor) -> Tensor:
-    """Connected regions (8 neighbours) of equal class: (B, H, W) int64, 0 where the class is 0, else one number per region."""
+    """Connected regions (8 neighbours) of equal class: (B, H, W) int64, 0 where the class is 0, else one
+    number per region."""
     count, height, width = classes.shape
     label = torch.arange(1, height * width + 1).view(1, height, width).repeat(count, 1, 1) * (classes > 0)
     padded = F.pad(classes, [1] * 4)
@@ -142,7 +152,9 @@ class AnalyticDetector:
         sure = 1 - scores.softmax(1)[:, 0]
         return [
             [
-                Region(mask, color, float(sure[b][mask].mean()), region_features(features[b], mask, classes[b]))
+                Region(
+                    mask, color, float(sure[b][mask].mean()), region_features(features[b], mask, classes[b])
+                )
                 for mask, color in _split(classes[b], islands[b], patches[b])
             ]
             for b in range(len(pixels))
@@ -170,7 +182,8 @@ class AnalyticDetector:
 
 
 def _split(classes: Tensor, islands: Tensor, patches: Tensor) -> list[tuple[Tensor, int]]:
-    """Objects of one picture as (mask, colour): patches of one colour that show against the floor, with what they enclose."""
+    """Objects of one picture as (mask, colour): patches of one colour that show against the floor, with what
+    they enclose."""
     floor = F.max_pool2d((classes == 0).float()[None, None], 3, 1, 1)[0, 0] > 0
     found: list[tuple[Tensor, int]] = []
     for island in islands.unique().tolist():
@@ -195,7 +208,8 @@ def _split(classes: Tensor, islands: Tensor, patches: Tensor) -> list[tuple[Tens
 
 
 def _join(kept: list[tuple[Tensor, int]], inside: Tensor) -> list[tuple[Tensor, int]]:
-    """Unite parts of one colour that one object could span, then give each leftover pixel to the part that grows to it first."""
+    """Unite parts of one colour that one object could span, then give each leftover pixel to the part that
+    grows to it first."""
     parts: list[tuple[Tensor, int]] = []
     for mask, color in sorted(kept, key=lambda part: -int(part[0].sum())):
         for k, (other, its) in enumerate(parts):
@@ -206,7 +220,9 @@ def _join(kept: list[tuple[Tensor, int]], inside: Tensor) -> list[tuple[Tensor, 
                 break
         else:
             parts.append((mask, color))
-    owner = sum((mask * (k + 1) for k, (mask, _) in enumerate(parts)), torch.zeros_like(inside, dtype=torch.long))
+    owner = sum(
+        (mask * (k + 1) for k, (mask, _) in enumerate(parts)), torch.zeros_like(inside, dtype=torch.long)
+    )
     while True:
         grown = F.max_pool2d(owner.float()[None, None], 3, 1, 1)[0, 0].long()
         fresh = torch.where(inside & (owner == 0), grown, owner)
@@ -223,7 +239,8 @@ def box_of(mask: Tensor) -> tuple[float, float, float, float]:
 
 
 def _ray(x: float, y: float, height: float) -> tuple[float, float, float]:
-    """Where the line of sight through (x, y) is `height` above the floor: right, away, and the picture's scale per unit."""
+    """Where the line of sight through (x, y) is `height` above the floor: right, away, and the picture's
+    scale per unit."""
     position, right, up, forward = CAMERA.axes()
     tangent = math.tan(CAMERA.fov / 2)
     a, b = (2 * x - 1) * tangent, (1 - 2 * y) * tangent
@@ -243,7 +260,9 @@ def place(shape: str, box: tuple[float, float, float, float]) -> tuple[str, floa
         else:
             high = tall * math.cos(CAMERA.elevation) + wide * math.sin(CAMERA.elevation)
         across = 0.95 * wide if shape == "cube" else wide  # a cube is widest only when seen on its edge
-        error = abs(math.log((box[2] - box[0]) / (2 * across * scale))) + abs(math.log((box[3] - box[1]) / (2 * high * scale)))
+        error = abs(math.log((box[2] - box[0]) / (2 * across * scale))) + abs(
+            math.log((box[3] - box[1]) / (2 * high * scale))
+        )
         best = min(best, (error, size, right, away))
     return best[1], best[2], best[3]
 
@@ -275,7 +294,12 @@ def region_features(features: Tensor, mask: Tensor, classes: Tensor) -> Tensor:
     ]
     crop = F.grid_sample(torch.stack(planes)[None], grid, align_corners=False)[0]
     quantiles = torch.quantile(inside, torch.tensor([0.02, 0.25, 0.5, 0.75, 0.98]))
-    others = [inside.std(), tones.std(), torch.tensor(math.log(right - left)), torch.tensor(math.log(bottom - top))]
+    others = [
+        inside.std(),
+        tones.std(),
+        torch.tensor(math.log(right - left)),
+        torch.tensor(math.log(bottom - top)),
+    ]
     fill = own.sum() / max(1.0, (right - left) * (bottom - top))
     return torch.cat([crop.flatten(), 2 * torch.stack([*quantiles, *others, fill])])
 

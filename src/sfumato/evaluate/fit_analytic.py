@@ -1,6 +1,7 @@
 """Solve for the constants of the analytic detector: `python -m sfumato.evaluate.fit_analytic --out FOLDER`.
 
-Mixtures by expectation–maximisation, principal axes by eigenvectors, the crops' reading by ridge regression. There is no gradient.
+Mixtures by expectation–maximisation, principal axes by eigenvectors, the crops' reading by ridge regression.
+There is no gradient.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def draw(start: int, count: int) -> tuple[list[Scene], Tensor, Tensor]:
 
 
 def mixture(rows: Tensor, generator: torch.Generator, rounds: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """Gaussian mixture of rows (N, D) by EM: means (K, D), roots R with R R^T-whitening (K, D, D), log levels (K,)."""
+    """Gaussian mixture of rows (N, D) by EM: means (K, D), roots R with R R^T-whitening (K, D, D), log
+    levels (K,)."""
     count, width = rows.shape
     scale = rows.std(0)
     means = rows[torch.randperm(count, generator=generator)[:MIXTURE]]
@@ -65,7 +67,9 @@ def mixture(rows: Tensor, generator: torch.Generator, rounds: int = 12) -> tuple
         share = mass / mass.sum()
         means = (part.T @ rows + means) / mass[:, None]
         away = rows[:, None] - means
-        spread = torch.einsum("nk,nki,nkj->kij", part, away, away) / mass[:, None, None] + 2e-3 * torch.eye(width)
+        spread = torch.einsum("nk,nki,nkj->kij", part, away, away) / mass[:, None, None] + 2e-3 * torch.eye(
+            width
+        )
     lower = torch.linalg.cholesky(spread)
     levels = share.log() - lower.diagonal(dim1=1, dim2=2).log().sum(1) - width / 2 * math.log(2 * math.pi)
     return means, torch.linalg.inv(lower), levels
@@ -82,7 +86,9 @@ def fit_pixels(count: int, per_class: int = 5000) -> dict[str, Tensor]:
             table[i, k + 1] = 1 + COLORS.index(obj.color)
     classes = table.gather(1, instances.flatten(1)).flatten()
     rows = features.movedim(1, -1).reshape(-1, FEATURES)
-    near = F.max_pool2d((instances > 0).float()[:, None], 15, 1, 7).flatten() > 0  # half of the floor from beside objects
+    near = (
+        F.max_pool2d((instances > 0).float()[:, None], 15, 1, 7).flatten() > 0
+    )  # half of the floor from beside objects
     found = []
     for k in range(len(COLORS) + 1):
         chosen = (classes == k).nonzero()[:, 0]
@@ -90,7 +96,9 @@ def fit_pixels(count: int, per_class: int = 5000) -> dict[str, Tensor]:
         chosen = chosen[take]
         if k == 0:
             beside = ((classes == 0) & near).nonzero()[:, 0]
-            chosen = torch.cat([chosen, beside[torch.randperm(len(beside), generator=generator)[: 3 * per_class]]])
+            chosen = torch.cat(
+                [chosen, beside[torch.randperm(len(beside), generator=generator)[: 3 * per_class]]]
+            )
         found.append(mixture(rows[chosen], generator))
     means, roots, levels = (torch.cat(part) for part in zip(*found, strict=True))
     prior = torch.tensor([0.0] + [-PRIOR] * len(COLORS))
@@ -132,7 +140,8 @@ def _ridge(phi: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 def truth(mask: Tensor, instances: Tensor, scene: Scene) -> Tensor:
-    """What a region should be read as: one-hot shape and material of the object it covers, and whether it covers one."""
+    """What a region should be read as: one-hot shape and material of the object it covers, and whether it
+    covers one."""
     answer = torch.zeros(len(SHAPES) + len(MATERIALS) + 1)
     names, sizes = instances[mask].unique(return_counts=True)
     name, size = int(names[sizes.argmax()]), int(sizes.max())
@@ -144,16 +153,21 @@ def truth(mask: Tensor, instances: Tensor, scene: Scene) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the constants and the card")
     parser.add_argument("--pixels", type=int, default=300, help="scenes the mixtures are fitted on")
     parser.add_argument("--regions", type=int, default=2500, help="scenes the reading of crops is fitted on")
     parser.add_argument("--check", type=int, default=500, help="unseen scenes to measure on")
     given = parser.parse_args()
     tensors = fit_regions(fit_pixels(given.pixels), given.regions)
-    save_tensors(given.out / "analytic.safetensors", {k: v.half() if k in {"axes", "frequencies"} else v for k, v in tensors.items()})
+    save_tensors(
+        given.out / "analytic.safetensors",
+        {k: v.half() if k in {"axes", "frequencies"} else v for k, v in tensors.items()},
+    )
     card = {
-        "what": "Analytic detector of objects in pictures of Sfumato's scenes; closed-form fits, used by evaluation only",
+        "what": "Analytic detector of objects in pictures of scenes; closed-form fits, used by evaluation only",
         "scenes": {"pixels": given.pixels, "regions": given.regions},
         "measured": ceiling_card(AnalyticDetector(tensors), given.check),
     }

@@ -40,7 +40,8 @@ class Draws(Protocol):
 class Report:
     """scores: group → detector → column → interval. bounds: group → detector → ceiling or floor → interval.
 
-    agreement: group → share of pictures on which all detectors give the same strict score. settings: what was asked for.
+    agreement: group → share of pictures on which all detectors give the same strict score. settings: what
+    was asked for.
     """
 
     scores: dict[str, dict[str, dict[str, Interval]]]
@@ -123,7 +124,9 @@ def evaluate_model(
             if on_progress:
                 on_progress(f"ceiling of {name}", 0, len(tasks))
             found = bounds(detectors, {name: tasks}, size=size, seed=CHECK_SEED + seed)[name]
-            limits[name] = {d: {k: stats.bootstrap(v, seed=seed) for k, v in f.items()} for d, f in found.items()}
+            limits[name] = {
+                d: {k: stats.bootstrap(v, seed=seed) for k, v in f.items()} for d, f in found.items()
+            }
     settings = {"per_group": per_group, "seed": seed, "steps": steps, "guidance": guidance, "size": size}
     return Report(scores, limits, agreement, settings)
 
@@ -177,7 +180,8 @@ def distribution_report(
     detector: NetworkDetector | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Pictures of captions of unseen scenes against other unseen scenes; each number stands beside that of real pictures.
+    """Pictures of captions of unseen scenes against other unseen scenes; each number stands beside that of
+    real pictures.
 
     training: pictures (M, 3, H, W) in [-1, 1] the model was trained on, among which the nearest neighbours are
     looked for; without them nothing is said of copying. Kernel and Fréchet distances are in the network detector's
@@ -209,7 +213,8 @@ def distribution_report(
 def neighbours(detector: NetworkDetector, drawn: Tensor, real: Tensor, training: Tensor) -> dict[str, Any]:
     """How near the training set drawn pictures lie, in features and as small pictures, beside unseen real ones.
 
-    copying_z: see `statistics.copying_z`; closer: share of drawn pictures nearer to a training picture than 99 % of real ones.
+    copying_z: see `statistics.copying_z`; closer: share of drawn pictures nearer to a training picture than
+    99 % of real ones.
     """
     if training.ndim != 4:
         raise InputError(f"training must be (M, 3, H, W), not {tuple(training.shape)}", argument="training")
@@ -224,13 +229,18 @@ def neighbours(detector: NetworkDetector, drawn: Tensor, real: Tensor, training:
             "median_of_real": float(base.median()),
             "copying_z": stats.copying_z(near, base),
             "closer": float((near < base.quantile(0.01)).double().mean()),
-            "closest": {"picture": closest, "training": int(index[closest]), "distance": float(near[closest])},
+            "closest": {
+                "picture": closest,
+                "training": int(index[closest]),
+                "distance": float(near[closest]),
+            },
         }
     return result
 
 
 def thumbnails(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) → (B, D): small pictures without their mean colour, scaled so that a distance is a root mean square."""
+    """(B, 3, H, W) → (B, D): small pictures without their mean colour, scaled so that a distance is a root
+    mean square."""
     small = torch.nn.functional.interpolate(fit(pixels.float()), (THUMBNAIL, THUMBNAIL), mode="area")
     small = small - small.mean((2, 3), keepdim=True)
     return small.flatten(1) / small[0].numel() ** 0.5
@@ -248,7 +258,9 @@ def diversity(
     """How different pictures of one prompt are, and how different real scenes of the same statements are."""
     tasks = task_groups(prompts, seed, ["two"])["two"]
     drawn = draw(model, "diversity", [t for t in tasks for _ in range(each)], seed, steps, guidance)
-    scenes = [scene_of(t.statement, CHECK_SEED + each * i + k) for i, t in enumerate(tasks) for k in range(each)]
+    scenes = [
+        scene_of(t.statement, CHECK_SEED + each * i + k) for i, t in enumerate(tasks) for k in range(each)
+    ]
     found: dict[str, float] = {}
     for name, pixels in (("model", drawn), ("real", pictures(scenes, drawn.shape[-1]))):
         rows = detector.features(pixels).split(each)
@@ -269,9 +281,9 @@ def reconstruction_report(
 ) -> dict[str, Any]:
     """What is left of unseen scenes after encoding (the posterior's mode) and decoding.
 
-    psnr (dB), ssim, spectral_error (log10 amplitude by frequency band, see `autoencoder.metrics`), each a mean with its
-    interval where it is one number; scene: for each detector the scores of complete statements, of the renders
-    themselves and of their reconstructions.
+    psnr (dB), ssim, spectral_error (log10 amplitude by frequency band, see `autoencoder.metrics`), each a
+    mean with its interval where it is one number; scene: for each detector the scores of complete
+    statements, of the renders themselves and of their reconstructions.
     """
     detectors = list(default_detectors() if detectors is None else detectors)
     scenes = [sample_scene(CHECK_SEED + seed + i, split="val") for i in range(count)]
@@ -284,7 +296,9 @@ def reconstruction_report(
     rebuilt = torch.cat(parts)
     a, b = rebuilt[:, :, None], real[:, :, None]
     measured = {
-        "psnr": stats.bootstrap(psnr(a, b).clamp(max=120.0), seed=seed).to_dict(),  # equal pictures count as 120 dB
+        "psnr": stats.bootstrap(
+            psnr(a, b).clamp(max=120.0), seed=seed
+        ).to_dict(),  # equal pictures count as 120 dB
         "ssim": stats.bootstrap(ssim(a, b), seed=seed).to_dict(),
         "spectral_error": [round(v, 4) for v in spectral_error(a, b).mean(0).tolist()],
     }

@@ -7,6 +7,7 @@ shifted and mirrored copies, and writes `detector.safetensors` with a card of wh
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -32,12 +33,13 @@ from sfumato.evaluate.detect_network import (
     DetectorConfig,
     DetectorNetwork,
     NetworkDetector,
+    load_detector,
 )
 from sfumato.runtime import autocast, fast_dtype
 from sfumato.scenes.graph import Scene
 from sfumato.scenes.render import render
 from sfumato.scenes.sample import sample_scene
-from sfumato.storage import load_tensors, save_tensors, write_json
+from sfumato.storage import load_tensors, read_json, save_tensors, write_json
 
 ROOM = 6  # objects a row of labels has room for
 
@@ -47,7 +49,7 @@ class Plan:
     """scenes: pool size; samples: pictures seen in training; peak learning rate of a one-cycle schedule."""
 
     scenes: int = 12_000
-    samples: int = 110_000
+    samples: int = 60_000
     batch: int = 32
     rate: float = 3e-3
     weight_decay: float = 0.02
@@ -168,12 +170,16 @@ def loss_of(maps: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Ten
 
 
 def train(
-    pool: dict[str, Tensor], plan: Plan, on_step: Callable[[int, int, float], None] | None = None
+    pool: dict[str, Tensor],
+    plan: Plan,
+    on_step: Callable[[int, int, float], None] | None = None,
+    start: DetectorNetwork | None = None,
 ) -> DetectorNetwork:
-    """One-cycle AdamW with an exponential average of the weights, which is what is returned."""
+    """One-cycle AdamW from random weights or from `start`; returns the exponential average of the weights."""
     torch.manual_seed(plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
-    network = DetectorNetwork(DetectorConfig()).to(memory_format=torch.channels_last)
+    network = copy.deepcopy(start) if start else DetectorNetwork(DetectorConfig())
+    network = network.train().to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(plan.ema), use_buffers=True
     )
@@ -234,9 +240,10 @@ def main() -> None:
     )
     for name, value in asdict(Plan()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--start", type=Path, help="folder of weights to go on from, with their card")
     parser.add_argument("--check", type=int, default=1000, help="unseen scenes to measure on")
     given = vars(parser.parse_args())
-    folder, check = given.pop("out"), given.pop("check")
+    folder, check, origin = given.pop("out"), given.pop("check"), given.pop("start")
     plan = Plan(**given)
     began = time.time()
     stored = folder / f"pool-{plan.scenes}-{plan.seed}.safetensors"
@@ -249,14 +256,14 @@ def main() -> None:
         if step % 100 == 0 or step == steps:
             sys.stderr.write(f"step {step}/{steps}  loss {loss:.3f}  {time.time() - began:.0f} s\n")
 
-    network = train(pool, plan, report)
+    earlier = read_json(origin / "detector.json")["rounds"] if origin else []
+    network = train(pool, plan, report, load_detector(folder=origin).network if origin else None)
     set_feature_scale(network, pool)
     seconds = time.time() - began - rendered
     card = {
         "what": "Detector of objects and their attributes in pictures of Sfumato's scenes; used by evaluation only",
         "parameters": sum(p.numel() for p in network.parameters()),
-        "plan": asdict(plan),
-        "training_seconds": round(seconds),
+        "rounds": [*earlier, {**asdict(plan), "seconds": round(seconds)}],
         "measured": ceiling_card(NetworkDetector(network), check),
     }
     save(network, folder, card)
