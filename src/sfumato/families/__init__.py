@@ -1,8 +1,13 @@
 """The only rooms that know families of models by name. A family is a module with these functions:
 
     open_folder(directory, device) -> System      the packaged or trained model in a folder
-    build(config) -> System                       fresh weights, for training
-    save_folder(system, directory) -> list[Path]  write it so that `open_folder` reads it back
+    save_folder(system, directory, extra)         write it so that `open_folder` reads it back
+
+and, where it can be trained from a recipe, with these too:
+
+    DenoiserConfig, Preset                        what the recipe's tables [denoiser] and [preset] may say
+    configure(autoencoder, denoiser, words, preset) -> config
+    build(config) -> System                       fresh weights
 
 `FAMILIES` maps the name that a model folder states to the module, imported when it is first asked for.
 """
@@ -19,6 +24,7 @@ from sfumato.storage import read_json
 FAMILIES = {"pocket": "sfumato.families.pocket"}
 PACKAGED = {"pocket": Path(__file__).parent / "pocket" / "weights"}
 DEFAULT_MODEL = "pocket"
+DEFAULT_FAMILY = "pocket"  # of a recipe that names none
 CARD = "model.json"
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import tomllib
 import types
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from sfumato.autoencoder import AutoencoderConfig
 from sfumato.autoencoder.losses import LossConfig
 from sfumato.errors import InputError
-from sfumato.families.pocket.config import DenoiserConfig, Preset
+from sfumato.families import DEFAULT_FAMILY, family_named
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class AutoencoderRecipe:
 
 @dataclass(frozen=True)
 class DenoiserRecipe:
-    model: DenoiserConfig
+    model: Any  # the family's DenoiserConfig
     loss: DenoiserLoss
     train: TrainRecipe
     vocabulary: int = 4096  # most frequent words that get a token of their own
@@ -98,9 +98,9 @@ class Recipe:
     data: DataRecipe
     autoencoder: AutoencoderRecipe | None = None
     denoiser: DenoiserRecipe | None = None
-    preset: Preset = field(default_factory=Preset)
+    preset: Any = None  # the family's Preset
     seed: int = 0
-    family: str = "pocket"
+    family: str = DEFAULT_FAMILY
     out: str = ""  # where the run goes; runs/<name> by default
     log: str = "csv"  # csv, or tensorboard for both
 
@@ -130,19 +130,22 @@ def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 def parse_recipe(values: dict[str, Any]) -> Recipe:
     """Build a `Recipe` from plain tables; every unknown key or wrong type is an `InputError` that names it."""
     values = dict(values)
-    stages: dict[str, Any] = {}
-    for stage, kind in (("autoencoder", AutoencoderRecipe), ("denoiser", DenoiserRecipe)):
-        table = values.pop(stage, None)
+    family = family_named(_value(str, values.get("family", DEFAULT_FAMILY), "family"))
+    for stage, kind, model in (
+        ("autoencoder", AutoencoderRecipe, AutoencoderConfig),
+        ("denoiser", DenoiserRecipe, family.DenoiserConfig),
+    ):
+        table = values.get(stage)
         if table is None:
             continue
         if not isinstance(table, dict):
             raise InputError(f"{stage} must be a table, not {table!r}", argument=stage)
-        inner = {name: table[name] for name in table if name in {"loss", "train", "init", "vocabulary"}}
-        inner["model"] = {name: value for name, value in table.items() if name not in inner}
-        stages[stage] = _build(kind, inner, stage, hide="model")
+        own = {f.name for f in fields(kind)} - {"model"}
+        shape = {name: value for name, value in table.items() if name not in own}
+        rest = {name: value for name, value in table.items() if name in own}
+        values[stage] = _build(kind, rest, stage, model=_build(model, shape, stage))
+    values["preset"] = _build(family.Preset, values.get("preset", {}), "preset")
     recipe = _build(Recipe, values, "")
-    object.__setattr__(recipe, "autoencoder", stages.get("autoencoder"))
-    object.__setattr__(recipe, "denoiser", stages.get("denoiser"))
     _check(recipe)
     return recipe
 
@@ -178,11 +181,11 @@ def _check(recipe: Recipe) -> None:
             )
 
 
-def _build(kind: Any, values: Any, where: str, hide: str = "") -> Any:
-    """Fill the dataclass `kind` from a table, recursively."""
+def _build(kind: Any, values: Any, where: str, **ready: Any) -> Any:
+    """Fill the dataclass `kind` from a table, recursively; `ready` fields and values already built are kept."""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a table, not {values!r}", argument=where)
-    known = {f.name: f for f in fields(kind)}
+    known = {f.name: f for f in fields(kind) if f.name not in ready}
     hints = typing.get_type_hints(kind)
     for name in values:
         if name not in known:
@@ -190,16 +193,18 @@ def _build(kind: Any, values: Any, where: str, hide: str = "") -> Any:
                 f"unknown key {_dotted(where, name)!r}; known are {', '.join(known)}",
                 argument=_dotted(where, name),
             )
-    built = {}
+    built = dict(ready)
     for name, f in known.items():
-        here = where if name == hide else _dotted(where, name)
-        hint = _inner(hints[name])
-        if name in values:
+        here, hint = _dotted(where, name), _inner(hints[name])
+        if name not in values:
+            if is_dataclass(hint) and f.default is MISSING and f.default_factory is MISSING:
+                built[name] = _build(hint, {}, here)
+        elif is_dataclass(values[name]):
+            built[name] = values[name]
+        else:
             built[name] = (
                 _build(hint, values[name], here) if is_dataclass(hint) else _value(hint, values[name], here)
             )
-        elif is_dataclass(hint) and f.default is MISSING and f.default_factory is MISSING:
-            built[name] = _build(hint, {}, here)
     return kind(**built)
 
 

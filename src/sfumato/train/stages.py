@@ -24,7 +24,7 @@ from sfumato.data.latents import LatentCache, build_latents
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Source, to_float
 from sfumato.errors import DataError, InputError
-from sfumato.families.pocket import PocketConfig, System, TextDenoiser, build, save_folder
+from sfumato.families import family_named
 from sfumato.generate import Model, load, to_image
 from sfumato.receipts.flops import count_flops
 from sfumato.receipts.probe import matmul_peak
@@ -86,6 +86,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.world = World.current()
+        self.family = family_named(self.recipe.family)
         self.peak = 0.0
 
     def tell(self, event: Event) -> None:
@@ -220,11 +221,10 @@ class _Run:
         place = self.folder / "denoiser"
         cache = self._latents(source, autoencoder)
         words = self._words(source, recipe.vocabulary)
-        config = PocketConfig(autoencoder.config, recipe.model, words, self.recipe.preset)
+        config = self.family.configure(autoencoder.config, recipe.model, words, self.recipe.preset)
         self._check_captions(source, Tokenizer(words, recipe.model.max_tokens))
         torch.manual_seed(self.recipe.seed)
-        fresh = build(config)
-        system = System(config, autoencoder, fresh.denoiser, fresh.tokenizer)
+        system = replace(self.family.build(config), autoencoder=autoencoder)
         labels = self._labels(source, config) if recipe.loss.labels else None
         task = _DenoiserTask(
             self,
@@ -279,7 +279,7 @@ class _Run:
                     argument="denoiser.max_tokens",
                 ) from None
 
-    def _labels(self, source: Source, config: PocketConfig) -> Tensor:
+    def _labels(self, source: Source, config: Any) -> Tensor:
         """What every cell of every picture shows, (N, A, H, W) uint8, worked out once and kept with the run."""
         kept = self.folder / "denoiser" / f"labels-{config.multiple}.safetensors"
         if self.world.leads and not kept.exists():
@@ -394,7 +394,7 @@ class _DenoiserTask:
 
     stage = "denoiser"
 
-    def __init__(self, run: _Run, system: System, examples: Examples):
+    def __init__(self, run: _Run, system: Any, examples: Examples):
         recipe = run.recipe.denoiser
         assert recipe is not None
         self.run, self.system, self.recipe = run, system, recipe.train
@@ -424,14 +424,14 @@ class _DenoiserTask:
         rows = [images[i : i + 8] for i in range(0, len(images), 8)]
         return save_sheet(rows, self.run.folder / "sheets" / f"denoiser-{step:07d}.png")
 
-    def export(self, average: dict[str, Tensor], step: int) -> System:
+    def export(self, average: dict[str, Tensor], step: int) -> Any:
         """Write the averaged weights as a model folder, and return them as a system."""
-        config = self.system.config
-        denoiser = TextDenoiser(config)
-        denoiser.load_state_dict(average)
-        denoiser.to(self.run.device).eval()
-        system = System(config, self.system.autoencoder, denoiser, self.system.tokenizer)
-        save_folder(system, self.run.folder, {"trained": {"recipe": self.run.recipe.name, "steps": step}})
+        system = replace(self.run.family.build(self.system.config), autoencoder=self.system.autoencoder)
+        system.denoiser.load_state_dict(average)
+        system.denoiser.to(self.run.device).eval()
+        self.run.family.save_folder(
+            system, self.run.folder, {"trained": {"recipe": self.run.recipe.name, "steps": step}}
+        )
         return system
 
 

@@ -112,6 +112,13 @@ class PocketConfig:
             raise CheckpointError(f"the model card is not one of a pocket model: {error}") from None
 
 
+def configure(
+    autoencoder: AutoencoderConfig, denoiser: DenoiserConfig, words: tuple[str, ...], preset: Preset
+) -> PocketConfig:
+    """The configuration that a recipe's tables and a learnt vocabulary add up to."""
+    return PocketConfig(autoencoder, denoiser, words, preset)
+
+
 def pixel_twin(config: PocketConfig) -> PocketConfig:
     """The same trunk in pixel space: identity autoencoder, as many tokens through patches, x-prediction."""
     return replace(
