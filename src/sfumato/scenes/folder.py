@@ -38,7 +38,7 @@ def write_folder(
     """Write scenes `seed` … `seed + count - 1` of a split; the folder appears whole or not at all.
 
     00000.png (RGB), 00000.txt (caption), mask/00000.png (0 floor, k object k - 1), depth/00000.png (16 bits,
-    thousandths of a world unit along the view axis), graphs/00000.json (scene, caption, statement, relations, hash, split, seed).
+    thousandths of a world unit along the view axis), graphs/00000.json (the scene with what is said of it).
     on_progress(done, total) may raise to stop, which leaves nothing. Raises `InputError` if `out` is in use.
     """
     target = Path(out)

@@ -199,7 +199,8 @@ def scene_from_dict(values: dict[str, Any]) -> Scene:
             frames=int(values["frames"]),
             fps=float(values["fps"]),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        _check_numbers(asdict(scene))
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"this is not a scene graph: {error}") from None
     for obj in objects:
         for name, words in (("shape", SHAPES), ("color", COLORS), ("material", MATERIALS), ("size", SIZES)):
@@ -217,6 +218,22 @@ def scene_from_json(text: str) -> Scene:
         return scene_from_dict(json.loads(text))
     except json.JSONDecodeError as error:
         raise DataError(f"this is not a scene graph: {error}") from None
+
+
+_LENGTHS = {"position": 3, "tint": 3, "velocity": 2, "target": 3, "color": 3, "backdrop": 3, "ambient": 3}
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    """Raise `ValueError` unless every number of the graph is finite and every vector has its length."""
+    if values["frames"] < 1 or not values["fps"] > 0:
+        raise ValueError("frames and fps must be positive")
+    for part in (*values["objects"], values["camera"], values["light"], values["floor"]):
+        for name, value in part.items():
+            if name in {"shape", "material", "size"} or (name == "color" and isinstance(value, str)):
+                continue
+            numbers = value if isinstance(value, tuple) else (value,)
+            if len(numbers) != _LENGTHS.get(name, 1) or not all(map(math.isfinite, numbers)):
+                raise ValueError(f"{name} cannot be {value!r}")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -129,8 +129,14 @@ def hit_torus(o: Vec, d: Vec) -> tuple[Tensor, Vec]:
     step = 1.0 / speed
     for _ in range(14):
         t = t + sdf_torus(along(o, t, d)) * step
+    left = sdf_torus(along(o, t, d))
+    slow = ((left >= 0.012) & (t < far)).nonzero()[:, 0]  # rays that graze the tube need more steps
+    if len(slow):
+        start, way, s = tuple(v[slow] for v in o), tuple(v[slow] for v in d), t[slow]
+        for _ in range(40):
+            s = s + sdf_torus(along(start, s, way)) * step[slow]
+        t[slow], left[slow] = s, sdf_torus(along(start, s, way))
     p = along(o, t, d)
-    left = sdf_torus(p)
     hit = (left < 0.012) & (t < far + 0.02)
     rho = (p[0] * p[0] + p[1] * p[1]).clamp(min=1e-12).sqrt()
     inward = 1.0 - RING / rho
