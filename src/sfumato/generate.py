@@ -18,7 +18,7 @@ import sfumato
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.errors import InputError
-from sfumato.families import DEFAULT_MODEL, PACKAGED, family_of
+from sfumato.families import DEFAULT_MODEL, PACKAGED, family_of, model_folder
 from sfumato.runtime import autocast, fast_dtype, pick_device
 from sfumato.sampling import SeededNoise, Step, sampler_named
 from sfumato.storage import tensors_hash
@@ -32,7 +32,7 @@ __all__ = ["BATCH", "DEFAULT_MODEL", "MODELS", "Model", "load"]
 def load(model: str | Path = DEFAULT_MODEL, device: str | None = None) -> Model:
     """Open a packaged model by name, or a model folder. Raises `CheckpointError` that says what is wrong with it."""
     place = pick_device(device)
-    directory = PACKAGED.get(str(model), Path(model))
+    directory = model_folder(PACKAGED.get(str(model), Path(model)))
     system = family_of(directory).open_folder(directory, place)
     return Model(system, place, name=str(model))
 
@@ -42,7 +42,7 @@ class Model:
 
     def __init__(self, system: Any, device: torch.device, name: str = "", dtype: torch.dtype | None = None):
         self.system, self.device, self.name = system, device, name
-        self.dtype = fast_dtype(device) if dtype is None else dtype
+        self.dtype = drawing_dtype(device) if dtype is None else dtype
 
     @property
     def preset(self) -> dict[str, Any]:
@@ -201,6 +201,12 @@ class Model:
                 f"{nearest[0]}x{nearest[1]}",
                 argument="size",
             )
+
+
+def drawing_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where bfloat16 products round differently in batches of different size: picture k of a batch
+    shall be the picture made alone, to the bit. Elsewhere what the hardware is fast in."""
+    return torch.float32 if device.type == "cpu" else fast_dtype(device)
 
 
 def to_pixels(image: Image.Image) -> Tensor:

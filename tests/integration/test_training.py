@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,36 +91,35 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(recipe: Path, pictures: Path, out: Path, *command: str) -> subprocess.Popen[str]:
+    """A training process of its own; what it says goes to `said.txt` beside its run folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    runner = list(command) or [sys.executable]
-    script = out.parent / "child.py"
-    script.parent.mkdir(parents=True, exist_ok=True)
+    script, said = out.parent / "child.py", out.parent / "said.txt"
     script.write_text(CHILD, encoding="utf-8")
-    return subprocess.Popen(
-        [*runner, str(script), str(recipe), str(pictures), str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    with open(said, "w", encoding="utf-8") as stream:
+        return subprocess.Popen(
+            [*(command or (sys.executable,)), str(script), str(recipe), str(pictures), str(out)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, output + errors
+def finish(process: subprocess.Popen[str], out: Path) -> None:
+    assert process.wait(timeout=300) == 0, (out.parent / "said.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def whole(recipe: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    finish(start(recipe, pictures, out))
+    finish(start(recipe, pictures, out), out)
     return out
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     tensors = {}
-    for file in sorted(out.glob("*.safetensors")):
+    for file in sorted((out / "model").glob("*.safetensors")):
         tensors |= {f"{file.stem}/{name}": value for name, value in load_tensors(file).items()}
     assert tensors
     return tensors
@@ -145,18 +145,16 @@ def test_loss_falls_and_every_step_is_logged_once(whole: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_killed_runs_end_as_if_never_killed(recipe: Path, pictures: Path, whole: Path, tmp_path: Path) -> None:
-    """kill -9 in the autoencoder, in the middle of a save, and in the denoiser: the same weights and losses to the bit."""
+def test_killed_runs_end_as_if_never_killed(
+    recipe: Path, pictures: Path, whole: Path, tmp_path: Path
+) -> None:
+    """kill -9 in the autoencoder, in a save, and in the denoiser: the same weights and losses to the bit."""
     out = tmp_path / "run"
 
-    def kill_when(reached: object) -> bool:
+    def kill_when(reached: Callable[[str], bool]) -> bool:
         process = start(recipe, pictures, out)
-        assert process.stdout
-        os.set_blocking(process.stdout.fileno(), False)
-        said = ""
         while process.poll() is None:
-            said += process.stdout.read() or ""
-            if reached(said):  # type: ignore[operator]
+            if reached((tmp_path / "said.txt").read_text(encoding="utf-8")):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 return True
@@ -167,7 +165,7 @@ def test_killed_runs_end_as_if_never_killed(recipe: Path, pictures: Path, whole:
     saving = out / "denoiser" / "state"
     kill_when(lambda said: any(saving.glob(".step-*")))
     kill_when(lambda said: "step denoiser 8" in said)
-    finish(start(recipe, pictures, out))
+    finish(start(recipe, pictures, out), out)
     expected, found = weights(whole), weights(out)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -177,10 +175,12 @@ def test_killed_runs_end_as_if_never_killed(recipe: Path, pictures: Path, whole:
     assert not list(out.rglob(".step-*"))
 
 
-def test_two_processes_train_the_same_model(recipe: Path, pictures: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_same_model(
+    recipe: Path, pictures: Path, whole: Path, tmp_path: Path
+) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     out = tmp_path / "run"
-    finish(start(recipe, pictures, out, *launcher))
+    finish(start(recipe, pictures, out, *launcher), out)
     for stage in ("autoencoder", "denoiser"):
         for one, two in zip(rows(whole, stage), rows(out, stage), strict=True):
             assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-3), (stage, one["step"])
@@ -189,11 +189,20 @@ def test_two_processes_train_the_same_model(recipe: Path, pictures: Path, whole:
         assert torch.allclose(value.float(), found[name].float(), atol=2e-2, rtol=2e-2), name
 
 
-def test_more_steps_continue_a_finished_run(recipe: Path, pictures: Path, whole: Path, tmp_path: Path) -> None:
+def test_more_steps_continue_a_finished_run(
+    recipe: Path, pictures: Path, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     run(recipe, data=pictures, out=out, device="cpu", overrides={"denoiser.train.steps": 3})
     events = []
-    run(recipe, data=pictures, out=out, device="cpu", on_event=events.append, overrides={"denoiser.train.steps": 5})
+    run(
+        recipe,
+        data=pictures,
+        out=out,
+        device="cpu",
+        on_event=events.append,
+        overrides={"denoiser.train.steps": 5},
+    )
     assert [event.step for event in events if event.kind == "step" and event.stage == "denoiser"] == [4, 5]
 
 
@@ -205,14 +214,28 @@ def test_another_recipe_does_not_continue_a_run(recipe: Path, pictures: Path, tm
         run(recipe, data=pictures, out=out, device="cpu", overrides=few | {"denoiser.train.lr": 0.5})
 
 
-def test_a_run_passes_over_a_damaged_checkpoint(recipe: Path, pictures: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_passes_over_a_damaged_checkpoint(
+    recipe: Path, pictures: Path, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     run(recipe, data=pictures, out=out, device="cpu", overrides={"denoiser.train.steps": 6})
     newest = out / "denoiser" / "state" / "step-00000006" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     events = []
-    run(recipe, data=pictures, out=out, device="cpu", on_event=events.append, overrides={"denoiser.train.steps": 7})
-    assert [event.step for event in events if event.kind == "step" and event.stage == "denoiser"] == [4, 5, 6, 7]
+    run(
+        recipe,
+        data=pictures,
+        out=out,
+        device="cpu",
+        on_event=events.append,
+        overrides={"denoiser.train.steps": 7},
+    )
+    assert [event.step for event in events if event.kind == "step" and event.stage == "denoiser"] == [
+        4,
+        5,
+        6,
+        7,
+    ]
 
 
 def test_the_pixel_baseline_trains_and_draws(recipe: Path, pictures: Path, tmp_path: Path) -> None:

@@ -26,16 +26,14 @@ def cfg(
     """Classifier-free guidance: uncond + scale · (cond − uncond)  (Ho & Salimans 2022, eq. 6; scale = 1 + w).
 
     scale: 1 is no guidance; a tensor must broadcast against x (a scale per frame, say).
-    interval: guide only where low < sigma <= high (Kynkäänniemi et al. 2024, eq. 5), else one call does; with an
-        interval sigma must be one level for the whole batch, as samplers give it.
+    interval: guide only where low < sigma <= high (Kynkäänniemi et al. 2024, eq. 5); elsewhere one call does.
     rescale: see `rescaled`.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         cond = denoise_cond(x, sigma)
-        if _unguided(scale, interval, sigma):
-            return cond
-        return _guided(cond, denoise_uncond(x, sigma), scale, rescale)
+        here = _scale_at(scale, interval, sigma, x)
+        return cond if here is None else _guided(cond, denoise_uncond(x, sigma), here, rescale)
 
     return denoise
 
@@ -54,11 +52,12 @@ def cfg_batched(
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        if _unguided(scale, interval, sigma):
+        here = _scale_at(scale, interval, sigma, x)
+        if here is None:
             return denoise_cond(x, sigma)
-        both = torch.cat([sigma, sigma]) if sigma.ndim else sigma
+        both = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
         cond, uncond = denoise_both(torch.cat([x, x]), both).chunk(2)
-        return _guided(cond, uncond, scale, rescale)
+        return _guided(cond, uncond, here, rescale)
 
     return denoise
 
@@ -78,7 +77,21 @@ def _guided(cond: Tensor, uncond: Tensor, scale: float | Tensor, rescale: float)
     return rescaled(guided, cond, rescale) if rescale else guided
 
 
-def _unguided(scale: float | Tensor, interval: tuple[float, float], sigma: Tensor) -> bool:
+def _scale_at(
+    scale: float | Tensor, interval: tuple[float, float], sigma: float | Tensor, x: Tensor
+) -> float | Tensor | None:
+    """The scale at these levels: 1 for rows outside the interval, None if nothing is guided."""
     if not isinstance(scale, Tensor) and scale == 1:
-        return True
-    return interval != ALWAYS and not interval[0] < float(sigma) <= interval[1]
+        return None
+    if interval == ALWAYS:
+        return scale
+    level = torch.as_tensor(sigma)
+    inside = (level > interval[0]) & (level <= interval[1])
+    if not inside.any():
+        return None
+    if inside.all():
+        return scale
+    rows = inside.to(x.device).view(-1, *[1] * (x.ndim - 1))
+    return torch.where(
+        rows, torch.as_tensor(scale, dtype=x.dtype, device=x.device), torch.ones_like(x[:, :1])
+    )

@@ -35,14 +35,21 @@ def family_named(name: str) -> ModuleType:
     return importlib.import_module(FAMILIES[name])
 
 
-def family_of(directory: Path) -> ModuleType:
-    """The family of a model folder, by its card; `CheckpointError` when there is no such folder, card or family."""
+def model_folder(directory: Path) -> Path:
+    """`directory`, or the `model/` in it, as training runs have; `CheckpointError` when neither has a card."""
     if not directory.is_dir():
         raise CheckpointError(
             f"there is no model {str(directory)!r}: give a packaged one ({', '.join(PACKAGED)}) or a model folder"
         )
-    if not (directory / CARD).is_file():
-        raise CheckpointError(f"{directory} is not a model folder: it holds no {CARD}")
+    for place in (directory, directory / "model"):
+        if (place / CARD).is_file():
+            return place
+    raise CheckpointError(f"{directory} is not a model folder: it holds no {CARD}")
+
+
+def family_of(directory: Path) -> ModuleType:
+    """The family of a model folder, by its card; `CheckpointError` when there is no card, or it names none we know."""
+    directory = model_folder(directory)
     name = read_json(directory / CARD).get("family")
     if name not in FAMILIES:
         raise CheckpointError(

@@ -89,8 +89,9 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tens
 
 
 def restore_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`. Moments get the memory layout of their weights: fused kernels rely on it."""
     for number, optimizer in enumerate(optimizers):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
         whole = optimizer.state_dict()
         whole["state"] = {}
         for name, value in tensors.items():
@@ -98,3 +99,7 @@ def restore_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[st
             if int(owner) == number:
                 whole["state"].setdefault(int(index), {})[key] = value
         optimizer.load_state_dict(whole)
+        for weight in weights:
+            for key, value in optimizer.state[weight].items():
+                if value.shape == weight.shape:
+                    optimizer.state[weight][key] = torch.empty_like(weight).copy_(value)

@@ -29,7 +29,14 @@ from sfumato.generate import Model, load, to_image
 from sfumato.receipts.flops import count_flops
 from sfumato.receipts.probe import matmul_peak
 from sfumato.runtime import autocast, fast_dtype, pick_device
-from sfumato.storage import atomic_file, load_tensors, save_tensors, tensors_hash, write_json
+from sfumato.storage import (
+    atomic_directory,
+    atomic_file,
+    load_tensors,
+    save_tensors,
+    tensors_hash,
+    write_json,
+)
 from sfumato.text import Tokenizer, learn_words
 from sfumato.train.autoencoder import autoencoder_loss, discriminator_loss, latent_statistics
 from sfumato.train.denoiser import Batch, Examples, denoiser_loss, denoiser_player
@@ -401,7 +408,8 @@ class _DenoiserTask:
         self.players = [
             denoiser_player(system.denoiser, examples, system.parameterization, recipe, run.recipe.seed)
         ]
-        whole = examples.part(1, 0)
+        parts = recipe.train.batch // (recipe.train.microbatch or recipe.train.batch)
+        whole = examples.part(1, parts // 2)  # prompts of middle length
         labels = None if whole.labels is None else whole.labels[:1]
         one = Batch(whole.latents[:1], whole.ids[:1], whole.mask[:1], labels)
         self.flops = float(
@@ -429,9 +437,9 @@ class _DenoiserTask:
         system = replace(self.run.family.build(self.system.config), autoencoder=self.system.autoencoder)
         system.denoiser.load_state_dict(average)
         system.denoiser.to(self.run.device).eval()
-        self.run.family.save_folder(
-            system, self.run.folder, {"trained": {"recipe": self.run.recipe.name, "steps": step}}
-        )
+        with atomic_directory(self.run.folder / "model") as staging:
+            trained = {"recipe": self.run.recipe.name, "steps": step}
+            self.run.family.save_folder(system, staging, {"trained": trained})
         return system
 
 
