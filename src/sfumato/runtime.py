@@ -21,7 +21,9 @@ def pick_device(name: str | None = None) -> torch.device:
     except RuntimeError:
         raise InputError(f"device {name!r} is unknown; use cpu or cuda", argument="device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but this PyTorch sees no GPU; use cpu", argument="device")
+        raise InputError(
+            "device cuda was asked for, but this PyTorch sees no GPU; use cpu", argument="device"
+        )
     return device
 
 
