@@ -4,6 +4,8 @@ number per picture.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,7 @@ def spectral_error(reconstruction: Tensor, pixels: Tensor, bands: int = 8) -> Te
     invented.
     """
     height, width = pixels.shape[-2:]
-    options = {"dtype": torch.float64, "device": pixels.device}
+    options: dict[str, Any] = {"dtype": torch.float64, "device": pixels.device}
     window = torch.hann_window(height, **options)[:, None] * torch.hann_window(width, **options)
     radius = torch.sqrt(
         torch.fft.fftfreq(height, **options)[:, None].square() + torch.fft.rfftfreq(width, **options).square()

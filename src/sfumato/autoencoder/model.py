@@ -279,7 +279,7 @@ class Autoencoder(nn.Module):
         1707.02937).
         """
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
         for module in self.modules():
@@ -290,11 +290,10 @@ class Autoencoder(nn.Module):
             elif isinstance(module, Decoder):
                 icnr_(module.out.weight, module.unfold**2)
             elif isinstance(module, Encoder):
-                with torch.no_grad():
+                with torch.no_grad():  # logvar about -6, a std of 0.05: nearly deterministic at first
                     module.out.weight[self.config.latent_channels :] *= 0.1
-                    module.out.bias[
-                        self.config.latent_channels :
-                    ] = -6.0  # std 0.05: nearly deterministic at first
+                if module.out.bias is not None:
+                    nn.init.constant_(module.out.bias[self.config.latent_channels :], -6.0)
 
     def encode(self, pixels: Tensor) -> Posterior:
         """Posterior over latents; at factor 1 its mean is `pixels` and its variance nil. `InputError` on a
