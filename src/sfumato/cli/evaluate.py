@@ -12,7 +12,7 @@ from sfumato.cli import parse, show
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-EXAMPLE = "sfumato evaluate -m runs/mine --per-group 32 --group one --group two"
+EXAMPLE = "sfumato evaluate -m runs/mine --per-group 32 --group single --group binding"
 MAX_PICTURES = 100_000
 
 
