@@ -278,6 +278,8 @@ class Autoencoder(nn.Module):
         """Residual branches start at zero; sub-pixel convolutions start equal for all pixels of a cell (ICNR,
         1707.02937).
         """
+        if self.latent_mean.is_meta:  # the weights are about to be read from a file
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")

@@ -25,12 +25,14 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        table = torch.empty(config.vocabulary, config.width)
+        self.embedding = nn.Embedding(config.vocabulary, config.width, _weight=table)
         self.blocks = nn.ModuleList(
             [Block(config.width, config.heads, modulated=False) for _ in range(config.depth)]
         )
         self.gain = nn.Parameter(torch.ones(config.width))
-        nn.init.normal_(self.embedding.weight, std=0.02 * config.width**0.5)
+        if not table.is_meta:  # weights that are about to be read need no chance, which is slow to import there
+            nn.init.normal_(table, std=0.02 * config.width**0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
