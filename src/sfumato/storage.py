@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +22,8 @@ HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own bound on a he
 
 
 def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and makes a rename durable by itself
+        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -34,16 +36,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on an exception it is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{target.name[:32]}.", suffix=target.suffix[:8], dir=target.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _neighbour(target, target.suffix[:8])
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
         _sync_directory(target.parent)
     finally:
@@ -55,7 +53,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty staging directory; on success it replaces `path` whole, on an exception it is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", dir=target.parent))
+    staging = _neighbour(target)
+    staging.mkdir()
     try:
         yield staging
         for member in staging.rglob("*"):
@@ -63,12 +62,18 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with open(member, "rb+") as stream:
                     os.fsync(stream.fileno())
         _sync_directory(staging)
-        os.chmod(staging, 0o777 & ~_umask())
         replaced = None
         if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.old.", dir=target.parent))
+            replaced = _neighbour(target, mark="old.")
+            replaced.mkdir()
             os.replace(target, replaced / "old")
-        os.replace(staging, target)
+        try:
+            os.replace(staging, target)
+        except OSError:
+            if replaced:
+                os.replace(replaced / "old", target)
+                replaced.rmdir()
+            raise
         _sync_directory(target.parent)
         if replaced:
             shutil.rmtree(replaced)
@@ -76,10 +81,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _neighbour(target: Path, suffix: str = "", mark: str = "") -> Path:
+    """A hidden name beside `target` that nobody has. What is made there gets the permissions the user's umask gives."""
+    return target.with_name(f".{target.name[:32]}.{mark}{secrets.token_hex(8)}{suffix}")
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
@@ -106,12 +110,19 @@ def read_json(path: str | os.PathLike[str]) -> dict:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as one safetensors file, atomically. Tensors are made contiguous and moved to the CPU."""
+    """Write tensors as one safetensors file, atomically. Tensors are made contiguous and moved to the CPU.
+
+    `OSError` when the disk refuses.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(plain, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(plain, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # how the library reports a full disk
+            raise OSError(str(error)) from error
 
 
 def load_tensors(path: str | os.PathLike[str], device: str = "cpu") -> dict:
@@ -131,8 +142,11 @@ def check_safetensors(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is not a file")
-    with open(path, "rb") as stream:
-        start = stream.read(8)
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix in {".ckpt", ".bin", ".pt", ".pth"} or start[:2] in {b"PK", b"\x80\x02", b"\x80\x04"}:
         raise CheckpointError(
             f"{path} is a pickled checkpoint, which can run code when opened; "

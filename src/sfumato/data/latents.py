@@ -213,10 +213,7 @@ def _save(path: Path, latents: Tensor, keys: list[str], names: list[str]) -> Non
     # one entry, because the library writes several in no fixed order
     header = {"rows": json.dumps({"format": FORMAT, "keys": keys, "names": names})}
     with writing(path.parent):
-        try:
-            save_tensors(path, {"latents": latents}, header)
-        except SafetensorError as error:  # how the library reports a full disk
-            raise OSError(str(error)) from error
+        save_tensors(path, {"latents": latents}, header)
 
 
 def _check_index(directory: Path, autoencoder_hash: str, dtype: str | None) -> str:
