@@ -31,7 +31,6 @@ FEATURES = 8  # numbers a pixel is judged by
 CROP = 16  # cells a side of the normalised crop
 MIN_AREA = 14  # pixels; the smallest object of a scene covers about 70
 ROUNDS = 10  # of the robust background fit
-SCALARS = 10
 CAMERA = Camera(0.0, math.radians(33.5), 3.1 / math.tan(math.radians(17)), math.radians(34), (0.0, 0.0, 0.45))
 
 
@@ -117,6 +116,14 @@ class AnalyticDetector:
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = {name: value.float() for name, value in tensors.items()}
+        # log N(v) = level − |R (v − m)|² / 2, written out as one product with (v_i v_j, v_i)
+        means, roots = self.tensors["means"].double(), self.tensors["roots"].double()
+        precision = roots.transpose(1, 2) @ roots
+        a, b = torch.triu_indices(FEATURES, FEATURES)
+        squares = -0.5 * precision[:, a, b] * torch.where(a == b, 1.0, 2.0)
+        pulled = (precision @ means[..., None])[..., 0]
+        self.forms = torch.cat([squares, pulled], dim=1).T.float()
+        self.offsets = (self.tensors["levels"] - 0.5 * (pulled * means).sum(1)).float()
 
     @torch.no_grad()
     def detect(self, pixels: Tensor) -> list[list[Detection]]:
@@ -128,19 +135,18 @@ class AnalyticDetector:
 
     def likelihoods(self, features: Tensor) -> Tensor:
         """(B, 8, H, W) → (B, 11, H, W): log density times prior of floor and colours, averaged over 3×3 pixels."""
-        t = self.tensors
         v = features.movedim(1, -1).reshape(-1, FEATURES)
-        logs = torch.stack(
-            [
-                level - 0.5 * ((v - mean) @ root.T).square().sum(1)
-                for mean, root, level in zip(t["means"], t["roots"], t["levels"], strict=True)
-            ],
-            dim=1,
-        ).unflatten(1, (len(COLORS) + 1, -1))
-        values = torch.logsumexp(logs, dim=2) + t["prior"]
+        logs = torch.cat([self._squares(v), v], dim=1) @ self.forms + self.offsets  # (pixels, Gaussians)
+        values = torch.logsumexp(logs.unflatten(1, (len(COLORS) + 1, -1)), dim=2) + self.tensors["prior"]
         values = values.view(*features.shape[:1], *features.shape[2:], -1).movedim(-1, 1)
         top = values.amax(1, keepdim=True)
         return F.avg_pool2d(F.pad((values - top).clamp_min(-12), [1] * 4, mode="replicate"), 3, 1)
+
+    @staticmethod
+    def _squares(v: Tensor) -> Tensor:
+        """All products of two features, (N, 36)."""
+        a, b = torch.triu_indices(FEATURES, FEATURES)
+        return v[:, a] * v[:, b]
 
     def regions(self, pixels: Tensor) -> list[list[Region]]:
         """Candidate objects of each picture."""
