@@ -84,6 +84,23 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["run"]
 
 
+def test_a_directory_that_cannot_take_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+    with storage.atomic_directory(tmp_path / "run") as staging:
+        (staging / "a").write_text("old")
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target) == tmp_path / "run" and Path(source).name != "old":
+            raise PermissionError("held open by another program")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError), storage.atomic_directory(tmp_path / "run") as staging:
+        (staging / "a").write_text("new")
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "a").read_text() == "old"
+
+
 def test_json_round_trip_and_its_damages(tmp_path):
     path = tmp_path / "a.json"
     storage.write_json(path, {"x": "é", "y": [1, None]})
