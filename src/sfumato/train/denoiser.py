@@ -24,6 +24,7 @@ from sfumato.diffusion.loss import (
 )
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.errors import InputError
+from sfumato.receipts.flops import count_flops
 from sfumato.text import Tokenizer, pad
 from sfumato.train.loop import Loss, Player, seeded
 from sfumato.train.recipe import DenoiserLoss, DenoiserRecipe
@@ -39,6 +40,11 @@ class Batch:
     ids: Tensor
     mask: Tensor
     labels: Tensor | None
+
+    def first(self) -> Batch:
+        """Its first picture alone."""
+        labels = None if self.labels is None else self.labels[:1]
+        return Batch(self.latents[:1], self.ids[:1], self.mask[:1], labels)
 
 
 class Examples:
@@ -65,7 +71,7 @@ class Examples:
 
     def part(self, step: int, part: int) -> Batch:
         """Microbatch `part` of `step` (from 1), on the device."""
-        size = self.recipe.train.microbatch or self.recipe.train.batch
+        size = self.recipe.train.batch // self.recipe.train.parts
         chosen = self._dealt(step)[part * size : (part + 1) * size]
         indices = [index for index, _ in chosen]
         ids, mask = pad([tokens for _, tokens in chosen], TEXT_MULTIPLE)
@@ -87,15 +93,7 @@ class Examples:
 
 def density_of(loss: DenoiserLoss) -> Density:
     """The density of noise levels a recipe asks for."""
-    if loss.density == "logit_normal":
-        density = logit_normal(loss.mean, loss.std)
-    elif loss.density == "uniform":
-        density = uniform(0.0, 1.0)
-    else:
-        raise InputError(
-            f"density {loss.density!r} is unknown; use logit_normal or uniform",
-            argument="denoiser.loss.density",
-        )
+    density = uniform() if loss.density == "uniform" else logit_normal(loss.mean, loss.std)
     return shifted(density, loss.shift) if loss.shift != 1 else density
 
 
@@ -121,7 +119,23 @@ def denoiser_loss(
     if batch.labels is not None and logits is not None and recipe.labels:
         terms["labels"] = label_loss(logits.float(), batch.labels)
         loss = loss + recipe.labels * terms["labels"]
+    elif logits is not None:  # processes that share gradients expect one of every weight
+        loss = loss + 0.0 * logits.sum()
     return loss, {"loss": loss, **terms}
+
+
+def picture_flops(
+    network: nn.Module, batch: Batch, parameterization: Parameterization, recipe: DenoiserLoss
+) -> float:
+    """FLOPs of one picture of `batch`, forward and backward. The network's gradients are cleared."""
+    one = batch.first()
+
+    def there_and_back() -> None:
+        denoiser_loss(network, one, parameterization, recipe, seeded("cpu", 0))[0].backward()
+
+    counted = count_flops(there_and_back)
+    network.zero_grad(set_to_none=True)
+    return float(counted)
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:

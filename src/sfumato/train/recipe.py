@@ -10,6 +10,7 @@ A table that is absent leaves its stage out, or takes its defaults.
 
 from __future__ import annotations
 
+import math
 import tomllib
 import types
 import typing
@@ -19,8 +20,11 @@ from typing import Any
 
 from sfumato.autoencoder import AutoencoderConfig
 from sfumato.autoencoder.losses import LossConfig
+from sfumato.diffusion.loss import WEIGHTINGS
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_FAMILY, family_named
+
+DENSITIES = ("logit_normal", "uniform")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class TrainRecipe:
     save_every: int = 500  # steps between checkpoints
     sheet_every: int = 1_000  # steps between sample sheets and exports of the averaged model
     crop: int = 0  # side in pixels of random crops; 0 for whole pictures (autoencoder only)
+
+    @property
+    def parts(self) -> int:
+        """Microbatches in a step."""
+        return self.batch // (self.microbatch or self.batch)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,11 @@ def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no recipe {str(path)!r}", argument="recipe") from None
-    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, not TOML, no possible name
         raise InputError(f"{path} is not a readable TOML recipe: {error}", argument="recipe") from None
     for key, value in (overrides or {}).items():
         *parents, last = key.split(".")
@@ -151,34 +164,78 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    if recipe.data.kind not in ("folder", "scenes"):
-        raise InputError(
-            f"data.kind must be folder or scenes, not {recipe.data.kind!r}", argument="data.kind"
-        )
+    _one_of("data.kind", recipe.data.kind, ("folder", "scenes"))
     if not recipe.autoencoder and not recipe.denoiser:
         raise InputError(
             "the recipe has no [autoencoder] and no [denoiser] table: nothing to train", argument="recipe"
         )
+    _one_of("log", recipe.log, ("csv", "tensorboard"))
     for stage in ("autoencoder", "denoiser"):
         part = getattr(recipe, stage)
         if part is None:
             continue
         train = part.train
-        for name in ("batch", "save_every", "sheet_every"):
-            if getattr(train, name) < 1:
-                raise InputError(f"{stage}.train.{name} must be at least 1", argument=f"{stage}.train.{name}")
-        if train.steps < 0:
-            raise InputError(f"{stage}.train.steps must not be negative", argument=f"{stage}.train.steps")
+        for name, (low, high) in RANGES.items():
+            value = getattr(train, name)
+            if not low <= value <= high:
+                raise InputError(
+                    f"{stage}.train.{name} must be {_range(low, high)}, not {value}",
+                    argument=f"{stage}.train.{name}",
+                )
+        if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+            raise InputError(
+                f"{stage}.train.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
+                argument=f"{stage}.train.betas",
+            )
         if train.microbatch and train.batch % train.microbatch:
             raise InputError(
                 f"{stage}.train.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
                 argument=f"{stage}.train.microbatch",
             )
-        if train.optimizer not in ("adamw", "muon"):
+        _one_of(f"{stage}.train.optimizer", train.optimizer, ("adamw", "muon"))
+        _one_of(f"{stage}.train.precision", train.precision, ("auto", "float32", "bfloat16"))
+    if recipe.denoiser:
+        loss = recipe.denoiser.loss
+        _one_of("denoiser.loss.density", loss.density, DENSITIES)
+        _one_of("denoiser.loss.weighting", loss.weighting, WEIGHTINGS)
+        for name in ("std", "labels", "drop_prompt"):
+            if getattr(loss, name) < 0:
+                raise InputError(
+                    f"denoiser.loss.{name} must not be negative", argument=f"denoiser.loss.{name}"
+                )
+        if loss.shift <= 0:
+            raise InputError("denoiser.loss.shift must be above 0", argument="denoiser.loss.shift")
+        if loss.labels and not getattr(recipe.denoiser.model, "label_classes", ()):
             raise InputError(
-                f"{stage}.train.optimizer must be adamw or muon, not {train.optimizer!r}",
-                argument=f"{stage}.train.optimizer",
+                "denoiser.loss.labels needs denoiser.label_classes, the number of classes of each attribute",
+                argument="denoiser.label_classes",
             )
+
+
+RANGES = {  # of the numbers in a TrainRecipe
+    "steps": (0, math.inf),
+    "batch": (1, math.inf),
+    "microbatch": (0, math.inf),
+    "lr": (0, math.inf),
+    "muon_lr": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "warmup": (0, math.inf),
+    "decay": (0, 1),
+    "clip": (0, math.inf),
+    "ema": (0, 1),
+    "save_every": (1, math.inf),
+    "sheet_every": (1, math.inf),
+    "crop": (0, math.inf),
+}
+
+
+def _range(low: float, high: float) -> str:
+    return f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name} must be {' or '.join(known)}, not {value!r}", argument=name)
 
 
 def _build(kind: Any, values: Any, where: str, **ready: Any) -> Any:
@@ -222,7 +279,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         item = typing.get_args(hint)[0]
         return tuple(_value(item, v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} must be a finite number, not {value}", argument=where)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise InputError(f"{where} must be {hint.__name__}, not {value!r}", argument=where)
     return value
