@@ -33,7 +33,7 @@ from sfumato.train.optim import (
     set_rate,
 )
 from sfumato.train.recipe import TrainRecipe
-from sfumato.train.state import Log, newest_state, save_state
+from sfumato.train.state import Log, clear_leftovers, newest_state, save_state
 
 
 @dataclass(frozen=True)
@@ -117,23 +117,26 @@ def fit(
     """Train `task` to its last step, from the newest checkpoint in `folder` if there is one; return the averaged state.
 
     identity: a hash of what decides the run; a checkpoint of another one is refused. peak: the machine's FLOP/s, for
-    the utilisation that events carry. Only rank 0 writes and speaks. Raises `SfumatoError` when the loss is not finite.
+    the utilisation that events carry. Only rank 0 writes and speaks. Raises `SfumatoError` when the loss or a gradient
+    is not finite.
     """
     recipe, world = task.recipe, World.current()
-    parts = recipe.batch // (recipe.microbatch or recipe.batch)
-    if parts % world.size:
+    if recipe.parts % world.size:
         raise InputError(
-            f"{world.size} processes cannot share {parts} microbatches a step; set {task.stage}.train.microbatch "
-            f"to a divisor of {recipe.batch // world.size}",
+            f"{world.size} processes cannot share {recipe.parts} microbatches a step; "
+            f"set {task.stage}.train.microbatch to a divisor of {recipe.batch // world.size}",
             argument=f"{task.stage}.train.microbatch",
         )
-    share = parts // world.size
+    share = recipe.parts // world.size
     dtype = fast_dtype(device) if recipe.precision == "auto" else getattr(torch, recipe.precision)
     for player in task.players:
         player.module.to(device).train()
         player.optimizers = make_optimizers(player.module, player.recipe)
     average = Average(task.players[0].module, recipe.ema)
     step = 0
+    if world.leads:
+        clear_leftovers(folder / "state")
+    world.wait()
     if found := newest_state(folder / "state", identity):
         step = _restore(task, average, found)
         on_event(Event("note", task.stage, step, recipe.steps, text=f"continues from step {step}"))
@@ -153,14 +156,15 @@ def fit(
             clock.start()
             values: dict[str, float] = {}
             for player, feed in zip(task.players, feeds, strict=True):
-                values |= _step(player, feed, step, world, device, dtype, clock)
+                values |= optimizer_step(player, feed, step, world, device, dtype, clock)
             with clock.counting("optimizer"):
                 average.update(task.players[0].module, step)
-            if not math.isfinite(values["loss"]):
-                raise SfumatoError(
-                    f"the loss of {task.stage} became {values['loss']} at step {step}; lower the rate and run again: "
-                    "it continues from the last checkpoint"
-                )
+            for name in ("loss", *(name for name in values if name.endswith("grad_norm"))):
+                if not math.isfinite(values[name]):  # the weights are spoilt too, and must not be saved
+                    raise SfumatoError(
+                        f"the {name} of {task.stage} became {values[name]} at step {step}; lower "
+                        f"{task.stage}.train.lr and begin a new run (the last checkpoint of this one is intact)"
+                    )
             clock.stop()
             last = step == recipe.steps
             if not table:
@@ -183,7 +187,7 @@ def fit(
     return average.state
 
 
-def _step(
+def optimizer_step(
     player: Player,
     feed: Feed,
     step: int,
@@ -202,8 +206,8 @@ def _step(
     for part in feed.parts:
         with clock.counting("data"):
             batch = feed.take(step, part)
-        quiet = isinstance(net, DistributedDataParallel) and part != feed.parts[-1]
-        with net.no_sync() if quiet else nullcontext():
+        more = part != feed.parts[-1]  # gradients travel once a step, with the last part
+        with net.no_sync() if more and isinstance(net, DistributedDataParallel) else nullcontext():
             with autocast(device, dtype):
                 loss, terms = player.loss(net, batch, step, part)
             (loss / len(feed.parts)).backward()
@@ -248,24 +252,24 @@ class Feed:
 
 
 class Clock:
-    """Where the time of recent steps went."""
+    """Where the time of recent steps went. now: seconds of the latest one: data, optimizer, and step, the whole."""
 
     def __init__(self, batch: int, flops: float, peak: float):
         self.batch, self.flops, self.peak = batch, flops, peak
         self._means: dict[str, float] = {}
-        self._now: dict[str, float] = {}
+        self.now: dict[str, float] = {}
 
     def start(self) -> None:
         self._began = time.perf_counter()
-        self._now = {"data": 0.0, "optimizer": 0.0}
+        self.now = {"data": 0.0, "optimizer": 0.0}
 
     def counting(self, what: str) -> _Counting:
         """A context whose time is added to `what` (data or optimizer) of the current step."""
-        return _Counting(self._now, what)
+        return _Counting(self.now, what)
 
     def stop(self) -> None:
-        self._now["step"] = time.perf_counter() - self._began
-        for name, value in self._now.items():
+        self.now["step"] = time.perf_counter() - self._began
+        for name, value in self.now.items():
             self._means[name] = value + 0.95 * (self._means.get(name, value) - value)
 
     def event(self, stage: str, step: int, total: int, values: dict[str, float]) -> Event:

@@ -73,10 +73,6 @@ class Average:
             [self.state[n] for n in averaged], [current[n].detach() for n in averaged], share
         )
 
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        module.load_state_dict(self.state, strict=True)
-
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """All state of the optimisers as named tensors; their rates and settings come from the recipe."""

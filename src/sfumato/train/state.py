@@ -7,6 +7,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -38,30 +39,37 @@ def newest_state(folder: Path, identity: str) -> tuple[int, dict[str, Tensor]] |
 
     A damaged one is passed over for the one before it. `CheckpointError` when the newest is of another recipe.
     """
-    clear_leftovers(folder)
-    for place in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            card = read_json(place / "state.json")
-            if card["identity"] != identity:
-                raise _OtherRecipe(
-                    f"{folder} holds a run of another recipe; give another --out, or remove that folder to start anew"
-                )
-            if file_hash(place / "state.safetensors") != card["sha256"]:
-                continue
-            return int(card["step"]), load_tensors(place / "state.safetensors")
-        except _OtherRecipe as error:
-            raise CheckpointError(str(error)) from None
-        except (CheckpointError, KeyError, OSError):
-            continue
+    for place, card in _cards(folder, identity):
+        weights = place / "state.safetensors"
+        with contextlib.suppress(CheckpointError, KeyError, OSError):
+            if file_hash(weights) == card["sha256"]:
+                return int(card["step"]), load_tensors(weights)
     return None
 
 
-class _OtherRecipe(Exception):
-    pass
+def has_state(folder: Path, identity: str) -> bool:
+    """Whether there is a checkpoint, judged by its card alone. `CheckpointError` when it is of another recipe."""
+    return bool(_cards(folder, identity))
+
+
+def _cards(folder: Path, identity: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints with a readable card, the newest first."""
+    found = []
+    for place in sorted(folder.glob("step-*"), reverse=True):
+        with contextlib.suppress(CheckpointError):
+            found.append((place, read_json(place / "state.json")))
+    if found and found[0][1].get("identity") != identity:
+        raise CheckpointError(
+            f"{folder} holds a run of another recipe; give another --out, or remove that folder to start anew"
+        )
+    return [(place, card) for place, card in found if card.get("identity") == identity]
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a kill in the middle of a save left behind; a checkpoint set aside mid-rename comes back."""
+    """Remove what a kill in the middle of a save left behind; a checkpoint set aside mid-rename comes back.
+
+    For one process alone, before any other looks at the folder.
+    """
     if not folder.is_dir():
         return
     for leftover in folder.glob(".step-*.old.*"):
@@ -84,6 +92,7 @@ class Log:
             with open(path, newline="", encoding="utf-8") as stream:
                 self.rows = [row for row in csv.DictReader(stream) if _number(row.get("step")) <= step]
         self.names: list[str] = list(self.rows[0]) if self.rows else []
+        self._stream: TextIO | None = None
         self._rewrite()
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -93,15 +102,16 @@ class Log:
             self.names += [name for name in row if name not in self.names]
             self._rewrite()
             return
+        assert self._stream is not None
         csv.DictWriter(self._stream, self.names).writerow(row)
         self._stream.flush()
 
     def close(self) -> None:
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
     def _rewrite(self) -> None:
-        with contextlib.suppress(AttributeError):
-            self._stream.close()
+        self.close()
         with (
             atomic_file(self.path) as temporary,
             open(temporary, "w", newline="", encoding="utf-8") as stream,
