@@ -24,13 +24,14 @@ from sfumato.data.latents import LatentCache, build_latents
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Size
 from sfumato.families.pocket import PocketConfig, build
-from sfumato.receipts.flops import count_flops, module_size
+from sfumato.receipts.flops import module_size
 from sfumato.runtime import fast_dtype, pick_device
-from sfumato.train.denoiser import Batch, Examples, denoiser_loss
-from sfumato.train.loop import Clock, Feed, World, _step, seeded
+from sfumato.train.denoiser import Examples, picture_flops
+from sfumato.train.loop import Clock, Feed, World, optimizer_step
 from sfumato.train.optim import Average, make_optimizers
 from sfumato.train.recipe import Recipe, read_recipe
-from sfumato.train.stages import _DenoiserTask, _Run
+from sfumato.train.stages import Run
+from sfumato.train.tasks import DenoiserTask
 
 CACHED = 40_000  # latents of the cache whose reading is measured
 GRID = [
@@ -90,7 +91,7 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 class Made:
     """What the trainer makes before the denoiser's first step."""
 
-    run: _Run
+    run: Run
     source: SceneSource
     autoencoder: Autoencoder
     words: tuple[str, ...]
@@ -105,12 +106,13 @@ def prepare(recipe: Recipe, folder: Path, pictures: int) -> Made:
         data=replace(recipe.data, kind="scenes", count=pictures, cache=str(folder / "scenes")),
         autoencoder=replace(recipe.autoencoder, train=replace(recipe.autoencoder.train, steps=0)),
     )
-    run = _Run(silent, folder, pick_device(), lambda event: None)
+    run = Run(silent, folder, pick_device(), lambda event: None)
     torch.manual_seed(recipe.seed)
-    source: Any = run.source(recipe.autoencoder.model.factor * recipe.denoiser.model.patch)
-    autoencoder = run.autoencoder(source)
-    words = run._words(source, recipe.denoiser.vocabulary)
-    return Made(run, source, autoencoder, words, run._latents(source, autoencoder))
+    multiple = recipe.autoencoder.model.factor * recipe.denoiser.model.patch
+    source: Any = run.source(multiple)
+    autoencoder = run.autoencoder(multiple)
+    words = run.words(source, recipe.denoiser.vocabulary)
+    return Made(run, source, autoencoder, words, run.latents(source, autoencoder))
 
 
 def measure(made: Made, changes: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -122,25 +124,10 @@ def measure(made: Made, changes: dict[str, Any], steps: int) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     config = PocketConfig(made.autoencoder.config, part.model, made.words, recipe.preset)
     system = replace(build(config), autoencoder=made.autoencoder)
-    labels = made.run._labels(made.source, config) if part.loss.labels else None
+    labels = made.run.labels(made.source, config) if part.loss.labels else None
     examples = Examples(made.source, made.cache, system.tokenizer, part, recipe.seed, device, labels)
-    task = _DenoiserTask(replace(made.run, recipe=recipe), system, examples)
-    player, parts = task.players[0], train.batch // (train.microbatch or train.batch)
-
-    def flops_of(batch: Batch) -> float:
-        one = Batch(
-            batch.latents[:1],
-            batch.ids[:1],
-            batch.mask[:1],
-            None if batch.labels is None else batch.labels[:1],
-        )
-        loss = part.loss
-        counted = count_flops(
-            lambda: denoiser_loss(system.denoiser, one, system.parameterization, loss, seeded("cpu", 0))[
-                0
-            ].backward()
-        )
-        return counted * len(batch.latents)
+    task = DenoiserTask(recipe, made.run.folder, device, system, examples)
+    player, parts = task.players[0], train.parts
 
     by_length: dict[tuple[int, ...], float] = {}
     flops, lengths = [], []
@@ -149,12 +136,12 @@ def measure(made: Made, changes: dict[str, Any], steps: int) -> dict[str, Any]:
         for number in range(parts):
             batch = examples.part(step, number)
             key = tuple(batch.ids.shape)
-            by_length[key] = by_length[key] if key in by_length else flops_of(batch)
-            total += by_length[key]
+            if key not in by_length:
+                by_length[key] = picture_flops(system.denoiser, batch, system.parameterization, part.loss)
+            total += by_length[key] * len(batch.latents)
             seen.append(key)
         flops.append(total)
         lengths.append(seen)
-    system.denoiser.zero_grad(set_to_none=True)
 
     dtype = fast_dtype(device) if train.precision == "auto" else getattr(torch, train.precision)
     player.module.to(device).train()
@@ -173,13 +160,13 @@ def measure(made: Made, changes: dict[str, Any], steps: int) -> dict[str, Any]:
         while len(counted) < steps and step < len(flops):
             step += 1
             clock.start()
-            values = _step(player, feed, step, World(), device, dtype, clock)
+            values = optimizer_step(player, feed, step, World(), device, dtype, clock)
             with clock.counting("optimizer"):
                 average.update(player.module, step)
             if not math.isfinite(values["loss"]):
                 raise SystemExit(f"the loss became {values['loss']}")
             clock.stop()
-            now = clock._now
+            now = clock.now
             if step > 2 and known.issuperset(lengths[step - 1]):
                 counted.append((now["step"], now["data"], now["optimizer"], flops[step - 1]))
             known.update(lengths[step - 1])
@@ -223,7 +210,7 @@ def main() -> None:
         made.source._scene = made.source._sample  # type: ignore[assignment]
         size = recipe.data.size
         assert recipe.denoiser
-        batch = recipe.denoiser.train.microbatch or recipe.denoiser.train.batch
+        batch = recipe.denoiser.train.batch // recipe.denoiser.train.parts
         reading = cache_rate(made.cache.shape((size, size)), size, batch, folder / "blank")
         machine = probe()
         for changes in GRID if args.grid else [{}]:

@@ -63,7 +63,7 @@ COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "
 CHILD = """
 import sys
 from sfumato.train import run
-run(sys.argv[1], data=sys.argv[2], out=sys.argv[3], device="cpu",
+run(sys.argv[1], data=sys.argv[2] or None, out=sys.argv[3], device="cpu",
     on_event=lambda e: print(e.kind, e.stage, e.step, flush=True))
 """
 
@@ -90,7 +90,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(recipe: Path, pictures: Path, out: Path, *command: str) -> subprocess.Popen[str]:
+def start(recipe: Path, pictures: Path | str, out: Path, *command: str) -> subprocess.Popen[str]:
     """A training process of its own; what it says goes to `said.txt` beside its run folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     script, said = out.parent / "child.py", out.parent / "said.txt"
@@ -187,6 +187,32 @@ def test_two_processes_train_the_same_model(
     expected, found = weights(whole), weights(out)
     for name, value in expected.items():
         assert torch.allclose(value.float(), found[name].float(), atol=2e-2, rtol=2e-2), name
+
+
+def test_two_processes_share_scenes(tmp_path: Path) -> None:
+    """Rank 0 renders, measures and encodes while the other waits: both must meet at the same points."""
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    scenes = RECIPE.replace("[data]", '[data]\nkind = "scenes"\ncount = 16').replace(
+        "factor = 8", "factor = 1"
+    )
+    scenes = scenes.replace("steps = 12", "steps = 2").replace("[denoiser]", "[denoiser]\npatch = 8")
+    labelled = "label_classes = [7, 11, 3, 3]\n[denoiser.train]"  # a head that nobody asks, too
+    own = tmp_path / "scenes.toml"
+    own.write_text(scenes.replace("[denoiser.train]", labelled), encoding="utf-8")
+    finish(start(own, "", out, *launcher), out)
+    assert [int(row["step"]) for row in rows(out, "denoiser")] == [1, 2]
+    assert (out / "autoencoder" / "held-out.json").exists()
+
+
+def test_words_of_a_run_that_never_saved_are_learnt_anew(
+    recipe: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    (out / "denoiser").mkdir(parents=True)
+    (out / "denoiser" / "words.json").write_text('["other", "recipe"]', encoding="utf-8")
+    run(recipe, data=pictures, out=out, device="cpu", overrides={"denoiser.train.steps": 1})
+    assert "square" in sfumato.load(out).system.config.words
 
 
 def test_more_steps_continue_a_finished_run(
