@@ -331,6 +331,17 @@ class TestArchives:
             }
         assert len(read(tmp_path / "x-001.tar")) == 1
 
+    def test_archives_of_one_name_are_told_apart_in_the_cache(self, tmp_path):
+        colours = {"one": (250, 0, 0), "two": (0, 0, 250)}
+        for folder, colour in colours.items():
+            (tmp_path / "data" / folder).mkdir(parents=True)
+            members = [("a.png", self.png(colour)), ("a.txt", folder.encode())]
+            self.tar(tmp_path / "data" / folder / "x.tar", members)
+        for _ in range(2):  # checked, then remembered
+            source = read(tmp_path / "data", cache=tmp_path / "cache")
+            drawn = {source.caption(i): tuple(source.pixels([i])[0, 0, 0].tolist()) for i in range(2)}
+            assert drawn == colours
+
     def test_pickles_are_never_opened(self, tmp_path):
         mark = tmp_path / "ran"
 

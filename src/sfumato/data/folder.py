@@ -167,11 +167,12 @@ class FolderSource:
         except CheckpointError:  # none yet, or not readable: everything is checked again
             remembered = {}
         stamps = [_stamp(entry) for entry in entries]
-        fresh = [e for e, stamp in zip(entries, stamps, strict=True) if stamp not in remembered]
+        fresh = {stamp: e for e, stamp in zip(entries, stamps, strict=True) if stamp not in remembered}
         with _threads() as pool:
-            made = dict(zip((e.name for e in fresh), pool.map(self._inspect, fresh), strict=True))
+            made = dict(zip(fresh, pool.map(self._inspect, fresh.values()), strict=True))
         results = [
-            made.get(e.name) or _recall(e, remembered[s]) for e, s in zip(entries, stamps, strict=True)
+            made[stamp] if stamp in made else _recall(e, remembered[stamp])
+            for e, stamp in zip(entries, stamps, strict=True)
         ]
         if fresh:
             lines = ([r.reason] if isinstance(r, Problem) else [r[0], *r[1]] for r in results)

@@ -67,8 +67,3 @@ def to_float(pixels: np.ndarray) -> Tensor:
     if tensor.ndim == 4:
         tensor = tensor[:, None]  # (B, T, H, W, 3)
     return tensor.permute(0, 4, 1, 2, 3).contiguous().float().div_(127.5).sub_(1.0)
-
-
-def bucket_of(source: Source) -> dict[int, Size]:
-    """Index → its bucket."""
-    return {index: size for size, members in source.buckets().items() for index in members}

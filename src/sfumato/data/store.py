@@ -8,13 +8,14 @@ chunk in the making.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -34,8 +35,23 @@ def lock(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         handle = open(directory / ".lock", "w")  # noqa: SIM115
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        _wait_for(handle)
         yield
+
+
+def _wait_for(handle: IO[str]) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return
+    import msvcrt
+
+    while True:
+        try:
+            return msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:  # another process holds it
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
