@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from sfumato.autoencoder import AutoencoderConfig
-from sfumato.diffusion.parameterization import KINDS
 from sfumato.diffusion.schedules import flow_levels, sigmas_for
 from sfumato.errors import CheckpointError, InputError
 from sfumato.sampling import sampler_named
@@ -14,6 +13,7 @@ from sfumato.types import Request
 
 MOST = {"depth": 1_000, "text_depth": 1_000}  # what a card may ask for before its weights are looked at
 MOST_OTHERWISE = 100_000
+PREDICTIONS = ("flow", "x", "v")  # eps would say nothing about the picture where a flow begins, in pure noise
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,13 @@ class Preset:
         for name in ("steps", "guidance", "sampler", "schedule", "size"):
             if getattr(self, name) is None:
                 raise InputError(f"the preset needs {name}", argument=name)
-        Request("", "", 1, 0, self.steps, self.guidance, self.sampler, self.schedule, self.size).validate()
+        Request(
+            steps=self.steps,
+            guidance=self.guidance,
+            sampler=self.sampler,
+            schedule=self.schedule,
+            size=self.size,
+        ).validate()
         sampler_named(self.sampler)
         sigmas_for(self.schedule, self.steps, flow_levels())
         numbers = isinstance(self.interval, tuple) and all(isinstance(v, int | float) for v in self.interval)
@@ -62,9 +68,9 @@ class DenoiserConfig:
                     f"{name} must be {heads} heads of an even number of channels, not {getattr(self, name)}",
                     argument=name,
                 )
-        if self.prediction not in KINDS:
+        if self.prediction not in PREDICTIONS:
             raise InputError(
-                f"prediction {self.prediction!r} is unknown; use one of {', '.join(KINDS)}",
+                f"prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}",
                 argument="prediction",
             )
         if not isinstance(self.label_classes, tuple):
@@ -86,6 +92,14 @@ class PocketConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     words: tuple[str, ...] = ()  # the tokenizer's words, in the order of their ids
     preset: Preset = field(default_factory=Preset)
+
+    def __post_init__(self) -> None:
+        if any(side % self.multiple for side in self.preset.size):
+            raise InputError(
+                f"the preset's size {self.preset.size} is not a multiple of {self.multiple} pixels "
+                "(the autoencoder's factor times the denoiser's patch)",
+                argument="preset.size",
+            )
 
     @property
     def multiple(self) -> int:
