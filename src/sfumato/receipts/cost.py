@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import statistics
 import sys
 import time
@@ -108,7 +107,7 @@ def _timed(call: Callable[[Request], Any], request: Request, device: torch.devic
 
 
 def _peak_bytes(call: Callable[[Request], Any], request: Request, device: torch.device) -> int:
-    """Peak memory of the GPU, or of the process during the call; where the system cannot tell, since its start."""
+    """Peak memory of the GPU, or of the process during the call; where no system tells, since its start, or 0."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         call(request)
@@ -120,6 +119,10 @@ def _peak_bytes(call: Callable[[Request], Any], request: Request, device: torch.
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
