@@ -6,7 +6,8 @@ to the bit. The loop owns optimisers, precision, averaging and saving.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,8 @@ def autoencoder_loss(
     gradients are left untouched.
     """
     inner = unwrapped(model)
-    shape = (len(pixels), *inner.latent_shape(*pixels.shape[2:]))
-    noise = torch.randn(shape, generator=generator, device=generator.device).to(pixels.device)
-    shrink = draw_shrink(shape[-2:], config, generator) if config.equivariance else 1
+    noise = latent_noise(inner, pixels, generator)
+    shrink = draw_shrink(noise.shape[-2:], config, generator) if config.equivariance else 1
     out = model(pixels, noise, shrink, config.equivariance_share)
     picture, terms = picture_loss(out.pixels, pixels, config)
     terms["kl"] = kl_loss(out.posterior, pixels)
@@ -74,9 +74,7 @@ def discriminator_loss(
     """
     inner = unwrapped(model)
     with torch.no_grad():
-        shape = (len(pixels), *inner.latent_shape(*pixels.shape[2:]))
-        noise = torch.randn(shape, generator=generator, device=generator.device).to(pixels.device)
-        fake = inner(pixels, noise).pixels
+        fake = inner(pixels, latent_noise(inner, pixels, generator)).pixels
     judged = discriminator(torch.cat([pixels, fake]))
     real, fake_logits = judged.chunk(2)
     loss = hinge_discriminator(real, fake_logits) * float(step >= config.adversarial_start)
@@ -114,6 +112,12 @@ def latent_statistics(model: Autoencoder, batches: Iterable[Tensor]) -> tuple[Te
     return mean.float(), (spread / count).sqrt().float()
 
 
+def latent_noise(model: Autoencoder, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normals of the shape of the latents of `pixels`, on their device, drawn where the generator lives."""
+    shape = (len(pixels), *model.latent_shape(*pixels.shape[2:]))
+    return torch.randn(shape, generator=generator, device=generator.device).to(pixels.device)
+
+
 def draw_shrink(cells: tuple[int, ...], config: LossConfig, generator: torch.Generator) -> int:
     """One of the scales by which the latent divides, drawn evenly; 1 (no such loss) when none does."""
     legal = [s for s in config.equivariance_scales if all(n % s == 0 and n >= s for n in cells)]
@@ -132,18 +136,14 @@ def unwrapped(model: nn.Module) -> Autoencoder:
     return model
 
 
-class frozen:
-    """Within it a module's parameters gather no gradients, while gradients still flow through it to its
-    input.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it a module's parameters gather no gradients, while gradients still flow through it to its input."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
             parameter.requires_grad_(True)
