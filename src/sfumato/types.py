@@ -58,6 +58,8 @@ class Request:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Request:
         """Build from plain JSON values; an unknown field is an `InputError` that lists the known ones."""
+        if not isinstance(values, dict):
+            raise InputError(f"a request must be an object of named fields, not {_shown(values)}")
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:

@@ -99,6 +99,12 @@ def test_sides_are_named(size):
         Request.from_dict({"size": size})
 
 
+@pytest.mark.parametrize("values", [["prompt"], "prompt", None, 7])
+def test_only_an_object_is_a_request(values):
+    with pytest.raises(InputError, match="object of named fields"):
+        Request.from_dict(values)
+
+
 def test_an_unknown_field_lists_the_known_ones():
     with pytest.raises(InputError, match=r"'stepz'.*steps.*guidance"):
         Request.from_dict({"stepz": 3})
