@@ -31,7 +31,8 @@ class TextEncoder(nn.Module):
             [Block(config.width, config.heads, modulated=False) for _ in range(config.depth)]
         )
         self.gain = nn.Parameter(torch.ones(config.width))
-        if not table.is_meta:  # weights that are about to be read need no chance, which is slow to import there
+        # on "meta" the weights are about to be read and need no chance, which is slow to import there
+        if not table.is_meta:
             nn.init.normal_(table, std=0.02 * config.width**0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
