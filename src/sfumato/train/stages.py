@@ -37,7 +37,7 @@ from sfumato.train.tasks import AutoencoderTask, DenoiserTask
 
 HELD_OUT_SCENES = 256  # of the val split, to measure the autoencoder on
 LATENT_STATISTICS_PICTURES = 2048  # pictures whose latents give the normalisation
-PATIENCE = timedelta(days=2)  # processes wait this long for the one that renders and encodes
+PATIENCE = 48  # hours that processes wait for the one that renders and encodes
 VOLATILE = {"steps", "save_every", "sheet_every"}  # may change between two starts of one run
 
 
@@ -78,7 +78,7 @@ def _join_world(device: torch.device) -> tuple[torch.device, bool]:
     if cuda:  # numbered: a thread that makes batches would take the first GPU for the current one
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=PATIENCE))
     return device, True
 
 
