@@ -51,10 +51,8 @@ def cost_report(
 
 def pixel_model(model: Model) -> Model:
     """The pixel twin of `model`, on its device and in its precision, with fresh weights. Draws nothing globally."""
-    # the package that defines the system is its family
-    family = sys.modules[type(model.system).__module__.rpartition(".")[0]]
     with torch.random.fork_rng(devices=[]):
-        system = family.build(family.pixel_twin(model.system.config))
+        system = model.system.pixel_twin()
     for module in (system.autoencoder, system.denoiser):
         module.to(model.device).eval().requires_grad_(False)
     return type(model)(system, model.device, name=f"{model.name} in pixels", dtype=model.dtype)

@@ -15,7 +15,7 @@ from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels, flow_levels
 from sfumato.errors import CheckpointError
-from sfumato.families.pocket.config import PocketConfig
+from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.storage import load_sharded, read_json, save_sharded, write_json
 from sfumato.text import TextConfig, TextEncoder, Tokenizer
@@ -75,6 +75,10 @@ class System:
 
     def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         return self.denoiser.dit(x, time, cond)
+
+    def pixel_twin(self) -> System:
+        """The same trunk in pixel space, on the CPU, with fresh weights from the global generator."""
+        return build(pixel_twin(self.config))
 
 
 def build(config: PocketConfig) -> System:
