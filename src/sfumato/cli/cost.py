@@ -26,7 +26,7 @@ def cost(
     from sfumato.generate import DEFAULT_MODEL, load
     from sfumato.receipts.cost import cost_report
 
-    report = cost_report(load(model or DEFAULT_MODEL, device=device), steps=request.steps)
+    report = cost_report(load(DEFAULT_MODEL if model is None else model, device=device), steps=request.steps)
     if as_json:
         show.answer(report)
         return

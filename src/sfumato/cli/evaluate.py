@@ -55,7 +55,7 @@ def evaluate(
         task_groups(1, request.seed, groups)  # a wrong name fails before any model is opened
     from sfumato.generate import DEFAULT_MODEL, load
 
-    loaded = load(model or DEFAULT_MODEL, device=device)
+    loaded = load(DEFAULT_MODEL if model is None else model, device=device)
     from sfumato.evaluate.report import distribution_report, evaluate_model, reconstruction_report
 
     with show.progress() as bar:

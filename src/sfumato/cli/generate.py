@@ -65,7 +65,7 @@ def generate(
     started = time.perf_counter()
     from sfumato.generate import DEFAULT_MODEL, load
 
-    loaded = load(model or DEFAULT_MODEL, device=device)
+    loaded = load(DEFAULT_MODEL if model is None else model, device=device)
     with show.progress() as bar:
         watch, clean = _watcher(bar, loaded, output if preview else None)
         try:
