@@ -204,8 +204,10 @@ class Model:
 
 
 def drawing_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where bfloat16 products round differently in batches of different size: picture k of a batch
-    shall be the picture made alone, to the bit. Elsewhere what the hardware is fast in."""
+    """float32 on a CPU, where products in batches of different size round differently: so picture k of a batch is the
+    picture made alone but for a few values that fall to the other side of .5, which in bfloat16 are many. Elsewhere
+    what the hardware is fast in.
+    """
     return torch.float32 if device.type == "cpu" else fast_dtype(device)
 
 
