@@ -235,7 +235,7 @@ def phrase(statement: Statement, seed: int) -> str:
             said = [f"{_relation(r, j, random)} {_definite(statement.objects, r, j, nouns)}" for r in mine]
             clauses.append(text + link + " and ".join(said))
     text = _join(clauses, plain)
-    if not statement.exact and random.random() < 0.6:
+    if not statement.exact:  # always said, or silence would come to mean «and perhaps more»
         text = f"{text} {_word(ENDINGS, random)}"
     if random.random() < 0.06:
         text = f"{_word((('a picture of', 1), ('a scene with', 1)), random)} {text}"
