@@ -240,6 +240,21 @@ def test_another_recipe_does_not_continue_a_run(recipe: Path, pictures: Path, tm
         run(recipe, data=pictures, out=out, device="cpu", overrides=few | {"denoiser.train.lr": 0.5})
 
 
+def test_a_denoiser_starts_from_another_models(
+    pictures: Path, recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    start_there = {"autoencoder.init": str(whole), "denoiser.init": str(whole), "autoencoder.train.steps": 0}
+    out = tmp_path / "run"
+    run(recipe, data=pictures, out=out, device="cpu", overrides=start_there | {"denoiser.train.steps": 0})
+    expected, found = weights(whole), weights(out)
+    for name in (name for name in expected if name.startswith("denoiser")):
+        assert torch.equal(expected[name], found[name]), name
+    assert sfumato.load(out).system.config.words == sfumato.load(whole).system.config.words
+    with pytest.raises(InputError, match=r"denoiser\.width is 128 in the recipe, but .* has 64"):
+        wider = {"denoiser.width": 128, "denoiser.heads": 2}
+        run(recipe, data=pictures, out=tmp_path / "x", device="cpu", overrides=start_there | wider)
+
+
 def test_a_run_passes_over_a_damaged_checkpoint(
     recipe: Path, pictures: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ class DenoiserRecipe:
     loss: DenoiserLoss
     train: TrainRecipe
     vocabulary: int = 4096  # most frequent words that get a token of their own
+    init: str = ""  # a model whose denoiser and text encoder to start from; its shape and words are kept
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ class Run:
             shape = self.recipe.autoencoder.model, self.recipe.denoiser.model
             multiple = self.family.configure(*shape, (), self.recipe.preset).multiple
             has_state(self.folder / "denoiser" / "state", self.identity("denoiser"))
+            self._initial_denoiser()
         source = self.source(multiple)
         self.note("data", f"{len(source):,} pictures in {len(source.buckets())} sizes")
         if problems := getattr(source, "problems", ()):
@@ -251,11 +252,14 @@ class Run:
         place, identity = self.folder / "denoiser", self.identity("denoiser")
         self._forget(place, identity)
         cache = self.latents(source, autoencoder)
-        words = self.words(source, recipe.vocabulary)
+        initial = self._initial_denoiser()
+        words = initial.config.words if initial else self.words(source, recipe.vocabulary)
         config = self.family.configure(autoencoder.config, recipe.model, words, self.recipe.preset)
         self._check_captions(source, Tokenizer(words, recipe.model.max_tokens))
         torch.manual_seed(self.recipe.seed)
         system = replace(self.family.build(config), autoencoder=autoencoder)
+        if initial is not None:
+            system.denoiser.load_state_dict(initial.denoiser.state_dict())
         labels = self.labels(source, config) if recipe.loss.labels else None
         examples = Examples(source, cache, system.tokenizer, recipe, self.recipe.seed, self.device, labels)
         task = DenoiserTask(self.recipe, self.folder, self.device, system, examples)
@@ -265,6 +269,27 @@ class Run:
         self.world.wait()
         self.tell(Event("done", "denoiser", recipe.train.steps, recipe.train.steps, text=str(self.folder)))
         return self.folder
+
+    def _initial_denoiser(self) -> Any | None:
+        """The system whose denoiser this one starts from, if the recipe names one; its shape must be the recipe's."""
+        recipe, first = self.recipe.denoiser, self.recipe.autoencoder
+        assert recipe is not None and first is not None
+        if not recipe.init:
+            return None
+        system = load(recipe.init, "cpu").system
+        theirs, ours = asdict(system.config.denoiser), asdict(recipe.model)
+        theirs["latent_channels"], ours["latent_channels"] = (
+            system.config.autoencoder.channels,
+            first.model.channels,
+        )
+        for name, value in theirs.items():
+            if ours[name] != value:
+                raise InputError(
+                    f"denoiser.{name} is {ours[name]} in the recipe, but {recipe.init} has {value}; make them equal, "
+                    "or drop denoiser.init",
+                    argument=f"denoiser.{name}",
+                )
+        return system
 
     def _forget(self, place: Path, identity: str) -> None:
         """Drop words and labels that no checkpoint goes with: a run stopped that early may have had another recipe."""
