@@ -19,13 +19,13 @@ from sfumato.diffusion.guidance import cfg_batched
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, family_of, model_folder
-from sfumato.runtime import autocast, fast_dtype, pick_device
+from sfumato.runtime import autocast, batch_invariant, fast_dtype, pick_device
 from sfumato.sampling import SeededNoise, Step, sampler_named
 from sfumato.storage import tensors_hash
 from sfumato.types import Conditioning, Request, Result
 
 MODELS = tuple(PACKAGED)
-BATCH = 16  # pictures denoised together; more only costs memory
+BATCH = 8  # pictures denoised together; with more, a CPU works outside its caches
 __all__ = ["BATCH", "DEFAULT_MODEL", "MODELS", "Model", "load"]
 
 
@@ -204,11 +204,11 @@ class Model:
 
 
 def drawing_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where products in batches of different size round differently: so picture k of a batch is the
-    picture made alone but for a few values that fall to the other side of .5, which in bfloat16 are many. Elsewhere
-    what the hardware is fast in.
+    """What the hardware is fast in, but on a CPU only where a picture does not depend on its batch. Elsewhere float32,
+    in which picture k of a batch is the picture made alone but for a few values that fall to the other side of .5.
     """
-    return torch.float32 if device.type == "cpu" else fast_dtype(device)
+    fast = fast_dtype(device)
+    return fast if device.type != "cpu" or batch_invariant(fast) else torch.float32
 
 
 def to_pixels(image: Image.Image) -> Tensor:

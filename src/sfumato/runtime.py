@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 
 import torch
@@ -40,3 +41,31 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+@functools.cache
+def batch_invariant(dtype: torch.dtype) -> bool:
+    """Whether rows of a CPU's matrix products and convolutions in `dtype` come out the same to the bit in a small batch
+    and in a large one. Measured once, by small products: it depends on the processor's units and the library's choice
+    of kernels (matrix units often split a sum by the shape of the whole).
+    """
+    numbers = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=numbers).to(dtype)
+
+    with torch.inference_mode():
+        for inner, outer in ((256, 768), (704, 256)):
+            rows, weight = normal(16 * 72, inner), normal(outer, inner)
+            whole = rows @ weight.T
+            if any(not torch.equal(rows[:few] @ weight.T, whole[:few]) for few in (65, 144, 576)):
+                return False
+        keys = normal(16, 4, 72, 64)
+        scores = keys @ keys.transpose(-1, -2)
+        pictures, kernel = normal(8, 64, 16, 16), normal(64, 64, 3, 3)
+        maps = torch.nn.functional.conv2d(pictures, kernel, padding=1)
+        return all(
+            torch.equal(keys[:few] @ keys[:few].transpose(-1, -2), scores[:few])
+            and torch.equal(torch.nn.functional.conv2d(pictures[:few], kernel, padding=1), maps[:few])
+            for few in (1, 2, 4)
+        )

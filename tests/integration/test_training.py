@@ -17,10 +17,13 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato.data.scenes import SceneSource
+from sfumato.data.source import to_float
 from sfumato.errors import CheckpointError, InputError
 from sfumato.storage import load_tensors
 from sfumato.train import run
 from sfumato.train.recipe import parse_recipe, read_recipe
+from sfumato.train.stages import training_pictures
 
 RECIPE = """
 name = "tiny"
@@ -253,6 +256,17 @@ def test_a_denoiser_starts_from_another_models(
     with pytest.raises(InputError, match=r"denoiser\.width is 128 in the recipe, but .* has 64"):
         wider = {"denoiser.width": 128, "denoiser.heads": 2}
         run(recipe, data=pictures, out=tmp_path / "x", device="cpu", overrides=start_there | wider)
+
+
+def test_the_pictures_of_a_recipe_can_be_looked_at(recipe: Path, pictures: Path, tmp_path: Path) -> None:
+    found = training_pictures(recipe, pictures, 20)
+    assert found.shape == (20, 3, 32, 32) and found.min() >= -1 and found.max() <= 1
+    own = tmp_path / "scenes.toml"
+    own.write_text(RECIPE.replace("[data]", '[data]\nkind = "scenes"\ncount = 16'), encoding="utf-8")
+    scenes = SceneSource(16, size=32)
+    assert torch.equal(training_pictures(own, None, 3), to_float(scenes.pixels([0, 1, 2]))[:, :, 0])
+    with pytest.raises(InputError, match="--data"):
+        training_pictures(recipe, None, 3)
 
 
 def test_a_run_passes_over_a_damaged_checkpoint(

@@ -205,6 +205,7 @@ REFUSED = {
     "scenes without a folder": (["scenes"], "--out"),
     "evaluate no number": (["evaluate", "--per-group", "x"], "per-group"),
     "evaluate nothing": (["evaluate", "--per-group", "0"], "per-group must be between 1 and"),
+    "evaluate copies of nothing": (["evaluate", "--training", "x.toml"], "--distribution"),
     "evaluate unknown group": (["evaluate", "--group", "nine"], "nine"),
     "cost steps": (["cost", "--steps", "0"], "steps"),
 }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sfumato.cli import parse, show
+from sfumato.errors import InputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch import Tensor
 
 EXAMPLE = "sfumato evaluate -m runs/mine --per-group 32 --group single --group binding"
 MAX_PICTURES = 100_000
+TRAINING_PICTURES = 4_096  # of a recipe, among which copies are looked for
 
 
 def evaluate(
@@ -35,6 +39,15 @@ def evaluate(
     distribution: Annotated[
         str, typer.Option(metavar="N", help="Pictures for distances and diversity; 0 for none.")
     ] = "0",
+    training: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="With --distribution: look for copies of this recipe's pictures."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder of pictures, if that recipe names none.")
+    ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
@@ -49,6 +62,8 @@ def evaluate(
     prompts = parse.between("per-group", parse.whole("per-group", per_group), 1, MAX_PICTURES)
     rebuilt = parse.between("reconstruction", parse.whole("reconstruction", reconstruction), 0, MAX_PICTURES)
     drawn = parse.between("distribution", parse.whole("distribution", distribution), 0, MAX_PICTURES)
+    if training is not None and not drawn:
+        raise InputError("training goes with --distribution N, the pictures to compare", argument="training")
     if groups:
         from sfumato.evaluate.tasks import task_groups
 
@@ -58,6 +73,7 @@ def evaluate(
     loaded = load(DEFAULT_MODEL if model is None else model, device=device)
     from sfumato.evaluate.report import distribution_report, evaluate_model, reconstruction_report
 
+    known = None if training is None else _pictures_of(training, data)
     with show.progress() as bar:
         report = evaluate_model(
             loaded,
@@ -78,6 +94,7 @@ def evaluate(
                 loaded,
                 drawn,
                 request.seed,
+                training=known,
                 steps=request.steps,
                 guidance=request.guidance,
                 on_progress=_reporter(bar),
@@ -117,11 +134,22 @@ def _rebuilt(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _pictures_of(recipe: str, data: Path | None) -> Tensor:
+    """Pictures (M, 3, H, W) in [-1, 1] that a recipe trains on, the first thousands of them."""
+    from sfumato.train.stages import training_pictures
+
+    return training_pictures(recipe, data, TRAINING_PICTURES)
+
+
 def _distances(found: dict[str, Any]) -> list[list[str]]:
     rows = [
         [name.replace("_", " "), *(f"{found[side][name]:.4g}" for side in ("model", "real"))]
         for name in ("kernel_distance", "frechet_distance")
     ]
+    for space, near in found.get("nearest_training", {}).items():
+        rows.append(
+            [f"nearest training picture, {space}", f"{near['median']:.4g}", f"{near['median_of_real']:.4g}"]
+        )
     spread = found["diversity"]
     return [
         *rows,

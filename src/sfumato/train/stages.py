@@ -70,6 +70,19 @@ def run(
             dist.destroy_process_group()
 
 
+def training_pictures(recipe: str | Path, data: str | Path | None, most: int) -> Tensor:
+    """The first `most` pictures that a recipe trains on, of its commonest shape: (M, 3, H, W) in [-1, 1]."""
+    d = read_recipe(recipe, {"data.path": str(data)} if data is not None else None).data
+    if d.kind == "scenes":
+        source: Source = SceneSource(d.count, d.seed, d.split, d.size)
+    elif d.path:
+        source = FolderSource(d.path, d.size, seed=d.seed, flip=d.flip)
+    else:
+        raise InputError(f"{recipe} names no pictures: give --data DIR", argument="data")
+    members = max(source.buckets().values(), key=len)[:most]
+    return to_float(source.pixels(members))[:, :, 0]
+
+
 def _join_world(device: torch.device) -> tuple[torch.device, bool]:
     """Join torchrun's processes, if this is one of them: the device of this one, and whether it has joined here."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
