@@ -1,0 +1,119 @@
+"""The spatial transformer of latent diffusion: cells of a feature map as tokens that see each other and a text.
+
+Source: Rombach et al. 2022 (arXiv 2112.10752), sec. 3.3 and app. E.2.1; ldm/modules/attention.py. Names of parameters
+are those of diffusers' `Transformer2DModel`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sfumato.nn.attention import attention
+
+MAP_EPS = 1e-6  # of the GroupNorm over the feature map (ldm/modules/attention.py, Normalize)
+TOKEN_EPS = 1e-5  # of the LayerNorms over tokens
+HELD = 2**23  # numbers of the feed-forward's widest activation made at a time: 16 MiB of bfloat16
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens (B, N, D) to a context (B, M, context width), or to themselves without one."""
+
+    def __init__(self, width: int, heads: int, context: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context, width, bias=False)
+        self.to_v = nn.Linear(context, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        q, k, v = (
+            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for tokens in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )  # each (B, K, N, D/K)
+        return self.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """value ⊙ gelu(gate), both from one matrix (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * functional.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """w_out(geglu(x)) on each token of (B, N, D).
+
+    Without gradients the tokens pass in parts, so that the hidden activation, eight times the width, stays in the
+    cache instead of going to memory and back.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = HELD // (8 * x.shape[-1])
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[:-1].numel() <= rows:
+            return self.net[2](self.net[0](x))
+        out = torch.empty_like(x)
+        for tokens, answer in zip(x.flatten(0, 1).split(rows), out.flatten(0, 1).split(rows), strict=True):
+            answer.copy_(self.net[2](self.net[0](tokens)))
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """x + self-attention, + attention to the context, + feed-forward, each after its LayerNorm."""
+
+    def __init__(self, width: int, heads: int, context: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, TOKEN_EPS)
+        self.attn1 = CrossAttention(width, heads, width)
+        self.norm2 = nn.LayerNorm(width, TOKEN_EPS)
+        self.attn2 = CrossAttention(width, heads, context)
+        self.norm3 = nn.LayerNorm(width, TOKEN_EPS)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """x + proj_out(blocks(proj_in(norm(x)))) with the cells of x: (B, C, H, W) as tokens, row by row.
+
+    `linear` stores the projections as linear layers, else as 1×1 convolutions of the same meaning. Both are applied to
+    tokens: in channels-last memory a feature map and its tokens are the same bytes.
+    """
+
+    def __init__(self, width: int, heads: int, depth: int, context: int, groups: int, *, linear: bool):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, MAP_EPS)
+        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(width, heads, context) for _ in range(depth)]
+        )
+        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        _, _, H, W = x.shape
+        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H·W, C)
+        h = on_tokens(self.proj_in, h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = on_tokens(self.proj_out, h)
+        return x + h.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
+
+
+def on_tokens(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
+    """A linear layer, or a 1×1 convolution as one, on (B, N, D). The weight's view costs nothing."""
+    return functional.linear(tokens, layer.weight.flatten(1), layer.bias)

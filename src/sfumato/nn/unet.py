@@ -1,0 +1,333 @@
+"""The conditional U-Net of latent diffusion: residual blocks told the time, spatial transformers that read the text.
+
+Sources: Rombach et al. 2022 (arXiv 2112.10752), sec. 3.3; Podell et al. 2023 (arXiv 2307.01952), sec. 2.1 and 2.2, for
+the pooled vector and the uneven depths; Luo et al. 2023 (arXiv 2310.04378), sec. 4.3, for the guidance embedding. Names
+of parameters are those of diffusers' `UNet2DConditionModel`, so that its files load without renaming; the original
+files (ldm/modules/diffusionmodules/openaimodel.py) hold the same tensors under other names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sfumato.errors import InputError
+from sfumato.nn.embed import sinusoid
+from sfumato.nn.spatial import SpatialTransformer
+
+EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its own
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a U-Net. Tuples have a value for each level, from the finest; each next level halves the sides."""
+
+    in_channels: int = 4  # of the noisy latent; 9 with a mask and the masked picture's latent
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    depths: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block; 0 is no attention
+    mid_depth: int = 1  # the same for the middle, which always attends
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # of attention; the middle has as many as the last level
+    context: int = 768  # width of the text's tokens
+    linear: bool = False  # the projections around a transformer are linear layers, else 1×1 convolutions
+    vector: int = 0  # width of pooled text and embedded sizes (micro-conditioning); 0 is none
+    resnets: int = 2  # residual blocks per level on the way down; one more on the way up
+    out_channels: int = 4
+    time_cond: int = 0  # width of an embedded guidance scale added to the time (guidance distillation); 0 is none
+    groups: int = 32  # of every GroupNorm
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "out_channels", "context", "resnets", "groups", "mid_depth"):
+            _check_whole(name, getattr(self, name), 1)
+        for name in ("vector", "time_cond"):
+            _check_whole(name, getattr(self, name), 0)
+        if not isinstance(self.linear, bool):
+            raise InputError(f"linear must be true or false, not {self.linear!r}", argument="linear")
+        if not self.channels:
+            raise InputError("channels must name those of at least one level", argument="channels")
+        for name, least in (("channels", 1), ("depths", 0), ("heads", 1)):
+            values = getattr(self, name)
+            if len(values) != len(self.channels):
+                raise InputError(
+                    f"{name} must have a value for each of the {len(self.channels)} levels, not {len(values)}",
+                    argument=name,
+                )
+            for value in values:
+                _check_whole(name, value, least)
+        attends = [*self.depths[:-1], self.mid_depth]
+        for width, heads, depth in zip(self.channels, self.heads, attends, strict=True):
+            if width % self.groups:
+                raise InputError(
+                    f"channels must be multiples of the {self.groups} groups, not {width}", argument="channels"
+                )
+            if depth and width % heads:
+                raise InputError(
+                    f"heads must divide the channels of their level, not {heads} of {width}", argument="heads"
+                )
+
+    @property
+    def time_width(self) -> int:
+        """Channels of the embedded time."""
+        return 4 * self.channels[0]
+
+    @property
+    def skips(self) -> tuple[tuple[int, int], ...]:
+        """(channels, level) of what the way down hands to the way up, in order: conv_in, then level by level."""
+        found = [(self.channels[0], 0)]
+        for level, width in enumerate(self.channels):
+            found += [(width, level)] * self.resnets
+            if level + 1 < len(self.channels):
+                found.append((width, level + 1))
+        return tuple(found)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
+        """Build from plain values, lists for tuples; an unknown field is an `InputError` that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InputError(f"unknown U-Net field {name!r}; known are {', '.join(known)}", argument=name)
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Embedding(nn.Module):
+    """linear_2(silu(linear_1(x))): (B, width) → (B, out). `cond_width` adds a projection of a second vector to x."""
+
+    def __init__(self, width: int, out: int, cond_width: int = 0):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.cond_proj = nn.Linear(cond_width, width, bias=False) if cond_width else None
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and cond is not None:
+            x = x + self.cond_proj(cond)
+        return self.linear_2(functional.silu(self.linear_1(x)))
+
+
+class Resnet(nn.Module):
+    """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time))); the shortcut is 1×1 where channels change."""
+
+    def __init__(self, channels: int, out: int, time_width: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, EPS)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, out)
+        self.norm2 = nn.GroupNorm(groups, out, EPS)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x: (B, C, H, W); time: (B, time_width), after its activation. Returns (B, out, H, W)."""
+        h = self.conv1(functional.silu(self.norm1(x), inplace=True))  # (B, out, H, W)
+        h += self.time_emb_proj(time)[:, :, None, None]
+        h = self.conv2(functional.silu(self.norm2(h), inplace=True))
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) → (B, C, ⌈H/2⌉, ⌈W/2⌉) by a convolution of stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) → (B, C, *size): nearest neighbour and a convolution. `size` is 2H or 2H − 1, as the skip is."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(functional.interpolate(x, size=size, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One level of either way: residual blocks, each followed by a transformer, and the way to the next level."""
+
+    def __init__(
+        self, config: UNetConfig, level: int, inputs: Sequence[int], *, down: bool = False, up: bool = False
+    ):
+        super().__init__()
+        width = config.channels[level]
+        self.resnets = nn.ModuleList([Resnet(n, width, config.time_width, config.groups) for n in inputs])
+        depth = config.depths[level]
+        attentions = [_transformer(config, level, depth) for _ in inputs] if depth else []
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([Downsample(width)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if up else [])
+
+    def block(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """The residual block of that index and the transformer after it, if this level has any."""
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, context) if self.attentions else x
+
+
+class Middle(nn.Module):
+    """Residual block, transformer, residual block, at the coarsest level."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        width = config.channels[-1]
+        self.attentions = nn.ModuleList([_transformer(config, -1, config.mid_depth)])
+        self.resnets = nn.ModuleList(
+            [Resnet(width, width, config.time_width, config.groups) for _ in range(2)]
+        )
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[0](x, time)
+        return self.resnets[1](self.attentions[0](x, context), time)
+
+
+class UNet(nn.Module):
+    """Network of a denoiser: (noisy latent, time, text) → a field shaped like the latent (noise or v).
+
+    Build it under `torch.device("meta")` when the weights are about to be read: nothing is allocated or drawn. Its
+    weights may be of any floating type; activations have the type of the weights, norms and softmax work in float32.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        levels = range(len(config.channels))
+        first, last = levels[0], levels[-1]
+        self.conv_in = nn.Conv2d(config.in_channels, config.channels[0], 3, padding=1)
+        self.time_embedding = Embedding(config.channels[0], config.time_width, config.time_cond)
+        if config.vector:
+            self.add_embedding = Embedding(config.vector, config.time_width)
+
+        self.down_blocks = nn.ModuleList()
+        for level in levels:
+            inputs = [config.channels[max(level - 1, 0)], *[config.channels[level]] * (config.resnets - 1)]
+            self.down_blocks.append(Level(config, level, inputs, down=level != last))
+        self.mid_block = Middle(config)
+        skips = [width for width, _ in config.skips]
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(levels):
+            inputs = [config.channels[min(level + 1, last)], *[config.channels[level]] * config.resnets]
+            joined = [width + skips.pop() for width in inputs]
+            self.up_blocks.append(Level(config, level, joined, up=level != first))
+
+        self.conv_norm_out = nn.GroupNorm(config.groups, config.channels[0], EPS)
+        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor,
+        vector: Tensor | None = None,
+        *,
+        time_cond: Tensor | None = None,
+        down_residuals: Sequence[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
+        """(B, in_channels, H, W) → (B, out_channels, H, W) in the type of x; H and W may be any.
+
+        time: (B,) or a scalar, the training step 0 … 999, fractions allowed. context: (B, N, `config.context`).
+        vector: (B, `config.vector`), if the config has one. time_cond: (B, `config.time_cond`) or None.
+        down_residuals, mid_residual: what a ControlNet adds to the skips, in the order of `config.skips`, and to the
+        middle. Raises `InputError` where a shape is not the config's.
+        """
+        self._check(x, context, vector, time_cond, down_residuals)
+        dtype = self.conv_in.weight.dtype
+        embedded = self._embed_time(time.expand(len(x)), vector, time_cond)
+        context = context.to(dtype)
+        h = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(h)  # (B, channels[0], H, W)
+
+        skips = [h]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                h = level.block(i, h, embedded, context)  # (B, channels[l], H/2ˡ, W/2ˡ)
+                skips.append(h)
+            for downsample in level.downsamplers:
+                h = downsample(h)
+                skips.append(h)
+
+        h = self.mid_block(h, embedded, context)
+        if mid_residual is not None:
+            h = h + mid_residual.to(dtype)
+        if down_residuals is not None:
+            skips = [skip + added.to(dtype) for skip, added in zip(skips, down_residuals, strict=True)]
+
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C of the skip, H/2ˡ, W/2ˡ)
+                h = level.block(i, h, embedded, context)
+            for upsample in level.upsamplers:
+                h = upsample(h, skips[-1].shape[-2:])
+        h = functional.silu(self.conv_norm_out(h), inplace=True)
+        return self.conv_out(h).to(x.dtype)
+
+    def _embed_time(self, time: Tensor, vector: Tensor | None, time_cond: Tensor | None) -> Tensor:
+        """(B, time_width): time and vector together, with the activation that every residual block begins with."""
+        dtype = self.conv_in.weight.dtype
+        waves = sinusoid(time, self.config.channels[0]).to(dtype)  # made in float32
+        embedded = self.time_embedding(waves, None if time_cond is None else time_cond.to(dtype))
+        if vector is not None:
+            embedded = embedded + self.add_embedding(vector.to(dtype))
+        return functional.silu(embedded)
+
+    def _check(
+        self,
+        x: Tensor,
+        context: Tensor,
+        vector: Tensor | None,
+        time_cond: Tensor | None,
+        down_residuals: Sequence[Tensor] | None,
+    ) -> None:
+        config, B = self.config, len(x)
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise InputError(
+                f"x must have shape (B, {config.in_channels}, H, W), not {tuple(x.shape)}", argument="x"
+            )
+        if context.ndim != 3 or len(context) != B or context.shape[2] != config.context:
+            raise InputError(
+                f"context must have shape ({B}, N, {config.context}), not {tuple(context.shape)}",
+                argument="context",
+            )
+        for name, value, width in (
+            ("vector", vector, config.vector),
+            ("time_cond", time_cond, config.time_cond),
+        ):
+            if value is not None and not width:
+                raise InputError(f"this U-Net takes no {name}; leave it out", argument=name)
+            if value is not None and value.shape != (B, width):
+                raise InputError(
+                    f"{name} must have shape ({B}, {width}), not {tuple(value.shape)}", argument=name
+                )
+        if config.vector and vector is None:
+            raise InputError(
+                f"this U-Net needs a vector of shape ({B}, {config.vector}): pooled text and sizes",
+                argument="vector",
+            )
+        if down_residuals is not None and len(down_residuals) != len(config.skips):
+            raise InputError(
+                f"down_residuals must be {len(config.skips)} tensors, one per skip, not {len(down_residuals)}",
+                argument="down_residuals",
+            )
+
+
+def _transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        config.channels[level], config.heads[level], depth, config.context, config.groups, linear=config.linear
+    )
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}", argument=name)
