@@ -12,13 +12,19 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
 
 from sfumato.errors import CheckpointError
 
 SHARD_BYTES = 16 * 2**20
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own bound on a header
+PICKLED = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}  # what checkpoints are called that can run code
+_PICKLE_ADVICE = (
+    "a pickled checkpoint, which can run code when opened; use the .safetensors file its author offers, "
+    "or convert it on a machine you can lose"
+)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -139,24 +145,42 @@ def load_tensors(path: str | os.PathLike[str], device: str = "cpu") -> dict:
 
 def check_safetensors(path: str | os.PathLike[str]) -> None:
     """Refuse what is not a safetensors file before any parser sees it, and say how to convert a pickled one."""
+    with open_safetensors(path) as stream:
+        header_length(stream, path)
+
+
+def open_safetensors(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading; `CheckpointError` when it is absent, no file, forbidden, or pickled by its name."""
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist or is not a file")
     try:
-        with open(path, "rb") as stream:
-            start = stream.read(8)
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist or is not a file")
+        if path.suffix.lower() in PICKLED:
+            raise CheckpointError(f"{path} is {_PICKLE_ADVICE}")
+        return open(path, "rb")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if path.suffix in {".ckpt", ".bin", ".pt", ".pth"} or start[:2] in {b"PK", b"\x80\x02", b"\x80\x04"}:
-        raise CheckpointError(
-            f"{path} is a pickled checkpoint, which can run code when opened; "
-            "convert it to safetensors on a machine you can lose"
-        )
-    length = int.from_bytes(start, "little") if len(start) == 8 else -1
-    if not 0 < length <= min(HEADER_LIMIT, path.stat().st_size - 8):
-        raise CheckpointError(
-            f"{path} is not a safetensors file: its header length ({length} bytes) cannot be right"
-        )
+
+
+def header_length(stream: BinaryIO, path: str | os.PathLike[str]) -> int:
+    """Bytes of the JSON header of an open safetensors file, from its first nine bytes; leaves the stream after eight.
+
+    `CheckpointError` when they cannot be the start of one, and a sentence on what to do when they start a pickle.
+    """
+    start = stream.read(9)
+    stream.seek(8)
+    length = int.from_bytes(start[:8], "little")
+    room = os.fstat(stream.fileno()).st_size - 8
+    if start[8:] == b"{" and length <= min(HEADER_LIMIT, room):
+        return length
+    # A length of 640 bytes begins like a pickle, one of 19,280 like an archive: only what is no header is told apart.
+    if start[:2] in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}:
+        raise CheckpointError(f"{path} is {_PICKLE_ADVICE}")
+    if start[8:] == b"{" and room < length <= HEADER_LIMIT:
+        raise CheckpointError(f"{path} is cut short in its header of {length:,} bytes; fetch it again")
+    raise CheckpointError(
+        f"{path} is not a safetensors file: it does not begin with a header's length and '{{'"
+    )
 
 
 def save_sharded(
@@ -196,26 +220,44 @@ def load_sharded(directory: Path, files: list[str], hashes: Mapping[str, str] | 
     """
     tensors: dict = {}
     for file in files:
-        if not isinstance(file, str) or file in {"", ".", ".."} or Path(file).name != file:
-            raise CheckpointError(f"{directory} names the shard {file!r}, which lies outside the folder")
-        if hashes and file in hashes and file_hash(directory / file) != hashes[file]:
-            raise CheckpointError(
-                f"{directory / file} does not match the hash its index gives; fetch it again"
-            )
-        shard = load_tensors(directory / file)
+        path = shard_path(directory, file)
+        if hashes and file in hashes:
+            check_hash(path, hashes[file])
+        shard = load_tensors(path)
         repeated = tensors.keys() & shard.keys()
         if repeated:
-            raise CheckpointError(
-                f"{directory / file} repeats the tensor {sorted(repeated)[0]!r} of another shard"
-            )
+            raise CheckpointError(f"{path} repeats the tensor {sorted(repeated)[0]!r} of another shard")
         tensors.update(shard)
     return tensors
 
 
-def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def shard_path(directory: Path, file: Any) -> Path:
+    """Where the shard that an index names `file` lies; `CheckpointError` when that is not directly in `directory`."""
+    plain = isinstance(file, str) and "\0" not in file and file not in {"", ".", ".."}
+    if not plain or not PurePosixPath(file).name == PureWindowsPath(file).name == file:
+        raise CheckpointError(f"{directory} names the shard {file!r}, which lies outside the folder")
+    return directory / file
+
+
+def file_hash(path: str | os.PathLike[str], told: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, as hex. `told` hears how many bytes each step has read, for a progress bar."""
+    digest, buffer = hashlib.sha256(), bytearray(2**20)
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            if told:
+                told(count)
+    return digest.hexdigest()
+
+
+def check_hash(path: Path, wanted: str) -> None:
+    """`CheckpointError` unless the file is there and has this SHA-256."""
+    try:
+        found = file_hash(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if found != wanted:
+        raise CheckpointError(f"{path} does not match the hash given for it; fetch it again")
 
 
 def tensors_hash(tensors: Mapping) -> str:

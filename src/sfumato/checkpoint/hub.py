@@ -1,0 +1,227 @@
+"""Models of the Hugging Face Hub as folders of its cache: `org/name`, or `org/name@revision`.
+
+The network is used through huggingface_hub alone, which reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
+HF_HUB_OFFLINE. A revision is resolved to one commit, and only files of that commit are used. Only those that the model
+needs are fetched, and never one that could run: JSON, text, safetensors, and the models of tokenizers.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import shlex
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.layout import INDEX, STEMS, find_parts, pick_files, stem_of, weight_files
+from sfumato.errors import CheckpointError, InputError
+from sfumato.storage import PICKLED
+
+PLAIN = {".json", ".txt", ".model"}  # fetched beside .safetensors; .model is the vocabulary of sentencepiece
+_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.A
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What is asked of the Hub."""
+
+    repo: str
+    revision: str | None
+    variant: str | None
+    skip: Collection[str]
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text has the form `org/name` or `org/name@revision`. A path may have it too: look for that first."""
+    match = _ID.fullmatch(name)
+    return match is not None and ".." not in name and "--" not in match["repo"]
+
+
+def fetch(name: str, variant: str | None = None, skip: Collection[str] = (), progress: bool = False) -> Path:
+    """The folder of the cache that holds a model's files, fetched if need be; or its one .safetensors file.
+
+    name: `org/name` or `org/name@revision`; without a revision it is the newest commit, and without a connection the
+    newest that was fetched. variant: of weights, see `layout.weight_files`. skip: parts to leave out, such as
+    "safety_checker". progress: bars on standard error. Nothing is sent under HF_HUB_OFFLINE=1.
+
+    `InputError` for a name of another form. `CheckpointError` when the model or revision does not exist or may not be
+    read, when it has no weights that can be used, and when it can neither be fetched nor found in the cache: then the
+    message holds the command that fetches it.
+    """
+    match = _ID.fullmatch(name)
+    if match is None or not is_hub_id(name):
+        raise InputError(
+            f"{name!r} is no model of the Hub: write org/name or org/name@revision", argument="model"
+        )
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(
+            f"{name} lies on the Hub, which needs: pip install huggingface-hub", argument="model"
+        ) from None
+    from huggingface_hub import errors
+
+    wish = _Wish(match["repo"], match["revision"], variant, skip)
+    if huggingface_hub.constants.is_offline_mode():
+        return _from_cache(wish, huggingface_hub, "HF_HUB_OFFLINE is set")
+    try:
+        return _download(wish, huggingface_hub, progress)
+    except errors.GatedRepoError:
+        page = f"{huggingface_hub.constants.ENDPOINT}/{wish.repo}"
+        reason = f"{wish} is gated: accept its licence at {page}, and set HF_TOKEN to your token"
+        raise CheckpointError(reason) from None
+    except errors.RepositoryNotFoundError:
+        reason = f"the Hub has no model {wish.repo}, or it is private: then set HF_TOKEN to your token"
+        raise CheckpointError(reason) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{wish.repo} has no revision {wish.revision or 'main'}") from None
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise CheckpointError(f"the Hub refuses {wish}: {_line(error)}") from None
+        reason = _line(error)
+    except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError) as error:
+        reason = _line(error.__cause__ or error)
+    except (errors.HTTPError, ConnectionError) as error:  # of the client beneath: no connection, time-outs
+        reason = _line(error)
+    return _from_cache(wish, huggingface_hub, f"the Hub cannot be reached ({reason})")
+
+
+def choose(
+    names: Collection[str], parts: Collection[str] | None, variant: str | None, place: str
+) -> list[str]:
+    """Which of a repository's files a model needs, by their names alone.
+
+    names: paths with slashes. parts: the folders that its index names, None when it has no index: then it is one part
+    (`config.json` and weights at the top), or a single .safetensors file. variant: see `layout.weight_files`.
+    `CheckpointError`, which names `place`, when a part has no weights that can be used, or nothing says which to use.
+    """
+    if parts is not None:
+        tops = [INDEX]
+        return tops + [f"{part}/{name}" for part in parts for name in _of_folder(names, part, variant, place)]
+    top = _of_folder(names, "", variant, place)
+    if "config.json" in top and stem_of(top):
+        return top
+    singles = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    if len(singles) == 1:
+        return singles
+    if not singles:
+        pick_files(
+            [name for name in names if "/" not in name], STEMS[0], variant, place
+        )  # says what is there
+    raise CheckpointError(
+        f"{place} holds several models: {', '.join(map(shown, sorted(singles)[:10]))}; "
+        f"fetch one with `hf download {place.partition('@')[0]} NAME` and give the path that it prints"
+    )
+
+
+def _of_folder(names: Collection[str], folder: str, variant: str | None, place: str) -> list[str]:
+    """The needed files directly in a folder, without its name: descriptions, and one variant of the weights."""
+    paths = [PurePosixPath(name) for name in names]
+    here = sorted(path.name for path in paths if path.parent == PurePosixPath(folder))
+    plain = [
+        n for n in here if PurePosixPath(n).suffix in PLAIN and ".safetensors." not in n and ".bin." not in n
+    ]
+    stem = stem_of(here)
+    if stem is None:
+        pickled = any(PurePosixPath(name).suffix in PICKLED for name in here)
+        if pickled and folder:
+            pick_files(here, STEMS[0], variant, f"{place}, {folder},")  # says that they are refused
+        return plain
+    pick = pick_files(here, stem, variant, f"{place}, {folder}," if folder else place)
+    return plain + ([pick.single] if pick.single else [str(pick.index), *pick.shards])
+
+
+def _download(wish: _Wish, hub: Any, progress: bool) -> Path:
+    """Fetch what is needed and not yet there. The index comes first: it says which folders are parts."""
+    commit = hub.resolve_revision(wish.repo, revision=wish.revision).resolved
+    names = hub.HfApi().list_repo_files(wish.repo, revision=commit)
+    bars = {} if progress else {"tqdm_class": _silent(hub.utils.tqdm)}
+
+    def get(files: list[str]) -> Path:
+        patterns = [glob.escape(file) for file in files]
+        return Path(hub.snapshot_download(wish.repo, revision=commit, allow_patterns=patterns, **bars))
+
+    parts = _parts(get([INDEX]), wish) if INDEX in names else None
+    return _place(get(wanted := choose(names, parts, wish.variant, str(wish))), wanted)
+
+
+def _from_cache(wish: _Wish, hub: Any, reason: str) -> Path:
+    """The same files, from the cache alone. `reason` says why the Hub was not asked."""
+    from huggingface_hub import errors
+
+    try:
+        commit = hub.resolve_revision(wish.repo, revision=wish.revision, local_files_only=True).resolved
+    except errors.RevisionResolutionError:
+        _absent(wish, hub, "is not in the cache", reason)
+    # where a commit lies is part of the cache's documented layout
+    folder = (
+        Path(hub.constants.HF_HUB_CACHE) / f"models--{wish.repo.replace('/', '--')}" / "snapshots" / commit
+    )
+    if not _COMMIT.fullmatch(commit) or not folder.is_dir():
+        _absent(wish, hub, "is not in the cache", reason)
+    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    try:  # what the commit holds, if that was noted when it was fetched
+        names = [file.path for file in hub.get_cached_repo_tree(wish.repo, revision=commit)]
+    except errors.CachedRepoTreeNotFoundError:
+        names = here
+    if INDEX in names and INDEX not in here:
+        _absent(wish, hub, f"lacks {INDEX} in the cache", reason)
+    parts = _parts(folder, wish) if INDEX in names else None
+    wanted = choose(names, parts, wish.variant, str(wish))
+    lost = next((name for name in wanted if name not in here), None)
+    lost = lost or next((part for part in parts or () if not (folder / part).is_dir()), None)
+    if lost is not None:
+        _absent(wish, hub, f"lacks {shown(lost)} in the cache", reason)
+    for part in parts if parts is not None else [""]:
+        if stem := stem_of([name.name for name in (folder / part).iterdir()]):
+            try:
+                weight_files(folder / part, stem, wish.variant)
+            except CheckpointError as error:
+                _absent(wish, hub, f"is not whole in the cache: {error}", reason)
+    return _place(folder, wanted)
+
+
+def _parts(folder: Path, wish: _Wish) -> list[str]:
+    layout = find_parts(folder)
+    return [name for name in (*layout.parts, *layout.absent) if name not in wish.skip]
+
+
+def _place(folder: Path, wanted: list[str]) -> Path:
+    return folder if "config.json" in wanted or INDEX in wanted else folder / wanted[0]
+
+
+def _absent(wish: _Wish, hub: Any, what: str, reason: str) -> NoReturn:
+    weights = f"*model.{wish.variant}*.safetensors" if wish.variant else "*model*.safetensors"
+    command = ["hf", "download", wish.repo]
+    if wish.revision is not None:
+        command += ["--revision", wish.revision]
+    for pattern in ("*.json", "*.txt", "*.model", weights):
+        command += ["--include", pattern]
+    environment = "HF_HUB_OFFLINE=0 " if hub.constants.is_offline_mode() else ""
+    raise CheckpointError(
+        f"{wish} {what} ({hub.constants.HF_HUB_CACHE}), and {reason}; fetch it with: {environment}{shlex.join(command)}"
+    )
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _silent(bar: type) -> type:
+    """The library's progress bar without its picture."""
+
+    class Silent(bar):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **{**options, "disable": True})
+
+    return Silent
