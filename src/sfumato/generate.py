@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +21,68 @@ import sfumato
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.errors import InputError
-from sfumato.families import DEFAULT_MODEL, PACKAGED, family_of, model_folder
+from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
 from sfumato.runtime import autocast, batch_invariant, fast_dtype, pick_device
-from sfumato.sampling import SeededNoise, Step, sampler_named
+from sfumato.sampling import SAMPLERS, SeededNoise, Step, sampler_named
+from sfumato.sampling.variation import VariedNoise
 from sfumato.storage import tensors_hash
-from sfumato.types import Conditioning, Request, Result
+from sfumato.tasks import canvas as tasks
+from sfumato.tasks.canvas import Canvas, by, nearest_size
+from sfumato.tasks.latent import (
+    Origin,
+    begin,
+    cells_to_paint,
+    enlarged,
+    keeping,
+    pixel_upscaler,
+    steps_to_run,
+)
+from sfumato.types import MAX_SIDE, Conditioning, HiRes, Request, Result
 
 MODELS = tuple(PACKAGED)
 BATCH = 8  # pictures denoised together; with more, a CPU works outside its caches
 __all__ = ["BATCH", "DEFAULT_MODEL", "MODELS", "Model", "load"]
 
 
-def load(model: str | Path = DEFAULT_MODEL, device: str | None = None) -> Model:
-    """Open a packaged model by name, or a model folder. Raises `CheckpointError` that says what is wrong with it."""
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    device: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    vae: str | Path | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> Model:
+    """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
+
+    A checkpoint is a .safetensors file or a diffusers folder, and the options are for it alone. dtype: of its weights,
+    by default what pictures are drawn in on this device. vae: another autoencoder. prediction: "epsilon" or "v", over
+    what the checkpoint says. variant: of a folder's files, such as "fp16". Raises `CheckpointError` that says what is
+    wrong with it.
+    """
     place = pick_device(device)
-    directory = model_folder(PACKAGED.get(str(model), Path(model)))
-    system = family_of(directory).open_folder(directory, place)
+    options = {"vae": vae, "prediction": prediction, "variant": variant}
+    system = open_model(model, place, dtype or drawing_dtype(place), options)
     return Model(system, place, name=str(model))
 
 
 class Model:
-    """A model in memory, ready to draw. Stateless between calls, so that threads may share it."""
+    """A model in memory, ready to draw. Stateless between calls, so that threads may share it.
+
+    Beside what every system has (`config`, `autoencoder`, `denoiser`, `encode`, `decode`, `condition`, `network`,
+    `parameterization`, `levels`), one may offer
+        inpaint_channels(pixels, mask) -> (1, E, 1, H/f, W/f): a network that was trained to inpaint takes these
+            channels after those of the sample, at every call. pixels: (1, 3, 1, H, W) in [-1, 1], 0 where to paint;
+            mask: (1, 1, 1, H, W), 1 where to paint. A request without a mask paints everywhere.
+        preview(latent) -> pixels (1, 3, 1, h, w) in about [-1, 1]: a quick look, cheaper than decoding.
+        clip_layers: up to which layer from the end `condition` can read a text encoder (`Request.clip_skip`).
+        told_guidance: the network is told the scale of guidance, by `condition`, and nothing is left to guide.
+        dtype: what its weights are in and its networks work in. One without it works under autocast.
+    """
 
     def __init__(self, system: Any, device: torch.device, name: str = "", dtype: torch.dtype | None = None):
         self.system, self.device, self.name = system, device, name
-        self.dtype = drawing_dtype(device) if dtype is None else dtype
+        self.dtype = getattr(system, "dtype", None) or dtype or drawing_dtype(device)
 
     @property
     def preset(self) -> dict[str, Any]:
@@ -58,6 +98,9 @@ class Model:
             for name in ("autoencoder", "denoiser")
         }
 
+    def _precision(self) -> AbstractContextManager[None]:
+        return nullcontext() if hasattr(self.system, "dtype") else autocast(self.device, self.dtype)
+
     @torch.inference_mode()
     def encode(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Pictures of one size → normalised latents (B, C, 1, H/f, W/f)."""
@@ -68,45 +111,53 @@ class Model:
             raise InputError("the pictures to encode together must have one size", argument="images")
         self._check_size(images[0].size)
         pixels = torch.stack([to_pixels(image) for image in images]).to(self.device)
-        with autocast(self.device, self.dtype):
-            return self.system.autoencoder.encode_normalized(pixels).float()
+        with self._precision():
+            return self.system.encode(pixels).float()
 
     @torch.inference_mode()
     def decode_pixels(self, latent: Tensor) -> Tensor:
         """Normalised latents (B, C, T, H, W) → pixels (B, 3, T, H·f, W·f) in [-1, 1]."""
-        with autocast(self.device, self.dtype):
-            return self.system.autoencoder.decode_normalized(latent.to(self.device)).float().clamp(-1, 1)
+        with self._precision():
+            return self.system.decode(latent.to(self.device)).float().clamp(-1, 1)
 
     def decode(self, latent: Tensor) -> list[Image.Image]:
         """Normalised latents (B, C, 1, H, W) → pictures."""
         return [to_image(pixels) for pixels in self.decode_pixels(latent)]
 
     @torch.inference_mode()
-    def condition(self, prompts: Request | Sequence[str]) -> Conditioning:
-        """Text features of prompts; of a request, its prompt in the first row and its negative in the second."""
-        texts = [prompts.prompt, prompts.negative] if isinstance(prompts, Request) else list(prompts)
-        with autocast(self.device, self.dtype):
-            cond = self.system.condition(texts)
-        return Conditioning(cond.tokens.float(), cond.mask)
+    def condition(self, prompts: Request | Sequence[str | None], request: Request | None = None) -> Conditioning:
+        """What the network is told of texts, half of them wanted and half not; `request` has the rest that it may read.
 
-    def denoiser(self, cond: Conditioning, guidance: float | Request) -> Callable[[Tensor, Tensor], Tensor]:
+        Of a request alone, its prompt is in the first row and its negative in the second.
+        """
+        if isinstance(prompts, Request):
+            prompts, request = [prompts.prompt, prompts.negative], prompts
+        request = self.complete(Request() if request is None else request)
+        with self._precision():
+            cond = self.system.condition(prompts, request)
+        return cond.change(lambda tensor: tensor if tensor.dtype == torch.bool else tensor.float())
+
+    def denoiser(
+        self, cond: Conditioning, guidance: float | Request, channels: Tensor | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """denoise(x, sigma) → x0_hat for (B, C, T, H, W).
 
         cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B.
+        channels: (1, E, T, H, W), more input for the network beside each sample.
         """
         scale = self.complete(guidance).guidance if isinstance(guidance, Request) else guidance
         assert scale is not None
-        half = len(cond.tokens) // 2
-        wanted = Conditioning(cond.tokens[:half], cond.mask[:half])
+        if getattr(self.system, "told_guidance", False):
+            scale = 1.0
+        wanted = cond.change(lambda rows: rows[: len(rows) // 2])
         parameterization = self.system.parameterization
 
         def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
-            rows = len(x) // len(given.tokens)
-            if rows > 1:
-                given = Conditioning(
-                    given.tokens.repeat_interleave(rows, 0), given.mask.repeat_interleave(rows, 0)
-                )
-            with autocast(self.device, self.dtype):
+            if (each := len(x) // len(given)) > 1:
+                given = given.change(lambda rows: rows.repeat_interleave(each, 0))
+            if channels is not None:
+                x = torch.cat([x, channels.expand(len(x), *channels.shape[1:])], 1)  # (B, C + E, T, H, W)
+            with self._precision():
                 return self.system.network(x, level, given).float()
 
         return cfg_batched(
@@ -114,15 +165,33 @@ class Model:
             parameterization.denoiser(network, wanted),
             scale,
             self.system.config.preset.interval,
+            getattr(self.system.config.preset, "rescale", 0.0),
         )
 
     def complete(self, request: Request) -> Request:
-        """Validate, fill what is open from the preset, and check what only the model knows: names and size."""
-        request = request.validate().with_defaults(**self.preset)
+        """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
+        sizes and steps. Doing it twice changes nothing."""
+        request = tasks.settle(request.validate(), self.system.config.multiple, self.preset["size"])
+        request = request.with_defaults(**self.preset).validate()
         assert request.size and request.sampler and request.schedule and request.steps
         self._check_size(request.size)
         sampler_named(request.sampler)
+        if request.eta is not None and request.sampler not in eta_samplers():
+            raise InputError(
+                f"sampler {request.sampler} has no eta; leave it out, or use one of {', '.join(eta_samplers())}",
+                argument="eta",
+            )
         sigmas_for(request.schedule, request.steps, self.system.levels)
+        if request.strength is not None:
+            steps_to_run(request.steps, request.strength)
+        if request.hires is not None:
+            self._check_hires(request, request.hires)
+        layers = getattr(self.system, "clip_layers", 1)
+        if request.clip_skip is not None and request.clip_skip > layers:
+            raise InputError(
+                f"clip_skip {request.clip_skip} is more than this model's text encoder allows, {layers}",
+                argument="clip_skip",
+            )
         return request
 
     def generate(self, request: Request, on_step: Callable[[Step], None] | None = None) -> Result:
@@ -130,20 +199,32 @@ class Model:
         request = self.complete(request)
         started = time.perf_counter()
         cond = self.condition(request)
-        seeds = request.seeds()
+        canvas = tasks.canvas(request)
+        origin = None if canvas is None else self._origin(canvas, request)
         images: list[Image.Image] = []
-        for start in range(0, len(seeds), BATCH):
-            latent = self.sample(cond, seeds[start : start + BATCH], request, on_step)
+        for start in range(0, request.count, BATCH):
+            part = request.part(start, min(BATCH, request.count - start))
+            latent = self.sample(cond, part.seeds(), part, on_step, origin)
+            if part.hires is not None:
+                untouched = canvas.picture if canvas is not None and request.strength == 0 else None
+                latent = self._second_pass(latent, part, part.hires, on_step, untouched)
             images += self.decode(latent)
+        if canvas is not None:
+            images = [canvas.finish(image) for image in images]
         return Result(tuple(images), self.recipe(request, time.perf_counter() - started))
 
     def generate_pixels(self, prompts: Sequence[str], seeds: Sequence[int], **changes: Any) -> Tensor:
-        """One picture for each prompt and seed: pixels (B, 3, H, W) in [-1, 1]. `changes` are fields of a `Request`."""
+        """One picture for each prompt and seed: pixels (B, 3, H, W) in [-1, 1]. `changes` are fields of a `Request` for
+        drawing from noise alone.
+        """
         request = self.complete(Request(**changes))
+        for name in ("image", "hires", "variation"):
+            if getattr(request, name) is not None:
+                raise InputError(f"generate_pixels draws from noise alone; leave out {name}", argument=name)
         parts = []
         for start in range(0, len(prompts), BATCH):
             batch = list(prompts[start : start + BATCH])
-            cond = self.condition([*batch, *[request.negative] * len(batch)])
+            cond = self.condition([*batch, *[request.negative] * len(batch)], request)
             parts.append(
                 self.decode_pixels(self.sample(cond, seeds[start : start + BATCH], request))[:, :, 0]
             )
@@ -156,8 +237,12 @@ class Model:
         seeds: Sequence[int],
         request: Request,
         on_step: Callable[[Step], None] | None = None,
+        origin: Origin | None = None,
     ) -> Tensor:
-        """Noise → normalised latents (B, C, 1, H/f, W/f), picture k from seeds[k]. `request` must be complete."""
+        """Noise, or what `origin` begins with, → normalised latents (B, C, 1, H/f, W/f), picture k from seeds[k].
+
+        `request` must be complete, and hold these pictures alone if it asks for a variation.
+        """
         assert (
             request.size
             and request.sampler
@@ -167,16 +252,84 @@ class Model:
         )
         width, height = request.size
         shape = self.system.autoencoder.latent_shape(1, height, width)
-        noise = SeededNoise(seeds, shape, self.device, torch.float32)
+        noise = self._noise(seeds, shape, request)
+        initial = noise.initial()
         sigmas = sigmas_for(request.schedule, request.steps, self.system.levels)
         path = self.system.parameterization.path
-        x = noise.initial() * path.prior_scale(float(sigmas[0]))
-        denoise = self.denoiser(cond, request.guidance)
-        return sampler_named(request.sampler)(denoise, x, sigmas, path=path, noise=noise, on_step=on_step)
+        if origin is None:
+            x = initial * path.prior_scale(float(sigmas[0]))
+        else:
+            sigmas, x = begin(sigmas, origin, initial, path)
+        if len(sigmas) == 1:
+            return x
+        channels = self._inpaint_channels(origin, height, width)
+        denoise = self.denoiser(cond, request.guidance, channels)
+        cells = None
+        if origin is not None and origin.mask is not None and channels is None:
+            cells = cells_to_paint(origin.mask, *shape[-2:])
+            denoise = keeping(denoise, origin.latent, cells, initial, path)
+        sampler = sampler_named(request.sampler)
+        if request.eta is not None:
+            sampler = functools.partial(sampler, eta=request.eta)
+        x = sampler(denoise, x, sigmas, path=path, noise=noise, on_step=on_step)
+        return x if origin is None or cells is None else torch.where(cells, x, origin.latent)
 
+    @torch.inference_mode()
     def preview(self, latent: Tensor) -> Image.Image:
-        """The first picture of a latent that is still forming."""
-        return self.decode(latent[:1])[0]
+        """The first picture of a latent still forming: by the system's quick look if it has one, else decoded."""
+        if getattr(self.system, "preview", None) is None:
+            return self.decode(latent[:1])[0]
+        return to_image(self.system.preview(latent[:1].to(self.device))[0])
+
+    def _noise(
+        self, seeds: Sequence[int], shape: Sequence[int], request: Request
+    ) -> SeededNoise | VariedNoise:
+        if request.variation is None:
+            return SeededNoise(seeds, shape, self.device, torch.float32)
+        others = [request.variation.seed + k for k in range(len(seeds))]
+        return VariedNoise(seeds, others, request.variation.strength, shape, self.device, torch.float32)
+
+    def _origin(self, canvas: Canvas, request: Request) -> Origin:
+        assert request.strength is not None
+        latent = self.encode(canvas.picture)
+        if canvas.mask is None:
+            return Origin(latent, request.strength)
+        pixels = to_pixels(canvas.picture)[None].to(self.device)  # (1, 3, 1, H, W)
+        mask = torch.from_numpy(np.asarray(canvas.mask) > 0).float()[None, None, None]  # (1, 1, 1, H, W)
+        return Origin(latent, request.strength, pixels, mask.to(self.device))
+
+    def _inpaint_channels(self, origin: Origin | None, height: int, width: int) -> Tensor | None:
+        if getattr(self.system, "inpaint_channels", None) is None:
+            return None
+        if origin is None or origin.mask is None or origin.pixels is None:
+            pixels = torch.zeros(1, 3, 1, height, width, device=self.device)
+            mask = torch.ones(1, 1, 1, height, width, device=self.device)
+        else:
+            pixels, mask = origin.pixels * (1 - origin.mask), origin.mask
+        with self._precision():
+            return self.system.inpaint_channels(pixels, mask).float()
+
+    def _second_pass(
+        self,
+        latent: Tensor,
+        request: Request,
+        hires: HiRes,
+        on_step: Callable[[Step], None] | None,
+        untouched: Image.Image | None,
+    ) -> Tensor:
+        """Latents of the request's size → of the enlarged size, drawn over. untouched: the picture they were encoded
+        from, if nothing has been done to them."""
+        assert request.size
+        width, height = size = enlarged_size(request.size, hires.scale, self.system.config.multiple)
+        if pixel_upscaler(hires.upscaler):
+            pictures = self.decode(latent) if untouched is None else [untouched] * len(latent)
+            latent = self.encode([picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures])
+        else:
+            shape = self.system.autoencoder.latent_shape(1, height, width)
+            latent = enlarged(latent, shape[-2], shape[-1], hires.upscaler)
+        second = replace(request, size=size, steps=hires.steps or request.steps)
+        origin = Origin(latent, hires.strength)
+        return self.sample(self.condition(second), second.seeds(), second, on_step, origin)
 
     def recipe(self, request: Request, seconds: float) -> dict[str, Any]:
         """Everything needed to draw the same pictures again."""
@@ -194,13 +347,43 @@ class Model:
 
     def _check_size(self, size: tuple[int, int]) -> None:
         multiple = self.system.config.multiple
-        nearest = tuple(max(1, round(side / multiple)) * multiple for side in size)
+        nearest = nearest_size(size, multiple)
         if tuple(size) != nearest:
             raise InputError(
-                f"size {size[0]}x{size[1]} is not a multiple of {multiple} pixels; the nearest legal size is "
-                f"{nearest[0]}x{nearest[1]}",
+                f"size {by(size)} is not a multiple of {multiple} pixels; the nearest legal size is {by(nearest)}",
                 argument="size",
             )
+
+    def _check_hires(self, request: Request, hires: HiRes) -> None:
+        assert request.size and request.schedule and request.steps
+        pixel_upscaler(hires.upscaler)
+        size = enlarged_size(request.size, hires.scale, self.system.config.multiple)
+        if max(size) > MAX_SIDE:
+            raise InputError(
+                f"hires.scale {hires.scale:g} makes {by(size)}; at most {MAX_SIDE} pixels on a side are drawn",
+                argument="hires.scale",
+            )
+        steps = hires.steps or request.steps
+        sigmas_for(request.schedule, steps, self.system.levels)
+        steps_to_run(steps, hires.strength, "hires.strength")
+
+
+def enlarged_size(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
+    """`size` times `scale`, where that is legal; else an `InputError` names the nearest size that is."""
+    wanted = (size[0] * scale, size[1] * scale)
+    nearest = nearest_size((round(wanted[0]), round(wanted[1])), multiple)
+    if any(abs(a - b) > 1e-6 * b for a, b in zip(wanted, nearest, strict=True)):
+        raise InputError(
+            f"hires.scale {scale:g} makes {wanted[0]:g}x{wanted[1]:g} of {by(size)}, not a multiple of {multiple} "
+            f"pixels; the nearest legal size is {by(nearest)}",
+            argument="hires.scale",
+        )
+    return nearest
+
+
+def eta_samplers() -> list[str]:
+    """The samplers with an option eta."""
+    return [name for name, sampler in SAMPLERS.items() if "eta" in inspect.signature(sampler).parameters]
 
 
 def drawing_dtype(device: torch.device) -> torch.dtype:

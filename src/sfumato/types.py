@@ -11,7 +11,8 @@ zero mean and unit variance per channel over its training data.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import InputError
@@ -27,26 +28,96 @@ MAX_STEPS = 1_000
 MAX_COUNT = 64
 MAX_SIDE = 4_096  # pixels
 MAX_SEED = 2**64 - 1
+MAX_BLUR = 256  # pixels
+MAX_CLIP_SKIP = 24
+FITS = ("cover", "contain", "stretch")
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is told. tokens: (B, N, D) text features; mask: (B, N) bool, True where a token is real."""
+    """What a denoiser is told. The last three are for networks that ask for them, and None for others.
+
+    tokens: (B, N, D) text features. mask: (B, N) bool, True where a token is real; None where all are read.
+    vector: (B, V) pooled text and sizes. guidance: (B, G) the guidance scale, embedded.
+    """
 
     tokens: Tensor
-    mask: Tensor
+    mask: Tensor | None = None
+    vector: Tensor | None = None
+    guidance: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The same with `change` applied to every tensor that is there."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in tensors.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class Inpaint:
+    """How a mask is used.
+
+    blur: over how many pixels, counted inwards from the mask's edge, the painted part fades into the picture.
+    paste: lay the given picture over everything outside the mask, so that there it comes back byte for byte.
+    padding: None paints in the whole picture; a number paints only the mask's surroundings, that many pixels wide,
+        at the request's full `size`, and puts them back. The picture may then have any size.
+    """
+
+    blur: int = 4
+    paste: bool = True
+    padding: int | None = None
+
+
+@dataclass(frozen=True)
+class HiRes:
+    """A second pass over the enlarged picture.
+
+    scale: sides are multiplied by it. strength: as in image-to-image; 0 only enlarges.
+    steps: None takes the request's. upscaler: a name of `tasks.latent.UPSCALERS`; latent-… enlarge the latent,
+    others the picture.
+    """
+
+    scale: float
+    steps: int | None = None
+    strength: float = 0.5
+    upscaler: str = "lanczos"
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A second seed, and how far its noise replaces the first's: 0 not at all, 1 altogether."""
+
+    seed: int
+    strength: float
 
 
 @dataclass(frozen=True)
 class Request:
     """One wish for pictures, shared by Python, the command line and HTTP; `validate` is the only gatekeeper.
 
-    None means the model's own preset. `size` is (width, height) in pixels. Picture k of the request has seed
-    `seed + k` (modulo 2**64), so it is the picture of a request for that seed alone.
+    None means the model's own preset, or that something is not wanted. No `negative` is what the model's family makes of
+    it, which need not be the empty text: SDXL was trained with features of zero there. `size` is (width, height) in pixels. Picture k
+    has seed `seed + k` (modulo 2**64), so it is the picture of a request for that seed alone (see `part`).
+
+    From a picture:
+        image: the picture to begin with. Without `size` the pictures drawn have its size.
+        strength: how much of it to redraw. Sampling begins int(steps · strength) steps before the end of the
+            schedule, as in diffusers; 1 is text to image, 0 only passes it through the autoencoder. None is 0.75,
+            or 1 with a mask or outpainting.
+        fit: how to bring the picture to another size: cover (scaled and cropped in the middle), contain (scaled, the
+            rest filled with its edge) or stretch. None refuses another size.
+        mask: white where to paint, black where to keep; of the size of `image`. `inpaint`: how it is used.
+        outpaint: pixels to add at the (left, top, right, bottom). `size` is then that of the whole.
+    hires: enlarge the picture and draw over it once more.
+    variation: mix in the noise of a second seed. Then picture k has the variation's seed + k, and `seed` stays.
+    eta: fresh noise of the samplers that know the word, from 0 to 1.
+    clip_skip: which layer of a CLIP text encoder to take from the end, as web UIs count: 1 the last, 2 the one before.
     """
 
     prompt: str = ""
-    negative: str = ""
+    negative: str | None = None
     count: int = 1
     seed: int = 0
     steps: int | None = None
@@ -54,10 +125,23 @@ class Request:
     sampler: str | None = None
     schedule: str | None = None
     size: tuple[int, int] | None = None
+    image: Image | None = None
+    strength: float | None = None
+    fit: str | None = None
+    mask: Image | None = None
+    inpaint: Inpaint | None = None
+    outpaint: tuple[int, int, int, int] | None = None
+    hires: HiRes | None = None
+    variation: Variation | None = None
+    eta: float | None = None
+    clip_skip: int | None = None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Request:
-        """Build from plain JSON values; an unknown field is an `InputError` that lists the known ones."""
+    def from_dict(cls, values: dict[str, Any], pictures: Iterable[Image] = ()) -> Request:
+        """Build from plain JSON values; an unknown field is an `InputError` that lists the known ones.
+
+        JSON names a picture by its fingerprint, as `to_dict` does; the pictures themselves are among `pictures`.
+        """
         if not isinstance(values, dict):
             raise InputError(f"a request must be an object of named fields, not {_shown(values)}")
         known = [f.name for f in fields(cls)]
@@ -67,24 +151,63 @@ class Request:
                     f"unknown field {_shown(name)}; a request has {', '.join(known)}", argument=name
                 )
         values = dict(values)
-        if isinstance(values.get("size"), list):
-            values["size"] = tuple(values["size"])
+        for name in ("size", "outpaint"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        for name, kind in _NESTED.items():
+            if values.get(name) is not None:
+                values[name] = _nested(kind, name, values[name])
+        named = [name for name in ("image", "mask") if isinstance(values.get(name), str)]
+        if named:
+            known_pictures = _fingerprints(pictures)
+            for name in named:
+                if values[name] not in known_pictures:
+                    raise InputError(
+                        f"{name} names the picture {_shown(values[name])}; give the picture itself",
+                        argument=name,
+                    )
+                values[name] = known_pictures[values[name]]
         return cls(**values).validate()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values that JSON can hold, without what is None; pictures by their fingerprints."""
+        values: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None:
+                continue
+            if f.name == "image":
+                value = _fingerprint(value)
+            elif f.name == "mask":
+                value = _mask_fingerprint(value)
+            elif is_dataclass(value):
+                inner = {g.name: getattr(value, g.name) for g in fields(value)}
+                value = {name: v for name, v in inner.items() if v is not None}
+            values[f.name] = value
+        return values
 
     def with_defaults(self, **defaults: Any) -> Request:
         """Fill every field that is None from `defaults`."""
         return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     def seeds(self) -> list[int]:
+        """The seed of each picture."""
+        if self.variation is not None:
+            return [self.seed] * self.count
         return [(self.seed + k) % (MAX_SEED + 1) for k in range(self.count)]
+
+    def part(self, start: int, count: int = 1) -> Request:
+        """The request for pictures `start` … `start + count − 1` of this one, to the bit."""
+        if self.variation is not None:
+            seed = (self.variation.seed + start) % (MAX_SEED + 1)
+            return replace(self, count=count, variation=replace(self.variation, seed=seed))
+        return replace(self, count=count, seed=(self.seed + start) % (MAX_SEED + 1))
 
     def validate(self) -> Request:
         """Check everything that can be known without a model; return self. Raises `InputError` naming the argument."""
         _text("prompt", self.prompt)
-        _text("negative", self.negative)
+        if self.negative is not None:
+            _text("negative", self.negative)
         _integer("count", self.count, 1, MAX_COUNT)
         _integer("seed", self.seed, 0, MAX_SEED)
         if self.steps is not None:
@@ -92,15 +215,83 @@ class Request:
         if self.guidance is not None:
             _number("guidance", self.guidance, 0.0, 100.0)
         for name in ("sampler", "schedule"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise InputError(f"{name} must be a name, not {_shown(value)}", argument=name)
+            _name(name, getattr(self, name))
         if self.size is not None:
             if not (isinstance(self.size, tuple) and len(self.size) == 2):
                 raise InputError(f"size must be (width, height), not {_shown(self.size)}", argument="size")
             _integer("width", self.size[0], 1, MAX_SIDE)
             _integer("height", self.size[1], 1, MAX_SIDE)
+        if self.eta is not None:
+            _number("eta", self.eta, 0.0, 1.0)
+        if self.clip_skip is not None:
+            _integer("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        self._validate_picture()
+        self._validate_nested()
         return self
+
+    def _validate_picture(self) -> None:
+        for name in ("image", "mask"):
+            if getattr(self, name) is not None:
+                _picture(name, getattr(self, name))
+        for name in ("strength", "fit", "mask", "outpaint"):
+            if getattr(self, name) is not None and self.image is None:
+                raise InputError(f"{name} needs an image to work on", argument=name)
+        if self.strength is not None:
+            _number("strength", self.strength, 0.0, 1.0)
+        if self.fit is not None and self.fit not in FITS:
+            raise InputError(f"fit must be {_either(FITS)}, not {_shown(self.fit)}", argument="fit")
+        if self.outpaint is not None:
+            if not (isinstance(self.outpaint, tuple) and len(self.outpaint) == 4):
+                raise InputError(
+                    f"outpaint must be (left, top, right, bottom), not {_shown(self.outpaint)}",
+                    argument="outpaint",
+                )
+            for side, pixels in zip(("left", "top", "right", "bottom"), self.outpaint, strict=True):
+                _integer(f"outpaint's {side}", pixels, 0, MAX_SIDE, "outpaint")
+            if not any(self.outpaint):
+                raise InputError("outpaint adds no pixels; give at least one side some", argument="outpaint")
+
+    def _validate_nested(self) -> None:
+        for name, kind in _NESTED.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise InputError(
+                    f"{name} must be of type {kind.__name__}, not {_shown(value)}", argument=name
+                )
+        if self.inpaint is not None:
+            if self.mask is None and self.outpaint is None:
+                raise InputError("inpaint needs a mask, or outpaint", argument="inpaint")
+            _integer("inpaint.blur", self.inpaint.blur, 0, MAX_BLUR)
+            if not isinstance(self.inpaint.paste, bool):
+                raise InputError(
+                    f"inpaint.paste must be true or false, not {_shown(self.inpaint.paste)}",
+                    argument="inpaint.paste",
+                )
+            if self.inpaint.padding is not None:
+                _integer("inpaint.padding", self.inpaint.padding, 0, MAX_SIDE)
+                if self.outpaint is not None:
+                    raise InputError(
+                        "inpaint.padding draws part of a picture, and outpaint the whole: choose one",
+                        argument="inpaint.padding",
+                    )
+        if self.hires is not None:
+            _number("hires.scale", self.hires.scale, 1.0, 16.0)
+            _number("hires.strength", self.hires.strength, 0.0, 1.0)
+            if self.hires.steps is not None:
+                _integer("hires.steps", self.hires.steps, 1, MAX_STEPS)
+            _name("hires.upscaler", self.hires.upscaler)
+            if self.mask is not None or self.outpaint is not None:
+                raise InputError(
+                    "hires redraws the whole picture, which a mask or outpaint promises to keep: "
+                    "do one after the other",
+                    argument="hires",
+                )
+        if self.variation is not None:
+            _integer("variation.seed", self.variation.seed, 0, MAX_SEED)
+            _number("variation.strength", self.variation.strength, 0.0, 1.0)
+
+
+_NESTED: dict[str, type] = {"inpaint": Inpaint, "hires": HiRes, "variation": Variation}
 
 
 @dataclass(frozen=True)
@@ -135,11 +326,17 @@ def _text(name: str, value: object) -> None:
         ) from None
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
+def _name(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{name} must be a name, not {_shown(value)}", argument=name)
+
+
+def _integer(name: str, value: object, low: int, high: int, argument: str | None = None) -> None:
+    argument = argument or name
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{name} must be a whole number, not {_shown(value)}", argument=name)
+        raise InputError(f"{name} must be a whole number, not {_shown(value)}", argument=argument)
     if not low <= value <= high:
-        raise InputError(f"{name} must be between {low} and {high}, not {_shown(value)}", argument=name)
+        raise InputError(f"{name} must be between {low} and {high}, not {_shown(value)}", argument=argument)
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
@@ -147,6 +344,64 @@ def _number(name: str, value: object, low: float, high: float) -> None:
         raise InputError(f"{name} must be a number, not {_shown(value)}", argument=name)
     if not low <= value <= high:  # false for NaN too
         raise InputError(f"{name} must be between {low:g} and {high:g}, not {_shown(value)}", argument=name)
+
+
+def _picture(name: str, value: object) -> None:
+    from PIL.Image import Image
+
+    if not isinstance(value, Image):
+        raise InputError(
+            f"{name} must be a PIL picture (`sfumato.pictures` makes one of a file or an array), not "
+            f"{type(value).__name__}",
+            argument=name,
+        )
+    if 0 in value.size:
+        raise InputError(f"{name} has no pixels", argument=name)
+
+
+def _nested(kind: type, name: str, value: object) -> object:
+    """`kind` from the JSON object `value`."""
+    if isinstance(value, kind):
+        return value
+    known = {f.name: f for f in fields(kind)}
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{name} must be an object of {', '.join(known)}, not {_shown(value)}", argument=name
+        )
+    for inner in value:
+        if inner not in known:
+            raise InputError(
+                f"{name} has no field {_shown(inner)}; it has {', '.join(known)}", argument=f"{name}.{inner}"
+            )
+    for inner, f in known.items():
+        if inner not in value and f.default is MISSING:
+            raise InputError(f"{name} needs {inner}", argument=f"{name}.{inner}")
+    return kind(**value)
+
+
+def _fingerprint(image: Image) -> str:
+    from sfumato.pictures import fingerprint, flatten
+
+    return fingerprint(flatten(image, "image"))
+
+
+def _mask_fingerprint(mask: Image) -> str:
+    from sfumato.pictures import binary, fingerprint
+
+    return fingerprint(binary(mask, "mask"))
+
+
+def _fingerprints(pictures: Iterable[Image]) -> dict[str, Image]:
+    """Every picture under the names that it has as an image and as a mask."""
+    found: dict[str, Image] = {}
+    for picture in pictures:
+        found[_fingerprint(picture)] = found[_mask_fingerprint(picture)] = picture
+    return found
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
 def _shown(value: object) -> str:

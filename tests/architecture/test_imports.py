@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 LEVELS = [
-    {"errors", "types", "storage", "runtime"},
+    {"errors", "types", "storage", "runtime", "pictures"},
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes"},
-    {"families", "data"},
+    {"families", "data", "tasks"},
     {"generate", "train", "evaluate", "receipts"},
     {"cli"},
 ]
@@ -25,7 +25,11 @@ APART = {"text", "autoencoder", "diffusion", "sampling", "scenes"}  # do not imp
 MAY = {("sampling", "diffusion")}  # … except here
 TORCH_ONLY = {"nn", "diffusion", "sampling", "autoencoder", "scenes", "train", "text"}
 LIGHT = {"torch", "numpy", "safetensors", "PIL", "sfumato", *sys.stdlib_module_names}
-OPTIONAL = {("train", "tensorboard")}  # imported when a recipe asks for its logs
+OPTIONAL = {  # imported inside functions: by a recipe that asks for its logs, by a text encoder when it is made
+    ("train", "tensorboard"),
+    ("text", "tokenizers"),
+    ("text", "transformers"),
+}
 LATE = {("types", "receipts")}  # inside a function: `Result.save` is sugar for a higher room
 FAMILIES = {"pocket"}
 NAMES_ALLOWED = {"generate.py"}  # the one place that lists the packaged models

@@ -14,8 +14,8 @@ from PIL.ExifTags import IFD
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts import provenance
-from sfumato.receipts.provenance import SOURCE_TYPE, check_output, read_recipe, save_images
-from sfumato.types import MAX_PROMPT, MAX_SEED, Request, Result
+from sfumato.receipts.provenance import COMPOSITE_TYPE, SOURCE_TYPE, check_output, read_recipe, save_images
+from sfumato.types import MAX_PROMPT, MAX_SEED, Request, Result, Variation
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".PNG"]
 
@@ -72,6 +72,30 @@ def test_the_recipe_comes_back_and_the_source_is_marked(tmp_path, suffix):
     )
     assert 'Model hash: 1be2e452b4, Model: "tiny, v1", Version: sfumato' in parameters_of(file)
     assert "CFG scale: 4.5, Seed: 5, Size: 24x16" in parameters_of(file)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_picture_begun_with_another_is_marked_as_a_composite(tmp_path, suffix):
+    made = result(request(image=picture(3), strength=0.5))
+    [file] = save_images(made, tmp_path / f"out{suffix}")
+    assert f"DigitalSourceType>{COMPOSITE_TYPE}<" in xmp_of(file)
+    assert Request.from_dict(read_recipe(file)["request"], [picture(3)]) == made_request(made)
+    assert "Denoising strength: 0.5" in parameters_of(file)
+
+
+def made_request(made: Result) -> Request:
+    return Request.from_dict(made.recipe["request"], [picture(3)])
+
+
+def test_of_variations_the_second_seed_is_counted(tmp_path):
+    wanted = request(count=3, seed=7, variation=Variation(MAX_SEED, 0.2))
+    files = save_images(result(wanted), tmp_path / "out.png")
+    found = [read_recipe(file)["request"] for file in files]
+    assert [(r["seed"], r["variation"]["seed"], r["count"]) for r in found] == [
+        (7, MAX_SEED, 1),
+        (7, 0, 1),
+        (7, 1, 1),
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])

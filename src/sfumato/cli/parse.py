@@ -6,9 +6,12 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,40}")
 _SIZE = re.compile(r"([0-9]{1,9})(?:[xX×]([0-9]{1,9}))?")
@@ -36,6 +39,36 @@ def size(text: str) -> tuple[int, int]:
         raise InputError(f"size must be like 128 or 128x96, not {_quoted(text)}", argument="size")
     width = int(match[1])
     return width, int(match[2] or width)
+
+
+def sides(name: str, text: str) -> tuple[int, int, int, int]:
+    """`64`, or `0,0,128,0` to pixels at the (left, top, right, bottom)."""
+    parts = text.split(",")
+    if len(parts) not in (1, 4):
+        raise InputError(
+            f"{name} must be like 64, for every side, or LEFT,TOP,RIGHT,BOTTOM, not {_quoted(text)}",
+            argument=name,
+        )
+    left, top, right, bottom = (whole(name, part) for part in (parts * 4)[:4])
+    return left, top, right, bottom
+
+
+def variation(text: str) -> dict[str, Any]:
+    """`SEED:STRENGTH`, such as 7:0.2."""
+    seed, colon, strength = text.partition(":")
+    if not colon:
+        raise InputError(
+            f"variation must be like SEED:STRENGTH, for example 7:0.2, not {_quoted(text)}",
+            argument="variation",
+        )
+    return {"seed": whole("variation", seed), "strength": number("variation", strength)}
+
+
+def picture(name: str, path: Path, mask: bool = False) -> Image:
+    """The picture or mask in a file, read with care."""
+    from sfumato.pictures import decode, decode_mask, read_file, shown
+
+    return (decode_mask if mask else decode)(read_file(path, name), f"{name} {shown(path)}")
 
 
 def between(name: str, value: int, low: int, high: int) -> int:

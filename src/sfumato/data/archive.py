@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from sfumato.data.discover import MAX_CAPTION_BYTES, Entry, check_caption
-from sfumato.data.pictures import describe, sniff
 from sfumato.data.source import Problem
 from sfumato.errors import DataError
+from sfumato.pictures import describe, sniff
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 CAPTIONS = ("txt", "caption", "json")

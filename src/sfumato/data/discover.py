@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sfumato.data.pictures import describe, sniff
 from sfumato.data.source import Problem
 from sfumato.errors import DataError
+from sfumato.pictures import describe, sniff
 from sfumato.types import MAX_PROMPT
 
 SIDECARS = (".txt", ".caption")  # the first that exists counts

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sfumato.data.buckets import bucket_sizes, fit, nearest_bucket, raw_bits
 from sfumato.data.discover import Entry, discover, listed
-from sfumato.data.pictures import decode
 from sfumato.data.source import Problem, Size
 from sfumato.data.store import RowStore, address, lock, writing
 from sfumato.errors import CheckpointError, DataError, InputError
+from sfumato.pictures import decode
 from sfumato.storage import read_json, write_json
 
 HANDFUL = 5  # this many bad members never stop a run

@@ -1,4 +1,6 @@
-"""The only rooms that know families of models by name. A family is a module with these functions:
+"""The only rooms that know families of models by name. `open_model` opens whatever a user may name.
+
+A family of our own is a module with these functions:
 
     open_folder(directory, device) -> System      the packaged or trained model in a folder
     save_folder(system, directory, extra)         write it so that `open_folder` reads it back
@@ -9,7 +11,8 @@ and, where it can be trained from a recipe, with these too:
     configure(autoencoder, denoiser, words, preset) -> config
     build(config) -> System                       fresh weights
 
-`FAMILIES` maps the name that a model folder states to the module, imported when it is first asked for.
+`FAMILIES` maps the name that a model folder states to the module, imported when it is first asked for. Checkpoints that
+others made are opened by `CHECKPOINTS`, which tells their families apart by names and shapes of their tensors.
 """
 
 from __future__ import annotations
@@ -17,15 +20,20 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import CheckpointError, InputError
 from sfumato.storage import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILIES = {"pocket": "sfumato.families.pocket"}
 PACKAGED = {"pocket": Path(__file__).parent / "pocket" / "weights"}
 DEFAULT_MODEL = "pocket"
 DEFAULT_FAMILY = "pocket"  # of a recipe that names none
 CARD = "model.json"
+CHECKPOINTS = "sfumato.families.sd.system"
 
 
 def family_named(name: str) -> ModuleType:
@@ -56,3 +64,28 @@ def family_of(directory: Path) -> ModuleType:
             f"{directory / CARD} names the family {name!r}; known are {', '.join(FAMILIES)}"
         )
     return family_named(name)
+
+
+def open_model(
+    model: str | Path, device: torch.device, dtype: torch.dtype, options: dict[str, Any] | None = None
+) -> Any:
+    """The system of a packaged model, a model folder, a checkpoint (a file, a diffusers folder) or a Hub id.
+
+    dtype: of a checkpoint's weights. options: of `open_system` of the checkpoints' module; None in them is nothing
+    asked. `InputError` when options are given for a model of our own, which has nothing to choose.
+    """
+    asked = {name: value for name, value in (options or {}).items() if value is not None}
+    path = PACKAGED.get(str(model), Path(model))
+    if not path.exists():
+        from sfumato.checkpoint.hub import fetch, is_hub_id
+
+        if is_hub_id(str(model)):
+            path = fetch(str(model), asked.get("variant"), progress=True)
+    if path.is_file() or (path.is_dir() and any((path / n).is_file() for n in ("model_index.json", "config.json"))):
+        return importlib.import_module(CHECKPOINTS).open_system(path, device, dtype, **asked)
+    family = family_of(path)
+    if asked:
+        raise InputError(
+            f"{next(iter(asked))} is for checkpoints; {str(model)!r} is whole as it is", argument=next(iter(asked))
+        )
+    return family.open_folder(model_folder(path), device)

@@ -2,22 +2,25 @@
 
 PNG: text chunks `parameters` (the form of AUTOMATIC1111's web UI) and `sfumato` (the whole recipe as JSON), and XMP.
 JPEG, WebP: EXIF UserComment (the same `parameters`), and XMP, which then also holds the recipe.
-XMP always marks the picture as made by a model: IPTC's DigitalSourceType `trainedAlgorithmicMedia`.
+XMP always marks the picture as made by a model: IPTC's DigitalSourceType `trainedAlgorithmicMedia`, or
+`compositeWithTrainedAlgorithmicMedia` where it began with another picture.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import stat
 import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from sfumato.errors import InputError, SfumatoError
+from sfumato.receipts import webui
 from sfumato.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -27,25 +30,10 @@ if TYPE_CHECKING:
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+COMPOSITE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 NAMESPACE = "urn:sfumato:recipe:1"
 JPEG_SEGMENT = 65_000  # bytes that one JPEG segment (EXIF or XMP) can hold, less room for its header
 RECIPE_MARGIN = 8_000  # bytes of a recipe besides prompt and negative prompt, generously
-_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
-_SAMPLER_NAMES = {  # what the web UI calls them, so that its readers and those of image sites understand
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm2": "DPM2",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_2s_a": "DPM++ 2S a",
-    "unipc": "UniPC",
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "lms": "LMS",
-    "lcm": "LCM",
-}
 
 
 def targets(path: str | os.PathLike[str], count: int) -> list[Path]:
@@ -123,27 +111,72 @@ def recipe_of(recipe: dict[str, Any], index: int) -> dict[str, Any]:
 
     if "request" not in recipe:
         return recipe
-    request = dict(recipe["request"])
-    request["seed"] = (request.get("seed", 0) + index) % (MAX_SEED + 1)
-    request["count"] = 1
+    request = {**recipe["request"], "count": 1}
+    counted = request
+    if request.get("variation"):  # then the variation's seed counts the pictures
+        counted = request["variation"] = dict(request["variation"])
+    counted["seed"] = (counted.get("seed", 0) + index) % (MAX_SEED + 1)
     return {**recipe, "request": request}
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe inside a picture written by `save_images`. Raises `InputError` if there is none or no picture."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
-            text = image.info.get("sfumato") if image.format == "PNG" else _xmp_recipe(image.info.get("xmp"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not a PNG, JPEG or WebP picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(text, str):
+    recipe = _recipe(_texts(path), path)
+    if recipe is None:
         raise InputError(f"{path} carries no recipe of ours")
+    return recipe
+
+
+@dataclass(frozen=True)
+class Like:
+    """What a picture says of its making: `request`, fields of a `Request`; `model`, its name; `weights`, the hashes of
+    ours if we drew it; `ignored`, settings of other programs that were not taken over."""
+
+    request: dict[str, Any]
+    model: str | None = None
+    weights: dict[str, str] | None = None
+    ignored: list[str] = field(default_factory=list)
+
+
+def read_like(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Like:
+    """How a PNG, JPEG or WebP was made: by our recipe if it carries one, else by the web UI's `parameters`.
+
+    skip: fields that the caller sets himself, and which therefore need not be understood. Raises `InputError`, naming
+    the file, for a picture that says nothing usable.
+    """
+    texts = _texts(path, "like")
+    recipe = _recipe(texts, path)
+    if recipe is not None:
+        request = recipe.get("request")
+        if not isinstance(request, dict):
+            raise InputError(f"{path} carries a recipe without a request", argument="like")
+        model, weights = recipe.get("model"), recipe.get("weights")
+        return Like(
+            {name: value for name, value in request.items() if name not in skip},
+            model if isinstance(model, str) else None,
+            weights if isinstance(weights, dict) else None,
+        )
+    text = texts.get("parameters") or texts.get("comment")
+    if text is None:
+        hint = "; a workflow of ComfyUI is not read" if {"prompt", "workflow"} & texts.keys() else ""
+        raise InputError(f"{path} does not say how it was made{hint}", argument="like")
+    try:
+        fields, ignored = webui.read(text, skip)
+    except InputError as error:
+        raise InputError(f"{path}: {error}", argument=error.argument or "like") from None
+    return Like(fields, webui.split(text)[2].get("Model"), ignored=ignored)
+
+
+def _texts(path: str | os.PathLike[str], argument: str = "path") -> dict[str, str]:
+    from sfumato.pictures import read_file, shown, texts
+
+    return texts(read_file(path, argument), f"{argument} {shown(path)}")
+
+
+def _recipe(texts: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    text = texts.get("sfumato") or _xmp_recipe(texts.get("xmp"))
+    if text is None:
+        return None
     try:
         recipe = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
@@ -154,31 +187,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parameters(recipe: dict[str, Any]) -> str:
-    """The recipe in the form of AUTOMATIC1111's web UI: prompt, negative prompt, then one line of settings."""
-    request = recipe.get("request", {})
-    weights = "".join(recipe.get("weights", {}).values())
-    sampler = request.get("sampler")
-    settings = {
-        "Steps": request.get("steps"),
-        "Sampler": _SAMPLER_NAMES.get(sampler, sampler),
-        "Schedule type": request.get("schedule"),
-        "CFG scale": request.get("guidance"),
-        "Seed": request.get("seed"),
-        "Size": "x".join(str(side) for side in request["size"]) if request.get("size") else None,
-        "Model hash": hashlib.sha256(weights.encode()).hexdigest()[:10] if weights else None,
-        "Model": recipe.get("model"),
-        "Version": _tool(),
-    }
-    lines = [request.get("prompt", "")]
-    if request.get("negative"):
-        lines.append(f"Negative prompt: {request['negative']}")
-    lines.append(", ".join(f"{key}: {_plain(value)}" for key, value in settings.items() if value is not None))
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+    """The recipe in the form of AUTOMATIC1111's web UI, see `webui`."""
+    return webui.write(recipe, _tool())
 
 
 def _save(image: Image, file: Path, suffix: str, recipe: dict[str, Any]) -> None:
@@ -189,10 +199,10 @@ def _save(image: Image, file: Path, suffix: str, recipe: dict[str, Any]) -> None
         info = PngInfo()
         info.add_text("parameters", parameters(recipe))
         info.add_text("sfumato", json.dumps(recipe))
-        info.add_itxt("XML:com.adobe.xmp", xmp())
+        info.add_itxt("XML:com.adobe.xmp", xmp(composite=_composite(recipe)))
         image.save(file, format=kind, pnginfo=info)
         return
-    packet = xmp(recipe).encode()
+    packet = xmp(recipe, _composite(recipe)).encode()
     exif = _user_comment(parameters(recipe))
     if kind == "JPEG":
         _check_segment(len(packet))
@@ -206,13 +216,22 @@ def _save(image: Image, file: Path, suffix: str, recipe: dict[str, Any]) -> None
 def _user_comment(text: str) -> Exif:
     from PIL import Image
 
+    from sfumato.pictures import EXIF_IFD, USER_COMMENT
+
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
     return exif
 
 
-def xmp(recipe: dict[str, Any] | None = None) -> str:
-    """An XMP packet that names the source type and the tool, and holds the recipe if one is given."""
+def _composite(recipe: dict[str, Any]) -> bool:
+    return "image" in recipe.get("request", {})
+
+
+def xmp(recipe: dict[str, Any] | None = None, composite: bool = False) -> str:
+    """An XMP packet that names the source type and the tool, and holds the recipe if one is given.
+
+    composite: the picture began with another one.
+    """
     held = "" if recipe is None else f"<sfumato:recipe>{_xml_text(recipe)}</sfumato:recipe>"
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -221,7 +240,7 @@ def xmp(recipe: dict[str, Any] | None = None) -> str:
         ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
         f' xmlns:sfumato="{NAMESPACE}">'
         f"<xmp:CreatorTool>{escape(_tool())}</xmp:CreatorTool>"
-        f"<Iptc4xmpExt:DigitalSourceType>{SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
+        f"<Iptc4xmpExt:DigitalSourceType>{COMPOSITE_TYPE if composite else SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
         f'{held}</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
     )
 
@@ -232,13 +251,12 @@ def _xml_text(value: Any) -> str:
     return escape(text)
 
 
-def _xmp_recipe(packet: bytes | str | None) -> str | None:
+def _xmp_recipe(text: str | None) -> str | None:
     from xml.etree import ElementTree
 
-    if packet is None:
-        return None
-    text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
-    if "<!" in text:  # ours never holds one; a document type could hold entities that expand without end
+    if (
+        text is None or "<!" in text
+    ):  # ours never holds one; a document type could hold entities that expand without end
         return None
     try:
         found = ElementTree.fromstring(text.strip("\ufeff\0 \n")).find(f".//{{{NAMESPACE}}}recipe")

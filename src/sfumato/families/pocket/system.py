@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.autoencoder import Autoencoder
+from sfumato.checkpoint.fill import fill
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels, flow_levels
@@ -19,7 +20,7 @@ from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.storage import load_sharded, read_json, save_sharded, write_json
 from sfumato.text import TextConfig, TextEncoder, Tokenizer
-from sfumato.types import Conditioning
+from sfumato.types import Conditioning, Request
 
 FORMAT = "sfumato model 1"
 
@@ -66,10 +67,18 @@ class System:
     def levels(self) -> NoiseLevels:
         return flow_levels()
 
-    def condition(self, prompts: Sequence[str]) -> Conditioning:
-        """Text features of the prompts, padded to a common length."""
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H, W) → normalised latents."""
+        return self.autoencoder.encode_normalized(pixels)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Normalised latents → pixels."""
+        return self.autoencoder.decode_normalized(latent)
+
+    def condition(self, prompts: Sequence[str | None], request: Request | None = None) -> Conditioning:
+        """Text features of the prompts, padded to a common length; none is the empty one. `request` has nothing to add."""
         device = next(self.denoiser.parameters()).device
-        ids, mask = self.tokenizer.batch(prompts)
+        ids, mask = self.tokenizer.batch([prompt or "" for prompt in prompts])
         ids, mask = ids.to(device), mask.to(device)
         return Conditioning(self.denoiser.text(ids, mask), mask)
 
@@ -125,33 +134,7 @@ def open_folder(directory: Path, device: torch.device) -> System:
         system = build(config)
     for name in ("autoencoder", "denoiser"):
         module = getattr(system, name)
-        fill(module, load_sharded(directory, card["files"][name]), f"{directory} ({name})")
+        tensors = load_sharded(directory, card["files"][name])
+        fill(module, tensors, f"{directory} ({name})", torch.float32)
         module.to(device).eval().requires_grad_(False)
     return system
-
-
-def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy tensors into a module's float32 state; a `CheckpointError` names missing, unexpected and bad keys."""
-    state = module.state_dict()
-    missing, unexpected = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
-    if missing or unexpected:
-        parts = [
-            f"{len(keys)} {word} ({', '.join(keys[:10])})"
-            for word, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise CheckpointError(f"{where}: tensors {' and '.join(parts)}")
-    for key, tensor in tensors.items():
-        if tensor.shape != state[key].shape:
-            raise CheckpointError(
-                f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(state[key].shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{where}: {key} holds {tensor.dtype}, expected floating-point numbers")
-        if not torch.isfinite(tensor.float()).all():
-            raise CheckpointError(f"{where}: {key} holds NaN or infinite values; the file is unusable")
-    if any(value.is_meta for value in state.values()):
-        state = module.to_empty(device="cpu").state_dict()
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            state[key].copy_(tensor)

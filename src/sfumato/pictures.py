@@ -1,23 +1,27 @@
-"""Opening a picture that nobody vouches for: PNG, JPEG or WebP by content, within limits, as upright 8-bit
-RGB.
+"""Reading a picture that nobody vouches for: PNG, JPEG or WebP by content, within limits, as upright 8-bit RGB.
 
 What a file is, and how large, is read from its first bytes here, before any decoder runs. Rules for what
-has no single right answer: transparency is laid on white; of a moving picture the first frame counts; a
-colour profile is not applied (values are taken as sRGB), so a broken one does no harm; the EXIF orientation
-is applied, once.
+has no single right answer: transparency is laid on white (of a mask, on black: there nothing was painted); of a
+moving picture the first frame counts; a colour profile is not applied (values are taken as sRGB), so a broken one
+does no harm; the EXIF orientation is applied, once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import os
+import stat
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from sfumato.errors import DataError
+from sfumato.errors import DataError, InputError
 
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_000  # pixels; libjpeg itself stops at 65,500
@@ -25,6 +29,8 @@ MAX_BYTES = 256 * 2**20
 MAX_TEXT = 2**20  # bytes one compressed text chunk may unfold to; Pillow's own bound
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 ORIENTATION = 0x0112  # EXIF tag
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -79,6 +85,35 @@ def describe(start: bytes) -> str:
     return next((words for magic, words in _OTHERS if start.lstrip().startswith(magic)), "not a picture")
 
 
+def read_file(path: str | os.PathLike[str], argument: str = "image") -> bytes:
+    """The bytes of a picture file, at most `MAX_BYTES` of them.
+
+    Raises `InputError`, naming `argument`, for what is missing, no ordinary file (a pipe would never end) or too large.
+    """
+    name = shown(path)
+    try:
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):
+            raise InputError(f"{argument} {name} is not a file", argument=argument)
+        if state.st_size > MAX_BYTES:
+            raise InputError(
+                f"{argument} {name} has {state.st_size:,} bytes; at most {MAX_BYTES:,} are read",
+                argument=argument,
+            )
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{argument} {name} does not exist", argument=argument) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no file can have this name"
+        raise InputError(f"{argument} {name} cannot be read: {reason}", argument=argument) from None
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as a message can hold it: quoted and short."""
+    text = repr(os.fspath(path))
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def read_header(data: bytes, name: str = "the picture") -> Header:
     """Format and size from the bytes alone, checked against the limits.
 
@@ -109,6 +144,116 @@ def decode(data: bytes, name: str = "the picture") -> Image.Image:
     """Decode to an upright RGB picture of 8 bits, transparency on white. Raises `DataError` with one
     sentence.
     """
+    return flatten(_decoded(data, name), name)
+
+
+def decode_mask(data: bytes, name: str = "the mask") -> Image.Image:
+    """Decode to an upright mask, see `binary`. Raises `DataError` with one sentence."""
+    return binary(_decoded(data, name), name)
+
+
+def texts(data: bytes, name: str = "the picture") -> dict[str, str]:
+    """What a picture says about itself: the text chunks of a PNG by their keywords, the EXIF comment of any format as
+    `comment`, the XMP packet as `xmp`. Unreadable ones are left out.
+
+    Raises `DataError` as `decode` does. The texts are whatever a stranger wrote.
+    """
+    opened = _opened(data, name)
+    if opened.format == "PNG":
+        with contextlib.suppress(
+            Exception
+        ):  # texts may stand behind the pixels, and be sound where these are not
+            opened.load()
+    found = {str(key): value for key, value in opened.info.items() if isinstance(value, str)}
+    packet = opened.info.get("xmp", found.get("XML:com.adobe.xmp"))
+    if isinstance(packet, bytes):
+        packet = packet.decode("utf-8", "replace")
+    if isinstance(packet, str):
+        found["xmp"] = packet
+    with contextlib.suppress(Exception):  # broken EXIF says nothing
+        comment = opened.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+        if isinstance(comment, bytes):
+            found["comment"] = user_comment(comment)
+        elif isinstance(comment, str):
+            found["comment"] = comment
+    return found
+
+
+def user_comment(raw: bytes) -> str:
+    """The text of an EXIF UserComment: eight bytes name the encoding, and UNICODE leaves the order of bytes open.
+
+    The order is the one in which more of the text is ASCII, as the settings of a picture are.
+    """
+    kind, body = raw[:8].rstrip(b"\0"), raw[8:]
+    if kind == b"UNICODE":
+        readings = [body.decode(encoding, "replace") for encoding in ("utf-16-be", "utf-16-le")]
+        return max(readings, key=lambda text: sum(letter < "\x80" for letter in text)).strip("\0\ufeff")
+    return (body if kind in (b"ASCII", b"") else raw).decode("utf-8", "replace").strip("\0")
+
+
+def flatten(picture: Image.Image, name: str = "the picture", ground: tuple[int, ...] = WHITE) -> Image.Image:
+    """Any PIL picture → upright RGB of 8 bits on `ground`, without metadata; so doing it twice changes nothing.
+
+    Raises `DataError` for what has no such form: floating-point values (NaN among them), or pixels that cannot be read.
+    """
+    if picture.mode == "F":
+        raise DataError(f"{name} holds floating-point values, of which white is unknown; give 8-bit RGB")
+    try:
+        flat = _upright(_rgb(picture, ground), _orientation(picture))
+    except Exception:  # a lazily opened file fails here in as many ways as a decoder has
+        raise DataError(f"{name} cannot be read as a picture") from None
+    flat.info = {}
+    return flat
+
+
+def binary(mask: Image.Image, name: str = "the mask") -> Image.Image:
+    """Any PIL picture → upright mode L of 0 and 255 alone: white where its brightness is at least half of white.
+
+    What is transparent counts as black. Raises `DataError` as `flatten` does.
+    """
+    if mask.mode == "L" and not mask.info:
+        return mask.point(lambda value: 255 if value >= 128 else 0)
+    return flatten(mask, name, BLACK).convert("L").point(lambda value: 255 if value >= 128 else 0)
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """Rows of pixels → a picture: (H, W) or (H, W, 3), uint8, or floating-point numbers in [0, 1].
+
+    Raises `InputError` for other shapes and types, and for NaN, infinity and values out of range.
+    """
+    array = np.asarray(array)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or 0 in array.shape:
+        raise InputError(
+            f"a picture must have shape (H, W, 3) or (H, W), not {array.shape}", argument="image"
+        )
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            raise InputError("the picture holds NaN or infinite values", argument="image")
+        if array.min() < 0 or array.max() > 1:
+            raise InputError(
+                f"the picture's values must lie in [0, 1], not [{array.min():g}, {array.max():g}]",
+                argument="image",
+            )
+        array = np.round(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise InputError(
+            f"a picture must be of uint8, or of floating-point numbers in [0, 1], not {array.dtype}",
+            argument="image",
+        )
+    return Image.fromarray(array).convert("RGB")
+
+
+def fingerprint(picture: Image.Image) -> str:
+    """SHA-256 of a picture's mode, size and pixels, row by row, as `sha256:` and 64 hex digits: equal exactly when the
+    pictures are, whatever files they came from.
+    """
+    digest = hashlib.sha256(f"{picture.mode} {picture.width}x{picture.height}\n".encode())
+    digest.update(picture.tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _opened(data: bytes, name: str) -> Image.Image:
+    """A picture whose header and container are sound; its pixels are still to be decoded."""
     header = read_header(data, name)
     if header.format == "png":
         _check_png(data, name)
@@ -116,14 +261,20 @@ def decode(data: bytes, name: str = "the picture") -> Image.Image:
         raise DataError(f"{name} is cut short")
     try:
         opened = Image.open(io.BytesIO(data), formats=[FORMATS[header.format]])
-        if opened.size != (header.width, header.height):
-            raise DataError(f"{name} is damaged: its size is given twice, differently")
-        opened.load()
-        return _upright(_rgb(opened), _orientation(opened))
-    except DataError:
-        raise
     except Exception:  # Pillow's decoders raise nearly any type for hostile bytes; the text stays ours
         raise DataError(f"{name} is damaged or cut short and cannot be decoded") from None
+    if opened.size != (header.width, header.height):
+        raise DataError(f"{name} is damaged: its size is given twice, differently")
+    return opened
+
+
+def _decoded(data: bytes, name: str) -> Image.Image:
+    opened = _opened(data, name)
+    try:
+        opened.load()
+    except Exception:
+        raise DataError(f"{name} is damaged or cut short and cannot be decoded") from None
+    return opened
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
@@ -208,7 +359,7 @@ def _unfolds_too_far(kind: bytes, body: bytes) -> bool:
     return len(unfolded) > MAX_TEXT
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, ground: tuple[int, ...]) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey, 0 … 65535
         wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
         grey = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8), "L")
@@ -218,8 +369,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
         picture = grey
     if picture.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("RGB")
     return picture.convert("RGB")
 
 

@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sfumato.data import pictures
-from sfumato.data.pictures import decode, read_header, sniff
-from sfumato.errors import DataError
+from sfumato import pictures
+from sfumato.errors import DataError, InputError
+from sfumato.pictures import (
+    binary,
+    decode,
+    decode_mask,
+    fingerprint,
+    flatten,
+    from_array,
+    read_file,
+    read_header,
+    sniff,
+    texts,
+    user_comment,
+)
 
 
 def encoded(picture, kind="PNG", **options):
@@ -255,3 +267,168 @@ def test_too_many_bytes(monkeypatch):
     monkeypatch.setattr(pictures, "MAX_BYTES", 50)
     with pytest.raises(DataError, match="at most 50 are read"):
         decode(encoded(quarters()))
+
+
+# --- masks, arrays, fingerprints -----------------------------------------------------------------------------------
+
+
+def test_a_mask_is_white_from_half_of_white_on():
+    grey = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8))
+    for mask in (grey, grey.convert("RGB"), grey.convert("RGBA")):
+        assert np.asarray(binary(mask)).tolist() == [[0, 0, 255, 255]]
+        assert np.asarray(decode_mask(encoded(mask))).tolist() == [[0, 0, 255, 255]]
+        assert binary(binary(mask)).tobytes() == binary(mask).tobytes()
+    wide = png(4, 1, 16, 0, [struct.pack(">4H", 0, 257 * 127, 257 * 128, 65535)])
+    assert np.asarray(decode_mask(wide)).tolist() == [[0, 0, 255, 255]]
+
+
+def test_what_is_transparent_in_a_mask_was_not_painted():
+    strokes = Image.new("RGBA", (3, 1), (255, 255, 255, 0))
+    strokes.putpixel((1, 0), (255, 255, 255, 255))
+    assert np.asarray(decode_mask(encoded(strokes))).tolist() == [[0, 255, 0]]
+
+
+def test_a_mask_is_turned_upright_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mask = Image.new("L", (4, 2), 0)
+    mask.putpixel((0, 0), 255)
+    turned = decode_mask(encoded(mask, exif=exif))
+    assert turned.size == (2, 4) and turned.getpixel((1, 0)) == 255
+
+
+def test_flattening_twice_changes_nothing():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = Image.open(io.BytesIO(encoded(quarters(), exif=exif)))
+    once = flatten(opened)
+    assert once.size == (4, 6) and once.info == {}
+    assert flatten(once).tobytes() == once.tobytes()
+    assert opened.size == (6, 4)  # and the caller's picture is left as it was
+
+
+def test_a_lazily_opened_picture_that_breaks_off():
+    data = encoded(Image.effect_noise((64, 64), 50))
+    with pytest.raises(DataError, match="image cannot be read as a picture"):
+        flatten(Image.open(io.BytesIO(data[: len(data) // 2])), "image")
+
+
+def test_floating_point_pictures_have_no_white():
+    for value in (np.nan, np.inf, 0.5):
+        with pytest.raises(DataError, match="holds floating-point values"):
+            flatten(Image.fromarray(np.full((4, 4), value, np.float32)))
+
+
+def test_arrays_become_pictures():
+    values = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    assert np.array_equal(from_array(values), values)
+    assert np.array_equal(from_array(values / 255), values)
+    assert np.asarray(from_array(np.array([[0.0, 0.5, 1.0]]))).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.array([[0.0, np.inf]]), "NaN or infinite"),
+        (np.full((4, 4, 3), 255.0), r"must lie in \[0, 1\], not \[255, 255\]"),
+        (np.full((4, 4, 3), -0.1), "must lie in"),
+        (np.zeros((4, 4, 4), np.uint8), "shape"),
+        (np.zeros((0, 4, 3), np.uint8), "shape"),
+        (np.zeros(4, np.uint8), "shape"),
+        (np.zeros((4, 4), np.int64), "uint8"),
+        (np.zeros((4, 4), object), "uint8"),
+        (np.zeros((4, 4), complex), "uint8"),
+    ],
+)
+def test_arrays_that_are_no_pictures(array, said):
+    with pytest.raises(InputError, match=said):
+        from_array(array)
+
+
+def test_a_fingerprint_is_of_pixels_and_not_of_files():
+    base = quarters()
+    assert fingerprint(decode(encoded(base))) == fingerprint(decode(encoded(base, "WEBP", lossless=True)))
+    assert fingerprint(base).startswith("sha256:") and len(fingerprint(base)) == 71
+    other = base.copy()
+    other.putpixel((5, 3), (255, 255, 1))
+    flat = Image.frombytes("RGB", (4, 6), base.tobytes())  # the same bytes in another shape
+    assert len({fingerprint(p) for p in (base, other, flat, base.convert("L"))}) == 4
+
+
+# --- what a picture says ----------------------------------------------------------------------------------------------
+
+
+def test_texts_of_every_format():
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", "a <script>alert(1)</script>\nSteps: 3", zip=True)
+    info.add_itxt("note", "für Ärzte", zip=True)
+    info.add_itxt("XML:com.adobe.xmp", "<x>")
+    found = texts(encoded(quarters(), pnginfo=info))
+    assert found["parameters"] == "a <script>alert(1)</script>\nSteps: 3"
+    assert (found["note"], found["xmp"]) == ("für Ärzte", "<x>")
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "été 😀".encode("utf-16-be")
+    for kind in ("JPEG", "WEBP", "PNG"):
+        assert texts(encoded(quarters(), kind, exif=exif.tobytes()))["comment"] == "été 😀"
+    assert texts(encoded(quarters())) == {}
+
+
+def test_texts_behind_the_pixels_are_found_too():
+    data = encoded(quarters())
+    late = data[:-12] + chunk(b"tEXt", b"parameters\0Steps: 3") + data[-12:]
+    assert texts(late) == {"parameters": "Steps: 3"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"UNICODE\0" + "Steps: 20, é".encode("utf-16-be"), "Steps: 20, é"),
+        (b"UNICODE\0" + "Steps: 20, é".encode("utf-16-le"), "Steps: 20, é"),
+        (b"UNICODE\0" + "\ufeffSteps".encode("utf-16-be"), "Steps"),
+        (b"UNICODE\0" + "城, Steps: 20".encode("utf-16-be") + b"\0\0", "城, Steps: 20"),
+        (b"ASCII\0\0\0Steps: 20", "Steps: 20"),
+        (b"\0" * 8 + "été".encode(), "été"),
+        (b"Steps: 20, without a kind", "Steps: 20, without a kind"),
+        (b"", ""),
+        (b"UNICODE\0\xff", "�"),
+    ],
+)
+def test_the_comment_of_exif_in_whatever_order_of_bytes(raw, said):
+    assert user_comment(raw) == said
+
+
+def test_texts_of_what_is_no_picture_or_hides_a_bomb():
+    bomb = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(2**23)))
+    for data in (b"", b"GIF89a", png(65_500, 65_500, 8, 2, [b"\0"]), png(1, 1, 8, 2, [b"\1\2\3"], bomb)):
+        with pytest.raises(DataError) as error:
+            texts(data, "like 'a.png'")
+        assert one_sentence(error).startswith("like 'a.png' ")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_ordinary_files_are_read(tmp_path, monkeypatch):
+    import os
+
+    (tmp_path / "a.png").write_bytes(b"x" * 60)
+    os.mkfifo(tmp_path / "pipe")
+    assert read_file(tmp_path / "a.png") == b"x" * 60
+    monkeypatch.setattr(pictures, "MAX_BYTES", 50)
+    cases = {
+        tmp_path / "absent.png": "does not exist",
+        tmp_path: "is not a file",
+        tmp_path / "pipe": "is not a file",
+        "/dev/zero": "is not a file",
+        "a\0b": "no file can have this name",
+        "x" * 5000: "cannot be read: File name too long",
+        tmp_path / "a.png": "has 60 bytes; at most 50 are read",
+    }
+    for path, said in cases.items():
+        with pytest.raises(InputError, match=said) as error:
+            read_file(path, "mask")
+        assert one_sentence(error).startswith("mask '") if len(str(path)) < 100 else True
+        assert error.value.argument == "mask"

@@ -1,0 +1,7 @@
+"""Drawing from a picture: what it takes beyond sampling from noise.
+
+    canvas.py   in pixels: sizes, masks, what is drawn on, and the finished picture put together
+    latent.py   in latents: where on the schedule to begin, what to keep, how to enlarge
+
+No model is known here; `generate.py` composes these with the stages.
+"""
