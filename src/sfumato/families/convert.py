@@ -1,0 +1,50 @@
+"""Conversion of checkpoints between the layouts in which a family's models are published."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sfumato.errors import InputError
+from sfumato.families.sd.checkpoint import open_checkpoint
+from sfumato.families.sd.convert import Written, write_file, write_folder
+
+LAYOUTS = ("single", "folder")
+SUFFIX = ".safetensors"
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    kind: str | None = None,
+    prediction: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Read the checkpoint at `source` and write it to `target`, which must not exist.
+
+    layout: "single" or "folder"; None is a single file where `target` ends in .safetensors, else a folder. variant,
+    kind, prediction: see `open_checkpoint`. `on_progress` hears how many tensors are written, and of how many. Errors:
+    those of reading and writing; `InputError` for a target that exists.
+    """
+    target = Path(target)
+    if layout is None:
+        layout = "single" if target.suffix == SUFFIX else "folder"
+    if layout not in LAYOUTS:
+        raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}", argument="layout")
+    if (target.suffix == SUFFIX) != (layout == "single"):
+        right = f"must end in {SUFFIX}" if layout == "single" else f"is a folder and must not end in {SUFFIX}"
+        raise InputError(f"the target {str(target)!r} {right}", argument="target")
+    if os.path.lexists(target):
+        raise InputError(
+            f"the target {str(target)!r} exists; give another name, or remove it first", argument="target"
+        )
+    checkpoint = open_checkpoint(source, variant=variant, kind=kind, prediction=prediction)
+    write = write_file if layout == "single" else write_folder
+    return write(checkpoint, target, dtype=dtype, on_progress=on_progress)

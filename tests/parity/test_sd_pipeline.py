@@ -1,0 +1,280 @@
+"""Whole pictures against diffusers' pipelines: small random models of every kind, from one folder, step by step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sfumato.families.sd import folder
+from sfumato.families.sd.shapes import SYSTEMS, System
+from sfumato.families.sd.system import open_system
+from sfumato.generate import Model
+from sfumato.nn.unet import UNetConfig
+from sfumato.text.clip import ClipConfig
+from sfumato.text.clip_tokens import MERGES, bundled
+from sfumato.text.windows import LENGTH
+from sfumato.types import Request
+
+STEPS = 20
+SIDE = 64  # pixels; the small autoencoders have a factor of 4
+NARROW, WIDE = ClipConfig(32, 2, 2, "quick_gelu"), ClipConfig(48, 2, 3, "gelu")
+UNETS = {
+    "sd1": UNetConfig(4, (32, 64), (1, 0), 1, (4, 4), context=32),
+    "sd1-inpaint": UNetConfig(9, (32, 64), (1, 0), 1, (4, 4), context=32),
+    "sd2": UNetConfig(4, (32, 64), (1, 0), 1, (2, 4), context=48, linear=True),
+    "sdxl": UNetConfig(4, (32, 64), (0, 2), 2, (2, 4), context=80, linear=True, vector=48 + 6 * 256),
+    "sdxl-refiner": UNetConfig(
+        4, (64, 64, 96), (0, 2, 0), 2, (4, 4, 6), context=48, linear=True, vector=48 + 5 * 256
+    ),
+}
+EULER = {**folder.BETAS, "timestep_spacing": "trailing", "steps_offset": 1}
+
+
+def small(kind: str) -> System:
+    system = SYSTEMS[kind]
+    text = tuple(
+        replace(
+            part,
+            config=replace(WIDE, projection=48)
+            if part.config.projection
+            else (WIDE if part.open_clip else NARROW),
+        )
+        for part in system.text
+    )
+    return replace(system, unet=UNETS[kind], vae=replace(system.vae, widths=(32, 64, 64)), text=text)
+
+
+SMALL = {kind: small(kind) for kind in UNETS}
+
+
+def tokenizer(pad: str) -> CLIPTokenizer:
+    """transformers' own, of the vocabulary that comes with the package."""
+    merges = [tuple(line.split(" ")) for line in MERGES.read_text(encoding="utf-8").split("\n")[1:] if line]
+    vocabulary = bundled()._tokenizer.get_vocab()
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=LENGTH)
+
+
+def text_module(config: ClipConfig) -> torch.nn.Module:
+    settings = folder.text_config(config)
+    settings.pop("architectures")
+    kind = CLIPTextModelWithProjection if config.projection else CLIPTextModel
+    return kind(CLIPTextConfig(**settings)).eval()
+
+
+def parts_of(kind: str) -> dict[str, torch.nn.Module]:
+    """Random networks of the small kind, as diffusers and transformers make them."""
+    system = SMALL[kind]
+    torch.manual_seed(5)
+    parts: dict[str, torch.nn.Module] = {
+        "unet": UNet2DConditionModel.from_config(folder.unet_config(system.unet, SIDE // 4)).eval(),
+        "vae": AutoencoderKL.from_config(folder.vae_config(system.vae, SIDE)).eval(),
+    }
+    return parts | {part.name: text_module(part.config) for part in system.text}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """kind, prediction → (diffusers' parts, our model of the folder they were saved in)."""
+    known: dict[tuple[str, str], tuple[dict[str, torch.nn.Module], Model]] = {}
+
+    def make(kind: str, prediction: str = "epsilon"):
+        if (kind, prediction) not in known:
+            parts, place = parts_of(kind), tmp_path_factory.mktemp(kind)
+            for name, part in parts.items():
+                part.save_pretrained(place / name)
+            (place / "scheduler").mkdir()
+            scheduler = folder.scheduler_config(kind, prediction)
+            (place / folder.SCHEDULER).write_text(json.dumps(scheduler))
+            index = folder.model_index(kind, SMALL[kind], scheduler["_class_name"])
+            (place / folder.INDEX).write_text(json.dumps(index))
+            system = open_system(place, torch.device("cpu"), torch.float32, systems=SMALL)
+            known[kind, prediction] = parts, Model(system, torch.device("cpu"), kind)
+        return known[kind, prediction]
+
+    return make
+
+
+def euler(prediction: str = "epsilon") -> EulerDiscreteScheduler:
+    kind = "v_prediction" if prediction == "v" else "epsilon"
+    return EulerDiscreteScheduler(**EULER, prediction_type=kind)
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+REQUEST = Request("a (small) red fox, 4k", negative="blurry", seed=3, steps=STEPS, guidance=6.0, sampler="euler",
+                  schedule="trailing", size=(SIDE, SIDE + 32))  # fmt: skip
+# brackets are text to diffusers, so its prompt goes without the weight that they give in ours
+PLAIN = replace(REQUEST, prompt="a small red fox, 4k")
+
+
+def drawn(model: Model, request: Request) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(initial noise, latents, pixels) of ours."""
+    from sfumato.sampling import SeededNoise
+
+    request = model.complete(request)
+    shape = model.system.autoencoder.latent_shape(1, request.size[1], request.size[0])
+    noise = SeededNoise(request.seeds(), shape).initial()
+    latent = model.sample(model.condition(request), request.seeds(), request)
+    return noise[:, :, 0], latent[:, :, 0], model.decode_pixels(latent)[:, :, 0]
+
+
+def theirs_drawn(pipeline, request: Request, noise: torch.Tensor, **more) -> tuple[torch.Tensor, torch.Tensor]:
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(
+        request.prompt,
+        negative_prompt=request.negative,
+        width=request.size[0],
+        height=request.size[1],
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        latents=noise.clone(),
+        output_type="latent",
+        **more,
+    ).images
+    with torch.no_grad():
+        pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+    return latents, pixels
+
+
+@pytest.mark.parametrize(("kind", "prediction"), [("sd1", "epsilon"), ("sd2", "epsilon"), ("sd2", "v")])
+def test_a_picture_of_sd_1_and_2(made, kind, prediction):
+    parts, model = made(kind, prediction)
+    noise, latents, pixels = drawn(model, PLAIN)
+    pad = "!" if kind == "sd2" else "<|endoftext|>"
+    pipeline = StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer(pad),
+        scheduler=euler(prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    their_latents, their_pixels = theirs_drawn(pipeline, PLAIN, noise)
+    assert apart(latents, their_latents) < 1e-4
+    assert apart(pixels, their_pixels) < 1e-4
+
+
+@pytest.mark.parametrize("negative", [None, "", "blurry"])
+def test_a_picture_of_sdxl(made, negative):
+    """Its sizes and crops, pooled text, the second encoder, and what no negative prompt is."""
+    parts, model = made("sdxl")
+    request = replace(PLAIN, negative=negative)
+    noise, latents, pixels = drawn(model, request)
+    pipeline = StableDiffusionXLPipeline(
+        **parts,
+        tokenizer=tokenizer("<|endoftext|>"),
+        tokenizer_2=tokenizer("!"),
+        scheduler=euler(),
+        add_watermarker=False,
+    )
+    their_latents, their_pixels = theirs_drawn(pipeline, request, noise)
+    assert apart(latents, their_latents) < 1e-4
+    assert apart(pixels, their_pixels) < 1e-4
+
+
+def test_ddim_steps_of_sd_1(made):
+    parts, model = made("sd1")
+    request = replace(PLAIN, sampler="ddim")
+    noise, latents, _ = drawn(model, request)
+    scheduler = DDIMScheduler(
+        **{k: v for k, v in EULER.items() if k != "steps_offset"},
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    pipeline = StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer("<|endoftext|>"),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    # VP and VE differ by a factor: noise of deviation 1 there is sigma_max here
+    top = float(model.system.levels.sigmas[-1])
+    scaled = noise * top / (1 + top**2) ** 0.5
+    their_latents, _ = theirs_drawn(pipeline, request, scaled)
+    assert apart(latents, their_latents) < 1e-4
+
+
+def test_an_inpainting_network_sees_mask_and_masked_picture(made):
+    """The nine channels, against diffusers' pipeline; outside the mask the pixels are the input's own."""
+    from PIL import Image
+
+    parts, model = made("sd1-inpaint")
+    random = np.random.default_rng(0)
+    size = (SIDE, SIDE)
+    picture = Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (16, 8, 48, 40))
+    request = replace(PLAIN, size=size, image=picture, mask=mask, strength=1.0)
+    result = model.generate(request)
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(result.images[0])[outside], np.asarray(picture)[outside])
+
+    pixels = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    holes = torch.from_numpy(outside == 0)[None, None, None].float()
+    channels = model.system.inpaint_channels(pixels * (1 - holes), holes)[:, :, 0]
+    pipeline = StableDiffusionInpaintPipeline(
+        **parts,
+        tokenizer=tokenizer("<|endoftext|>"),
+        scheduler=euler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    their_mask, _ = pipeline.prepare_mask_latents(
+        holes[:, :, 0], (pixels * (1 - holes))[:, :, 0], 1, SIDE, SIDE, torch.float32, torch.device("cpu"),
+        torch.Generator().manual_seed(0), False,
+    )  # fmt: skip
+    with torch.no_grad():
+        posterior = parts["vae"].encode((pixels * (1 - holes))[:, :, 0]).latent_dist
+    expected = torch.cat([their_mask, posterior.mode() * parts["vae"].config.scaling_factor], dim=1)
+    assert apart(channels, expected) < 1e-5
+
+
+def test_one_step_of_the_refiner(made):
+    """Its five numbers with the aesthetic scores, against diffusers' own conditioning and U-Net."""
+    parts, model = made("sdxl-refiner")
+    request = model.complete(PLAIN)
+    cond = model.condition(request)
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        **parts,
+        text_encoder=None,
+        tokenizer=None,
+        tokenizer_2=tokenizer("!"),
+        scheduler=euler(),
+        add_watermarker=False,
+        requires_aesthetics_score=True,
+    )
+    with torch.no_grad():
+        wanted, unwanted, pooled, unpooled = pipeline.encode_prompt(
+            request.prompt, negative_prompt=request.negative, do_classifier_free_guidance=True
+        )
+        size = (request.size[1], request.size[0])
+        ids, negative_ids = pipeline._get_add_time_ids(
+            size, (0, 0), size, 6.0, 2.5, size, (0, 0), size, torch.float32,
+            text_encoder_projection_dim=48,
+        )  # fmt: skip
+        x = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(1))
+        told = {"text_embeds": torch.cat([pooled, unpooled]), "time_ids": torch.cat([ids, negative_ids])}
+        theirs = parts["unet"](x, 333.0, torch.cat([wanted, unwanted]), added_cond_kwargs=told).sample
+        ours = model.system.network(x[:, :, None], torch.tensor(333.0), cond)[:, :, 0]
+    assert apart(ours, theirs) < 1e-5
