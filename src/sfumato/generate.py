@@ -125,13 +125,16 @@ class Model:
         return [to_image(pixels) for pixels in self.decode_pixels(latent)]
 
     @torch.inference_mode()
-    def condition(self, prompts: Request | Sequence[str | None], request: Request | None = None) -> Conditioning:
+    def condition(
+        self, prompts: Request | Sequence[str | None], request: Request | None = None
+    ) -> Conditioning:
         """What the network is told of texts, half of them wanted and half not; `request` has the rest that it may read.
 
         Of a request alone, its prompt is in the first row and its negative in the second.
         """
         if isinstance(prompts, Request):
-            prompts, request = [prompts.prompt, prompts.negative], prompts
+            request = prompts
+            prompts = [request.prompt, request.negative]
         request = self.complete(Request() if request is None else request)
         with self._precision():
             cond = self.system.condition(prompts, request)

@@ -97,9 +97,10 @@ class Variation:
 class Request:
     """One wish for pictures, shared by Python, the command line and HTTP; `validate` is the only gatekeeper.
 
-    None means the model's own preset, or that something is not wanted. No `negative` is what the model's family makes of
-    it, which need not be the empty text: SDXL was trained with features of zero there. `size` is (width, height) in pixels. Picture k
-    has seed `seed + k` (modulo 2**64), so it is the picture of a request for that seed alone (see `part`).
+    None means the model's own preset, or that something is not wanted. No `negative` is what the model's family makes
+    of it, which need not be the empty text: SDXL was trained with features of zero there. `size` is (width, height) in
+    pixels. Picture k has seed `seed + k` (modulo 2**64), so it is the picture of a request for that seed alone (see
+    `part`).
 
     From a picture:
         image: the picture to begin with. Without `size` the pictures drawn have its size.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,7 +135,9 @@ def drawn(model: Model, request: Request) -> tuple[torch.Tensor, torch.Tensor, t
     return noise[:, :, 0], latent[:, :, 0], model.decode_pixels(latent)[:, :, 0]
 
 
-def theirs_drawn(pipeline, request: Request, noise: torch.Tensor, **more) -> tuple[torch.Tensor, torch.Tensor]:
+def theirs_drawn(
+    pipeline, request: Request, noise: torch.Tensor, **more
+) -> tuple[torch.Tensor, torch.Tensor]:
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(
         request.prompt,

@@ -331,8 +331,8 @@ class Pass:
         for y0, y1, window in self.windows(source, 4 * C):
             rows = stage.x[:, :, 2 * y0 : 2 * y1]
             for i in (0, 1):  # (1, C, y1 - y0 + 2, W) -> (1, 2C, y1 - y0, W + 1)
-                phases = F.conv2d(window[:, :, i : i + y1 - y0 + 1], kernels[i], bias, padding=(0, 1))
-                interleave(phases, rows[:, :, i::2])
+                part = window[:, :, i : i + y1 - y0 + 1]
+                interleave(F.conv2d(part, kernels[i], bias, padding=(0, 1)), rows[:, :, i::2])
             self.measure(rows, stage.moments)
         self.check(stage.moments, layer.conv)
         return stage

@@ -250,8 +250,8 @@ class Upsample(nn.Module):
         order = torch.channels_last if channels_last else torch.contiguous_format
         out = torch.empty(B, C, 2 * H, 2 * W, dtype=x.dtype, device=x.device, memory_format=order)
         for i in (0, 1):
-            h = F.conv2d(x, phase_kernels(self.conv.weight, i), self.conv.bias.repeat(2), padding=1)
-            interleave(h[:, :, i : i + H], out[:, :, i::2])  # (B, 2C, H, W + 1)
+            kernels, bias = phase_kernels(self.conv.weight, i), self.conv.bias.repeat(2)
+            interleave(F.conv2d(x, kernels, bias, padding=1)[:, :, i : i + H], out[:, :, i::2])
         return out
 
 

@@ -1,1 +1,1 @@
-"""Files of weights: what their headers say, tensors read on demand, names made ours, strict filling. Knows no family."""
+"""Files of weights: headers, tensors read on demand, names made ours, strict filling. Knows no family."""

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sfumato.cli import cost, evaluate, generate, models, scenes, train
+from sfumato.cli import convert, cost, evaluate, generate, inspect, models, scenes, train
 from sfumato.errors import Cancelled, SfumatoError
 
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
@@ -20,6 +20,8 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "scenes": (scenes.scenes, scenes.EXAMPLE),
     "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
     "cost": (cost.cost, cost.EXAMPLE),
+    "inspect": (inspect.inspect, inspect.EXAMPLE),
+    "convert": (convert.convert, convert.EXAMPLE),
     "models": (models.models, models.EXAMPLE),
 }
 

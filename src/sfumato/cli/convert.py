@@ -8,11 +8,9 @@ from typing import Annotated
 
 import typer
 
-from sfumato.cli import show
-from sfumato.errors import InputError
+from sfumato.cli import parse, show
 
 EXAMPLE = "sfumato convert model.safetensors model/ --dtype bf16"
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def convert(
@@ -38,9 +36,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Write a checkpoint as a single file or as a diffusers folder, tensor for tensor."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}", argument="dtype")
-    from sfumato import runtime
+    wanted = None if dtype is None else parse.dtype(dtype)
     from sfumato.families.convert import convert as run
 
     with show.progress() as bar:
@@ -49,7 +45,7 @@ def convert(
             source,
             target,
             layout=layout,
-            dtype=None if dtype is None else runtime.DTYPES[DTYPES[dtype]],
+            dtype=wanted,
             variant=variant,
             kind=kind,
             prediction=prediction,

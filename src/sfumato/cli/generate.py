@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from sfumato.receipts.provenance import Like
 
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
-PICTURE, MASK, LARGER, TUNING = (
+PICTURE, MASK, LARGER, TUNING, WEIGHTS = (
     "Beginning with a picture",
     "Painting a part of it",
     "Drawing it larger",
     "For those who know",
+    "Opening a Stable Diffusion checkpoint",
 )
 
 
@@ -45,7 +46,12 @@ def generate(
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels: 128 or 128x96.")] = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What to stay away from.")] = None,
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A packaged model's name or a folder.")
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="Name, folder, .safetensors file, or org/name.",
+        ),
     ] = None,
     like: Annotated[
         Path | None,
@@ -177,6 +183,28 @@ def generate(
             help="Layer of a CLIP text encoder, counted from the last, which is 1.",
         ),
     ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=WEIGHTS, help="Another autoencoder for a checkpoint: a file or a folder."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", rich_help_panel=WEIGHTS, help="Of a checkpoint's weights: fp32, bf16 or fp16."
+        ),
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", rich_help_panel=WEIGHTS, help="epsilon or v, where a checkpoint does not say it."
+        ),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a folder's files, such as fp16."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu or cuda; the faster one by default.")
     ] = None,
@@ -231,7 +259,14 @@ def generate(
     if model is None:
         # a stranger's picture may name any file or place; only a name that we know is followed
         model = said.model if said is not None and said.model in MODELS else DEFAULT_MODEL
-    loaded = load(model, device=device)
+    loaded = load(
+        model,
+        device=device,
+        dtype=None if dtype is None else parse.dtype(dtype),
+        vae=vae,
+        prediction=prediction,
+        variant=variant,
+    )
     if said is not None:
         _note_differences(like, said, loaded)
     with show.progress() as bar:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sfumato.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _WHOLE = re.compile(r"[+-]?[0-9]{1,40}")
 _SIZE = re.compile(r"([0-9]{1,9})(?:[xX×]([0-9]{1,9}))?")
 
@@ -69,6 +71,15 @@ def picture(name: str, path: Path, mask: bool = False) -> Image:
     from sfumato.pictures import decode, decode_mask, read_file, shown
 
     return (decode_mask if mask else decode)(read_file(path, name), f"{name} {shown(path)}")
+
+
+def dtype(text: str) -> torch.dtype:
+    """`fp32`, `fp16` or `bf16` as PyTorch has it."""
+    if text not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {_quoted(text)}", argument="dtype")
+    from sfumato import runtime
+
+    return runtime.DTYPES[DTYPES[text]]
 
 
 def between(name: str, value: int, low: int, high: int) -> int:

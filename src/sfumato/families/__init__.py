@@ -81,11 +81,14 @@ def open_model(
 
         if is_hub_id(str(model)):
             path = fetch(str(model), asked.get("variant"), progress=True)
-    if path.is_file() or (path.is_dir() and any((path / n).is_file() for n in ("model_index.json", "config.json"))):
+    if path.is_file() or (
+        path.is_dir() and any((path / n).is_file() for n in ("model_index.json", "config.json"))
+    ):
         return importlib.import_module(CHECKPOINTS).open_system(path, device, dtype, **asked)
     family = family_of(path)
     if asked:
         raise InputError(
-            f"{next(iter(asked))} is for checkpoints; {str(model)!r} is whole as it is", argument=next(iter(asked))
+            f"{next(iter(asked))} is for checkpoints; {str(model)!r} is whole as it is",
+            argument=next(iter(asked)),
         )
     return family.open_folder(model_folder(path), device)

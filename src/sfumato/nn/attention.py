@@ -68,7 +68,9 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     centred = k.float()
     centred = (centred - centred.mean(-2, keepdim=True)).to(k.dtype).contiguous()
     reach = (_longest(scaled) * _longest(centred)).tolist()  # (B, K)
-    width = -(-D // 16) * 16  # a product of full vectors costs what one of 40 columns does; the spare ones count
+    width = (
+        -(-D // 16) * 16
+    )  # a product of full vectors costs what one of 40 columns does; the spare ones count
     values = v.contiguous()
     if width > D:
         values = v.new_ones(B, K, M, width)

@@ -37,7 +37,9 @@ class UNetConfig:
     vector: int = 0  # width of pooled text and embedded sizes (micro-conditioning); 0 is none
     resnets: int = 2  # residual blocks per level on the way down; one more on the way up
     out_channels: int = 4
-    time_cond: int = 0  # width of an embedded guidance scale added to the time (guidance distillation); 0 is none
+    time_cond: int = (
+        0  # width of an embedded guidance scale added to the time (guidance distillation); 0 is none
+    )
     groups: int = 32  # of every GroupNorm
 
     def __post_init__(self) -> None:
@@ -62,7 +64,8 @@ class UNetConfig:
         for width, heads, depth in zip(self.channels, self.heads, attends, strict=True):
             if width % self.groups:
                 raise InputError(
-                    f"channels must be multiples of the {self.groups} groups, not {width}", argument="channels"
+                    f"channels must be multiples of the {self.groups} groups, not {width}",
+                    argument="channels",
                 )
             if depth and width % heads:
                 raise InputError(
@@ -324,7 +327,12 @@ class UNet(nn.Module):
 
 def _transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransformer:
     return SpatialTransformer(
-        config.channels[level], config.heads[level], depth, config.context, config.groups, linear=config.linear
+        config.channels[level],
+        config.heads[level],
+        depth,
+        config.context,
+        config.groups,
+        linear=config.linear,
     )
 
 

@@ -76,7 +76,7 @@ class System:
         return self.autoencoder.decode_normalized(latent)
 
     def condition(self, prompts: Sequence[str | None], request: Request | None = None) -> Conditioning:
-        """Text features of the prompts, padded to a common length; none is the empty one. `request` has nothing to add."""
+        """Text features of the prompts, padded to a common length; None is the empty one. `request` adds nothing."""
         device = next(self.denoiser.parameters()).device
         ids, mask = self.tokenizer.batch([prompt or "" for prompt in prompts])
         ids, mask = ids.to(device), mask.to(device)

@@ -54,7 +54,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Config:
-    """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what both sides of a picture are multiples of."""
+    """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what a picture's sides are multiples of."""
 
     kind: str
     preset: Preset
@@ -116,7 +116,9 @@ class System:
         Sizes: the picture is told to be uncropped and of the size that is drawn.
         """
         if self.text is None:
-            raise CheckpointError("this checkpoint holds no text encoders; give a whole one to draw from a prompt")
+            raise CheckpointError(
+                "this checkpoint holds no text encoders; give a whole one to draw from a prompt"
+            )
         options = TextOptions(clip_skip=request.clip_skip)
         half = len(prompts) // 2
         wanted, unwanted = encode_prompts(
