@@ -21,7 +21,7 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-APART = {"text", "autoencoder", "diffusion", "sampling", "scenes"}  # do not import each other …
+APART = {"text", "autoencoder", "checkpoint", "diffusion", "sampling", "scenes"}  # do not import each other …
 MAY = {("sampling", "diffusion")}  # … except here
 TORCH_ONLY = {"nn", "diffusion", "sampling", "autoencoder", "scenes", "train", "text"}
 LIGHT = {"torch", "numpy", "safetensors", "PIL", "sfumato", *sys.stdlib_module_names}
