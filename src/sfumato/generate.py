@@ -330,7 +330,15 @@ class Model:
         else:
             shape = self.system.autoencoder.latent_shape(1, height, width)
             latent = enlarged(latent, shape[-2], shape[-1], hires.upscaler)
-        second = replace(request, size=size, steps=hires.steps or request.steps)
+        second = replace(
+            request,
+            size=size,
+            steps=hires.steps or request.steps,
+            image=None,  # the first pass has used it, and it is of the first pass's size
+            strength=None,
+            fit=None,
+            hires=None,
+        )
         origin = Origin(latent, hires.strength)
         return self.sample(self.condition(second), second.seeds(), second, on_step, origin)
 

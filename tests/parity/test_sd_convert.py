@@ -186,7 +186,7 @@ def test_another_precision_is_the_same_numbers_rounded(kind, dtype, files, tmp_p
 
 
 def test_v_prediction_goes_there_and_back(tmp_path):
-    for kind, zero_snr in (("sdxl", False), ("sdxl", True), ("sdxl-inpaint", True)):
+    for kind, zero_snr in (("sd1", False), ("sd2", True), ("sdxl", False), ("sdxl-inpaint", True)):
         place = written_by_diffusers(kind, tmp_path / f"{kind}{zero_snr}", "v", zero_snr)
         file = tmp_path / f"{kind}{zero_snr}.safetensors"
         write_file(opened(place), file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sfumato.checkpoint.detect import identify
 from sfumato.checkpoint.rules import shapes
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, InputError
 from sfumato.families.sd import folder, keys
 from sfumato.families.sd.checkpoint import open_checkpoint
 from sfumato.families.sd.shapes import SYSTEMS
@@ -148,22 +149,34 @@ def test_a_file_of_every_kind_is_recognised(kind, full):
     assert match.traits == {}
 
 
-@pytest.mark.parametrize("kind", SYSTEMS)
-def test_a_full_size_file_is_opened_without_reading_it(kind, full, tmp_path):
-    """The header of the real size before gigabytes of hole; extent and places of every tensor are checked by it."""
+def hollow(tensors: dict, path: Path) -> Path:
+    """A file with the header of the real size, before a hole in place of numbers; extents and places are checked."""
     header, end = {}, 0
-    for name, tensor in original(kind, full).items():
+    for name, tensor in tensors.items():
         start, end = end, end + 2 * tensor.numel()
         header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    with open(tmp_path / "model.safetensors", "wb") as stream:
+    with open(path, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + end)
-    found = open_checkpoint(tmp_path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("kind", SYSTEMS)
+def test_a_full_size_file_is_opened_without_reading_it(kind, full, tmp_path):
+    found = open_checkpoint(hollow(original(kind, full), tmp_path / "model.safetensors"))
     assert (found.kind, found.prediction, found.alone) == (kind, "epsilon", False)
     assert sorted(found.parts) == sorted(full[kind])
     for part, named in full[kind].items():
         assert shapes(found.parts[part]) == shapes(named)
+
+
+def test_a_text_encoder_alone_takes_its_place_in_the_kind_that_is_said(full, tmp_path):
+    file = hollow(full["sdxl"]["text_encoder_2"], tmp_path / "clip_g.safetensors")
+    assert open_checkpoint(file).kind == "openclip-bigg"
+    assert list(open_checkpoint(file, kind="sdxl").parts) == ["text_encoder_2"]
+    with pytest.raises(InputError, match="is of openclip-bigg, not of sd1"):
+        open_checkpoint(file, kind="sd1")
 
 
 @pytest.mark.parametrize("kind", SYSTEMS)
@@ -199,7 +212,7 @@ def test_a_vae_alone_does_not_say_whose_it_is(full):
             assert (match.kind, match.part, match.layout, match.prefix) == ("f8c4", "vae", "original", prefix)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sdxl-inpaint", "sdxl-refiner"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "sdxl-inpaint", "sdxl-refiner"])
 @pytest.mark.parametrize(
     ("markers", "traits"),
     [(("v_pred",), {"prediction": "v"}), (("v_pred", "ztsnr"), {"prediction": "v", "zero_snr": True})],

@@ -309,6 +309,11 @@ def test_enlarging_alone(model):
     assert latent.tobytes() == model.decode(cells)[0].tobytes()
 
 
+def test_the_second_pass_is_not_enlarged_again(model):
+    """Sixteen times 512 pixels could not be drawn."""
+    assert drawn(model, size=(32, 16), hires=HiRes(16, strength=0.0)).size == (512, 256)
+
+
 @pytest.mark.parametrize("upscaler", ["latent-bilinear", "latent-bicubic", "latent-nearest"])
 def test_an_even_latent_stays_even(upscaler):
     latent = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1, 1).expand(3, 2, 1, 4, 5)

@@ -263,10 +263,14 @@ def phase_kernels(weight: Tensor, row: int) -> Tensor:
     and 4/9 of the products remain. The upper pixel takes [w0, w1 + w2] of the row of cells above and its own, the lower
     one [w0 + w1, w2] of its own and the row below; columns likewise.
     """
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    taps = wide.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (phase, cell, tap)
-    kernels = torch.einsum("at,jbu,octu->jocab", taps[row], taps, wide)  # (2, O, I, 2, 2)
-    return kernels.flatten(0, 1).to(weight.dtype)
+    rows = cells_of(weight.to(torch.promote_types(weight.dtype, torch.float32)), 2, row)  # (O, I, 2, 3)
+    return torch.cat([cells_of(rows, 3, column).to(weight.dtype) for column in (0, 1)])
+
+
+def cells_of(taps: Tensor, dim: int, phase: int) -> Tensor:
+    """Three taps along `dim` on doubled pixels → two on the cells that the first (phase 0) or second pixel sees."""
+    first, middle, last = taps.unbind(dim)
+    return torch.stack([first, middle + last] if phase == 0 else [first + middle, last], dim)
 
 
 def interleave(phases: Tensor, out: Tensor) -> None:

@@ -186,6 +186,6 @@ def band_bytes(layer: Layer, band: int, itemsize: int) -> tuple[int, int]:
         return scratch, shared + ((rows + 1) * (width + 1) * channels + rows * width * out // 4) * itemsize
     if kind == "double":
         kernels = 16 * channels * out * itemsize
-        made_of = 24 * channels * out * wide  # while the kernels are summed up, before any window
+        made_of = 30 * channels * out * wide  # while the kernels are summed up, before any window
         return scratch, max(made_of, kernels + shared + rows * (width + 1) * 2 * out * itemsize)
     return scratch, shared + rows * width * made * itemsize

@@ -13,10 +13,10 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 from sfumato.checkpoint.header import shown
-from sfumato.checkpoint.layout import INDEX, STEMS, find_parts, pick_files, stem_of, weight_files
+from sfumato.checkpoint.layout import INDEX, STEMS, find_parts, is_network, pick_files, stem_of, weight_files
 from sfumato.errors import CheckpointError, InputError
 from sfumato.storage import PICKLED
 
@@ -63,20 +63,19 @@ def fetch(name: str, variant: str | None = None, skip: Collection[str] = (), pro
             f"{name!r} is no model of the Hub: write org/name or org/name@revision", argument="model"
         )
     try:
-        import huggingface_hub
+        from huggingface_hub import constants, errors
     except ImportError:
         raise InputError(
             f"{name} lies on the Hub, which needs: pip install huggingface-hub", argument="model"
         ) from None
-    from huggingface_hub import errors
 
     wish = _Wish(match["repo"], match["revision"], variant, skip)
-    if huggingface_hub.constants.is_offline_mode():
-        return _from_cache(wish, huggingface_hub, "HF_HUB_OFFLINE is set")
+    if constants.is_offline_mode():
+        return _from_cache(wish, "HF_HUB_OFFLINE is set")
     try:
-        return _download(wish, huggingface_hub, progress)
+        return _download(wish, progress)
     except errors.GatedRepoError:
-        page = f"{huggingface_hub.constants.ENDPOINT}/{wish.repo}"
+        page = f"{constants.ENDPOINT}/{wish.repo}"
         reason = f"{wish} is gated: accept its licence at {page}, and set HF_TOKEN to your token"
         raise CheckpointError(reason) from None
     except errors.RepositoryNotFoundError:
@@ -92,7 +91,7 @@ def fetch(name: str, variant: str | None = None, skip: Collection[str] = (), pro
         reason = _line(error.__cause__ or error)
     except (errors.HTTPError, ConnectionError) as error:  # of the client beneath: no connection, time-outs
         reason = _line(error)
-    return _from_cache(wish, huggingface_hub, f"the Hub cannot be reached ({reason})")
+    return _from_cache(wish, f"the Hub cannot be reached ({reason})")
 
 
 def choose(
@@ -132,61 +131,98 @@ def _of_folder(names: Collection[str], folder: str, variant: str | None, place: 
     ]
     stem = stem_of(here)
     if stem is None:
-        pickled = any(PurePosixPath(name).suffix in PICKLED for name in here)
-        if pickled and folder:
+        if folder and is_network(here) and any(PurePosixPath(name).suffix in PICKLED for name in here):
             pick_files(here, STEMS[0], variant, f"{place}, {folder},")  # says that they are refused
         return plain
     pick = pick_files(here, stem, variant, f"{place}, {folder}," if folder else place)
     return plain + ([pick.single] if pick.single else [str(pick.index), *pick.shards])
 
 
-def _download(wish: _Wish, hub: Any, progress: bool) -> Path:
+def _download(wish: _Wish, progress: bool) -> Path:
     """Fetch what is needed and not yet there. The index comes first: it says which folders are parts."""
-    commit = hub.resolve_revision(wish.repo, revision=wish.revision).resolved
-    names = hub.HfApi().list_repo_files(wish.repo, revision=commit)
-    bars = {} if progress else {"tqdm_class": _silent(hub.utils.tqdm)}
+    from huggingface_hub import list_repo_files, resolve_revision, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    commit = resolve_revision(wish.repo, revision=wish.revision).resolved
+    if (names := _listed(wish, commit)) is not None:
+        try:
+            return _cached(wish, commit, names)
+        except _Lacking:
+            pass
+    names = list_repo_files(wish.repo, revision=commit)
+    bar = tqdm if progress else _silent(tqdm)
 
     def get(files: list[str]) -> Path:
         patterns = [glob.escape(file) for file in files]
-        return Path(hub.snapshot_download(wish.repo, revision=commit, allow_patterns=patterns, **bars))
+        return Path(snapshot_download(wish.repo, revision=commit, allow_patterns=patterns, tqdm_class=bar))
 
     parts = _parts(get([INDEX]), wish) if INDEX in names else None
     return _place(get(wanted := choose(names, parts, wish.variant, str(wish))), wanted)
 
 
-def _from_cache(wish: _Wish, hub: Any, reason: str) -> Path:
-    """The same files, from the cache alone. `reason` says why the Hub was not asked."""
-    from huggingface_hub import errors
+def _from_cache(wish: _Wish, reason: str) -> Path:
+    """The same files from the cache alone. `reason` says why the Hub is not asked."""
+    from huggingface_hub import constants, errors, resolve_revision
 
     try:
-        commit = hub.resolve_revision(wish.repo, revision=wish.revision, local_files_only=True).resolved
-    except errors.RevisionResolutionError:
-        _absent(wish, hub, "is not in the cache", reason)
-    # where a commit lies is part of the cache's documented layout
-    folder = (
-        Path(hub.constants.HF_HUB_CACHE) / f"models--{wish.repo.replace('/', '--')}" / "snapshots" / commit
+        commit = resolve_revision(wish.repo, revision=wish.revision, local_files_only=True).resolved
+        return _cached(wish, commit, _listed(wish, commit))
+    except (errors.RevisionResolutionError, _Lacking) as error:
+        lacking = f"lacks {error} in the cache" if isinstance(error, _Lacking) else "is not in the cache"
+    weights = f"*model.{wish.variant}*.safetensors" if wish.variant else "*model*.safetensors"
+    command = ["hf", "download", wish.repo]
+    command += ["--revision", wish.revision] if wish.revision is not None else []
+    for pattern in ("*.json", "*.txt", "*.model", weights):
+        command += ["--include", pattern]
+    environment = "HF_HUB_OFFLINE=0 " if constants.is_offline_mode() else ""
+    raise CheckpointError(
+        f"{wish} {lacking} ({constants.HF_HUB_CACHE}), and {reason}; "
+        f"fetch it with: {environment}{shlex.join(command)}"
     )
-    if not _COMMIT.fullmatch(commit) or not folder.is_dir():
-        _absent(wish, hub, "is not in the cache", reason)
-    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    try:  # what the commit holds, if that was noted when it was fetched
-        names = [file.path for file in hub.get_cached_repo_tree(wish.repo, revision=commit)]
+
+
+class _Lacking(Exception):
+    """The cache does not hold this, which the model needs."""
+
+
+def _listed(wish: _Wish, commit: str) -> list[str] | None:
+    """What a commit holds, where that was noted when something of it was fetched."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        return [file.path for file in get_cached_repo_tree(wish.repo, revision=commit)]
     except errors.CachedRepoTreeNotFoundError:
-        names = here
-    if INDEX in names and INDEX not in here:
-        _absent(wish, hub, f"lacks {INDEX} in the cache", reason)
-    parts = _parts(folder, wish) if INDEX in names else None
-    wanted = choose(names, parts, wish.variant, str(wish))
-    lost = next((name for name in wanted if name not in here), None)
-    lost = lost or next((part for part in parts or () if not (folder / part).is_dir()), None)
-    if lost is not None:
-        _absent(wish, hub, f"lacks {shown(lost)} in the cache", reason)
-    for part in parts if parts is not None else [""]:
-        if stem := stem_of([name.name for name in (folder / part).iterdir()]):
-            try:
-                weight_files(folder / part, stem, wish.variant)
-            except CheckpointError as error:
-                _absent(wish, hub, f"is not whole in the cache: {error}", reason)
+        return None
+
+
+def _cached(wish: _Wish, commit: str, names: list[str] | None) -> Path:
+    """The model in the cache, if it is whole. names: what the commit holds; None takes what is there for it."""
+    from huggingface_hub import constants
+
+    # where a commit lies is part of the cache's documented layout
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{wish.repo.replace('/', '--')}" / "snapshots" / commit
+    if not _COMMIT.fullmatch(commit) or not folder.is_dir():
+        raise _Lacking(f"the commit {shown(commit)}")
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    indexed = INDEX in (here if names is None else names)
+    if indexed and INDEX not in here:
+        raise _Lacking(INDEX)
+    parts = _parts(folder, wish) if indexed else None
+    try:
+        wanted = choose(here if names is None else names, parts, wish.variant, str(wish))
+        for part in parts or () if names is None else ():
+            there = [path.name for path in (folder / part).iterdir()] if (folder / part).is_dir() else []
+            if not there:
+                raise _Lacking(part)
+            if (stem := stem_of(there)) or is_network(there):
+                weight_files(folder / part, stem or STEMS[0], wish.variant)
+    except CheckpointError as error:
+        if names is not None:  # so it is on the Hub
+            raise
+        raise _Lacking(f"something: {error}") from None
+    for name in wanted:
+        if name not in here:
+            raise _Lacking(shown(name))
     return _place(folder, wanted)
 
 
@@ -199,28 +235,15 @@ def _place(folder: Path, wanted: list[str]) -> Path:
     return folder if "config.json" in wanted or INDEX in wanted else folder / wanted[0]
 
 
-def _absent(wish: _Wish, hub: Any, what: str, reason: str) -> NoReturn:
-    weights = f"*model.{wish.variant}*.safetensors" if wish.variant else "*model*.safetensors"
-    command = ["hf", "download", wish.repo]
-    if wish.revision is not None:
-        command += ["--revision", wish.revision]
-    for pattern in ("*.json", "*.txt", "*.model", weights):
-        command += ["--include", pattern]
-    environment = "HF_HUB_OFFLINE=0 " if hub.constants.is_offline_mode() else ""
-    raise CheckpointError(
-        f"{wish} {what} ({hub.constants.HF_HUB_CACHE}), and {reason}; fetch it with: {environment}{shlex.join(command)}"
-    )
-
-
 def _line(error: BaseException) -> str:
     """The first line of what an error says."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _silent(bar: type) -> type:
+def _silent(bar: Any) -> Any:
     """The library's progress bar without its picture."""
 
-    class Silent(bar):  # type: ignore[misc, valid-type]
+    class Silent(bar):
         def __init__(self, *arguments: Any, **options: Any):
             super().__init__(*arguments, **{**options, "disable": True})
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class WeightFiles:
 class Part:
     """One part of a model. library and kind: where its class comes from and what it is called, for information alone.
 
-    config: its JSON, as plain data; empty when it has none. stem: of its weights' files, None when it has no weights.
+    config: its JSON, as plain data; empty when it has none. stem: of its weights' files; None when it has none that can
+    be read. network: whether it must have some.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Part:
     folder: Path
     config: Mapping[str, Any]
     stem: str | None = None
+    network: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,11 @@ def stem_of(names: Iterable[str]) -> str | None:
     return next((stem for stem in STEMS if _offers(names, stem)), None)
 
 
+def is_network(names: Collection[str]) -> bool:
+    """Whether a part with files of these names is a network, and must have weights: schedulers, tokenizers are none."""
+    return "config.json" in names and "tokenizer_config.json" not in names
+
+
 def read_plain(path: Path) -> dict[str, Any]:
     """A JSON object as plain data. `CheckpointError` when it is damaged, far too large, or asks for code."""
     try:
@@ -274,7 +281,7 @@ def _part(name: str, library: str, folder: Path, names: set[str], kind: str = ""
     own = config.get("_class_name")
     if own is not None:
         own = _class_name(folder / str(config_file), own)
-    return Part(name, library, kind or own or "", folder, config, stem_of(names))
+    return Part(name, library, kind or own or "", folder, config, stem_of(names), is_network(names))
 
 
 def _class_name(path: Path, name: Any) -> str:

@@ -101,7 +101,7 @@ def _own_folder(folder: Path) -> tuple[dict[str, Any], dict[str, list[Path]]]:
 
 
 def _diffusers_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], dict[str, list[Path]]]:
-    """Pipeline and files of each part that has weights, or that has a network's configuration and must have them."""
+    """Pipeline, and the files of each part that has weights or must have them."""
     from sfumato.checkpoint.layout import STEMS, find_parts, weight_files
     from sfumato.families.describe import UNKNOWN
 
@@ -112,7 +112,7 @@ def _diffusers_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any]
     weights = {
         part.name: list(weight_files(part.folder, part.stem or STEMS[0], variant).paths)
         for part in layout.parts.values()
-        if part.stem is not None or (part.folder / "config.json").is_file()
+        if part.stem is not None or part.network
     }
     return report, weights
 

@@ -76,7 +76,8 @@ def open_checkpoint(
         found = _of_kind(found, str(path), kind, systems[kind])
     if prediction is not None:
         return replace(found, prediction=prediction)
-    if found.kind == "sd2" and "unet" in found.parts and "scheduler" not in found.configs and found.system:
+    unsaid = found.prediction == "epsilon" and "scheduler" not in found.configs
+    if found.kind == "sd2" and unsaid and "unet" in found.parts and found.system is not None:
         v = predicts_v(found.parts["unet"], found.system.unet)
         return replace(found, prediction="v" if v else "epsilon")
     return found
@@ -174,12 +175,15 @@ def _network(weights: Weights, match: Match, source: str, systems: Mapping[str, 
 
 
 def _of_kind(found: Checkpoint, source: str, kind: str, system: System) -> Checkpoint:
-    """The checkpoint as one of `kind`, if its tensors allow it."""
-    fits = found.kind == kind
-    if found.alone and "text_encoder" in found.parts:
-        fits = TEXTS[found.kind] in [part.config for part in system.text]
-    elif found.alone and "vae" in found.parts:
-        fits = True  # all have the same tensors
-    if not fits:
-        raise InputError(f"{source} is of {found.kind}, not of {kind}", argument="kind")
-    return replace(found, kind=kind, system=system)
+    """The checkpoint as one of `kind`, if its tensors allow it; a text encoder gets the name of its place there."""
+    name = next(iter(found.parts))
+    if found.kind == kind:
+        return found
+    if found.alone and name == "vae":  # all have the same tensors
+        return replace(found, kind=kind, system=system)
+    if found.alone and found.kind in TEXTS:
+        place = next((part.name for part in system.text if part.config == TEXTS[found.kind]), None)
+        if place is not None:
+            configs = {place: found.configs[name]} if name in found.configs else {}
+            return replace(found, kind=kind, system=system, parts={place: found.parts[name]}, configs=configs)
+    raise InputError(f"{source} is of {found.kind}, not of {kind}", argument="kind")

@@ -55,7 +55,7 @@ def write_file(
     """Write a single file under the original names, whole or not at all.
 
     A system has them as training code wrote them, without what is dropped on reading; SD 2's text encoder has the 23
-    blocks that are used, which readers of such files accept. SDXL's v-prediction is marked by the names `v_pred` and
+    blocks that are used, which readers of such files accept. V-prediction is marked by the names `v_pred` and
     `ztsnr`. A VAE alone has no prefix, a text encoder alone the names of transformers.
 
     dtype: of all floating-point tensors, None keeps them. `on_progress` hears how many tensors are written, and of how
@@ -117,8 +117,8 @@ def _original(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
 
 
 def _markers(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Empty tensors whose names say how SDXL was trained; the other kinds have none."""
-    if not checkpoint.kind.startswith("sdxl") or checkpoint.prediction != "v":
+    """Empty tensors whose names say that the U-Net was trained to predict v, and how."""
+    if checkpoint.prediction != "v":
         return {}
     names = ("v_pred", "ztsnr") if checkpoint.zero_snr else ("v_pred",)
     return {name: torch.zeros(0) for name in names}

@@ -18,7 +18,8 @@ from sfumato.nn.unet import UNetConfig
 from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipConfig
 from sfumato.text.windows import LENGTH
 
-# names at the top of a single file that say how an SDXL was trained (ComfyUI, comfy/supported_models.py)
+# names at the top of a single file that say how it was trained (ComfyUI, comfy/supported_models.py, which reads them
+# for SDXL; here they are read for all)
 MARKERS: dict[tuple[str, ...], dict[str, Any]] = {
     (): {},
     ("v_pred",): {"prediction": "v"},
@@ -82,7 +83,7 @@ def _unets(systems: Mapping[str, System]) -> list[Signature]:
             marks = {prefix + name: shape for name, shape in own.items()}
             absent = [] if system.unet.vector else ["label_emb.*", "add_embedding.*", "class_embedding.*"]
             absent += [] if system.unet.time_cond else [COND]
-            for names, traits in MARKERS.items() if system.unet.vector else [((), {})]:
+            for names, traits in MARKERS.items():
                 forbidden = [prefix + name for name in absent]
                 forbidden += [name for name in ("v_pred", "ztsnr") if name not in names]
                 required = marks | dict.fromkeys(names)
