@@ -64,35 +64,33 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     B, K, N, D = q.shape
     M = k.shape[-2]
-    scaled = (q * (1 / math.sqrt(D))).contiguous()
     centred = k.float()
-    centred = (centred - centred.mean(-2, keepdim=True)).to(k.dtype).contiguous()
-    reach = (_longest(scaled) * _longest(centred)).tolist()  # (B, K)
-    width = (
-        -(-D // 16) * 16
-    )  # a product of full vectors costs what one of 40 columns does; the spare ones count
+    centred = (centred - centred.mean(-2, keepdim=True)) * (1 / math.sqrt(D))
+    keys = centred.to(k.dtype, memory_format=torch.contiguous_format)
+    width = -(-D // 16) * 16  # a product of full vectors costs what one of 40 columns does; the spare ones count
     values = v.contiguous()
     if width > D:
         values = v.new_ones(B, K, M, width)
         values[..., :D] = v
     rows = min(N, max(1, SCORES // M))
     held = q.new_empty(rows, width)
-    out = q.new_empty(B, N, K, D)
-    for b in range(B):
-        for h in range(K):
-            if not reach[b][h] <= REACH:
-                head = (slice(b, b + 1), slice(h, h + 1))
-                fused = functional.scaled_dot_product_attention(q[head], k[head], v[head])
-                out[b, :, h] = fused[0, 0]
-                continue
-            shift = q.new_full((M,), -reach[b][h] - HEADROOM)
-            for start in range(0, N, rows):
-                block = scaled[b, h, start : start + rows]
-                weights = torch.ops.mkldnn._linear_pointwise(block, centred[b, h], shift, "sigmoid", [], "")
-                mixed = torch.mm(weights, values[b, h], out=held[: len(block)])
-                total = mixed[:, D:][:, :1] if width > D else weights.sum(-1, keepdim=True)
-                torch.div(mixed[:, :D], total, out=out[b, start : start + rows, h])
-    return out.transpose(1, 2)
+    out = q.new_empty(B, N, K, D).transpose(1, 2)
+    each = (tensor.flatten(0, 1).unbind() for tensor in (q, keys, values))
+    answers = (head for picture in out.unbind() for head in picture.unbind())
+    reaches = (_longest(q) * _longest(keys)).flatten().tolist()
+    for index, (queries, key, value, answer, reach) in enumerate(zip(*each, answers, reaches, strict=True)):
+        if not reach <= REACH:
+            b, h = divmod(index, K)
+            head = (slice(b, b + 1), slice(h, h + 1))
+            answer.copy_(functional.scaled_dot_product_attention(q[head], k[head], v[head])[0, 0])
+            continue
+        shift = q.new_full((M,), -reach - HEADROOM)
+        for block, target in zip(queries.split(rows), answer.split(rows), strict=True):
+            weights = torch.ops.mkldnn._linear_pointwise(block, key, shift, "sigmoid", [], "")
+            mixed = torch.mm(weights, value, out=held[: len(block)])
+            total = mixed[:, D : D + 1] if width > D else weights.sum(-1, keepdim=True)
+            torch.div(mixed[:, :D], total, out=target)
+    return out
 
 
 def _longest(vectors: Tensor) -> Tensor:

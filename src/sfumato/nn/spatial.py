@@ -83,20 +83,20 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(self.norm1(x)).add_(x)
+        x = self.attn2(self.norm2(x), context).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
 
 
 class SpatialTransformer(nn.Module):
     """x + proj_out(blocks(proj_in(norm(x)))) with the cells of x: (B, C, H, W) as tokens, row by row.
 
-    `linear` stores the projections as linear layers, else as 1×1 convolutions of the same meaning. Both are applied to
-    tokens: in channels-last memory a feature map and its tokens are the same bytes.
+    The projections are linear layers if `linear`, else 1×1 convolutions, which mean the same.
     """
 
     def __init__(self, width: int, heads: int, depth: int, context: int, groups: int, *, linear: bool):
         super().__init__()
+        self.convolves = not linear
         self.norm = nn.GroupNorm(groups, width, MAP_EPS)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -105,15 +105,20 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        _, _, H, W = x.shape
-        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H·W, C)
-        h = on_tokens(self.proj_in, h)
+        H, W = x.shape[-2:]
+        h = self.norm(x)
+        h = to_tokens(self.proj_in(h)) if self.convolves else self.proj_in(to_tokens(h))  # (B, H·W, C)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = on_tokens(self.proj_out, h)
-        return x + h.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
+        h = self.proj_out(to_map(h, H, W)) if self.convolves else to_map(self.proj_out(h), H, W)
+        return h.add_(x)  # (B, C, H, W)
 
 
-def on_tokens(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
-    """A linear layer, or a 1×1 convolution as one, on (B, N, D). The weight's view costs nothing."""
-    return functional.linear(tokens, layer.weight.flatten(1), layer.bias)
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, H·W, C), row by row; of a map in channels-last memory it is a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `to_tokens`: a map in channels-last memory, always a view."""
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
