@@ -256,7 +256,7 @@ print(resident("VmRSS") - before, resident("VmHWM") - before)
 
 @pytest.mark.parametrize("dtype", ["none", "bfloat16"])
 def test_the_peak_is_the_weights_and_little_more(tmp_path, dtype):
-    """Of the file's 256 MiB, as they are or halved by a cast, in a process of its own; a window of 64 MiB is allowed."""
+    """Of the file's 256 MiB, as they are or halved by a cast, in a process of its own; 64 MiB are allowed."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc")
     count, side = 32, 1448
