@@ -17,7 +17,7 @@ from sfumato.families import DEFAULT_MODEL, PACKAGED
 from sfumato.receipts.probe import matmul_peak
 from sfumato.runtime import fast_dtype, pick_device
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "pocket-cpu.toml"
+RECIPE = Path(__file__).parent.parent / "recipes" / "pocket-cpu-more.toml"
 
 
 def arguments(doc: str | None, model: bool = False) -> argparse.ArgumentParser:

@@ -187,6 +187,16 @@ def test_a_number_that_is_none_is_named_wherever_it_stands(dtype, value):
     assert "layers.1.weight holds NaN" in refused(tensors(layers__1__weight=bad), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_numbers_whose_sum_is_none_are_numbers(dtype):
+    largest = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert finite(largest)
+    assert finite(-largest)
+    largest[500] = float("inf")
+    largest[501] = float("-inf")
+    assert not finite(largest)
+
+
 def test_eight_bit_floats_are_looked_through_too():
     tensor = torch.linspace(-3, 3, 1000).to(torch.float8_e4m3fn)
     assert finite(tensor)

@@ -104,18 +104,17 @@ def choose(
     `CheckpointError`, which names `place`, when a part has no weights that can be used, or nothing says which to use.
     """
     if parts is not None:
-        tops = [INDEX]
-        return tops + [f"{part}/{name}" for part in parts for name in _of_folder(names, part, variant, place)]
+        return [INDEX] + [
+            f"{part}/{name}" for part in parts for name in _of_folder(names, part, variant, place)
+        ]
     top = _of_folder(names, "", variant, place)
     if "config.json" in top and stem_of(top):
         return top
     singles = [name for name in names if "/" not in name and name.endswith(".safetensors")]
     if len(singles) == 1:
         return singles
-    if not singles:
-        pick_files(
-            [name for name in names if "/" not in name], STEMS[0], variant, place
-        )  # says what is there
+    if not singles:  # this says what is there instead
+        pick_files([name for name in names if "/" not in name], STEMS[0], variant, place)
     raise CheckpointError(
         f"{place} holds several models: {', '.join(map(shown, sorted(singles)[:10]))}; "
         f"fetch one with `hf download {place.partition('@')[0]} NAME` and give the path that it prints"
@@ -140,16 +139,25 @@ def _of_folder(names: Collection[str], folder: str, variant: str | None, place: 
 
 def _download(wish: _Wish, progress: bool) -> Path:
     """Fetch what is needed and not yet there. The index comes first: it says which folders are parts."""
-    from huggingface_hub import list_repo_files, resolve_revision, snapshot_download
+    from huggingface_hub import list_repo_files, model_info, resolve_revision, snapshot_download
     from huggingface_hub.utils import tqdm
 
-    commit = resolve_revision(wish.repo, revision=wish.revision).resolved
-    if (names := _listed(wish, commit)) is not None:
+    def whole(commit: str) -> Path | None:
+        known = _listed(wish, commit)
         try:
-            return _cached(wish, commit, names)
+            return None if known is None else _cached(wish, commit, known)
         except _Lacking:
-            pass
-    names = list_repo_files(wish.repo, revision=commit)
+            return None
+
+    if wish.revision and _COMMIT.fullmatch(wish.revision) and (place := whole(wish.revision)):
+        return place
+    info = model_info(wish.repo, revision=wish.revision)  # fails at once when the Hub is out of reach
+    # the library notes what it resolves, for times without a Hub
+    commit = resolve_revision(wish.repo, revision=wish.revision).resolved
+    if place := whole(commit):
+        return place
+    files = info.siblings if info.sha == commit else None
+    names = [file.rfilename for file in files] if files else list_repo_files(wish.repo, revision=commit)
     bar = tqdm if progress else _silent(tqdm)
 
     def get(files: list[str]) -> Path:
@@ -168,7 +176,7 @@ def _from_cache(wish: _Wish, reason: str) -> Path:
         commit = resolve_revision(wish.repo, revision=wish.revision, local_files_only=True).resolved
         return _cached(wish, commit, _listed(wish, commit))
     except (errors.RevisionResolutionError, _Lacking) as error:
-        lacking = f"lacks {error} in the cache" if isinstance(error, _Lacking) else "is not in the cache"
+        lacking = str(error) if isinstance(error, _Lacking) else "is not in the cache"
     weights = f"*model.{wish.variant}*.safetensors" if wish.variant else "*model*.safetensors"
     command = ["hf", "download", wish.repo]
     command += ["--revision", wish.revision] if wish.revision is not None else []
@@ -182,7 +190,7 @@ def _from_cache(wish: _Wish, reason: str) -> Path:
 
 
 class _Lacking(Exception):
-    """The cache does not hold this, which the model needs."""
+    """The cache does not hold all that the model needs. It says what it lacks, as what follows the model's name."""
 
 
 def _listed(wish: _Wish, commit: str) -> list[str] | None:
@@ -202,27 +210,27 @@ def _cached(wish: _Wish, commit: str, names: list[str] | None) -> Path:
     # where a commit lies is part of the cache's documented layout
     folder = Path(constants.HF_HUB_CACHE) / f"models--{wish.repo.replace('/', '--')}" / "snapshots" / commit
     if not _COMMIT.fullmatch(commit) or not folder.is_dir():
-        raise _Lacking(f"the commit {shown(commit)}")
+        raise _Lacking("is not in the cache")
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     indexed = INDEX in (here if names is None else names)
     if indexed and INDEX not in here:
-        raise _Lacking(INDEX)
+        raise _Lacking(f"lacks {INDEX} in the cache")
     parts = _parts(folder, wish) if indexed else None
     try:
         wanted = choose(here if names is None else names, parts, wish.variant, str(wish))
         for part in parts or () if names is None else ():
             there = [path.name for path in (folder / part).iterdir()] if (folder / part).is_dir() else []
             if not there:
-                raise _Lacking(part)
+                raise _Lacking(f"lacks {part} in the cache")
             if (stem := stem_of(there)) or is_network(there):
                 weight_files(folder / part, stem or STEMS[0], wish.variant)
     except CheckpointError as error:
         if names is not None:  # so it is on the Hub
             raise
-        raise _Lacking(f"something: {error}") from None
+        raise _Lacking(f"is not whole in the cache: {error}") from None
     for name in wanted:
         if name not in here:
-            raise _Lacking(shown(name))
+            raise _Lacking(f"lacks {shown(name)} in the cache")
     return _place(folder, wanted)
 
 

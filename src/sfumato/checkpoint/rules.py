@@ -18,13 +18,14 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import product
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoint.header import shown
 from sfumato.errors import CheckpointError
+
+if TYPE_CHECKING:  # names and shapes are told without torch, whose import takes longer than that
+    import torch
+    from torch import Tensor
 
 SHOWN = 5  # names that an error lists before it says how many more there are
 
@@ -128,6 +129,8 @@ class Concat:
     def apply(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if len({(tensor.shape, tensor.dtype) for tensor in tensors}) != 1 or not tensors[0].ndim:
             raise ValueError(f"equal shapes and types are expected, not {[tuple(t.shape) for t in tensors]}")
+        import torch
+
         return [torch.cat(list(tensors))]
 
 
@@ -140,7 +143,7 @@ class Drop:
 
 
 Rule = Rename | Transpose | Squeeze | Unsqueeze | Split | Concat
-Info = tuple[torch.dtype, tuple[int, ...]]
+Info = tuple["torch.dtype", tuple[int, ...]]
 
 
 def within(theirs: str, ours: str, rules: Iterable[Any]) -> tuple[Any, ...]:
@@ -328,7 +331,7 @@ class KeyMap:
         return self.inverse.to_ours(weights, source)
 
 
-class View(Mapping[str, Tensor]):
+class View(Mapping[str, "Tensor"]):
     """Names over the tensors of another mapping. A tensor is read, and changed by its rule, when it is asked for.
 
     `info` gives type and shape from the header alone where the mapping underneath has it.
@@ -359,6 +362,8 @@ class View(Mapping[str, Tensor]):
     def info(self, name: str) -> Info:
         """(dtype, shape) of a tensor without reading it: the rule is applied to a tensor that holds no numbers."""
 
+        import torch
+
         def empty(source: str) -> Tensor:
             dtype, shape = info(self.weights, source)
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -380,7 +385,7 @@ class View(Mapping[str, Tensor]):
             raise CheckpointError(f"tensor {sources[0]!r} cannot become {name!r}: {error}") from None
 
 
-class Joined(Mapping[str, Tensor]):
+class Joined(Mapping[str, "Tensor"]):
     """Several mappings as one, each under a prefix: `Joined(("unet.", unet), ("vae.", vae))`. Nothing is read."""
 
     def __init__(self, *parts: tuple[str, Mapping[str, Tensor]]):

@@ -33,6 +33,7 @@ PACKAGED = {"pocket": Path(__file__).parent / "pocket" / "weights"}
 DEFAULT_MODEL = "pocket"
 DEFAULT_FAMILY = "pocket"  # of a recipe that names none
 CARD = "model.json"
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a Hub's folder that nothing here reads
 CHECKPOINTS = "sfumato.families.sd.system"
 
 
@@ -80,7 +81,7 @@ def open_model(
         from sfumato.checkpoint.hub import fetch, is_hub_id
 
         if is_hub_id(str(model)):
-            path = fetch(str(model), asked.get("variant"), progress=True)
+            path = fetch(str(model), asked.get("variant"), UNUSED, progress=True)
     if path.is_file() or (
         path.is_dir() and any((path / n).is_file() for n in ("model_index.json", "config.json"))
     ):
