@@ -33,8 +33,11 @@ from torch import Tensor, nn
 from sfumato.autoencoder.kl import (
     Attention,
     AutoencoderKL,
+    DownBlock,
     Downsample,
+    MidBlock,
     Resnet,
+    UpBlock,
     Upsample,
     interleave,
     phase_kernels,
@@ -45,7 +48,6 @@ from sfumato.autoencoder.memory import (
     decoder_numbers,
     encoder_numbers,
     level_width,
-    query_rows,
     rows_of,
 )
 from sfumato.autoencoder.model import PIXEL_CHANNELS, Posterior
@@ -213,10 +215,10 @@ class Pass:
 
     def decode(self, latent: Tensor, out: Tensor) -> None:
         """latent: (1, C, H/f, W/f); out: (1, 3, H, W), written."""
-        decoder, z = self.model.decoder, latent.to(self.dtype)
-        if self.model.post_quant_conv is not None:
-            z = self.pointwise(self.model.post_quant_conv, z)
-        stage = self.enter(decoder.conv_in, z, level_width(*ends(decoder.up_blocks[0])))
+        decoder, first, z = self.model.decoder, self.model.post_quant_conv, latent.to(self.dtype)
+        if first is not None:
+            z = self.pointwise(first, z)
+        stage = self.enter(decoder.conv_in, z, level_width(*ends(decoder.up_blocks[0])), first)
         self.mid(stage, decoder.mid_block)
         for i, block in enumerate(decoder.up_blocks):
             for resnet in block.resnets:
@@ -243,14 +245,17 @@ class Pass:
 
     # --- layers ---
 
-    def enter(self, conv: nn.Conv2d, source: Tensor, width: int) -> Stage:
-        """The first convolution: (1, C, H, W) → the residual stream of a level `width` channels wide."""
+    def enter(self, conv: nn.Conv2d, source: Tensor, width: int, before: nn.Conv2d | None = None) -> Stage:
+        """The first convolution: (1, C, H, W) → the residual stream of a level `width` channels wide.
+
+        before: the layer that made the source, if any.
+        """
         H, W = source.shape[2:]
         stage = self.stage(width, conv.out_channels, H, W)
         weight, bias = self.cast(conv)
         for y0, _, window in self.windows(source, conv.out_channels):
             self.put(stage.x, y0, F.conv2d(window, weight, bias, padding=(0, 1)), stage.moments)
-        self.check(stage.moments, conv)
+        self.check(stage.moments, before, conv)
         return stage
 
     def leave(self, stage: Stage, norm: nn.GroupNorm, conv: nn.Conv2d, out: Tensor) -> None:
@@ -265,7 +270,7 @@ class Pass:
         if not finite:
             raise self.failure(norm, conv)
 
-    def mid(self, stage: Stage, block: nn.Module) -> None:
+    def mid(self, stage: Stage, block: MidBlock) -> None:
         self.resnet(stage, block.resnets[0])
         for layer in block.attentions:
             self.attend(stage, layer)
@@ -293,8 +298,9 @@ class Pass:
         weight, bias = self.cast(layer.conv2)
         for y0, y1, window in self.windows(h, C):
             self.activate(window, layer.norm2, moments, y0 == 0, y1 == H)
-            rows = F.conv2d(window, weight, bias, padding=(0, 1))
-            self.put(x, y0, rows.add_(x[:, :, y0:y1]), stage.moments)
+            change = F.conv2d(window, weight, bias, padding=(0, 1))
+            self.put(x, y0, change.add_(x[:, :, y0:y1]), stage.moments)
+            del change  # or the next one would stand beside it
         self.check(stage.moments, layer.norm2, layer.conv_shortcut, layer.conv2)
 
     def attend(self, stage: Stage, layer: Attention) -> None:
@@ -308,9 +314,7 @@ class Pass:
         for linear, out in ((layer.to_q, q), (layer.to_k, k), (layer.to_v, v)):
             weight, bias = self.cast(linear)
             torch.addmm(bias, tokens, weight.T, out=out)
-        step = query_rows(self.band, N)
-        for part, out in zip(q.split(step), tokens.split(step), strict=True):
-            out.copy_(attention(part[None, None], k[None, None], v[None, None])[0, 0])
+        tokens.copy_(attention(q[None, None], k[None, None], v[None, None])[0, 0])
         weight, bias = self.cast(layer.to_out[0])
         torch.addmm(bias, tokens, weight.T, out=q)
         stage.moments = Moments(C, self.device)
@@ -319,14 +323,16 @@ class Pass:
         for y0 in range(0, H, rows):
             band = change[:, :, y0 : y0 + rows]
             self.put(stage.x, y0, band.add_(stage.x[:, :, y0 : y0 + rows]), stage.moments)
-        self.check(stage.moments, layer.group_norm, layer.to_q, layer.to_k, layer.to_v, layer)
+        self.check(
+            stage.moments, layer.group_norm, layer.to_q, layer.to_k, layer.to_v, layer.to_out[0], layer
+        )
 
     def double(self, stage: Stage, layer: Upsample, width: int) -> Stage:
         """Nearest neighbours and a 3×3 convolution, into a level `width` channels wide."""
         C, (H, W) = stage.channels, stage.level.shape[2:]
         source = self.packed(stage)
         stage = self.stage(width, C, 2 * H, 2 * W)
-        kernels = [phase_kernels(layer.conv.weight, i).to(self.dtype) for i in (0, 1)]
+        kernels = [phase_kernels(layer.conv.weight, i, self.dtype) for i in (0, 1)]
         bias = layer.conv.bias.to(self.dtype).repeat(2)
         for y0, y1, window in self.windows(source, 4 * C):
             rows = stage.x[:, :, 2 * y0 : 2 * y1]
@@ -344,8 +350,9 @@ class Pass:
         stage = self.stage(width, C, H // 2, W // 2)
         weight, bias = self.cast(layer.conv)
         for y0, _, window in self.windows(source, C, above=0, step=2):
-            rows = F.conv2d(F.pad(window, (0, 1)), weight, bias, stride=2)
-            self.put(stage.x, y0 // 2, rows, stage.moments)
+            padded = F.pad(window, (0, 1))
+            self.put(stage.x, y0 // 2, F.conv2d(padded, weight, bias, stride=2), stage.moments)
+            del padded
         self.check(stage.moments, layer.conv)
         return stage
 
@@ -360,10 +367,10 @@ class Pass:
         """The residual stream alone, (1, C, H, W), moved to the tail of the block, so that the head is free for the
         next level, which reads it in order of rows.
 
-        Row y goes to numbers [A - (H - y)·W·C, …) of the block's A. Rows move from the last to the first: none lands on
-        a row still to move, for row y and those before it end at (y + 1)·W·K, and A ≥ H·W·K with K ≥ C.
-        Rows of the next level, N numbers, do not overtake the reading either: a share r of them ends at r·N, the unread
-        rest begins at A - (1 - r)·H·W·C, and at r = 0 and r = 1, so in between, the second is no smaller.
+        Rows move from the last to the first. Row y goes to number A - (H - y)·W·C and on, of the block's A; rows still
+        to move end at y·W·K, which is no more, since A ≥ H·W·K and K ≥ C.
+        The next level's N numbers do not overtake the reading either: when a share r of both is done, they end at r·N,
+        and the rest to read begins at A - (1 - r)·H·W·C, which is no less at r = 0 and at r = 1, and so in between.
         """
         H, W = stage.level.shape[2:]
         numbers = stage.channels * H * W
@@ -382,7 +389,7 @@ class Pass:
         return picture_of(self.scratch[:size].view(dtype), channels, height, width)
 
     def reserve(self, size: int) -> None:
-        """Make the scratch at least `size` bytes. Its old memory goes only if no window is in use."""
+        """Make the scratch at least `size` bytes, while no window is in use: it would keep the old memory alive."""
         if len(self.scratch) < size:
             del self.scratch  # before the new one, or both would count
             self.scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -471,6 +478,6 @@ def picture_of(memory: Tensor, channels: int, height: int, width: int) -> Tensor
     return memory[:numbers].view(1, height, width, channels).permute(0, 3, 1, 2)
 
 
-def ends(block: nn.Module) -> tuple[int, int]:
+def ends(block: DownBlock | UpBlock) -> tuple[int, int]:
     """Channels that a level is given, and its own."""
     return block.resnets[0].conv1.in_channels, block.resnets[-1].conv1.out_channels

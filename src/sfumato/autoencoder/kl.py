@@ -22,9 +22,6 @@ from sfumato.errors import InputError
 from sfumato.nn.attention import attention
 
 EPS = 1e-6  # of every GroupNorm here (ldm/modules/diffusionmodules/model.py, Normalize)
-QUERIES = (
-    2048  # attended to at a time: bounds the scores where a backend keeps them, and changes nothing else
-)
 
 
 @dataclass(frozen=True)
@@ -175,8 +172,9 @@ def as_tuple(value: Any) -> Any:
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)); without gradients in the memory of norm(x)."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    """silu(norm(x)), where no gradient needs it in the memory of norm(x)."""
+    h = norm(x)
+    return F.silu(h, inplace=not h.requires_grad)
 
 
 class Resnet(nn.Module):
@@ -210,8 +208,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = (to(h)[:, None] for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, N, C)
-        h = torch.cat([attention(part, k, v) for part in q.split(QUERIES, dim=2)], dim=2)[:, 0]
-        return x + self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        h = self.to_out[0](attention(q, k, v)[:, 0])
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
 
 
 class MidBlock(nn.Module):
@@ -250,27 +248,32 @@ class Upsample(nn.Module):
         order = torch.channels_last if channels_last else torch.contiguous_format
         out = torch.empty(B, C, 2 * H, 2 * W, dtype=x.dtype, device=x.device, memory_format=order)
         for i in (0, 1):
-            kernels, bias = phase_kernels(self.conv.weight, i), self.conv.bias.repeat(2)
+            kernels, bias = phase_kernels(self.conv.weight, i, x.dtype), self.conv.bias.repeat(2)
             interleave(F.conv2d(x, kernels, bias, padding=1)[:, :, i : i + H], out[:, :, i::2])
         return out
 
 
-def phase_kernels(weight: Tensor, row: int) -> Tensor:
-    """(O, I, 3, 3) → (2·O, I, 2, 2): the kernels that make the upper (row 0) or lower (row 1) two pixels of a doubled
-    cell.
+def phase_kernels(weight: Tensor, row: int, dtype: torch.dtype) -> Tensor:
+    """(O, I, 3, 3) → (2·O, I, 2, 2) in `dtype`: the kernels that make the upper (row 0) or lower (row 1) two pixels of
+    a doubled cell.
 
     Among nearest neighbours a 3×3 window sees 2×2 different cells, so taps that fall on one cell are added, in float32,
     and 4/9 of the products remain. The upper pixel takes [w0, w1 + w2] of the row of cells above and its own, the lower
     one [w0 + w1, w2] of its own and the row below; columns likewise.
     """
-    rows = cells_of(weight.to(torch.promote_types(weight.dtype, torch.float32)), 2, row)  # (O, I, 2, 3)
-    return torch.cat([cells_of(rows, 3, column).to(weight.dtype) for column in (0, 1)])
+    O, I = weight.shape[:2]
+    kernels = weight.new_empty((2, O, I, 2, 2), dtype=dtype)
+    for y, taps in enumerate(cells_of(weight.to(torch.promote_types(weight.dtype, torch.float32)), 2, row)):
+        for column in (0, 1):
+            for x, tap in enumerate(cells_of(taps, 2, column)):  # (O, I, 3) -> (O, I)
+                kernels[column, :, :, y, x] = tap
+    return kernels.flatten(0, 1)
 
 
-def cells_of(taps: Tensor, dim: int, phase: int) -> Tensor:
-    """Three taps along `dim` on doubled pixels → two on the cells that the first (phase 0) or second pixel sees."""
+def cells_of(taps: Tensor, dim: int, pixel: int) -> tuple[Tensor, Tensor]:
+    """Three taps along `dim` on doubled pixels → two on the cells that the first (0) or second (1) pixel sees."""
     first, middle, last = taps.unbind(dim)
-    return torch.stack([first, middle + last] if phase == 0 else [first + middle, last], dim)
+    return (first, middle + last) if pixel == 0 else (first + middle, last)
 
 
 def interleave(phases: Tensor, out: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.autoencoder.model import PIXEL_CHANNELS, check_size
 from sfumato.errors import InputError
+from sfumato.nn.attention import SCORES
 
 BAND = 8 << 20  # bytes: a band that stays in a core's cache while it is normalised, convolved and measured
 LEAST_BAND = 1 << 20  # below this a pass slows down more than it saves
@@ -51,11 +52,6 @@ def rows_of(band: int, width: int, channels: int, out: int, itemsize: int) -> in
     return max(1, band // (width * max(channels, out) * itemsize))
 
 
-def query_rows(band: int, tokens: int) -> int:
-    """Queries attended to at a time, so that their scores, where a backend keeps them, are no more than band / 4."""
-    return min(tokens, max(32, band // (4 * tokens)))
-
-
 class Layer(NamedTuple):
     kind: Literal["in", "resnet", "attention", "half", "double", "out"]
     channels: int  # read
@@ -87,7 +83,7 @@ def peak_bytes(
     numbers = {"decode": PIXEL_CHANNELS * height * width, "encode": 2 * config.channels * cells}[task]
     result = pictures * numbers * 4
     if band is None:
-        return pictures * max(plain_numbers(layer) for layer in layers) * dtype.itemsize + result
+        return pictures * max(plain_bytes(layer, dtype.itemsize) for layer in layers) + result
     if task == "decode":
         block = decoder_numbers(config, height // config.factor, width // config.factor)
     else:
@@ -149,21 +145,30 @@ def layers_of(
     yield Layer("out", widths[0], PIXEL_CHANNELS, height, width)
 
 
-def plain_numbers(layer: Layer) -> int:
-    """Numbers alive at the worst moment of a layer's plain pass."""
-    positions = layer.height * layer.width
-    x, out = layer.channels * positions, layer.out * positions
-    edge = (layer.height + 1) * (layer.width + 1)
-    return {
+def plain_bytes(layer: Layer, itemsize: int) -> int:
+    """Bytes alive at the worst moment of a layer's plain pass."""
+    kind, channels, width = layer.kind, layer.channels, layer.out
+    positions, edge = layer.height * layer.width, (layer.height + 1) * (layer.width + 1)
+    x, out = channels * positions, width * positions
+    if kind == "attention":  # x, tokens, queries, keys, values, and what attention makes of them
+        return 5 * x * itemsize + attention_bytes(layer, itemsize)
+    numbers = {
         "in": x + out,
-        "resnet": max(
-            2 * x + out, x + 3 * out
-        ),  # x, norm1 and h, or x, h, norm2 or the shortcut, and the result
-        "attention": 7 * x,  # x, tokens, queries, keys, values, results in parts and together
-        "half": x + layer.channels * edge + out // 4,  # x, x padded, the result
-        "double": x + 4 * out + 2 * layer.out * edge,  # x, the result, two of its four phases
+        "resnet": max(2 * x + out, x + 3 * out),  # x, norm1, h; or x, h, norm2 or the shortcut, the result
+        "half": x + channels * edge + out // 4,  # x, x padded, the result
+        "double": x + 4 * out + 2 * width * edge,  # x, the result, two of its four phases
         "out": 2 * x + out,
-    }[layer.kind]
+    }
+    return numbers[kind] * itemsize
+
+
+def attention_bytes(layer: Layer, itemsize: int) -> int:
+    """Bytes that attention holds beside queries, keys and values: its result, or in a narrow type what a CPU's blocks
+    take (`nn.attention`): keys in float32 while they are centred, and a block of scores.
+    """
+    tokens = layer.height * layer.width
+    numbers = tokens * layer.channels
+    return numbers * itemsize if itemsize >= 4 else 14 * numbers + 2 * min(SCORES, tokens**2)
 
 
 def band_bytes(layer: Layer, band: int, itemsize: int) -> tuple[int, int]:
@@ -172,8 +177,7 @@ def band_bytes(layer: Layer, band: int, itemsize: int) -> tuple[int, int]:
     wide = max(4, itemsize)
     if kind == "attention":
         rows = min(height, rows_of(band, width, channels, out, wide))
-        scores = query_rows(band, height * width) * height * width * (2 * wide + 2 * (itemsize % 4))
-        return rows * width * out * wide, scores  # as numbers, as probabilities, and both in the narrow type
+        return rows * width * out * wide, attention_bytes(layer, itemsize)
     if kind == "resnet":  # its second convolution reads and writes `out`
         first = band_bytes(layer._replace(kind="in"), band, itemsize)
         second = band_bytes(layer._replace(kind="in", channels=out), band, itemsize)
@@ -186,6 +190,6 @@ def band_bytes(layer: Layer, band: int, itemsize: int) -> tuple[int, int]:
         return scratch, shared + ((rows + 1) * (width + 1) * channels + rows * width * out // 4) * itemsize
     if kind == "double":
         kernels = 16 * channels * out * itemsize
-        made_of = 30 * channels * out * wide  # while the kernels are summed up, before any window
+        made_of = kernels + 15 * channels * out * wide  # while taps are summed up, before any window
         return scratch, max(made_of, kernels + shared + rows * (width + 1) * 2 * out * itemsize)
     return scratch, shared + rows * width * made * itemsize

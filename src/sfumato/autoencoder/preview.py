@@ -68,11 +68,16 @@ def factors_of(config: KLConfig) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def preview(latent: Tensor, factors: Tensor) -> Tensor:
-    """Pixels (B, 3, T, H, W) in [-1, 1], one per cell, of a normalised latent (B, C, T, H, W).
+def preview(config: KLConfig, latent: Tensor) -> Tensor:
+    """Pixels (B, 3, T, H, W) in [-1, 1], one per cell, of a normalised latent (B, C, T, H, W) of config's space.
 
-    factors: (C + 1, 3), as from `factors_of`. The latent may be noisy or far off: the result is clamped.
+    `InputError` if no factors are known for it, or the latent is not of its shape.
     """
+    return colours(factors_of(config), latent)
+
+
+def colours(factors: Tensor, latent: Tensor) -> Tensor:
+    """As `preview`, by given factors (C + 1, 3). The latent may be noisy or far off: the result is clamped."""
     if latent.ndim != 5 or factors.shape != (latent.shape[1] + 1, 3):
         raise InputError(
             f"factors of shape {tuple(factors.shape)} do not fit a latent of shape {tuple(latent.shape)}: they must be "
@@ -80,8 +85,8 @@ def preview(latent: Tensor, factors: Tensor) -> Tensor:
             argument="factors",
         )
     factors = factors.to(latent.device, torch.float32)
-    colours = latent.float().movedim(1, -1) @ factors[:-1] + factors[-1]  # (B, T, H, W, 3)
-    return colours.movedim(-1, 1).clamp(-1, 1)
+    pixels = latent.float().movedim(1, -1) @ factors[:-1] + factors[-1]  # (B, T, H, W, 3)
+    return pixels.movedim(-1, 1).clamp(-1, 1)
 
 
 def fit_factors(latent: Tensor, pixels: Tensor) -> Tensor:

@@ -33,7 +33,11 @@ PACKAGED = {"pocket": Path(__file__).parent / "pocket" / "weights"}
 DEFAULT_MODEL = "pocket"
 DEFAULT_FAMILY = "pocket"  # of a recipe that names none
 CARD = "model.json"
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a Hub's folder that nothing here reads
+UNUSED = (
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)  # parts of a Hub's folder that nothing here reads
 CHECKPOINTS = "sfumato.families.sd.system"
 
 

@@ -227,6 +227,11 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, config.channels[0], EPS)
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.conv_norm_out.weight.dtype
+
     def forward(
         self,
         x: Tensor,
@@ -245,8 +250,8 @@ class UNet(nn.Module):
         down_residuals, mid_residual: what a ControlNet adds to the skips, in the order of `config.skips`, and to the
         middle. Raises `InputError` where a shape is not the config's.
         """
-        self._check(x, context, vector, time_cond, down_residuals)
-        dtype = self.conv_in.weight.dtype
+        self._check(x, time, context, vector, time_cond, down_residuals)
+        dtype = self.dtype
         embedded = self._embed_time(time.expand(len(x)), vector, time_cond)
         context = context.to(dtype)
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -278,7 +283,7 @@ class UNet(nn.Module):
 
     def _embed_time(self, time: Tensor, vector: Tensor | None, time_cond: Tensor | None) -> Tensor:
         """(B, time_width): time and vector together, with the activation that every residual block begins with."""
-        dtype = self.conv_in.weight.dtype
+        dtype = self.dtype
         waves = sinusoid(time, self.config.channels[0]).to(dtype)  # made in float32
         embedded = self.time_embedding(waves, None if time_cond is None else time_cond.to(dtype))
         if vector is not None:
@@ -288,6 +293,7 @@ class UNet(nn.Module):
     def _check(
         self,
         x: Tensor,
+        time: Tensor,
         context: Tensor,
         vector: Tensor | None,
         time_cond: Tensor | None,
@@ -297,6 +303,10 @@ class UNet(nn.Module):
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise InputError(
                 f"x must have shape (B, {config.in_channels}, H, W), not {tuple(x.shape)}", argument="x"
+            )
+        if time.shape not in ((), (1,), (B,)):
+            raise InputError(
+                f"time must be one number or have shape ({B},), not {tuple(time.shape)}", argument="time"
             )
         if context.ndim != 3 or len(context) != B or context.shape[2] != config.context:
             raise InputError(

@@ -1,0 +1,116 @@
+"""Attention of bfloat16 on the CPU, block by block: exact, bounded in memory, and for any size of scores."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sfumato.nn.attention import REACH, SCORES, attention, products_are_fast
+
+BF16 = torch.bfloat16
+
+
+def heads(B: int, K: int, N: int, D: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Random (B, K, N, D) in the memory in which a linear layer leaves them: (B, N, K·D)."""
+    made = scale * torch.randn(B, N, K * D, generator=torch.Generator().manual_seed(seed))
+    return made.to(BF16).unflatten(-1, (K, D)).transpose(1, 2)
+
+
+def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """Relative distance to the definition in float64."""
+    scores = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1])
+    exact = torch.softmax(scores, dim=-1) @ v.double()
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("width", [16, 40, 64, 80, 160])
+@pytest.mark.parametrize(
+    "queries, keys", [(1300, 1300), (1, 1), (3, 500), (2000, 77), (17, 1)], ids=lambda n: str(n)
+)
+def test_blocks_together_are_attention(queries, keys, width):
+    q, k, v = heads(2, 3, queries, width), heads(2, 3, keys, width, seed=1), heads(2, 3, keys, width, seed=2)
+    out = attention(q, k, v)
+    assert out.shape == q.shape and out.dtype == BF16
+    assert error(out, q, k, v) < 8e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 1.7, 2.5, 4.0, 30.0])
+def test_sharp_heads_are_as_exact_as_flat_ones(scale):
+    """Scores from nought to thousands: within the reach, near its border, and far beyond."""
+    q, k, v = heads(1, 2, 700, 40, scale), heads(1, 2, 700, 40, scale, 1), heads(1, 2, 700, 40, 1.0, 2)
+    assert error(attention(q, k, v), q, k, v) < 1e-2
+
+
+def test_heads_within_and_beyond_the_reach_may_be_mixed():
+    q, k, v = heads(2, 2, 300, 64), heads(2, 2, 300, 64, seed=1), heads(2, 2, 300, 64, seed=2)
+    q[1, 0] *= 20
+    longest = [t.float().norm(dim=-1).amax(-1) for t in (q, k - k.float().mean(-2, keepdim=True).to(BF16))]
+    reach = longest[0] * longest[1] / 8
+    assert reach[1, 0] > REACH > reach[0].max()
+    out = attention(q, k, v)
+    for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        one = (slice(b, b + 1), slice(h, h + 1))
+        assert error(out[one], q[one], k[one], v[one]) < 1e-2
+
+
+def test_what_all_keys_share_does_not_matter():
+    """A vector added to every key moves all scores of a query alike; real networks have such large common parts."""
+    q, k, v = heads(1, 2, 200, 32), heads(1, 2, 200, 32, seed=1), heads(1, 2, 200, 32, seed=2)
+    moved = k + torch.full((32,), 64.0, dtype=BF16)  # rounds k, so that only its own error is compared
+    assert error(attention(q, moved, v), q, moved, v) < 1e-2
+
+
+def test_values_that_are_not_finite_are_not_hidden():
+    q, k, v = heads(1, 2, 50, 16), heads(1, 2, 50, 16, seed=1), heads(1, 2, 50, 16, seed=2)
+    q[0, 1, 3] = math.nan
+    out = attention(q, k, v)
+    assert out[0, 1, 3].isnan().all()
+    assert out[0, 0].isfinite().all()
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.skipif(not products_are_fast(torch.empty(0, dtype=BF16)), reason="no bfloat16 unit")
+def test_memory_does_not_grow_with_the_square_of_the_length():
+    q = heads(1, 1, 6000, 16)
+    with Largest() as seen:
+        attention(q, q, q)
+    assert seen.numbers <= SCORES < 6000 * 6000
+
+
+def test_each_head_stands_alone():
+    q, k, v = heads(2, 3, 1100, 40), heads(2, 3, 1100, 40, seed=1), heads(2, 3, 1100, 40, seed=2)
+    both = attention(q, k, v)
+    for b in range(2):
+        alone = attention(q[b : b + 1, 1:2], k[b : b + 1, 1:2], v[b : b + 1, 1:2])
+        assert torch.equal(alone, both[b : b + 1, 1:2])
+
+
+@pytest.mark.parametrize("length", [64, 700])
+def test_gradients_reach_queries_keys_and_values(length):
+    q, k, v = (heads(1, 2, length, 16, seed=s).detach().requires_grad_() for s in range(3))
+    attention(q, k, v).float().square().sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    scaled_dot_product_attention(*exact).square().sum().backward()
+    for rough, good in zip((q, k, v), exact, strict=True):
+        assert (rough.grad.double() - good.grad).norm() < 0.03 * good.grad.norm()
+
+
+def test_float32_is_the_fused_kernel_to_the_bit():
+    q, k, v = (heads(2, 3, 90, 24, seed=s).float() for s in range(3))
+    assert torch.equal(attention(q, k, v), scaled_dot_product_attention(q, k, v))
