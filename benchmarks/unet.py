@@ -1,0 +1,215 @@
+"""One pass of Stable Diffusion 1.5's U-Net, guided (batch 2), by ours, by diffusers and by OpenVINO, interleaved.
+
+All engines share one network of random weights. Each line also says how far its answer is from diffusers' in float32.
+Targets: bfloat16 at least as fast as OpenVINO's and 1.35 times as fast as diffusers' eager; 78 % of the probe.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import arguments, interleaved, keep, probe, show
+from torch import Tensor, nn
+
+from sfumato.nn.packed import pack
+from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.receipts.flops import count_flops, module_size
+
+CONTEXT, TOKENS = 768, 77
+LAST = torch.channels_last
+
+
+def shape_of(channels: list[int]) -> UNetConfig:
+    """SD 1.x with these channels: attention at every level but the coarsest, eight heads."""
+    levels = len(channels)
+    return UNetConfig(
+        channels=tuple(channels),
+        depths=(*[1] * (levels - 1), 0),
+        heads=(8,) * levels,
+        context=CONTEXT,
+    )
+
+
+def diffusers_network(config: UNetConfig) -> nn.Module | None:
+    """diffusers' network of that shape with random weights, or None where diffusers is not installed."""
+    if importlib.util.find_spec("diffusers") is None:
+        return None
+    from diffusers import UNet2DConditionModel
+
+    plain = len(config.channels) - 1
+    return UNet2DConditionModel(
+        block_out_channels=config.channels,
+        down_block_types=(*["CrossAttnDownBlock2D"] * plain, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * plain),
+        attention_head_dim=8,
+        cross_attention_dim=config.context,
+    ).eval()
+
+
+def openvino_call(
+    network: UNet, inputs: tuple[Tensor, ...], threads: int, precision: str
+) -> Callable[[], Any]:
+    """The float32 network compiled by OpenVINO for this machine, computing in `precision`."""
+    import openvino
+
+    core = openvino.Core()
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # the tracer's, of the shapes that it fixes: they are fixed here
+        traced = torch.jit.trace(network, inputs, check_trace=False)
+        model = openvino.convert_model(traced, example_input=inputs)
+    for port, value in zip(model.inputs, inputs, strict=True):
+        port.get_node().set_partial_shape(openvino.PartialShape(list(value.shape)))
+    model.validate_nodes_and_infer_types()
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+    arrays = [value.numpy() for value in inputs]
+    return lambda: torch.from_numpy(compiled(arrays)[0])
+
+
+def contenders(config: UNetConfig, args: Any) -> tuple[dict[str, Callable[[], Tensor]], UNet]:
+    """Name → one pass, and our float32 network."""
+    torch.manual_seed(0)
+    theirs = diffusers_network(config)
+    with torch.device("meta" if theirs else "cpu"):
+        ours = UNet(config).eval()
+    if theirs:
+        ours.load_state_dict(theirs.state_dict(), assign=True)  # one set of weights for both
+    cells = args.size // 8
+    x, context = torch.randn(args.batch, 4, cells, cells), torch.randn(args.batch, TOKENS, CONTEXT)
+    time = torch.full((args.batch,), 500.0)
+    inputs = (x, time, context)
+
+    def passes(network: nn.Module, dtype: torch.dtype, last: bool, sample: bool) -> Callable[[], Tensor]:
+        given = x.to(dtype, memory_format=LAST) if last else x.to(dtype)
+        text = context.to(dtype)
+
+        @torch.inference_mode()
+        def once() -> Tensor:
+            answer = network(given, time, text)
+            return answer.sample if sample else answer
+
+        return once
+
+    rough, exact = torch.bfloat16, torch.float32
+
+    def openvino_of(precision: str) -> Callable[[], Tensor]:
+        return openvino_call(ours, inputs, torch.get_num_threads(), precision)
+
+    def of(network: nn.Module, dtype: torch.dtype, last: bool = False) -> nn.Module:
+        made = copy.deepcopy(network).to(dtype)
+        return made.to(memory_format=LAST) if last else made
+
+    def packed(dtype: torch.dtype) -> nn.Module:
+        made = of(ours, dtype)
+        pack(made)
+        return made
+
+    known: dict[str, Callable[[], Callable[[], Tensor]]] = {}
+    if theirs:
+        known["diffusers float32"] = lambda: passes(theirs, exact, False, True)
+        known["diffusers float32, channels last"] = lambda: passes(of(theirs, exact, True), exact, True, True)
+        known["diffusers bfloat16"] = lambda: passes(of(theirs, rough), rough, False, True)
+        known["diffusers bfloat16, channels last"] = lambda: passes(
+            of(theirs, rough, True), rough, True, True
+        )
+        if args.compile:
+            known["diffusers bfloat16, compiled"] = lambda: passes(
+                torch.compile(of(theirs, rough, True)), rough, True, True
+            )
+    if importlib.util.find_spec("openvino"):
+        known["OpenVINO float32"] = lambda: openvino_of("f32")
+        known["OpenVINO bfloat16"] = lambda: openvino_of("bf16")
+    known["ours float32"] = lambda: passes(of(ours, exact, True), exact, True, False)
+    known["ours float32, packed"] = lambda: passes(packed(exact), exact, True, False)
+    known["ours bfloat16"] = lambda: passes(of(ours, rough, True), rough, True, False)
+    known["ours bfloat16, packed"] = lambda: passes(packed(rough), rough, True, False)
+    wanted = [part.strip() for part in args.only.split(",")] if args.only else [""]
+    return {name: make() for name, make in known.items() if any(part in name for part in wanted)}, ours
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each, interleaved (default 5)")
+    parser.add_argument(
+        "--size", type=int, default=512, help="pixels per side; 8 to a latent cell (default 512)"
+    )
+    parser.add_argument("--batch", type=int, default=2, help="rows; 2 is one guided picture (default 2)")
+    parser.add_argument(
+        "--channels", type=int, nargs="+", default=[320, 640, 1280, 1280], help="channels per level"
+    )
+    parser.add_argument("--only", metavar="PARTS", help="contenders whose name holds one of these, by comma")
+    parser.add_argument("--compile", action="store_true", help="also diffusers under torch.compile (minutes)")
+    args = parser.parse_args()
+
+    config = shape_of(args.channels)
+    calls, network = contenders(config, args)
+    cells = args.size // 8
+    with torch.device("meta"):
+        shapes = torch.empty(args.batch, 4, cells, cells), torch.empty(args.batch)
+        text, counted = torch.empty(args.batch, TOKENS, CONTEXT), UNet(config)
+    with torch.inference_mode():
+        flops = count_flops(counted, *shapes, text)
+    answers = {name: call().clone() for name, call in calls.items()}
+    first = next(iter(answers.values()))  # diffusers in float32 unless --only left it out
+    errors = {
+        name: float((answer.float() - first.float()).norm() / first.float().norm())
+        for name, answer in answers.items()
+    }
+    before = probe()
+    times = interleaved(calls, args.rounds)
+    after = probe()
+    size = module_size(network)
+
+    def share(name: str, seconds: float) -> float:
+        kind = "float32" if "float32" in name else "bfloat16"
+        return flops / seconds / 1e9 / max(before[kind], after[kind])
+
+    show(
+        f"U-Net of {size.parameters / 1e6:.1f} million parameters, {args.size}×{args.size}, batch {args.batch}: "
+        f"{flops / 1e9:.0f} GFLOP",
+        before,
+        [
+            (
+                name,
+                f"{seconds:.3f} s",
+                f"{flops / seconds / 1e9:4.0f} GFLOP/s, {share(name, seconds):4.0%} of the probe, "
+                f"error {errors[name]:.1e}",
+            )
+            for name, seconds in times.items()
+        ]
+        + [
+            ("probe afterwards", f"{after['bfloat16']:.0f} GFLOP/s", f"before {before['bfloat16']:.0f}"),
+        ],
+    )
+    keep(
+        args.json,
+        {
+            "channels": args.channels,
+            "size": args.size,
+            "batch": args.batch,
+            "parameters": size.parameters,
+            "flops": flops,
+            "probe_before": before,
+            "probe_after": after,
+            "seconds": times,
+            "error": errors,
+            "share_of_probe": {name: share(name, seconds) for name, seconds in times.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

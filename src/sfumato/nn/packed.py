@@ -1,0 +1,139 @@
+"""Weights laid out once for a CPU's matrix unit, instead of anew at every call.
+
+oneDNN multiplies weights in tiles of its own. PyTorch's eager layers keep them as plain matrices, so each call copies
+them into tiles first, which costs a third of a convolution's time where maps are small and channels many; and what
+follows a product is a pass of its own over memory. `pack` replaces a network's layers by twins that hold the tiles and
+do both at once. Each twin computes what its layer does, from the same weights, up to the rounding of their type.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sfumato.nn.attention import products_are_fast
+from sfumato.nn.spatial import GEGLU
+from sfumato.nn.unet import Upsample
+
+ROWS = 2048  # tokens, and
+CELLS = 32  # cells per side, for which oneDNN picks its tiles; any other number gives the same answers
+
+
+def pack(network: nn.Module) -> int:
+    """Replace the layers of `network` that are on the CPU by packed twins, in place; returns how many.
+
+    Layers in float32 are packed, and in bfloat16 where the CPU multiplies it natively; others stay as they are. Packed
+    weights are no parameters: the network can be run, without gradients, and no longer be trained, moved, saved or
+    adapted.
+    """
+    count = 0
+    for name, child in list(network.named_children()):
+        twin = _twin(child)
+        if twin is None:
+            count += pack(child)
+        else:
+            setattr(network, name, twin)
+            count += 1
+    return count
+
+
+def _twin(layer: nn.Module) -> nn.Module | None:
+    weight = next(layer.parameters(), None)
+    if weight is None or not can_pack(weight):
+        return None
+    if isinstance(layer, GEGLU):
+        return PackedGEGLU(layer)
+    if isinstance(layer, Upsample):
+        return PackedUpsample(layer)
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(layer.weight, layer.bias)
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return PackedConv2d(layer)
+    return None
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether a layer with that weight gains from packing."""
+    exact = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return products_are_fast(weight) or (
+        exact and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    )
+
+
+class PackedLinear(nn.Module):
+    """A linear layer and, if asked for, exact GELU on its float32 sums."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none"):
+        super().__init__()
+        self.tiles = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+        self.bias = None if bias is None else bias.detach().clone()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(
+            x.contiguous(), self.tiles, self.bias, self.activation, [], "none"
+        )
+
+
+class PackedGEGLU(nn.Module):
+    """value ⊙ gelu(gate) from two matrices, so that the gate's activation is part of its product."""
+
+    def __init__(self, layer: GEGLU):
+        super().__init__()
+        (value, gate), (value_bias, gate_bias) = layer.proj.weight.chunk(2), layer.proj.bias.chunk(2)
+        self.value = PackedLinear(value, value_bias)
+        self.gate = PackedLinear(gate, gate_bias, "gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x).mul_(self.value(x))
+
+
+class PackedConv2d(nn.Module):
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__()
+        self.form = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+        shape = [1, layer.in_channels, CELLS, CELLS]
+        weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.tiles = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.form, shape)
+        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._convolution_pointwise(x, self.tiles, self.bias, *self.form, "none", [], "")
+
+
+class PackedUpsample(nn.Module):
+    """Nearest neighbour and a 3×3 convolution as one transposed 4×4 convolution of stride 2, of 4/9 the work.
+
+    Doubling repeats each cell, so of the nine products of an output cell some share their input and add up to four.
+    An odd size cuts the last repetition off, which the shared products cannot do: it takes the two steps.
+    """
+
+    def __init__(self, layer: Upsample):
+        super().__init__()
+        self.plain = layer
+        self.form = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, of the output, stride, dilation, groups
+        weight = layer.conv.weight.detach()
+        shape = [1, weight.shape[1], CELLS, CELLS]
+        folded = shared_kernel(weight).contiguous(memory_format=torch.channels_last)
+        self.tiles = torch.ops.mkldnn._reorder_convolution_transpose_weight(folded, *self.form, shape)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        if tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):
+            return self.plain(x, size)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._convolution_transpose_pointwise(
+            x, self.tiles, self.plain.conv.bias, *self.form, "none", [], ""
+        )
+
+
+def shared_kernel(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) of a convolution → (C, O, 4, 4) of the transposed one that also doubles the sides.
+
+    Along each side (a, b, c) becomes (c, b + c, a + b, a): what neighbouring outputs take from one input cell.
+    """
+    kernel = functional.pad(weight.float().flip(2, 3), (1, 1, 1, 1))
+    kernel = kernel[:, :, :-1] + kernel[:, :, 1:]
+    kernel = kernel[..., :-1] + kernel[..., 1:]
+    return kernel.transpose(0, 1).to(weight.dtype)

@@ -1,0 +1,117 @@
+"""Packed layers compute what the layers they were made of compute."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, conv_transpose2d, interpolate
+
+from sfumato.nn.packed import can_pack, pack, shared_kernel
+from sfumato.nn.spatial import GEGLU
+from sfumato.nn.unet import UNet, UNetConfig, Upsample
+
+GRAIN = {torch.bfloat16: 6e-3, torch.float32: 2e-6}  # what rounding costs one layer, relative
+
+every_type = pytest.mark.parametrize(
+    "dtype", [dtype for dtype in GRAIN if can_pack(torch.empty(0, dtype=dtype))], ids=str
+)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@every_type
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 77, 48), (3, 48), (5000, 48)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(dtype, shape, bias):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(48, 40, bias=bias)).to(dtype)
+    x = torch.randn(shape).to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    assert pack(layer) == 1
+    assert layer(x).dtype == dtype and distance(layer(x), exact) < GRAIN[dtype]
+    other_way = torch.randn(*shape[:-2], 48, shape[-2]).to(dtype).mT
+    assert distance(layer(other_way), layer(other_way.contiguous())) == 0
+
+
+@every_type
+@torch.no_grad()
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize("size", [(32, 32), (12, 20), (7, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("channels", [(4, 32), (48, 64), (32, 4)], ids=str)
+def test_convolution(dtype, kernel, stride, size, channels):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(*channels, kernel, stride, kernel // 2)).to(dtype)
+    x = torch.randn(3, channels[0], *size).to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    assert pack(layer) == 1
+    assert layer(x).shape == exact.shape and distance(layer(x), exact) < GRAIN[dtype]
+
+
+@every_type
+@torch.no_grad()
+def test_geglu(dtype):
+    torch.manual_seed(0)
+    layer = nn.Sequential(GEGLU(32, 128)).to(dtype)
+    x = torch.randn(2, 50, 32).to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    assert pack(layer) == 1
+    assert distance(layer(x), exact) < GRAIN[dtype]
+
+
+@every_type
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 24), (15, 24), (16, 23), (15, 23)], ids=str)
+def test_upsample_to_even_and_odd_sizes(dtype, size):
+    torch.manual_seed(0)
+    layer = nn.ModuleList([Upsample(32).to(dtype)])
+    x = torch.randn(2, 32, 8, 12).to(dtype)
+    exact = copy.deepcopy(layer[0]).double()(x.double(), torch.Size(size))
+    assert pack(layer) == 1
+    out = layer[0](x, torch.Size(size))
+    assert out.shape == exact.shape and distance(out, exact) < GRAIN[dtype]
+
+
+def test_doubling_and_a_convolution_are_one_transposed_convolution():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 5, 7, dtype=torch.double), torch.randn(4, 3, 3, 3, dtype=torch.double)
+    two_steps = conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+    one_step = conv_transpose2d(x, shared_kernel(weight.float()).double(), stride=2, padding=1)
+    torch.testing.assert_close(one_step, two_steps, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_other_types_and_layers_that_are_not_here_stay_as_they_are(dtype):
+    network = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(3, 3, 3)).to(dtype)
+    names = network.state_dict().keys()
+    assert pack(network) == 0 and network.state_dict().keys() == names
+    assert pack(network.to(torch.float32).to("meta")) == 0 and network[0].weight.is_meta
+
+
+@every_type
+@torch.no_grad()
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("size", [(16, 16), (11, 6)], ids=str)
+def test_a_packed_u_net_answers_as_before(dtype, linear, size):
+    torch.manual_seed(0)
+    config = UNetConfig(
+        channels=(32, 64), depths=(1, 1), heads=(2, 2), context=24, linear=linear, vector=20, time_cond=8
+    )
+    network = UNet(config).to(dtype)
+    inputs = torch.randn(2, 4, *size), torch.tensor([3.0, 700.0]), torch.randn(2, 9, 24), torch.randn(2, 20)
+    exact = copy.deepcopy(network).double()(*(t.double() for t in inputs), time_cond=torch.ones(2, 8))
+    plain = network(*inputs, time_cond=torch.ones(2, 8))
+    assert pack(network) > 100
+    packed = network(*inputs, time_cond=torch.ones(2, 8))
+    assert packed.dtype == torch.float32
+    assert distance(packed, exact) < 1.3 * distance(plain, exact)
+    for row in range(2):
+        one = [t[row : row + 1] for t in inputs]
+        alone = network(*one, time_cond=torch.ones(1, 8))
+        assert distance(alone, packed[row : row + 1]) < 2 * GRAIN[dtype]
