@@ -14,8 +14,9 @@ EXAMPLE = "sfumato models --json"
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
-    """List the packaged models, the samplers and the schedules."""
+    """List the packaged models, the kinds of checkpoints that are opened, the samplers and the schedules."""
     from sfumato.diffusion.schedules import SCHEDULES
+    from sfumato.families.describe import kinds
     from sfumato.generate import DEFAULT_MODEL, MODELS
     from sfumato.sampling import SAMPLERS
 
@@ -24,11 +25,13 @@ def models(
             {
                 "models": list(MODELS),
                 "default": DEFAULT_MODEL,
+                "checkpoints": kinds(),
                 "samplers": list(SAMPLERS),
                 "schedules": list(SCHEDULES),
             }
         )
         return
-    show.line("models     " + ", ".join(MODELS))
-    show.line("samplers   " + ", ".join(SAMPLERS))
-    show.line("schedules  " + ", ".join(SCHEDULES))
+    show.line("models       " + ", ".join(MODELS))
+    show.line("checkpoints  " + ", ".join(kinds()))
+    show.line("samplers     " + ", ".join(SAMPLERS))
+    show.line("schedules    " + ", ".join(SCHEDULES))

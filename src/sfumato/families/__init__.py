@@ -52,7 +52,8 @@ def model_folder(directory: Path) -> Path:
     """`directory`, or the `model/` in it, as training runs have; `CheckpointError` when neither has a card."""
     if not directory.is_dir():
         raise CheckpointError(
-            f"there is no model {str(directory)!r}: give a packaged one ({', '.join(PACKAGED)}) or a model folder"
+            f"there is no model {str(directory)!r}: give a packaged one ({', '.join(PACKAGED)}), a folder, a "
+            ".safetensors file, or org/name of the Hub"
         )
     for place in (directory, directory / "model"):
         if (place / CARD).is_file():

@@ -52,6 +52,11 @@ def describe(shapes: Mapping[str, Sequence[int]], source: str) -> Description:
     return Description(match.kind, match.layout, parts, match.traits)
 
 
+def kinds() -> list[str]:
+    """The kinds of whole checkpoints that can be opened, such as "sdxl"."""
+    return list(read_json(TABLE)["places"])
+
+
 def table() -> dict[str, Any]:
     """What `marks.json` must hold: signatures, and of kinds that come as single files, each part's prefixes."""
     from sfumato.families.sd.keys import UNET_PREFIX, VAE_PREFIX

@@ -200,6 +200,8 @@ class UNet(nn.Module):
 
     Build it under `torch.device("meta")` when the weights are about to be read: nothing is allocated or drawn. Its
     weights may be of any floating type; activations have the type of the weights, norms and softmax work in float32.
+    Activations are channels-last in memory, and weights are used fastest if they are too (`.to(memory_format=…)`), or
+    on a CPU packed (`nn/packed.py`).
     """
 
     def __init__(self, config: UNetConfig):
