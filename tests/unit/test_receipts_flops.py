@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sfumato.nn.attention import attention
+from sfumato.nn.packed import pack
 from sfumato.receipts.flops import count_flops, module_size
 from sfumato.receipts.probe import matmul_peak
 
@@ -51,3 +53,20 @@ def test_sizes_count_shared_tensors_once():
 def test_the_probe_reports_a_rate_this_machine_reaches():
     rate = matmul_peak("cpu", torch.float32, seconds=0.01)
     assert 1e6 < rate < 1e16
+
+
+@torch.no_grad()
+def test_packed_layers_count_as_the_layers_they_stand_for():
+    layers = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 1))
+    x = torch.randn(2, 8, 10, 12)
+    linear, rows = nn.Sequential(nn.Linear(24, 40)), torch.randn(3, 7, 24)
+    plain = count_flops(layers, x), count_flops(linear, rows)
+    assert plain == (2 * 2 * 120 * (16 * 8 * 9 + 8 * 16), 2 * 21 * 24 * 40)
+    if pack(layers) and pack(linear):
+        assert (count_flops(layers, x), count_flops(linear, rows)) == plain
+
+
+@torch.no_grad()
+def test_attention_in_blocks_counts_as_attention():
+    q, k = torch.randn(1, 2, 64, 16, dtype=torch.bfloat16), torch.randn(1, 2, 48, 16, dtype=torch.bfloat16)
+    assert count_flops(attention, q, k, k) == 2 * 2 * 64 * 48 * 32

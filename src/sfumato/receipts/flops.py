@@ -5,6 +5,7 @@ A multiply and an add count as two; only products (matrix products, convolutions
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,13 @@ def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
+    if torch.backends.mkldnn.is_available():  # nor products with what follows them in one call
+        onednn = torch.ops.mkldnn
+        fused_on_cpu |= {
+            onednn._linear_pointwise: _linear,
+            onednn._convolution_pointwise: _convolution,
+            onednn._convolution_transpose_pointwise: _transposed,
+        }
     with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
         call(*args, **kwargs)
     return counter.get_total_flops()
@@ -50,6 +58,21 @@ def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     """Shapes (B, K, N, D), (B, K, M, D), (B, K, M, D'): the products q kᵀ and scores v."""
     B, K, N, D = q
     return 2 * B * K * N * k[-2] * (D + v[-1])
+
+
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """(…, I) by (O, I)."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    """Weights (O, I, h, w) at every cell of the result."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def _transposed(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """Weights (I, O, h, w) at every cell of what is given."""
+    return 2 * math.prod(x) * math.prod(weight[1:])
 
 
 def _attention_backward(gradient: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:

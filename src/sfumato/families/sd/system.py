@@ -76,7 +76,7 @@ class System:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, in which the networks work."""
-        return self.denoiser.conv_in.weight.dtype
+        return self.denoiser.dtype
 
     @property
     def parameterization(self) -> Parameterization:
