@@ -34,7 +34,9 @@ from sfumato.families.sd.condition import (
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.nn.embed import sinusoid
+from sfumato.nn.packed import pack
 from sfumato.nn.unet import UNet
+from sfumato.storage import tensors_hash
 from sfumato.text.clip import load_encoder
 from sfumato.types import Conditioning, Request
 
@@ -65,13 +67,20 @@ class Config:
 
 @dataclass(frozen=True)
 class System:
-    """Networks of one checkpoint, in its precision. `text` may be None in a system made for its U-Net and VAE alone."""
+    """Networks of one checkpoint, ready to draw. sources: the files' tensors of `autoencoder` and `denoiser`, read when
+    asked for.
+    """
 
     config: Config
     autoencoder: AutoencoderKL
     denoiser: UNet
-    text: TextStack | None
+    text: TextStack
     levels: NoiseLevels
+    sources: Mapping[str, Mapping[str, Tensor]]
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
+        return {name: tensors_hash(tensors) for name, tensors in self.sources.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,7 +95,7 @@ class System:
     @property
     def clip_layers(self) -> int:
         """How deep from the end `clip_skip` may reach."""
-        return min(encoder.config.layers for encoder in self.text.encoders) if self.text else 1
+        return min(encoder.config.layers for encoder in self.text.encoders)
 
     @property
     def told_guidance(self) -> bool:
@@ -115,10 +124,6 @@ class System:
 
         Sizes: the picture is told to be uncropped and of the size that is drawn.
         """
-        if self.text is None:
-            raise CheckpointError(
-                "this checkpoint holds no text encoders; give a whole one to draw from a prompt"
-            )
         options = TextOptions(clip_skip=request.clip_skip)
         half = len(prompts) // 2
         wanted, unwanted = encode_prompts(
@@ -218,7 +223,7 @@ def build(
     with torch.device("meta"):
         unet = UNet(kind.unet)
     fill(unet, found.parts["unet"], f"{name} (unet)", dtype, device)
-    autoencoder = _autoencoder(found, kind, name, device, dtype, vae, systems)
+    autoencoder, pixels = _autoencoder(found, kind, name, device, dtype, vae, systems)
     plan = PLANS[plan_of(found.kind)]
     encoders = tuple(
         load_encoder(
@@ -234,7 +239,9 @@ def build(
     config = Config(found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor)
     for network in (unet, autoencoder):
         network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    return System(config, autoencoder, unet, TextStack(plan, encoders), levels)
+    pack(unet)  # on a CPU; elsewhere nothing
+    sources = {"autoencoder": pixels, "denoiser": found.parts["unet"]}
+    return System(config, autoencoder, unet, TextStack(plan, encoders), levels, sources)
 
 
 def _autoencoder(
@@ -245,7 +252,8 @@ def _autoencoder(
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None,
     systems: Mapping[str, Kind],
-) -> AutoencoderKL:
+) -> tuple[AutoencoderKL, Mapping[str, Tensor]]:
+    """The autoencoder, and the tensors it was filled with."""
     config, tensors, where = kind.vae, found.parts.get("vae"), f"{name} (vae)"
     said: Mapping[str, Any] = found.configs.get("vae", {})
     if vae is not None:
@@ -259,7 +267,7 @@ def _autoencoder(
     with torch.device("meta"):
         model = AutoencoderKL(config)
     fill(model, tensors, where, dtype, device)
-    return model
+    return model, tensors
 
 
 def plan_of(kind: str) -> str:
