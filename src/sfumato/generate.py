@@ -78,6 +78,7 @@ class Model:
         clip_layers: up to which layer from the end `condition` can read a text encoder (`Request.clip_skip`).
         told_guidance: the network is told the scale of guidance, by `condition`, and nothing is left to guide.
         dtype: what its weights are in and its networks work in. One without it works under autocast.
+        hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
     """
 
     def __init__(self, system: Any, device: torch.device, name: str = "", dtype: torch.dtype | None = None):

@@ -23,8 +23,9 @@ that is closer to the truth than PyTorch's own channels-last GroupNorm, which ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ from sfumato.autoencoder.memory import (
 from sfumato.autoencoder.model import PIXEL_CHANNELS, Posterior
 from sfumato.errors import InputError, SfumatoError
 from sfumato.nn.attention import attention
+
+Out = TypeVar("Out")
 
 
 class NonFiniteError(SfumatoError):
@@ -114,31 +117,29 @@ def decode_safe(
     float16 goes straight to float32 if the config says `force_upcast`. What overflows in float32 too is a
     `NonFiniteError` that names the first layer.
     """
-    dtype = first_type(model, dtype)
-    try:
-        return decode_banded(model, latent, band=band, dtype=dtype)
-    except NonFiniteError:
-        if dtype == torch.float32:
-            raise
-    return decode_banded(model, latent, band=band, dtype=torch.float32)
+    return rescued(decode_banded, model, latent, band, dtype)
 
 
 def encode_safe(
     model: AutoencoderKL, pixels: Tensor, *, band: int = BAND, dtype: torch.dtype | None = None
 ) -> Posterior:
     """`encode_banded`, in float32 where the type asked for overflows; as `decode_safe`."""
-    dtype = first_type(model, dtype)
+    return rescued(encode_banded, model, pixels, band, dtype)
+
+
+def rescued(
+    run: Callable[..., Out], model: AutoencoderKL, x: Tensor, band: int, dtype: torch.dtype | None
+) -> Out:
+    """A banded pass in the type asked for, or in float32 where that overflows or is known to."""
+    dtype = model.dtype if dtype is None else dtype
+    if dtype == torch.float16 and model.config.force_upcast:
+        dtype = torch.float32
     try:
-        return encode_banded(model, pixels, band=band, dtype=dtype)
+        return run(model, x, band=band, dtype=dtype)
     except NonFiniteError:
         if dtype == torch.float32:
             raise
-    return encode_banded(model, pixels, band=band, dtype=torch.float32)
-
-
-def first_type(model: AutoencoderKL, dtype: torch.dtype | None) -> torch.dtype:
-    dtype = model.dtype if dtype is None else dtype
-    return torch.float32 if dtype == torch.float16 and model.config.force_upcast else dtype
+    return run(model, x, band=band, dtype=torch.float32)
 
 
 def check_finite(x: Tensor, name: str) -> None:

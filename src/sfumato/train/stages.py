@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -129,7 +130,7 @@ class Run:
             shape = self.recipe.autoencoder.model, self.recipe.denoiser.model
             multiple = self.family.configure(*shape, (), self.recipe.preset).multiple
             has_state(self.folder / "denoiser" / "state", self.identity("denoiser"))
-            self._initial_denoiser()
+            _ = self._initial
         source = self.source(multiple)
         self.note("data", f"{len(source):,} pictures in {len(source.buckets())} sizes")
         if problems := getattr(source, "problems", ()):
@@ -265,7 +266,7 @@ class Run:
         place, identity = self.folder / "denoiser", self.identity("denoiser")
         self._forget(place, identity)
         cache = self.latents(source, autoencoder)
-        initial = self._initial_denoiser()
+        initial = self._initial
         words = initial.config.words if initial else self.words(source, recipe.vocabulary)
         config = self.family.configure(autoencoder.config, recipe.model, words, self.recipe.preset)
         self._check_captions(source, Tokenizer(words, recipe.model.max_tokens))
@@ -283,7 +284,8 @@ class Run:
         self.tell(Event("done", "denoiser", recipe.train.steps, recipe.train.steps, text=str(self.folder)))
         return self.folder
 
-    def _initial_denoiser(self) -> Any | None:
+    @functools.cached_property
+    def _initial(self) -> Any | None:
         """The system whose denoiser this one starts from, if the recipe names one; its shape must be the recipe's."""
         recipe, first = self.recipe.denoiser, self.recipe.autoencoder
         assert recipe is not None and first is not None
