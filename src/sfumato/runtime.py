@@ -32,7 +32,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """Matrix products and convolutions in `dtype`, sums and norms in float32; for float32 it does nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    # its cache of casts belongs to all threads, and gains nothing where a call uses a weight once
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

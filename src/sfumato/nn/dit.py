@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, sinusoid
+from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, sinusoid, turns
 from sfumato.nn.transformer import Block, rms_norm
 from sfumato.types import Conditioning
 
@@ -81,7 +81,7 @@ class DiT(nn.Module):
         h = torch.cat([text, tokens], dim=1)  # (B, M + N, D)
         angles = rope_angles(positions, self.config.width // self.config.heads)
         angles = torch.cat([angles.new_zeros(text.shape[1], angles.shape[1]), angles])  # words do not turn
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = turns(angles)
         mask = torch.cat([cond.mask, cond.mask.new_ones(B, tokens.shape[1])], dim=1)
 
         weight = cond.mask[..., None].to(cond.tokens.dtype)

@@ -176,4 +176,4 @@ def denoiser_player(
             net, batch, parameterization, recipe.loss, seeded("cpu", seed, "noise", step, part)
         )
 
-    return Player("denoiser", network, recipe.train, examples.part, loss)
+    return Player("denoiser", network, recipe.train, examples.part, loss, apart=True)

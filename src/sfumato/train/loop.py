@@ -11,7 +11,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.runtime import autocast, fast_dtype
+from sfumato.train.lanes import Feed, Lanes, lane_count
 from sfumato.train.optim import (
     Average,
     make_optimizers,
@@ -71,7 +71,8 @@ class Player:
     batch: Callable[[int, int], Any]
     loss: Callable[[nn.Module, Any, int, int], Loss]
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-    net: nn.Module | None = None  # the module as it is called: compiled, or wrapped for several processes
+    apart: bool = False
+    lanes: Lanes | None = None  # the module as it is called: compiled, or wrapped for several processes
 
 
 class Task(Protocol):
@@ -141,13 +142,16 @@ def fit(
         step = _restore(task, average, found)
         on_event(Event("note", task.stage, step, recipe.steps, text=f"continues from step {step}"))
     for player in task.players:
-        if recipe.compile:
-            player.module.compile(dynamic=False)
-        player.net = DistributedDataParallel(player.module) if world.size > 1 else player.module
+        player.lanes = open_lanes(player, device, world)
     table = Log(folder / "log.csv", step) if world.leads else None
     clock = Clock(recipe.batch, task.flops, peak * world.size)
     feeds = [
-        Feed(player.batch, range(world.rank * share, (world.rank + 1) * share), recipe.steps)
+        Feed(
+            player.batch,
+            range(world.rank * share, (world.rank + 1) * share),
+            recipe.steps,
+            player.lanes.count,
+        )
         for player in task.players
     ]
     try:
@@ -181,10 +185,25 @@ def fit(
     finally:
         for feed in feeds:
             feed.close()
+        for player in task.players:
+            if player.lanes:
+                player.lanes.close()
         if table:
             table.close()
     world.wait()
     return average.state
+
+
+def open_lanes(player: Player, device: torch.device, world: World) -> Lanes:
+    """The player's module as a step calls it."""
+    if world.size > 1:
+        if player.recipe.compile:
+            player.module.compile(dynamic=False)
+        return Lanes(DistributedDataParallel(player.module))
+    lanes = Lanes(player.module, lane_count(device, player.recipe.parts) if player.apart else 1)
+    if player.recipe.compile:
+        lanes.compile()
+    return lanes
 
 
 def optimizer_step(
@@ -197,23 +216,28 @@ def optimizer_step(
     clock: Clock,
 ) -> dict[str, float]:
     """One optimiser step of one player over this process's microbatches; the mean terms of all processes."""
-    net = player.net
-    assert net is not None
-    sums: dict[str, Tensor] = {}
+    lanes = player.lanes
+    assert lanes is not None
     set_rate(player.optimizers, rate_at(step, player.recipe))
     for optimizer in player.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    for part in feed.parts:
-        with clock.counting("data"):
-            batch = feed.take(step, part)
+
+    def backward(net: nn.Module, part: int) -> tuple[dict[str, Tensor], float]:
+        """Leave the gradients of a microbatch; its terms, and the seconds it was waited for."""
+        began = time.perf_counter()
+        batch = feed.take(step, part)
+        waited = time.perf_counter() - began
         more = part != feed.parts[-1]  # gradients travel once a step, with the last part
-        with net.no_sync() if more and isinstance(net, DistributedDataParallel) else nullcontext():
+        quiet = net.no_sync() if more and isinstance(net, DistributedDataParallel) else nullcontext()
+        with lanes.turn(shapes(batch)), quiet:
             with autocast(device, dtype):
                 loss, terms = player.loss(net, batch, step, part)
             (loss / len(feed.parts)).backward()
-        for name, value in terms.items():
-            mean = value.detach().float() / len(feed.parts)
-            sums[name] = sums[name] + mean if name in sums else mean
+        return {name: value.detach().float() for name, value in terms.items()}, waited
+
+    answers = lanes.run(backward, feed.parts)
+    clock.add("data", sum(waited for _, waited in answers) / lanes.count)
+    sums = {name: torch.stack([terms[name] for terms, _ in answers]).mean() for name in answers[0][0]}
     norm = nn.utils.clip_grad_norm_(player.module.parameters(), player.recipe.clip)
     with clock.counting("optimizer"):
         for optimizer in player.optimizers:
@@ -230,25 +254,10 @@ def optimizer_step(
     }
 
 
-class Feed:
-    """Makes the next microbatch in a thread while the network works on this one."""
-
-    def __init__(self, make: Callable[[int, int], Any], parts: range, last_step: int):
-        self.make, self.parts, self.last_step = make, parts, last_step
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._ahead: tuple[tuple[int, int], Future[Any]] | None = None
-
-    def take(self, step: int, part: int) -> Any:
-        """The microbatch `part` of `step`; the one that will be asked for after it is begun."""
-        ahead, self._ahead = self._ahead, None
-        batch = ahead[1].result() if ahead and ahead[0] == (step, part) else self.make(step, part)
-        following = (step, part + 1) if part + 1 in self.parts else (step + 1, self.parts[0])
-        if following[0] <= self.last_step:
-            self._ahead = (following, self._thread.submit(self.make, *following))
-        return batch
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """Of a microbatch's tensors: what decides which code runs."""
+    tensors = [batch] if isinstance(batch, Tensor) else vars(batch).values()
+    return tuple(tuple(value.shape) for value in tensors if isinstance(value, Tensor))
 
 
 class Clock:
@@ -265,7 +274,10 @@ class Clock:
 
     def counting(self, what: str) -> _Counting:
         """A context whose time is added to `what` (data or optimizer) of the current step."""
-        return _Counting(self.now, what)
+        return _Counting(self, what)
+
+    def add(self, what: str, seconds: float) -> None:
+        self.now[what] += seconds
 
     def stop(self) -> None:
         self.now["step"] = time.perf_counter() - self._began
@@ -290,14 +302,14 @@ class Clock:
 
 
 class _Counting:
-    def __init__(self, sums: dict[str, float], what: str):
-        self.sums, self.what = sums, what
+    def __init__(self, clock: Clock, what: str):
+        self.clock, self.what = clock, what
 
     def __enter__(self) -> None:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.sums[self.what] += time.perf_counter() - self.began
+        self.clock.add(self.what, time.perf_counter() - self.began)
 
 
 def _gather(task: Task, average: Average) -> dict[str, Tensor]:
