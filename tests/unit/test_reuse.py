@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from helpers import CPU, PROMPT, TINY, apart, tiny_system
 from sfumato.errors import InputError
+from sfumato.generate import Model
 from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.nn.packed import pack
 from sfumato.nn.transformer import rms_norm
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.sampling.reuse import Reuse, extrapolated
-from sfumato.types import Conditioning
+from sfumato.types import Conditioning, Request
 
 UNETS = {
     "three levels": UNetConfig(
@@ -276,3 +278,85 @@ def test_a_u_net_without_vector_keeps_its_seam():
     with torch.no_grad():
         whole, deep = net.forward_with_deep(**given)
         assert torch.equal(net.forward_with_deep(**given, deep=deep)[0], whole)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(tiny_system(), CPU, "tiny", dtype=torch.float32)
+
+
+def test_reuse_of_one_is_exact_to_the_bit(model):
+    for sampler in ("dpmpp_2m", "heun", "dpmpp_sde"):
+        exact = Request(PROMPT, negative="blue", seed=3, steps=6, sampler=sampler)
+        one, two = (model.generate(request).images[0] for request in (exact, replace(exact, reuse=1)))
+        assert one.tobytes() == two.tobytes()
+        assert apart(one, model.generate(replace(exact, reuse=2)).images[0]) > 3
+
+
+def test_reuse_by_hand(model):
+    """Euler, every other call with the forecast of what the blocks add: first as it was, then along a line."""
+    request = model.complete(Request(PROMPT, seed=4, sampler="euler", steps=4, guidance=1.0, reuse=2))
+    cond = model.condition(request)
+    wanted = cond.change(lambda rows: rows[:1])
+    net, x = model.system.denoiser.dit, model._noise([4], (4, 1, 8, 8), request).initial()
+    past: list[Tensor] = []
+    with torch.no_grad():
+        for step, sigma in enumerate((1.0, 0.75, 0.5, 0.25)):
+            forecast = (
+                None if step % 2 == 0 else past[0] if step == 1 else past[1] + 0.5 * (past[1] - past[0])
+            )
+            velocity, deep = net.forward_with_deep(x, torch.tensor(sigma), wanted, forecast)
+            if step % 2 == 0:
+                past.append(deep)
+            x = x - 0.25 * velocity
+    torch.testing.assert_close(model.sample(cond, [4], request), x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"reuse": 2}, {"reuse": 3, "guidance_interval": (0.2, 0.8)}], ids=str)
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a", "heun"])
+def test_an_approximate_picture_depends_on_its_seed_alone(model, sampler, fields):
+    request = Request(PROMPT, negative="blue", seed=7, count=3, steps=8, sampler=sampler, **fields)
+    together, again = model.generate(request).images, model.generate(request).images
+    assert [image.tobytes() for image in together] == [image.tobytes() for image in again]
+    for k, image in enumerate(together):
+        assert apart(model.generate(request.part(k)).images[0], image) <= 1
+    assert apart(together[0], together[1]) > 5
+
+
+def test_the_recipe_says_what_was_approximate(model):
+    fields = {"reuse": 2, "guidance_interval": (0.25, 1.0)}
+    result = model.generate(Request(PROMPT, **fields))
+    assert result.recipe["request"]["reuse"] == 2
+    again = model.generate(Request.from_dict({**result.recipe["request"], "guidance_interval": [0.25, 1.0]}))
+    assert again.images[0].tobytes() == result.images[0].tobytes()
+    assert not {"reuse", "guidance_interval"} & model.generate(Request(PROMPT)).recipe["request"].keys()
+
+
+def test_the_request_s_interval_goes_before_the_preset_s(model):
+    """Outside it the answer is that without guidance; the preset's is overruled."""
+    resting = Model(
+        tiny_system(replace(TINY, preset=replace(TINY.preset, interval=(0.0, 0.1)))), CPU, dtype=torch.float32
+    )
+    for asked, guided in ((None, (False, False)), ((0.2, 0.5), (True, False)), ((0.5, 1.0), (False, True))):
+        request = Request(PROMPT, negative="blue", guidance=4.0, guidance_interval=asked)
+        cond, x = resting.condition(request), torch.randn(1, 4, 1, 8, 8)
+        for sigma, differs in zip((0.4, 0.9), guided, strict=True):
+            level = torch.tensor(sigma, dtype=torch.float64)
+            answers = [resting.denoiser(cond, told)(x, level) for told in (request, 1.0)]
+            assert torch.equal(*answers) is not differs
+
+
+def test_a_network_without_a_seam_refuses_reuse(model):
+    class Whole:
+        split = None
+
+        def __getattr__(self, name):
+            return getattr(model.system, name)
+
+    with pytest.raises(InputError, match="no deep features to reuse") as caught:
+        Model(Whole(), CPU, dtype=torch.float32).generate(Request(PROMPT, reuse=2))
+    assert caught.value.argument == "reuse"
+    assert Model(Whole(), CPU, dtype=torch.float32).complete(Request(PROMPT, reuse=1)).reuse == 1
