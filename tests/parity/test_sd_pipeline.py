@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from helpers import relative_error
+from sfumato.diffusion.schedules import sigmas_for
 from sfumato.families.sd import folder
 from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.families.sd.system import open_system
@@ -295,3 +298,40 @@ def test_one_step_of_the_refiner(agrees, made):
         ours = model.system.network(x[:, :, None], torch.tensor(333.0), cond)[:, :, 0]
     agrees("conditioning and U-Net, one step", "sdxl-refiner", ours, theirs, NETWORK,
            "diffusers StableDiffusionXLImg2ImgPipeline")  # fmt: skip
+
+
+def test_every_other_step_of_sd_1_takes_deep_features(agrees, made):
+    """The loop of DeepCache by hand: whole steps are those of diffusers' U-Net, which also gives the features."""
+    parts, model = made("sd1")
+    request = model.complete(replace(PLAIN, steps=6, reuse=2))
+    unet, system = parts["unet"], model.system
+    kept: list[torch.Tensor] = []
+    resnet = unet.up_blocks[-1].resnets[-2]  # takes the features joined to a skip of the finest level
+    width = unet.config.block_out_channels[0]
+    handle = resnet.register_forward_pre_hook(lambda _, args: kept.append(args[0][:, :-width]))
+    noise, latents, _ = drawn(model, request)
+    cond = model.condition(request)
+    sigmas = sigmas_for(request.schedule, request.steps, system.levels)
+    x = noise * float(sigmas[0])
+    with torch.no_grad():
+        for step, (sigma, following) in enumerate(pairwise(map(float, sigmas))):
+            time = system.levels.time(torch.tensor([sigma], dtype=torch.float64)).float()
+            given = torch.cat([x, x]) / (1 + sigma**2) ** 0.5
+            if step % 2 == 0:
+                eps = unet(given, time, cond.tokens).sample
+            else:
+                eps, _ = system.denoiser.forward_with_deep(given, time, cond.tokens, deep=kept[-1])
+            wanted, unwanted = eps.chunk(2)
+            x = x + (following - sigma) * (unwanted + request.guidance * (wanted - unwanted))
+    handle.remove()
+    assert len(kept) == 3
+    agrees(
+        "pipeline, every other step reused",
+        "sd1, 6 steps",
+        latents,
+        x,
+        PICTURE,
+        "diffusers UNet2DConditionModel",
+    )
+    _, exact, _ = drawn(model, replace(request, reuse=None))
+    assert relative_error(exact, latents) > 1e-3
