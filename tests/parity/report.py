@@ -16,8 +16,8 @@ from pathlib import Path
 
 HEAD = """# Parity
 
-Random weights go through our networks and through the references, and the answers are compared in float32:
-‖ours − theirs‖ / ‖theirs‖, the worst of all cases. This page is written by the tests:
+Random weights go through our networks and through the references, and the answers are compared in float32, samplers on
+a denoiser with a formula in float64: ‖ours − theirs‖ / ‖theirs‖, the worst of all cases. The tests write this page:
 
 ```sh
 make parity

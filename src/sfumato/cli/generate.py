@@ -172,8 +172,8 @@ def generate(
         typer.Option(
             metavar="LOW:HIGH",
             rich_help_panel=FASTER,
-            help="Guide only where LOW < sigma <= HIGH; elsewhere a step costs half. Sigma goes from 1 to 0 in pocket, "
-            "from 14.6 in Stable Diffusion. `none` takes it out of --like.",
+            help="Guide only where LOW < sigma <= HIGH; elsewhere a step costs half. Sigma goes to 0, from 1 in flow "
+            "models and from 14.6 in Stable Diffusion. `none` takes it out of --like.",
         ),
     ] = None,
     variation: Annotated[
