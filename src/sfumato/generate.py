@@ -24,6 +24,7 @@ from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
 from sfumato.runtime import autocast, batch_invariant, fast_dtype, pick_device
 from sfumato.sampling import SAMPLERS, SeededNoise, Step, sampler_named
+from sfumato.sampling.reuse import Reuse
 from sfumato.sampling.variation import VariedNoise
 from sfumato.storage import tensors_hash
 from sfumato.tasks import canvas as tasks
@@ -75,6 +76,8 @@ class Model:
             channels after those of the sample, at every call. pixels: (1, 3, 1, H, W) in [-1, 1], 0 where to paint;
             mask: (1, 1, 1, H, W), 1 where to paint. A request without a mask paints everywhere.
         preview(latent) -> pixels (1, 3, 1, h, w) in about [-1, 1]: a quick look, cheaper than decoding.
+        split(x, time, cond, deep) -> (answer, deep): the network in two parts, the deep one taken from `deep` if it is
+            not None. `reuse_order`: of the forecast that suits it, 0 unless said (`sampling.reuse.Reuse`).
         clip_layers: up to which layer from the end `condition` can read a text encoder (`Request.clip_skip`).
         told_guidance: the network is told the scale of guidance, by `condition`, and nothing is left to guide.
         dtype: what its weights are in and its networks work in. One without it works under autocast.
@@ -149,14 +152,21 @@ class Model:
         """denoise(x, sigma) → x0_hat for (B, C, T, H, W).
 
         cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B.
+        guidance: its scale, or a request, whose `guidance_interval` and `reuse` count too. With `reuse` the answer
+        depends on the calls before: take a new denoiser for each run of a sampler.
         channels: (1, E, T, H, W), more input for the network beside each sample.
         """
-        scale = self.complete(guidance).guidance if isinstance(guidance, Request) else guidance
+        request = self.complete(guidance) if isinstance(guidance, Request) else Request(guidance=guidance)
+        scale = request.guidance
         assert scale is not None
         if getattr(self.system, "told_guidance", False):
             scale = 1.0
         wanted = cond.change(lambda rows: rows[: len(rows) // 2])
         parameterization = self.system.parameterization
+
+        answer = self.system.network
+        if request.reuse is not None and request.reuse > 1:
+            answer = Reuse(self.system.split, request.reuse, getattr(self.system, "reuse_order", 0))
 
         def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
             if (each := len(x) // len(given)) > 1:
@@ -164,13 +174,13 @@ class Model:
             if channels is not None:
                 x = torch.cat([x, channels.expand(len(x), *channels.shape[1:])], 1)  # (B, C + E, T, H, W)
             with self._precision():
-                return self.system.network(x, level, given).float()
+                return answer(x, level, given).float()
 
         return cfg_batched(
             parameterization.denoiser(network, cond),
             parameterization.denoiser(network, wanted),
             scale,
-            self.system.config.preset.interval,
+            request.guidance_interval or self.system.config.preset.interval,
             getattr(self.system.config.preset, "rescale", 0.0),
         )
 
@@ -192,6 +202,10 @@ class Model:
             steps_to_run(request.steps, request.strength)
         if request.hires is not None:
             self._check_hires(request, request.hires)
+        if (request.reuse or 1) > 1 and getattr(self.system, "split", None) is None:
+            raise InputError(
+                "this model's network keeps no deep features to reuse; leave out reuse", argument="reuse"
+            )
         layers = getattr(self.system, "clip_layers", 1)
         if request.clip_skip is not None and request.clip_skip > layers:
             raise InputError(
@@ -269,7 +283,7 @@ class Model:
         if len(sigmas) == 1:
             return x
         channels = self._inpaint_channels(origin, height, width)
-        denoise = self.denoiser(cond, request.guidance, channels)
+        denoise = self.denoiser(cond, request, channels)
         cells = None
         if origin is not None and origin.mask is not None and channels is None:
             cells = cells_to_paint(origin.mask, *shape[-2:])

@@ -30,6 +30,8 @@ MAX_SIDE = 4_096  # pixels
 MAX_SEED = 2**64 - 1
 MAX_BLUR = 256  # pixels
 MAX_CLIP_SKIP = 24
+MAX_REUSE = 10  # calls that share deep features; DeepCache goes to 10
+MAX_LEVEL = 1e6  # of noise
 FITS = ("cover", "contain", "stretch")
 
 
@@ -115,6 +117,10 @@ class Request:
     variation: mix in the noise of a second seed. Then picture k has the variation's seed + k, and `seed` stays.
     eta: fresh noise of the samplers that know the word, from 0 to 1.
     clip_skip: which layer of a CLIP text encoder to take from the end, as web UIs count: 1 the last, 2 the one before.
+
+    Faster, and not quite the same picture:
+        reuse: of how many calls of the network only the first computes its deep features; 1 is every one, exact.
+        guidance_interval: guide only where low < sigma <= high, as the model counts sigma; the others cost half.
     """
 
     prompt: str = ""
@@ -136,6 +142,8 @@ class Request:
     variation: Variation | None = None
     eta: float | None = None
     clip_skip: int | None = None
+    reuse: int | None = None
+    guidance_interval: tuple[float, float] | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], pictures: Iterable[Image] = ()) -> Request:
@@ -152,7 +160,7 @@ class Request:
                     f"unknown field {_shown(name)}; a request has {', '.join(known)}", argument=name
                 )
         values = dict(values)
-        for name in ("size", "outpaint"):
+        for name in ("size", "outpaint", "guidance_interval"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         for name, kind in _NESTED.items():
@@ -226,6 +234,10 @@ class Request:
             _number("eta", self.eta, 0.0, 1.0)
         if self.clip_skip is not None:
             _integer("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        if self.reuse is not None:
+            _integer("reuse", self.reuse, 1, MAX_REUSE)
+        if self.guidance_interval is not None:
+            _interval("guidance_interval", self.guidance_interval)
         self._validate_picture()
         self._validate_nested()
         return self
@@ -345,6 +357,15 @@ def _number(name: str, value: object, low: float, high: float) -> None:
         raise InputError(f"{name} must be a number, not {_shown(value)}", argument=name)
     if not low <= value <= high:  # false for NaN too
         raise InputError(f"{name} must be between {low:g} and {high:g}, not {_shown(value)}", argument=name)
+
+
+def _interval(name: str, value: object) -> None:
+    if not (isinstance(value, tuple) and len(value) == 2):
+        raise InputError(f"{name} must be (low, high), not {_shown(value)}", argument=name)
+    for end, bound in zip(("low", "high"), value, strict=True):
+        _number(f"{name}.{end}", bound, 0.0, MAX_LEVEL)
+    if value[0] > value[1]:
+        raise InputError(f"{name} must go from low to high, not {_shown(value)}", argument=name)
 
 
 def _picture(name: str, value: object) -> None:

@@ -66,6 +66,16 @@ def variation(text: str) -> dict[str, Any]:
     return {"seed": whole("variation", seed), "strength": number("variation", strength)}
 
 
+def interval(name: str, text: str) -> tuple[float, float]:
+    """`LOW:HIGH`, such as 0.3:1."""
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise InputError(
+            f"{name} must be like LOW:HIGH, for example 0.3:1, not {_quoted(text)}", argument=name
+        )
+    return number(name, low), number(name, high)
+
+
 def picture(name: str, path: Path, mask: bool = False) -> Image:
     """The picture or mask in a file, read with care."""
     from sfumato.pictures import decode, decode_mask, read_file, shown

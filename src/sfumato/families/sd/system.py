@@ -36,6 +36,7 @@ from sfumato.families.sd.shapes import System as Kind
 from sfumato.nn.embed import sinusoid
 from sfumato.nn.packed import pack
 from sfumato.nn.unet import UNet
+from sfumato.sampling.reuse import Split
 from sfumato.storage import tensors_hash
 from sfumato.text.clip import load_encoder
 from sfumato.types import Conditioning, Request
@@ -107,6 +108,11 @@ class System:
         """How to make what a U-Net of nine channels reads beside the noisy latent; None for the others."""
         return self._inpaint_channels if self.denoiser.config.in_channels == 9 else None
 
+    @property
+    def split(self) -> Split | None:
+        """The U-Net in two parts; None where something else stands in its place."""
+        return self._split if isinstance(self.denoiser, UNet) else None
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) → the normalised posterior mean (B, 4, T, H/8, W/8), in bounded memory."""
         return self.autoencoder.normalize(encode_safe(self.autoencoder, pixels).mode())
@@ -154,6 +160,14 @@ class System:
         """(B, C, 1, H, W) → (B, 4, 1, H, W); the U-Net works on pictures and in the type of its weights."""
         out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance)
         return out[:, :, None]
+
+    def _split(
+        self, x: Tensor, time: Tensor, cond: Conditioning, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, deep = self.denoiser.forward_with_deep(
+            x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance, deep=deep
+        )
+        return out[:, :, None], deep
 
     def _inpaint_channels(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """(1, 3, 1, H, W) with 0 where to paint, (1, 1, 1, H, W) → mask and masked latent (1, 5, 1, H/8, W/8).
