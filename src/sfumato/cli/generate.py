@@ -48,8 +48,14 @@ def generate(
     hires_steps: options.HiresSteps = None,
     upscaler: options.Upscaler = None,
     clip_skip: options.ClipSkip = None,
+    prompt_rules: options.PromptRules = None,
+    weighting: options.Weighting = None,
+    micro: options.Micro = None,
+    embedding: options.Embedding = None,
     variation: options.Variation = None,
     eta: options.Eta = None,
+    refiner: options.Refiner = None,
+    parts: options.Parts = None,
     vae: options.Vae = None,
     dtype: options.Dtype = None,
     prediction: options.Prediction = None,
@@ -62,6 +68,7 @@ def generate(
     from sfumato.receipts.provenance import check_output
     from sfumato.types import Request
 
+    second, refine_at = (None, None) if refiner in (None, "none") else parse.refiner(refiner)
     given: dict[str, Any] = {
         "prompt": prompt,
         "negative": negative,
@@ -85,7 +92,12 @@ def generate(
         "variation": None if variation in (None, "none") else parse.variation(variation),
         "eta": None if eta is None else parse.number("eta", eta),
         "clip_skip": None if clip_skip is None else parse.whole("clip-skip", clip_skip),
+        "prompt_rules": prompt_rules,
+        "weighting": weighting,
+        **({} if micro in (None, ["none"]) else parse.micro(micro)),
+        "refine_at": refine_at,
     }
+    embeddings = parse.embeddings(embedding or [])
     default = {name for name in given if _left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
     if image is not None:
@@ -93,7 +105,11 @@ def generate(
     if mask is not None:
         given["mask"] = parse.picture("mask", mask, mask=True)
     dropped = {name for name, text in (("hires", hires), ("variation", variation)) if text == "none"}
-    said = None if like is None else _said(like, given, dropped)
+    if micro == ["none"]:
+        dropped.add("micro")
+    if refiner == "none":
+        dropped.add("refine_at")
+    said = None if like is None else _said(like, given, dropped, second)
     request = Request.from_dict(_merged(given, {} if said is None else said.request))
     check_output(output, request.count, request)
 
@@ -110,6 +126,9 @@ def generate(
         vae=vae,
         prediction=prediction,
         variant=variant,
+        embeddings=embeddings,
+        parts=parts or None,
+        refiner=second,
     )
     if said is not None:
         _note_differences(like, said, loaded)
@@ -141,9 +160,9 @@ def _left_open(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT"
 
 
-def _said(like: Path, given: dict[str, Any], dropped: set[str]) -> Like:
+def _said(like: Path, given: dict[str, Any], dropped: set[str], refiner: str | None) -> Like:
     """What the picture `like` says of its making, without what was `dropped`. The pictures that it began with must be
-    among those `given`."""
+    among those `given`, and a refiner there must be."""
     from dataclasses import replace
 
     from sfumato.receipts.provenance import read_like
@@ -159,6 +178,12 @@ def _said(like: Path, given: dict[str, Any], dropped: set[str]) -> Like:
     if painted and "mask" not in given:
         raise InputError(
             f"{like} was painted inside a mask; give it, or a new one, by --mask", argument="mask"
+        )
+    if "refine_at" in fields and refiner is None:
+        raise InputError(
+            f"{like} was finished by the refiner {said.refiner!r}; give it, or a new one, by --refiner, or leave it "
+            "out by --refiner none",
+            argument="refiner",
         )
     return replace(said, request={name: value for name, value in fields.items() if name not in dropped})
 
@@ -189,6 +214,14 @@ def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
         _note(f"{like} was drawn by other weights, of the model {said.model!r}; choose the model by -m")
     elif said.weights is None and said.model is not None:
         _note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
+    if loaded.refiner is not None and said.refiner_weights not in (None, loaded.refiner.hashes):
+        _note(f"{like} was finished by other weights, of the refiner {said.refiner!r}")
+    for name, digest in said.embeddings.items():
+        ours = loaded.embeddings.get(name)
+        if ours is None:
+            _note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
+        elif not ours.startswith(digest):
+            _note(f"{like} was drawn with another embedding {name!r} than this file's")
     if said.ignored:
         _note(f"not taken over from {like}: {', '.join(said.ignored)}")
 

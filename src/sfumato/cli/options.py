@@ -172,6 +172,57 @@ ClipSkip = Annotated[
         help="Layer of a CLIP text encoder, counted from the last, which is 1.",
     ),
 ]
+PromptRules = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=PROMPT,
+        help="What brackets and signs mean: a1111 (the default), comfy, compel, or none.",
+    ),
+]
+Weighting = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=PROMPT,
+        help="What a weight does: a1111, a1111_no_norm, comfy, compel or none; as the rules have it by default.",
+    ),
+]
+Micro = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        rich_help_panel=PROMPT,
+        help="What SDXL is told of sizes: original=4096x4096, crop=LEFT,TOP, target=1024x1024, aesthetic=6 (the "
+        "refiner), each also as negative-…; may be repeated. `none` takes it out of --like.",
+    ),
+]
+Embedding = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]FILE",
+        rich_help_panel=PROMPT,
+        help="A textual inversion (.safetensors), called in prompts by the file's name or the one given; "
+        "may be repeated.",
+    ),
+]
+Refiner = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL[:X]",
+        rich_help_panel=WEIGHTS,
+        help="A second model that finishes the picture, such as SDXL's refiner, after this share of the noise levels; "
+        "0.8 by default. `none` takes it out of --like.",
+    ),
+]
+Parts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        rich_help_panel=WEIGHTS,
+        help="For a U-Net alone: the checkpoint whose autoencoder and text encoders go with it, or files with one "
+        "each; may be repeated.",
+    ),
+]
 Vae = Annotated[
     Path | None,
     typer.Option(rich_help_panel=WEIGHTS, help="Another autoencoder for a checkpoint: a file or a folder."),
