@@ -45,7 +45,7 @@ from sfumato.types import MAX_SIDE, Conditioning, HiRes, Request, Result
 
 MODELS = tuple(PACKAGED)
 REFINE_AT = (
-    0.8  # of the noise levels, where SDXL's refiner takes over (Podell et al. 2023, sec. 2.5, and its users)
+    0.8  # of the noise levels; SDXL's refiner was trained on the last fifth (Podell et al. 2023, sec. 2.5)
 )
 BATCH = 8  # pictures denoised together; with more, a CPU works outside its caches
 __all__ = ["BATCH", "DEFAULT_MODEL", "MODELS", "Model", "load"]

@@ -261,9 +261,7 @@ def build(
             + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
             + (", or one to take them from with --parts" if found.alone else "")
         )
-    inversions = tuple(
-        read_inversions(embeddings).values()
-    )  # first: a file that is none of them is soon found
+    inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
     with torch.device("meta"):
         unet = UNet(kind.unet)
     fill(unet, found.parts["unet"], f"{name} (unet)", dtype, device)
@@ -342,9 +340,7 @@ def preset_of(found: Checkpoint) -> Preset:
     if found.kind.startswith("sdxl"):
         preset = replace(preset, guidance=5.0)
     said, cells = found.configs.get("scheduler", {}), found.configs.get("unet", {}).get("sample_size")
-    if (
-        isinstance(cells, int) and 0 < cells <= 256
-    ):  # of one side; the distilled ones draw smaller than their parents
+    if isinstance(cells, int) and 0 < cells <= 256:  # distilled ones may draw smaller than their parents
         preset = replace(preset, size=(cells * kind.vae.factor,) * 2)
     if consistent(found):  # what its makers draw with, where it is told the guidance
         guidance = 8.0 if kind.unet.time_cond else 1.0
