@@ -9,7 +9,8 @@ Known differences, none of which is a matter of rounding:
   rounded time steps; on flow grids UniPC starts at 1 − 1e-6. They work on VP, the others on VE.
 - FlowMatchEuler applies the shift to sigma_min too, so its grid ends at shift(shift(1/1000)), not at an even 1/N.
 - DDIM ends at alpha_bar_0 unless set_alpha_to_one. DDPM would draw noise of variance 1e-20 for a step to sigma 0.
-- LCM mixes x into x0_hat by its boundary condition; that belongs to the model, so here the denoiser does it.
+- LCM mixes x into x0_hat by its boundary condition; that belongs to the model, so here the denoiser does it
+  (`parameterization.consistency`).
 - UniPC with bh1 gives NaN on a step to sigma 0 (infinite h times 0); the step before is the last to compare.
 - FlowMatchLCM and EulerAncestral draw noise at the last step too, and multiply it by 0.
 """
@@ -28,6 +29,7 @@ from helpers import spelled
 diffusers = pytest.importorskip("diffusers")
 
 from sfumato.diffusion.exact import TwoPeaks  # noqa: E402
+from sfumato.diffusion.parameterization import Parameterization, consistency  # noqa: E402
 from sfumato.diffusion.path import FLOW, VE, VP  # noqa: E402
 from sfumato.diffusion.schedules import (  # noqa: E402
     AYS,
@@ -376,6 +378,62 @@ def test_vp_lcm(scheduler, assert_same):
         made, VP, data.denoiser(VP), x, lambda made, t: float((1 - made.alphas_cumprod[t]).sqrt())
     )
     assert_same(our_steps("lcm", VP, with_boundary, x, sigmas, noise), seen, "lcm", made, "VP")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 50])
+def test_a_latent_consistency_model_on_its_own_grid(scheduler, steps):
+    """The network of a VE model under its own boundary condition, by our grid, against diffusers' on VP."""
+    noise = fresh()
+    made = scheduler("LCMScheduler", noise, **SD)
+    made.set_timesteps(steps)
+    sigmas = SCHEDULES["lcm"](steps, LEVELS)
+    assert LEVELS.time(sigmas[:-1]).round().tolist() == made.timesteps.tolist()
+    if steps == 4:
+        assert made.timesteps.tolist() == [999, 759, 499, 259]
+    data = TwoPeaks(1.0, 0.3)
+
+    def network(x, time, cond):  # told x / sqrt(1 + sigma²), answers eps
+        sigma = LEVELS.step_sigma(time[:1].round())  # it comes in float32
+        x = x * (1 + sigma**2).sqrt()
+        return (x - data.denoiser(VE)(x, sigma[0])) / sigma
+
+    denoise = Parameterization("eps", VE, LEVELS.time, consistency).denoiser(network, None)
+    x = noise.initial()
+    start = x * float((1 + sigmas[0] ** 2).sqrt())
+    ours = our_steps("lcm", VE, denoise, start, sigmas, noise)
+    ours = [x / float((1 + sigma**2).sqrt()) for x, sigma in zip(ours, sigmas[1:], strict=True)]
+    seen = their_steps(
+        made, VP, data.denoiser(VP), x, lambda made, t: float((1 - made.alphas_cumprod[t]).sqrt())
+    )
+    for k, (a, b) in enumerate(zip(ours, seen, strict=True)):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, k=k: f"step {k}: {m}")
+
+
+def test_the_boundary_of_a_consistency_model():
+    """At time 0 it answers with the sample; at its latest steps with the estimate."""
+    made = diffusers.LCMScheduler(**SD)
+    for time in (0, 1, 19, 259, 999):
+        assert consistency(float(time)) == pytest.approx(
+            made.get_scalings_for_boundary_condition_discrete(time), rel=1e-12
+        )
+    assert consistency(0.0) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_turbo_models_on_their_grid(scheduler, steps):
+    """SD-Turbo and SDXL-Turbo: ancestral Euler on trailing time steps."""
+    noise = fresh()
+    made = scheduler("EulerAncestralDiscreteScheduler", noise, **SD, timestep_spacing="trailing")
+    made.set_timesteps(steps)
+    made.set_begin_index(0)
+    sigmas = SCHEDULES["trailing"](steps, LEVELS)
+    assert made.timesteps.tolist() == [1000 // steps * (steps - k) - 1 for k in range(steps)]
+    torch.testing.assert_close(sigmas, made.sigmas.double(), **CLOSE)
+    data, x = TwoPeaks(1.0, 0.3), noise.initial() * sigmas[0]
+    theirs = their_steps(made, VE, data.denoiser(VE), x, at_index)
+    ours = our_steps("euler_a", VE, data.denoiser(VE), x, sigmas, noise)
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, k=k: f"step {k}: {m}")
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -24,46 +24,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from helpers import relative_error
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.families.sd import folder
-from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
-from sfumato.nn.unet import UNetConfig
 from sfumato.text.clip import ClipConfig
 from sfumato.text.clip_tokens import MERGES, bundled
 from sfumato.text.windows import LENGTH
 from sfumato.types import Request
+from small_sd import SIDE, SMALL
 
 STEPS = 20
 PICTURE, NETWORK = 1e-4, 1e-5  # bounds of 20 steps, and of one call
-SIDE = 64  # pixels; the small autoencoders have a factor of 4
-NARROW, WIDE = ClipConfig(32, 2, 2, "quick_gelu"), ClipConfig(48, 2, 3, "gelu")
-UNETS = {
-    "sd1": UNetConfig(4, (32, 64), (1, 0), 1, (4, 4), context=32),
-    "sd1-inpaint": UNetConfig(9, (32, 64), (1, 0), 1, (4, 4), context=32),
-    "sd2": UNetConfig(4, (32, 64), (1, 0), 1, (2, 4), context=48, linear=True),
-    "sdxl": UNetConfig(4, (32, 64), (0, 2), 2, (2, 4), context=80, linear=True, vector=48 + 6 * 256),
-    "sdxl-refiner": UNetConfig(
-        4, (64, 64, 96), (0, 2, 0), 2, (4, 4, 6), context=48, linear=True, vector=48 + 5 * 256
-    ),
-}
 EULER = {**folder.BETAS, "timestep_spacing": "trailing", "steps_offset": 1}
-
-
-def small(kind: str) -> System:
-    system = SYSTEMS[kind]
-    text = tuple(
-        replace(
-            part,
-            config=replace(WIDE, projection=48)
-            if part.config.projection
-            else (WIDE if part.open_clip else NARROW),
-        )
-        for part in system.text
-    )
-    return replace(system, unet=UNETS[kind], vae=replace(system.vae, widths=(32, 64, 64)), text=text)
-
-
-SMALL = {kind: small(kind) for kind in UNETS}
 
 
 def tokenizer(pad: str) -> CLIPTokenizer:

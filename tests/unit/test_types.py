@@ -52,6 +52,10 @@ ACCEPTED = [
     {"hires": {"scale": 2}},
     {"hires": {"scale": 1.5, "steps": 10, "strength": 0.0, "upscaler": "latent-bilinear"}},
     {"variation": {"seed": MAX_SEED, "strength": 0.5}},
+    {"micro": {}},
+    {"micro": {"original": [4096, 2048], "crop": [0, 64], "aesthetic": 6, "negative_target": [1, 65536]}},
+    {"prompt_rules": "compel", "weighting": "comfy"},
+    {"refine_at": 0.8},
     {"variation": None, "hires": None, "image": None, "mask": None},
 ]
 REFUSED = [

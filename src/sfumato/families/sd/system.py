@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
-from sfumato.autoencoder.preview import preview
+from sfumato.autoencoder.preview import has_factors, preview
 from sfumato.checkpoint.fill import fill
 from sfumato.diffusion.guidance import ALWAYS
-from sfumato.diffusion.parameterization import Parameterization
+from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import NoiseLevels, beta_levels, beta_table, zero_terminal_snr
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd.checkpoint import Checkpoint, open_checkpoint
+from sfumato.families.sd.checkpoint import Checkpoint, completed, open_checkpoint
 from sfumato.families.sd.condition import (
-    NEGATIVE_AESTHETIC,
-    PLANS,
+    Reader,
     TextFeatures,
     TextOptions,
     TextStack,
     encode_prompts,
-    score_numbers,
-    size_numbers,
+    micro_numbers,
+    plan_of,
     size_vector,
 )
+from sfumato.families.sd.folder import tokenizer_folder
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.nn.embed import sinusoid
@@ -39,7 +41,12 @@ from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
 from sfumato.storage import tensors_hash
 from sfumato.text.clip import load_encoder
-from sfumato.types import Conditioning, Request
+from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
+from sfumato.text.inversion import read_inversions
+from sfumato.types import Conditioning, Micro, Request
+
+PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
+Embeddings = Iterable[str | Path] | Mapping[str, str | Path]  # files of textual inversions, perhaps by name
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,16 @@ class Preset:
 
 @dataclass(frozen=True)
 class Config:
-    """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what a picture's sides are multiples of."""
+    """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what a picture's sides are multiples of.
+    consistent: it is a latent consistency model.
+    """
 
     kind: str
     preset: Preset
     prediction: str
     zero_snr: bool
     multiple: int = 8
+    consistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,12 @@ class System:
         return {name: tensors_hash(tensors) for name, tensors in self.sources.items()}
 
     @property
+    def embeddings(self) -> dict[str, str]:
+        """Textual inversions by the names that call them, with the hashes of their files."""
+        found = [next(iter(inversions.values())) for inversions in self.text.inversions]
+        return {inversion.name: inversion.digest for inversion in found}
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights, in which the networks work."""
         return self.denoiser.dtype
@@ -91,12 +107,26 @@ class System:
     @property
     def parameterization(self) -> Parameterization:
         kind = "v" if self.config.prediction == "v" else "eps"
-        return Parameterization(kind, VE, self.levels.time)
+        return Parameterization(kind, VE, self.levels.time, consistency if self.config.consistent else None)
 
     @property
     def clip_layers(self) -> int:
         """How deep from the end `clip_skip` may reach."""
         return min(encoder.config.layers for encoder in self.text.encoders)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What of a request `condition` reads that other systems may not: see `Model`."""
+        told = {6: ("original", "crop", "target"), 5: ("original", "crop", "aesthetic")}
+        micro = told.get(self.text.plan.numbers, ())
+        names = [f"micro.{prefix}{name}" for name in micro for prefix in ("", "negative_")]
+        return frozenset(["prompt_rules", "weighting", *names])
+
+    @property
+    def latent_space(self) -> tuple[float, ...]:
+        """What latents are of: models with equal ones can go on with each other's."""
+        config = self.autoencoder.config
+        return config.latent_channels, self.autoencoder.factor, config.scaling_factor
 
     @property
     def told_guidance(self) -> bool:
@@ -122,33 +152,35 @@ class System:
         return decode_safe(self.autoencoder, self.autoencoder.denormalize(latent.float()))
 
     def preview(self, latent: Tensor) -> Tensor:
-        """(1, 4, T, H, W) → (1, 3, T, H, W) pixels of one cell each: a linear look at a latent that is forming."""
-        return preview(self.autoencoder.config, latent)
+        """(1, 4, T, H, W) → (1, 3, T, h, w): a look at a latent that is forming.
+
+        One pixel for each cell where the colours of this autoencoder's latents are known; else the latent shrunk to
+        16 cells and decoded, at the cost of a picture of 128².
+        """
+        if has_factors(self.autoencoder.config):
+            return preview(self.autoencoder.config, latent)
+        height, width = latent.shape[-2:]
+        shrink = max(height, width) / PREVIEW_CELLS
+        if shrink > 1:
+            size = max(round(height / shrink), 1), max(round(width / shrink), 1)
+            latent = F.interpolate(latent[:, :, 0], size, mode="area")[:, :, None]
+        return self.decode(latent)
 
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from, as the family's U-Net reads them.
 
-        Sizes: the picture is told to be uncropped and of the size that is drawn.
+        Sizes: where `request.micro` does not say otherwise, the picture is uncropped and of the size that is drawn.
         """
-        options = TextOptions(clip_skip=request.clip_skip)
+        options = TextOptions(request.prompt_rules or "a1111", request.weighting, request.clip_skip)
         half = len(prompts) // 2
         wanted, unwanted = encode_prompts(
             self.text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
         )
         assert unwanted is not None and request.size is not None
-        width, height = request.size
-        size = (height, width)
         vector = None
-        if self.text.plan.numbers == 6:
-            numbers = size_numbers(size)
-            vector = torch.cat([_vector(wanted, numbers), _vector(unwanted, numbers)])
-        elif self.text.plan.numbers == 5:
-            vector = torch.cat(
-                [
-                    _vector(wanted, score_numbers(size)),
-                    _vector(unwanted, score_numbers(size, aesthetic=NEGATIVE_AESTHETIC)),
-                ]
-            )
+        if self.text.plan.numbers:
+            numbers, negative = micro_numbers(self.text.plan.numbers, request.size, request.micro or Micro())
+            vector = torch.cat([_vector(wanted, numbers), _vector(unwanted, negative)])
         tokens = torch.cat([wanted.tokens, unwanted.tokens])
         told = None
         if self.told_guidance:
@@ -202,17 +234,24 @@ def open_system(
     vae: str | os.PathLike[str] | None = None,
     prediction: str | None = None,
     variant: str | None = None,
+    embeddings: Embeddings = (),
+    parts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """The model at `path`, a single file or a diffusers folder, with weights in `dtype` on `device`.
 
     vae: another autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says.
+    embeddings: files of textual inversions, called in prompts by their names or by those they are given here. parts:
+    where to take what a U-Net alone lacks, whole checkpoints or single networks.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
     found = open_checkpoint(path, variant=variant, prediction=prediction, systems=systems)
+    if parts:
+        others = [parts] if isinstance(parts, str | os.PathLike) else parts
+        found = completed(found, str(path), others, systems)
     if found.system is None or "unet" not in found.parts:
         raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
-    return build(found, str(path), device, dtype, vae, systems)
+    return build(found, str(path), device, dtype, vae, embeddings, systems)
 
 
 def build(
@@ -221,6 +260,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None = None,
+    embeddings: Embeddings = (),
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """Networks of an opened checkpoint. `name` stands for it in errors."""
@@ -233,12 +273,15 @@ def build(
         raise CheckpointError(
             f"{name} holds no {' and no '.join(lacking)}; give a whole checkpoint"
             + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
+            + (", or one to take them from with --parts" if found.alone else "")
         )
+    inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
     with torch.device("meta"):
         unet = UNet(kind.unet)
     fill(unet, found.parts["unet"], f"{name} (unet)", dtype, device)
     autoencoder, pixels = _autoencoder(found, kind, name, device, dtype, vae, systems)
-    plan = PLANS[plan_of(found.kind)]
+    plan = plan_of(found.kind)
+    tokenizers = tuple(_tokenizer(found.folder, reader) for reader in plan.readers)
     encoders = tuple(
         load_encoder(
             part.config,
@@ -250,12 +293,24 @@ def build(
     )
     betas = beta_table()
     levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
-    config = Config(found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor)
+    config = Config(
+        found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor, consistent(found)
+    )
     for network in (unet, autoencoder):
         network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     pack(unet)  # on a CPU; elsewhere nothing
     sources = {"autoencoder": pixels, "denoiser": found.parts["unet"]}
-    return System(config, autoencoder, unet, TextStack(plan, encoders), levels, sources)
+    return System(
+        config, autoencoder, unet, TextStack(plan, encoders, tokenizers, inversions), levels, sources
+    )
+
+
+def _tokenizer(folder: Path | None, reader: Reader) -> ClipTokenizer:
+    """The folder's own for this text encoder, or else the bundled one."""
+    place = None if folder is None else folder / tokenizer_folder(reader.part)
+    if place is None or not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        return bundled(reader.pad)
+    return open_folder(place)
 
 
 def _autoencoder(
@@ -284,9 +339,10 @@ def _autoencoder(
     return model, tensors
 
 
-def plan_of(kind: str) -> str:
-    """The text plan of a kind: "sdxl-inpaint" reads prompts as "sdxl" does."""
-    return kind if kind in PLANS else kind.split("-")[0]
+def consistent(found: Checkpoint) -> bool:
+    """Whether it is a latent consistency model: its U-Net is told the guidance, or its scheduler is made for one."""
+    said = found.configs.get("scheduler", {}).get("_class_name")
+    return found.kind.endswith("-lcm") or said == "LCMScheduler"
 
 
 def preset_of(found: Checkpoint) -> Preset:
@@ -297,11 +353,15 @@ def preset_of(found: Checkpoint) -> Preset:
     preset = Preset(size=(side, side))
     if found.kind.startswith("sdxl"):
         preset = replace(preset, guidance=5.0)
-    said = found.configs.get("scheduler", {})
-    if found.kind.endswith("-lcm") or said.get("_class_name") == "LCMScheduler":
-        return replace(preset, steps=4, guidance=1.0, sampler="lcm", schedule="trailing")
+    said, cells = found.configs.get("scheduler", {}), found.configs.get("unet", {}).get("sample_size")
+    if isinstance(cells, int) and 0 < cells <= 256:  # distilled ones may draw smaller than their parents
+        preset = replace(preset, size=(cells * kind.vae.factor,) * 2)
+    if consistent(found):  # what its makers draw with, where it is told the guidance
+        guidance = 8.0 if kind.unet.time_cond else 1.0
+        return replace(preset, steps=4, guidance=guidance, sampler="lcm", schedule="lcm")
     if found.zero_snr:
         return replace(preset, sampler="euler", schedule="trailing", rescale=0.7)
     if said.get("timestep_spacing") == "trailing":  # the distilled ones, which draw in one to four steps
-        return replace(preset, steps=1, guidance=1.0, sampler="euler_a", schedule="trailing")
+        sampler = "euler_a" if "Ancestral" in said.get("_class_name", "") else "euler"
+        return replace(preset, steps=1, guidance=1.0, sampler=sampler, schedule="trailing")
     return preset
