@@ -343,7 +343,7 @@ class Model:
         cells = None
         for model, told, first, last in self._legs(cond, request, sigmas):
             channels = model._inpaint_channels(origin, height, width)
-            denoise = model.denoiser(told, request, channels)
+            denoise = model.denoiser(told, replace(request, refine_at=None), channels)
             cells = None
             if origin is not None and origin.mask is not None and channels is None:
                 cells = cells_to_paint(origin.mask, *shape[-2:])
