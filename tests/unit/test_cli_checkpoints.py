@@ -16,6 +16,7 @@ from sfumato.cli import parse
 from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.sd import folder
+from sfumato.families.sd.checkpoint import Checkpoint, completed
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts import webui
 from sfumato.receipts.provenance import read_recipe
@@ -325,7 +326,8 @@ def test_a_unet_alone_draws_with_the_parts_of_another(places, tmp_path, capsys):
     assert "whose parts do not go with" in refused(capsys, "a", "-m", unet, "--parts", places("sdxl"))
     assert "is whole" in refused(capsys, "a", "-m", whole, "--parts", other)
     assert "is for checkpoints" in refused(capsys, "a", "-m", "pocket", "--parts", other)
-    assert "goes with a U-Net" in refused(capsys, "a", "-m", f"{other}/vae", "--parts", whole)
+    with pytest.raises(InputError, match="goes with a U-Net; a vae is f8c4 alone"):
+        completed(Checkpoint("f8c4", None, {}, alone=True), "a vae", [whole])
     # an inpainting U-Net takes the parts of its plain sibling
     draw(f"{places('sd1-inpaint')}/unet", "--parts", whole)
 

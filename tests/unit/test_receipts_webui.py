@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
@@ -87,6 +88,7 @@ def test_every_name_of_ours_that_has_a_label_is_one():
     assert set(webui.SAMPLERS) == set(SAMPLERS)
     assert set(webui.SCHEDULES) <= set(SCHEDULES)
     assert set(webui.UPSCALERS) == set(UPSCALERS)
+    assert list(webui.MICRO) == [f.name for f in fields(Micro)]
 
 
 # --- there and back -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 PICTURE, MASK, LARGER, FASTER, PROMPT, TUNING, WEIGHTS = (
     "Beginning with a picture",
@@ -20,32 +20,32 @@ PICTURE, MASK, LARGER, FASTER, PROMPT, TUNING, WEIGHTS = (
     "Opening a Stable Diffusion checkpoint",
 )
 
-Prompt = Annotated[str | None, typer.Argument(help="What to draw; may be empty.")]
+Prompt = Annotated[str | None, Argument(help="What to draw; may be empty.")]
 Output = Annotated[
     Path,
-    typer.Option("-o", "--output", help="A .png, .jpg or .webp file; several become name-0, name-1 …"),
+    Option("-o", "--output", help="A .png, .jpg or .webp file; several become name-0, name-1 …"),
 ]
-Count = Annotated[str, typer.Option("-n", "--count", metavar="N", help="How many pictures.")]
-Seed = Annotated[str, typer.Option(metavar="N", help="Picture k is the picture of seed + k.")]
-Steps = Annotated[str | None, typer.Option(metavar="N", help="Sampling steps.")]
-Guidance = Annotated[str | None, typer.Option(metavar="X", help="How strictly to follow the prompt.")]
-Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="See `sfumato models`.")]
-Schedule = Annotated[str | None, typer.Option(metavar="NAME", help="See `sfumato models`.")]
-Size = Annotated[str | None, typer.Option(metavar="WxH", help="Pixels: 128 or 128x96.")]
+Count = Annotated[str, Option("-n", "--count", metavar="N", help="How many pictures.")]
+Seed = Annotated[str, Option(metavar="N", help="Picture k is the picture of seed + k.")]
+Steps = Annotated[str | None, Option(metavar="N", help="Sampling steps.")]
+Guidance = Annotated[str | None, Option(metavar="X", help="How strictly to follow the prompt.")]
+Sampler = Annotated[str | None, Option(metavar="NAME", help="See `sfumato models`.")]
+Schedule = Annotated[str | None, Option(metavar="NAME", help="See `sfumato models`.")]
+Size = Annotated[str | None, Option(metavar="WxH", help="Pixels: 128 or 128x96.")]
 Negative = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="TEXT",
         help="What to stay away from. `--negative ''` is the empty text, which SDXL tells from no --negative at all.",
     ),
 ]
 Model = Annotated[
     str | None,
-    typer.Option("-m", "--model", help="Name, folder, .safetensors file, or org/name."),
+    Option("-m", "--model", help="Name, folder, .safetensors file, or org/name."),
 ]
 Like = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         metavar="FILE",
         help="Take prompt and settings from a picture that says how it was made, by sfumato or by a web UI. "
         "What you give beside it wins.",
@@ -53,7 +53,7 @@ Like = Annotated[
 ]
 Image = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         metavar="FILE",
         rich_help_panel=PICTURE,
         help="A PNG, JPEG or WebP to begin with instead of noise. The result has its size.",
@@ -61,7 +61,7 @@ Image = Annotated[
 ]
 Strength = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="X",
         rich_help_panel=PICTURE,
         help="How much of the picture to redraw: 0 keeps it, 1 forgets it. 0.75 by default, 1 in a mask.",
@@ -69,7 +69,7 @@ Strength = Annotated[
 ]
 Fit = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="HOW",
         rich_help_panel=PICTURE,
         help="Bring it to --size: cover (crop what is too long), contain (extend its edges) or stretch.",
@@ -77,7 +77,7 @@ Fit = Annotated[
 ]
 Outpaint = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="PIXELS",
         rich_help_panel=PICTURE,
         help="Draw on beyond its borders: 64 on every side, or LEFT,TOP,RIGHT,BOTTOM such as 0,0,128,0.",
@@ -85,7 +85,7 @@ Outpaint = Annotated[
 ]
 Mask = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         metavar="FILE",
         rich_help_panel=MASK,
         help="A picture of the same size, white where to paint. The rest comes back untouched "
@@ -94,7 +94,7 @@ Mask = Annotated[
 ]
 MaskBlur = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="PIXELS",
         rich_help_panel=MASK,
         help="How softly the painted part begins, inside the mask; 4 by default.",
@@ -102,7 +102,7 @@ MaskBlur = Annotated[
 ]
 OnlyMasked = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="PIXELS",
         rich_help_panel=MASK,
         help="Draw only the mask and this many pixels around it, at full --size, and put them back: "
@@ -111,7 +111,7 @@ OnlyMasked = Annotated[
 ]
 Paste = Annotated[
     bool | None,
-    typer.Option(
+    Option(
         "--paste/--no-paste",
         show_default=False,
         rich_help_panel=MASK,
@@ -120,7 +120,7 @@ Paste = Annotated[
 ]
 Hires = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="SCALE",
         rich_help_panel=LARGER,
         help="Draw, enlarge by this factor, and draw over it: more detail than drawing large at once. "
@@ -129,7 +129,7 @@ Hires = Annotated[
 ]
 HiresStrength = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="X",
         rich_help_panel=LARGER,
         help="How much the second pass redraws; 0 only enlarges. 0.5 by default.",
@@ -137,11 +137,11 @@ HiresStrength = Annotated[
 ]
 HiresSteps = Annotated[
     str | None,
-    typer.Option(metavar="N", rich_help_panel=LARGER, help="Its steps; as many as --steps by default."),
+    Option(metavar="N", rich_help_panel=LARGER, help="Its steps; as many as --steps by default."),
 ]
 Upscaler = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="NAME",
         rich_help_panel=LARGER,
         help="lanczos enlarges the picture; latent-bilinear, latent-bicubic, latent-nearest the latent, "
@@ -167,7 +167,7 @@ GuidanceInterval = Annotated[
 ]
 Variation = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="SEED:X",
         rich_help_panel=TUNING,
         help="Pictures like that of --seed: mix in the noise of a second seed, 0 not at all, 1 altogether. "
@@ -176,7 +176,7 @@ Variation = Annotated[
 ]
 Eta = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="X",
         rich_help_panel=TUNING,
         help="Fresh noise in samplers that have it (ddim, euler_a …), from 0 to 1.",
@@ -184,7 +184,7 @@ Eta = Annotated[
 ]
 ClipSkip = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="N",
         rich_help_panel=PROMPT,
         help="Layer of a CLIP text encoder, counted from the last, which is 1.",
@@ -192,7 +192,7 @@ ClipSkip = Annotated[
 ]
 PromptRules = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="NAME",
         rich_help_panel=PROMPT,
         help="What brackets and signs mean: a1111 (the default), comfy, compel, or none.",
@@ -200,7 +200,7 @@ PromptRules = Annotated[
 ]
 Weighting = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="NAME",
         rich_help_panel=PROMPT,
         help="What a weight does: a1111, a1111_no_norm, comfy, compel or none; as the rules have it by default.",
@@ -208,7 +208,7 @@ Weighting = Annotated[
 ]
 Micro = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         metavar="NAME=VALUE",
         rich_help_panel=PROMPT,
         help="What SDXL is told of sizes: original=4096x4096, crop=LEFT,TOP, target=1024x1024, aesthetic=6 (the "
@@ -217,7 +217,7 @@ Micro = Annotated[
 ]
 Embedding = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         metavar="[NAME=]FILE",
         rich_help_panel=PROMPT,
         help="A textual inversion (.safetensors), called in prompts by the file's name or the one given; "
@@ -226,7 +226,7 @@ Embedding = Annotated[
 ]
 Refiner = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="MODEL[:X]",
         rich_help_panel=WEIGHTS,
         help="A second model that finishes the picture, such as SDXL's refiner, after this share of the noise levels; "
@@ -235,7 +235,7 @@ Refiner = Annotated[
 ]
 Parts = Annotated[
     list[Path] | None,
-    typer.Option(
+    Option(
         rich_help_panel=WEIGHTS,
         help="For a U-Net alone: the checkpoint whose autoencoder and text encoders go with it, or files with one "
         "each; may be repeated.",
@@ -243,27 +243,23 @@ Parts = Annotated[
 ]
 Vae = Annotated[
     Path | None,
-    typer.Option(rich_help_panel=WEIGHTS, help="Another autoencoder for a checkpoint: a file or a folder."),
+    Option(rich_help_panel=WEIGHTS, help="Another autoencoder for a checkpoint: a file or a folder."),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", rich_help_panel=WEIGHTS, help="Of a checkpoint's weights: fp32, bf16 or fp16."
-    ),
+    Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a checkpoint's weights: fp32, bf16 or fp16."),
 ]
 Prediction = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", rich_help_panel=WEIGHTS, help="epsilon or v, where a checkpoint does not say it."
-    ),
+    Option(metavar="NAME", rich_help_panel=WEIGHTS, help="epsilon or v, where a checkpoint does not say it."),
 ]
 Variant = Annotated[
     str | None,
-    typer.Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a folder's files, such as fp16."),
+    Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a folder's files, such as fp16."),
 ]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; the faster one by default.")]
+Device = Annotated[str | None, Option(metavar="NAME", help="cpu or cuda; the faster one by default.")]
 Preview = Annotated[
     bool,
-    typer.Option("--preview", help="Show the picture forming; beside the output if this is no terminal."),
+    Option("--preview", help="Show the picture forming; beside the output if this is no terminal."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+AsJson = Annotated[bool, Option("--json", help="Answer with one JSON object.")]

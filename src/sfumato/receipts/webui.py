@@ -56,9 +56,14 @@ EMPHASIS = {  # label → our rules of prompts and weighting; of other pairs the
     "None": ("none", None),
 }
 MICRO = {  # ours → how we write it; no other program writes sizes and crops
-    f"{sign.lower()}{name}": f"SDXL {sign.lower().replace('_', ' ')}{name}"
-    for name in ("original", "crop", "target", "aesthetic")
-    for sign in ("", "negative_")
+    "original": "SDXL original",
+    "crop": "SDXL crop",
+    "target": "SDXL target",
+    "aesthetic": "SDXL aesthetic",
+    "negative_original": "SDXL negative original",
+    "negative_crop": "SDXL negative crop",
+    "negative_target": "SDXL negative target",
+    "negative_aesthetic": "SDXL negative aesthetic",
 }
 _SAMPLER_ALIASES = {  # ComfyUI's names, and k-diffusion's
     "euler_ancestral": "euler_a",
