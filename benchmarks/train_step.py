@@ -11,6 +11,7 @@ import argparse
 import math
 import statistics
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from sfumato.families.pocket import PocketConfig, build
 from sfumato.receipts.flops import module_size
 from sfumato.runtime import fast_dtype, pick_device
 from sfumato.train.denoiser import Examples, picture_flops
-from sfumato.train.lanes import Feed
+from sfumato.train.lanes import Feed, short_turns
 from sfumato.train.loop import Clock, World, open_lanes, optimizer_step
 from sfumato.train.optim import Average, make_optimizers
 from sfumato.train.recipe import Recipe, read_recipe
@@ -155,7 +156,7 @@ def measure(made: Made, changes: dict[str, Any], steps: int) -> dict[str, Any]:
     known: set[tuple[int, ...]] = set()
     counted: list[tuple[float, float, float, float]] = []
     step = 0
-    try:
+    with closing(player.lanes), closing(feed), short_turns():
         while len(counted) < steps and step < len(flops):
             step += 1
             clock.start()
@@ -169,9 +170,6 @@ def measure(made: Made, changes: dict[str, Any], steps: int) -> dict[str, Any]:
             if step > 2 and known.issuperset(lengths[step - 1]):
                 counted.append((now["step"], now["data"], now["optimizer"], flops[step - 1]))
             known.update(lengths[step - 1])
-    finally:
-        feed.close()
-        player.lanes.close()
     whole, data, optimizer, work = (list(column) for column in zip(*counted, strict=True))
     return {
         "width": part.model.width,

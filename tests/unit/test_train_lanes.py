@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 
 import pytest
 import torch
 from torch import nn
 
-from sfumato.train.lanes import Feed, Lanes, dealt, lane_count
+from sfumato.train.lanes import Feed, Lanes, dealt, lane_count, short_turns
 
 
 def network() -> nn.Module:
@@ -69,24 +68,86 @@ def test_a_failing_part_is_heard_of():
     lanes.close()
 
 
-def test_a_new_kind_of_batch_has_the_network_to_itself():
-    lanes, inside, most = Lanes(network(), 3), set(), {}
-    gate = threading.Lock()
+def test_nothing_is_left_of_a_step_that_failed():
+    def fail(net: nn.Module, part: int) -> None:
+        work(net, part)
+        if part == 0:
+            raise ValueError("part 0")
 
-    def look(net: nn.Module, part: int) -> None:
-        kind = part // 12  # twelve of each
-        with lanes.turn(kind):
-            with gate:
-                inside.add(part)
-                most.setdefault(kind, []).append(len(inside))
-            time.sleep(0.02)
-            with gate:
-                inside.remove(part)
-
-    lanes.run(look, range(24))
-    assert [seen[0] for seen in most.values()] == [1, 1]
-    assert max(max(seen) for seen in most.values()) > 1  # afterwards they work together
+    lanes = Lanes(network(), 2)
+    with pytest.raises(ValueError, match="part 0"):
+        lanes.run(fail, range(4))
+    assert all(p.grad is None for p in lanes.networks[1].parameters())
     lanes.close()
+
+
+def test_a_weight_that_only_one_lane_used_gets_its_gradient():
+    lanes = Lanes(nn.Linear(2, 2), 2)
+
+    def use(net: nn.Module, part: int) -> None:
+        if part == 1:  # the second lane's
+            net(torch.ones(1, 2)).sum().backward()
+
+    lanes.run(use, range(2))
+    assert torch.equal(lanes.networks[0].bias.grad, torch.ones(2))
+    lanes.close()
+
+
+def test_a_new_kind_of_batch_has_the_network_to_itself():
+    lanes = Lanes(network(), 3)
+    with lanes.turn("known"):
+        pass
+    inside, leave, entered = threading.Event(), threading.Event(), threading.Event()
+
+    def first(kind: str) -> None:
+        with lanes.turn(kind):
+            inside.set()
+            assert leave.wait(30)
+
+    def second() -> None:
+        with lanes.turn("known"):
+            entered.set()
+
+    one = threading.Thread(target=first, args=("new",))
+    one.start()
+    assert inside.wait(30)
+    two = threading.Thread(target=second)
+    two.start()
+    assert not entered.wait(0.2)  # a lane that need not wait is in at once
+    leave.set()
+    assert entered.wait(30)
+    one.join()
+    two.join()
+    lanes.close()
+
+
+def test_known_kinds_work_together():
+    lanes, together = Lanes(network(), 3), threading.Barrier(3, timeout=30)
+    with lanes.turn("known"):
+        pass
+
+    def meet(net: nn.Module, part: int) -> None:
+        with lanes.turn("known"):
+            together.wait()
+
+    lanes.run(meet, range(3))
+    lanes.close()
+
+
+def test_other_threads_keep_their_number_of_threads():
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(4)
+        lanes = Lanes(network(), 4)
+        assert lanes.run(lambda net, part: torch.get_num_threads(), range(4)) == [1, 1, 1, 1]
+        lanes.close()
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert seen == [4]
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_parts_that_grow_are_dealt_there_and_back():
@@ -106,22 +167,26 @@ def test_lanes_are_as_many_as_parts_and_threads_divide_into():
 
 
 def test_a_feed_makes_each_batch_once_and_ahead():
-    made = []
+    made, begun = [], {(1, 4): threading.Event(), (2, 2): threading.Event()}
 
     def make(step: int, part: int) -> tuple[int, int]:
         made.append((step, part))
+        if (step, part) in begun:
+            begun[step, part].set()
         return step, part
 
     feed = Feed(make, range(2, 5), last_step=2, ahead=2)
     wanted = [(step, part) for step in (1, 2) for part in (2, 4, 3)]  # lanes do not ask in order
-    assert [feed.take(*key) for key in wanted] == wanted
+    assert feed.take(1, 2) == (1, 2)
+    assert begun[1, 4].wait(30)
+    assert not begun[2, 2].is_set()
+    assert [feed.take(*key) for key in wanted[1:]] == wanted[1:]
     assert sorted(made) == sorted(wanted)
     feed.close()
 
 
-def test_a_feed_gives_back_the_turns_of_threads():
+def test_turns_are_short_for_a_while():
     before = sys.getswitchinterval()
-    feed = Feed(lambda step, part: None, range(1), last_step=1)
-    assert sys.getswitchinterval() < before
-    feed.close()
+    with short_turns(), short_turns():
+        assert sys.getswitchinterval() < before
     assert sys.getswitchinterval() == pytest.approx(before, abs=2e-6)

@@ -150,7 +150,7 @@ Upscaler = Annotated[
 ]
 Reuse = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="N",
         rich_help_panel=FASTER,
         help="Of N calls of the network in a row only the first computes its deep features; 1 is exact.",
@@ -158,7 +158,7 @@ Reuse = Annotated[
 ]
 GuidanceInterval = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="LOW:HIGH",
         rich_help_panel=FASTER,
         help="Guide only where LOW < sigma <= HIGH; elsewhere a step costs half. Sigma goes to 0, from 1 in flow "

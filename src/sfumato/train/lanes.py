@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -31,8 +31,11 @@ class Lanes:
         self._busy, self._alone = 0, False  # lanes inside, and whether it is one that wants no other
         self._pool = None
         if count > 1:
-            threads = max(1, torch.get_num_threads() // count)
-            self._pool = ThreadPoolExecutor(count, "lane", torch.set_num_threads, (threads,))
+            threads = torch.get_num_threads()
+            self._pool = ThreadPoolExecutor(count, "lane", torch.set_num_threads, (max(1, threads // count),))
+            started = threading.Barrier(count)
+            wait([self._pool.submit(started.wait) for _ in range(count)])
+            torch.set_num_threads(threads)  # threads yet to be born would have taken the lanes' number
 
     @property
     def count(self) -> int:
@@ -54,8 +57,13 @@ class Lanes:
             self._pool.submit(lambda net=network, mine=share: [(part, work(net, part)) for part in mine])
             for network, share in zip(self.networks, shares, strict=True)
         ]
-        answers = {part: answer for future in futures for part, answer in future.result()}
-        self._gather()
+        wait(futures)  # also for those beside one that failed, which work on the same weights
+        try:
+            answers = {part: answer for future in futures for part, answer in future.result()}
+            self._gather()
+        finally:
+            for network in self.networks[1:]:
+                network.zero_grad(set_to_none=True)
         return [answers[part] for part in parts]
 
     @contextmanager
@@ -76,16 +84,17 @@ class Lanes:
 
     def close(self) -> None:
         if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
 
     def _gather(self) -> None:
         first, *others = ([p for p in network.parameters() if p.requires_grad] for network in self.networks)
         for other in others:
             pairs = [(a, b) for a, b in zip(first, other, strict=True) if b.grad is not None]
+            for a, b in pairs:
+                if a.grad is None:
+                    a.grad = torch.zeros_like(b.grad)
             if pairs:
                 torch._foreach_add_([a.grad for a, _ in pairs], [b.grad for _, b in pairs])
-        for network in self.networks[1:]:
-            network.zero_grad(set_to_none=True)
 
 
 def dealt(parts: Sequence[int], count: int) -> list[list[int]]:
@@ -111,20 +120,25 @@ def _twin(network: nn.Module) -> nn.Module:
     return twin
 
 
-class Feed:
-    """Makes the microbatches to come in a thread while the network works on these.
-
-    While a feed is open, Python's threads take turns of TURN. At the usual 5 ms, every one of the network's many short
-    calls could wait that long for the captions being written beside it.
+@contextmanager
+def short_turns(seconds: float = 2e-4) -> Iterator[None]:
+    """Within it Python's threads take turns that short. At the usual 5 ms, every one of a network's many short calls
+    could wait that long for the captions that a feed writes beside it.
     """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(seconds, before))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
-    TURN = 2e-4  # seconds
+
+class Feed:
+    """Makes the microbatches to come in a thread while the network works on these."""
 
     def __init__(self, make: Callable[[int, int], Any], parts: range, last_step: int, ahead: int = 1):
         """make(step, part) is a microbatch; `ahead` of them are made beforehand."""
         self.make, self.parts, self.last_step, self.ahead = make, parts, last_step, ahead
-        self._turn = sys.getswitchinterval()
-        sys.setswitchinterval(min(self.TURN, self._turn))
         self._thread = ThreadPoolExecutor(1, "feed")
         self._made: dict[tuple[int, int], Future[Any]] = {}
         self._next: tuple[int, int] | None = None  # the first that is not begun: step, and place in `parts`
@@ -146,4 +160,3 @@ class Feed:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        sys.setswitchinterval(self._turn)

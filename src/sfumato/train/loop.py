@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.runtime import autocast, fast_dtype
-from sfumato.train.lanes import Feed, Lanes, lane_count
+from sfumato.train.lanes import Feed, Lanes, lane_count, short_turns
 from sfumato.train.optim import (
     Average,
     make_optimizers,
@@ -141,20 +141,16 @@ def fit(
     if found := newest_state(folder / "state", identity):
         step = _restore(task, average, found)
         on_event(Event("note", task.stage, step, recipe.steps, text=f"continues from step {step}"))
-    for player in task.players:
-        player.lanes = open_lanes(player, device, world)
-    table = Log(folder / "log.csv", step) if world.leads else None
     clock = Clock(recipe.batch, task.flops, peak * world.size)
-    feeds = [
-        Feed(
-            player.batch,
-            range(world.rank * share, (world.rank + 1) * share),
-            recipe.steps,
-            player.lanes.count,
-        )
-        for player in task.players
-    ]
-    try:
+    with ExitStack() as open_things:
+        feeds = []
+        for player in task.players:
+            player.lanes = open_things.enter_context(closing(open_lanes(player, device, world)))
+            parts = range(world.rank * share, (world.rank + 1) * share)
+            feed = Feed(player.batch, parts, recipe.steps, player.lanes.count)
+            feeds.append(open_things.enter_context(closing(feed)))
+        table = open_things.enter_context(closing(Log(folder / "log.csv", step))) if world.leads else None
+        open_things.enter_context(short_turns())
         while step < recipe.steps:
             step += 1
             clock.start()
@@ -163,12 +159,7 @@ def fit(
                 values |= optimizer_step(player, feed, step, world, device, dtype, clock)
             with clock.counting("optimizer"):
                 average.update(task.players[0].module, step)
-            for name in ("loss", *(name for name in values if name.endswith("grad_norm"))):
-                if not math.isfinite(values[name]):  # the weights are spoilt too, and must not be saved
-                    raise SfumatoError(
-                        f"the {name} of {task.stage} became {values[name]} at step {step}; lower "
-                        f"{task.stage}.train.lr and begin a new run (the last checkpoint of this one is intact)"
-                    )
+            _require_finite(values, task.stage, step)
             clock.stop()
             last = step == recipe.steps
             if not table:
@@ -182,16 +173,18 @@ def fit(
                 on_event(Event("save", task.stage, step, recipe.steps))
             if last or step % recipe.sheet_every == 0:
                 on_event(Event("sheet", task.stage, step, recipe.steps, text=task.sheet(average.state, step)))
-    finally:
-        for feed in feeds:
-            feed.close()
-        for player in task.players:
-            if player.lanes:
-                player.lanes.close()
-        if table:
-            table.close()
     world.wait()
     return average.state
+
+
+def _require_finite(values: dict[str, float], stage: str, step: int) -> None:
+    """`SfumatoError` when the loss or a gradient is not: the weights are spoilt too then, and must not be saved."""
+    for name in ("loss", *(name for name in values if name.endswith("grad_norm"))):
+        if not math.isfinite(values[name]):
+            raise SfumatoError(
+                f"the {name} of {stage} became {values[name]} at step {step}; lower "
+                f"{stage}.train.lr and begin a new run (the last checkpoint of this one is intact)"
+            )
 
 
 def open_lanes(player: Player, device: torch.device, world: World) -> Lanes:

@@ -39,6 +39,7 @@ from sfumato.train.tasks import AutoencoderTask, DenoiserTask
 HELD_OUT_SCENES = 256  # of the val split, to measure the autoencoder on
 LATENT_STATISTICS_PICTURES = 2048  # pictures whose latents give the normalisation
 PATIENCE = 48  # hours that processes wait for the one that renders and encodes
+DRAWS = 2  # to be raised whenever training takes other noise for the same recipe
 VOLATILE = {"steps", "save_every", "sheet_every"}  # may change between two starts of one run
 
 
@@ -370,6 +371,8 @@ class Run:
     def identity(self, stage: str) -> str:
         """A hash of everything in the recipe that decides the weights of a stage at a given step."""
         parts: dict[str, Any] = {"data": asdict(self.recipe.data) | {"cache": ""}, "seed": self.recipe.seed}
+        if stage == "denoiser":
+            parts["draws"] = DRAWS
         for name in ("autoencoder", "denoiser")[: 1 + (stage == "denoiser")]:
             part = asdict(getattr(self.recipe, name))
             volatile = VOLATILE if name == stage else VOLATILE - {"steps"}
