@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from chart import chart
-from common import arguments, interleaved, keep, model_folder, probe, scratch, show
+from common import arguments, keep, model_folder, probe, scratch, show
 from torch import Tensor
 from unet import CONTEXT, TOKENS, shape_of
 
@@ -116,8 +117,19 @@ def described(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, str
     )
 
 
+def processor_seconds(calls: dict[str, Callable[[], Any]], rounds: int = 3) -> dict[str, float]:
+    """The median of each call over rounds in the order A B, B A, …, each called once before."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name in list(calls)[:: -1 if number % 2 else 1]:
+            began = time.process_time()
+            calls[name]()
+            times[name].append(time.process_time() - began)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
 def unet_calls(size: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds and GFLOP of a whole call and of one with deep features: SD 1.5's shape, random weights, batch 2."""
+    """Processor's seconds and GFLOP, of a whole call and one with deep features: SD 1.5's shape, batch 2."""
     config, cells = shape_of([320, 640, 1280, 1280]), size // 8
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -140,7 +152,7 @@ def unet_calls(size: int) -> tuple[dict[str, float], dict[str, float]]:
             "with deep features": count_flops(lambda *a: counted.forward_with_deep(*a, deep=none), *there)
             / 1e9,
         }
-        return interleaved(calls, 3), flops
+        return processor_seconds(calls), flops
 
 
 def main() -> None:
