@@ -32,7 +32,7 @@ class Lanes:
         self._pool = None
         if count > 1:
             threads = torch.get_num_threads()
-            self._pool = ThreadPoolExecutor(count, "lane", torch.set_num_threads, (max(1, threads // count),))
+            self._pool = ThreadPoolExecutor(count, "lane", _take, (max(1, threads // count),))
             started = threading.Barrier(count)
             wait([self._pool.submit(started.wait) for _ in range(count)])
             torch.set_num_threads(threads)  # threads yet to be born would have taken the lanes' number
@@ -95,6 +95,12 @@ class Lanes:
                     a.grad = torch.zeros_like(b.grad)
             if pairs:
                 torch._foreach_add_([a.grad for a, _ in pairs], [b.grad for _, b in pairs])
+
+
+def _take(threads: int) -> None:
+    """Give the calling thread so many of torch's."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # a thread's number is settled when it first asks
 
 
 def dealt(parts: Sequence[int], count: int) -> list[list[int]]:
