@@ -1,5 +1,7 @@
 """Scenes as a source: fixed by their seed, rendered once, described anew."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,17 @@ def test_several_processes_render_the_same(plain, tmp_path):
     two = SceneSource(24, 5, "train", SIZE, cache=tmp_path / "two", chunk=8).prepare(2)
     for field in ("rgb", "instances"):
         assert np.array_equal(one.store.rows(field, range(24)), two.store.rows(field, range(24)))
+
+
+def test_processes_import_nothing_from_the_working_folder(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("json", "sfumato", "torch"):
+        (here / f"{name}.py").write_text("raise SystemExit('imported from the working folder')")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("sys.path", ["", str(here), *sys.path])
+    source = SceneSource(4, 5, "train", SIZE, cache=tmp_path / "cache", chunk=2).prepare(2)
+    assert source.store.missing() == []
 
 
 def test_a_stopped_preparation_goes_on_where_it_was(plain, tmp_path, monkeypatch):

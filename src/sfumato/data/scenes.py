@@ -179,7 +179,7 @@ class SceneSource:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "PYTHONPATH": os.pathsep.join(_import_path()),
         }
         arguments = json.dumps(self._arguments())
         waiting, gate = iter(chunks), threading.Lock()
@@ -209,7 +209,7 @@ class SceneSource:
 
         try:
             for _ in range(workers):
-                command = [sys.executable, "-m", "sfumato.data.render_worker"]
+                command = [sys.executable, "-P", "-m", "sfumato.data.render_worker"]
                 pipe, said = subprocess.PIPE, tempfile.TemporaryFile()  # noqa: SIM115
                 process = subprocess.Popen(
                     command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=said
@@ -251,6 +251,15 @@ class SceneSource:
         if not 0 <= index < self.count:
             raise InputError(f"there is no scene {index}; there are {self.count}", argument="indices")
         return int(index)
+
+
+def _import_path() -> list[str]:
+    """Where this process imports from, without the working folder: a file there is no module of ours, whatever its
+    name. It stays where it is this package's own home.
+    """
+    home, here = Path(__file__).resolve().parents[2], Path.cwd()
+    places = [Path(place).absolute() for place in sys.path]
+    return [str(place) for place in places if place.resolve() == home or place.resolve() != here]
 
 
 def _ask(process: subprocess.Popen[str], words: str) -> Any:
