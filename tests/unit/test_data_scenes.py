@@ -1,6 +1,9 @@
 """Scenes as a source: fixed by their seed, rendered once, described anew."""
 
+import signal
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -120,6 +123,28 @@ def test_a_stopped_preparation_goes_on_where_it_was(plain, tmp_path, monkeypatch
     assert rendered == [0, 1, 2]
     source.prepare(1)
     assert rendered == [0, 1, 2]
+
+
+def test_an_interruption_leaves_no_thread_that_counts(tmp_path):
+    source = SceneSource(24, 5, "train", SIZE, cache=tmp_path, chunk=4)
+    others, counted = set(threading.enumerate()), []
+
+    def interrupt(done, total):
+        if not counted:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)  # long enough for the caller's thread to be gone if it did not wait
+        counted.append(done)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            source.prepare(2, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(threading.enumerate()) <= others
+    assert counted == [4] and len(source.store.missing()) == 5
+    source.prepare(2)
+    assert source.store.missing() == []
 
 
 def test_a_failing_process_is_reported(tmp_path, monkeypatch):

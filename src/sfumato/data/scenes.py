@@ -182,15 +182,16 @@ class SceneSource:
             "PYTHONPATH": os.pathsep.join(_import_path()),
         }
         arguments = json.dumps(self._arguments())
-        waiting, gate = iter(chunks), threading.Lock()
+        waiting, gate, stopped = iter(chunks), threading.Lock(), threading.Event()
         failures: list[BaseException] = []
         running: list[subprocess.Popen[str]] = []
+        threads: list[threading.Thread] = []
         complaints: dict[int, IO[bytes]] = {}
 
         def drive(process: subprocess.Popen[str]) -> None:
             try:
                 said = arguments + "\n"
-                while not failures:
+                while not stopped.is_set():
                     with gate:
                         chunk = next(waiting, None)
                     if chunk is None:
@@ -202,10 +203,11 @@ class SceneSource:
                         raise SfumatoError(answer["error"])
                     said = ""
                     with gate:
-                        if not failures:
+                        if not stopped.is_set():
                             finished(chunk)
             except BaseException as error:  # carried to the caller's thread
                 failures.append(error)
+                stopped.set()
 
         try:
             for _ in range(workers):
@@ -216,14 +218,19 @@ class SceneSource:
                 )
                 running.append(process)
                 complaints[process.pid] = said
-            threads = [threading.Thread(target=drive, args=(p,), daemon=True) for p in running]
-            for thread in threads:
+            for process in running:
+                thread = threading.Thread(target=drive, args=(process,), daemon=True)
                 thread.start()
+                threads.append(thread)
             for thread in threads:
                 thread.join()
-        finally:
+        finally:  # also when the caller's thread is interrupted: nobody counts chunks once the store's lock is left
+            stopped.set()
             for process in running:
                 process.kill()
+            for thread in threads:
+                thread.join()
+            for process in running:
                 process.wait()
                 for stream in (process.stdin, process.stdout, complaints.get(process.pid)):
                     with contextlib.suppress(OSError):  # words an ended process never took
