@@ -130,6 +130,27 @@ def test_the_preview_is_gone_when_the_picture_is_there(model, capsys):
     assert os.listdir() == ["out.png"]
 
 
+def test_a_preview_takes_no_file_of_the_users(model, capsys):
+    theirs = Path("out-preview.png")
+    theirs.write_text("mine")
+    assert run(["generate", "a", "-m", model, "--preview", *LIGHT]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "out-preview.png" in err and err.count("\n") == 1
+    assert os.listdir() == ["out-preview.png"] and theirs.read_text() == "mine"
+    assert run(["generate", "a", "-m", model, *LIGHT]) == 0  # without a preview the name is of no matter
+    assert theirs.read_text() == "mine"
+
+
+def test_a_run_that_fails_before_its_first_preview_removes_none(model):
+    from sfumato.cli.generate import _watcher
+
+    with show.progress() as bar:
+        _, clean = _watcher(bar, None, Path("out.png"))
+        Path("out-preview.png").write_text("made by another meanwhile")
+        clean()
+    assert os.listdir() == ["out-preview.png"]
+
+
 REFUSED = {
     "no verb of that name": (["draw"], "draw"),
     "no prompt": (["generate"], "prompt"),

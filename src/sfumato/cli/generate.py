@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -119,6 +120,8 @@ def generate(
     said = None if like is None else _said(like, given, dropped, second)
     request = Request.from_dict(_merged(given, {} if said is None else said.request))
     check_output(output, request.count, request)
+    if preview:
+        _check_preview(output)
 
     started = time.perf_counter()
     from sfumato.generate import DEFAULT_MODEL, MODELS, load
@@ -239,12 +242,30 @@ def _note(message: str) -> None:
     sys.stderr.write("note: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
+def _preview_of(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-preview.png")
+
+
+def _check_preview(output: Path) -> None:
+    """Raise `InputError` if the forming picture would go to a file, and one of its name is there already."""
+    file = _preview_of(output)
+    if not show.console().is_terminal and os.path.lexists(file):
+        raise InputError(
+            f"the preview would overwrite {str(file)!r}; move that file, or name another output",
+            argument="preview",
+        )
+
+
 def _watcher(
     bar: Progress, model: Any, preview: Path | None
 ) -> tuple[Callable[[Any], None], Callable[[], None]]:
-    """(on_step, clean up): moves the bar, and shows the forming picture in the terminal or in `name-preview.png`."""
+    """(on_step, clean up): moves the bar, and shows the forming picture in the terminal or in `name-preview.png`.
+
+    Only a file that was written here is removed.
+    """
     task = bar.add_task("drawing", total=None)
-    file = None if preview is None else preview.with_name(f"{preview.stem}-preview.png")
+    file = None if preview is None else _preview_of(preview)
+    written = False
     live = None
     if preview is not None and bar.console.is_terminal:
         from rich.live import Live
@@ -254,6 +275,7 @@ def _watcher(
         live.start()
 
     def watch(step: Any) -> None:
+        nonlocal written
         bar.update(task, total=step.total, completed=step.index + 1)
         if preview is None:
             return
@@ -267,11 +289,12 @@ def _watcher(
 
             with atomic_file(file) as temporary:
                 picture.save(temporary, format="PNG")
+            written = True
 
     def clean() -> None:
         if live is not None:
             live.stop()
-        elif file is not None:
+        elif file is not None and written:
             file.unlink(missing_ok=True)
 
     return watch, clean
