@@ -18,6 +18,7 @@ from common import arguments, interleaved, keep, probe, show
 from torch import Tensor, nn
 
 from sfumato.nn.packed import pack
+from sfumato.nn.quantized import quantize
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.receipts.flops import count_flops, module_size
 
@@ -121,6 +122,11 @@ def contenders(config: UNetConfig, args: Any) -> tuple[dict[str, Callable[[], Te
         pack(made)
         return made
 
+    def quantized(dtype: torch.dtype) -> nn.Module:
+        made = copy.deepcopy(ours).to(dtype)
+        quantize(made)
+        return made
+
     @functools.cache
     def last(dtype: torch.dtype) -> nn.Module:
         return copy.deepcopy(weights).to(dtype).to(memory_format=LAST)
@@ -145,6 +151,7 @@ def contenders(config: UNetConfig, args: Any) -> tuple[dict[str, Callable[[], Te
     known["ours float32, packed"] = lambda: passes(packed(exact), exact, True, False)
     known["ours bfloat16"] = lambda: passes(ours_with(last(rough)), rough, True, False)
     known["ours bfloat16, packed"] = lambda: passes(packed(rough), rough, True, False)
+    known["ours int8"] = lambda: passes(quantized(rough), rough, True, False)
     if args.only:
         wanted = [part.strip() for part in args.only.split(",")]
         known = {name: make for name, make in known.items() if any(part in name for part in wanted)}

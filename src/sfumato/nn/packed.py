@@ -8,6 +8,8 @@ do both at once. Each twin computes what its layer does, from the same weights, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,18 +29,29 @@ def pack(network: nn.Module) -> int:
     weights are no parameters: the network can be run, without gradients, and no longer be trained, moved, saved or
     adapted.
     """
+    return replace_layers(network, lambda name, layer: packed_twin(layer))
+
+
+def replace_layers(
+    network: nn.Module, twin_of: Callable[[str, nn.Module], nn.Module | None], within: str = ""
+) -> int:
+    """Put `twin_of(name, layer)` in the place of each layer that it is not None for; returns how many.
+
+    Names are qualified as in `named_modules`, after `within`. What was replaced, and what is inside, is not visited.
+    """
     count = 0
     for name, child in list(network.named_children()):
-        twin = _twin(child)
+        twin = twin_of(within + name, child)
         if twin is None:
-            count += pack(child)
+            count += replace_layers(child, twin_of, f"{within}{name}.")
         else:
             setattr(network, name, twin)
             count += 1
     return count
 
 
-def _twin(layer: nn.Module) -> nn.Module | None:
+def packed_twin(layer: nn.Module) -> nn.Module | None:
+    """The twin of one layer, or None where there is none or it would gain nothing."""
     weight = next(layer.parameters(), None)
     if weight is None or not can_pack(weight):
         return None
