@@ -192,7 +192,17 @@ def generate(
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", rich_help_panel=WEIGHTS, help="Of a checkpoint's weights: fp32, bf16 or fp16."
+            metavar="NAME",
+            rich_help_panel=WEIGHTS,
+            help="Of a checkpoint's weights: fp32, bf16, fp16, or on a CPU int8.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=WEIGHTS,
+            help="What runs a checkpoint's U-Net: torch, openvino or openvino:GPU.",
         ),
     ] = None,
     prediction: Annotated[
@@ -262,7 +272,8 @@ def generate(
     loaded = load(
         model,
         device=device,
-        dtype=None if dtype is None else parse.dtype(dtype),
+        dtype=None if dtype is None else parse.dtype(dtype, parse.DRAWN),
+        engine=engine,
         vae=vae,
         prediction=prediction,
         variant=variant,

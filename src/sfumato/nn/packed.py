@@ -8,7 +8,7 @@ do both at once. Each twin computes what its layer does, from the same weights, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,29 +29,28 @@ def pack(network: nn.Module) -> int:
     weights are no parameters: the network can be run, without gradients, and no longer be trained, moved, saved or
     adapted.
     """
-    return replace_layers(network, lambda name, layer: packed_twin(layer))
-
-
-def replace_layers(
-    network: nn.Module, twin_of: Callable[[str, nn.Module], nn.Module | None], within: str = ""
-) -> int:
-    """Put `twin_of(name, layer)` in the place of each layer that it is not None for; returns how many.
-
-    Names are qualified as in `named_modules`, after `within`. What was replaced, and what is inside, is not visited.
-    """
     count = 0
-    for name, child in list(network.named_children()):
-        twin = twin_of(within + name, child)
-        if twin is None:
-            count += replace_layers(child, twin_of, f"{within}{name}.")
-        else:
-            setattr(network, name, twin)
+    for _, parent, name in list(layers(network)):
+        twin = packed(getattr(parent, name))
+        if twin is not None:
+            setattr(parent, name, twin)
             count += 1
     return count
 
 
-def packed_twin(layer: nn.Module) -> nn.Module | None:
-    """The twin of one layer, or None where there is none or it would gain nothing."""
+def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str]]:
+    """(name in the network, parent, name in the parent) of what is packed as one, and of all other modules without
+    children, in the network's order.
+    """
+    for name, child in network.named_children():
+        if isinstance(child, GEGLU | Upsample) or not any(True for _ in child.children()):
+            yield f"{prefix}{name}", network, name
+        else:
+            yield from layers(child, f"{prefix}{name}.")
+
+
+def packed(layer: nn.Module) -> nn.Module | None:
+    """The packed twin of a layer, or None where it has none or would not gain."""
     weight = next(layer.parameters(), None)
     if weight is None or not can_pack(weight):
         return None

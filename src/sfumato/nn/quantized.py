@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from sfumato.errors import InputError
 from sfumato.nn.attention import attention
-from sfumato.nn.packed import CELLS, ROWS, can_pack, packed_twin, replace_layers
-from sfumato.nn.spatial import GEGLU, CrossAttention
+from sfumato.nn.packed import CELLS, ROWS, can_pack, layers, packed
+from sfumato.nn.spatial import GEGLU, CrossAttention, TransformerBlock
 
 KEPT = (  # parts of names whose layers stay in the network's type: what enters and leaves, times, texts
     "conv_in",
@@ -62,32 +62,38 @@ def quantize(network: nn.Module, kept: tuple[str, ...] = KEPT) -> int:
     Raises `InputError` where the CPU has no eight-bit products, or the network is not on a CPU. As after packing, the
     network can only be run, and without gradients.
     """
-    weight = next(network.parameters())
-    if not can_quantize(weight):
-        raise InputError(
-            f"int8 needs a CPU with AVX512-VNNI or AMX and weights in float32 or bfloat16; these are {weight.dtype} "
-            f"on {weight.device.type}".replace("torch.", ""),
-            argument="dtype",
-        )
+    require_eight_bits(next(network.parameters()))
     count = 0
-
-    def twin_of(name: str, layer: nn.Module) -> nn.Module | None:
-        nonlocal count
-        parts = f".{name}."
-        twin = None if any(f".{part}." in parts for part in kept) else quantized_twin(layer)
-        count += twin is not None
-        return twin or packed_twin(layer)
-
-    replace_layers(network, twin_of)
+    for block in list(network.modules()):
+        if isinstance(block, TransformerBlock):
+            block.attn1 = QuantizedAttention(block.attn1)
+            count += 1
+    for path, parent, name in list(layers(network)):
+        layer = getattr(parent, name)
+        twin = None if any(f".{part}." in f".{path}." for part in kept) else quantized(layer)
+        if twin is not None:
+            count += 1
+        else:
+            twin = packed(layer)
+        if twin is not None:
+            setattr(parent, name, twin)
     return count
 
 
-def quantized_twin(layer: nn.Module) -> nn.Module | None:
+def require_eight_bits(weight: Tensor) -> None:
+    """`InputError` if no network with such a weight can be quantised, said before it is read."""
+    if not can_quantize(weight):
+        raise InputError(
+            "int8 needs a CPU with AVX512-VNNI or AMX, and weights in float32 or bfloat16; these are "
+            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}",
+            argument="dtype",
+        )
+
+
+def quantized(layer: nn.Module) -> nn.Module | None:
     """The eight-bit twin of one layer, or None where there is none."""
     if isinstance(layer, GEGLU):
         return QuantizedGEGLU(layer)
-    if isinstance(layer, CrossAttention) and layer.to_k.in_features == layer.to_q.in_features:
-        return QuantizedAttention(layer)
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(layer.weight, layer.bias)
     if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -106,7 +112,8 @@ def channel_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(O, …) → int8 codes of that shape and the float32 scales (O,) that turn them back."""
     weight = weight.detach().float()
     scale = weight.abs().flatten(1).amax(1).div(LEVELS).clamp_(min=LEAST)
-    return weight.div(scale.view(-1, *[1] * (weight.ndim - 1))).round_().to(torch.int8), scale
+    codes = weight.div(scale.view(-1, *[1] * (weight.ndim - 1))).round_().to(torch.int8)
+    return codes.contiguous(), scale
 
 
 def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,11 @@ from sfumato.families.sd.condition import (
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.nn.embed import sinusoid
+from sfumato.nn.openvino import PRECISIONS, OpenVINOUNet, plugin
 from sfumato.nn.packed import pack
-from sfumato.nn.unet import UNet
+from sfumato.nn.quantized import quantize, require_eight_bits
+from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.runtime import fast_dtype
 from sfumato.storage import tensors_hash
 from sfumato.text.clip import load_encoder
 from sfumato.types import Conditioning, Request
@@ -68,24 +72,21 @@ class Config:
 @dataclass(frozen=True)
 class System:
     """Networks of one checkpoint, ready to draw. sources: the files' tensors of `autoencoder` and `denoiser`, read when
-    asked for.
+    asked for. dtype: in which the networks work; with int8 that is the U-Net's products alone. engine: what runs it.
     """
 
     config: Config
     autoencoder: AutoencoderKL
-    denoiser: UNet
+    denoiser: UNet | OpenVINOUNet
     text: TextStack
     levels: NoiseLevels
     sources: Mapping[str, Mapping[str, Tensor]]
+    dtype: torch.dtype
+    engine: str = "torch"
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
         return {name: tensors_hash(tensors) for name, tensors in self.sources.items()}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, in which the networks work."""
-        return self.denoiser.dtype
 
     @property
     def parameterization(self) -> Parameterization:
@@ -188,17 +189,20 @@ def open_system(
     vae: str | os.PathLike[str] | None = None,
     prediction: str | None = None,
     variant: str | None = None,
+    engine: str = "torch",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """The model at `path`, a single file or a diffusers folder, with weights in `dtype` on `device`.
 
-    vae: another autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says.
+    dtype: int8 makes the U-Net's products in eight bits, and leaves the rest in what the CPU is fast in. vae: another
+    autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says. engine: "torch", or
+    what `nn.openvino.plugin` takes. `InputError` where this machine cannot do it.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
     found = open_checkpoint(path, variant=variant, prediction=prediction, systems=systems)
     if found.system is None or "unet" not in found.parts:
         raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
-    return build(found, str(path), device, dtype, vae, systems)
+    return build(found, str(path), device, dtype, vae, engine, systems)
 
 
 def build(
@@ -207,9 +211,12 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None = None,
+    engine: str = "torch",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """Networks of an opened checkpoint. `name` stands for it in errors."""
+    kept = fast_dtype(device) if dtype == torch.int8 else dtype  # of what is not in eight bits
+    check_engine(engine, device, dtype, kept)
     kind = found.system
     assert kind is not None
     lacking = [part for part in ("vae", *(t.name for t in kind.text)) if part not in found.parts]
@@ -220,16 +227,14 @@ def build(
             f"{name} holds no {' and no '.join(lacking)}; give a whole checkpoint"
             + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
         )
-    with torch.device("meta"):
-        unet = UNet(kind.unet)
-    fill(unet, found.parts["unet"], f"{name} (unet)", dtype, device)
-    autoencoder, pixels = _autoencoder(found, kind, name, device, dtype, vae, systems)
+    unet = denoiser(kind.unet, found.parts["unet"], f"{name} (unet)", device, dtype, engine)
+    autoencoder, pixels = _autoencoder(found, kind, name, device, kept, vae, systems)
     plan = PLANS[plan_of(found.kind)]
     encoders = tuple(
         load_encoder(
             part.config,
             {key: found.parts[part.name][key].to(device) for key in found.parts[part.name]},
-            dtype,
+            kept,
             f"{name} ({part.name})",
         )
         for part in kind.text
@@ -237,11 +242,48 @@ def build(
     betas = beta_table()
     levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
     config = Config(found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor)
-    for network in (unet, autoencoder):
-        network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    pack(unet)  # on a CPU; elsewhere nothing
+    autoencoder.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     sources = {"autoencoder": pixels, "denoiser": found.parts["unet"]}
-    return System(config, autoencoder, unet, TextStack(plan, encoders), levels, sources)
+    return System(config, autoencoder, unet, TextStack(plan, encoders), levels, sources, dtype, engine)
+
+
+def check_engine(engine: str, device: torch.device, dtype: torch.dtype, kept: torch.dtype) -> None:
+    """`InputError` if this machine cannot run a U-Net so, before anything is read. kept: of what is not in int8."""
+    if engine != "torch":
+        plugin(engine)
+        if dtype not in PRECISIONS:
+            raise InputError(
+                f"{engine} computes in fp32, bf16 or fp16; int8 is of the engine torch", argument="dtype"
+            )
+    elif dtype == torch.int8:
+        require_eight_bits(torch.empty(0, dtype=kept, device=device))
+
+
+def denoiser(
+    config: UNetConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: str = "torch",
+) -> UNet | OpenVINOUNet:
+    """The U-Net with these weights, laid out for what runs it. `where` stands for the weights in errors."""
+
+    def network(device: torch.device, dtype: torch.dtype) -> UNet:
+        with torch.device("meta"):
+            unet = UNet(config)
+        fill(unet, tensors, where, dtype, device)
+        return unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+    if engine != "torch":
+        exact = partial(network, torch.device("cpu"), torch.float32)
+        return OpenVINOUNet(config, exact, tensors_hash(tensors), dtype, plugin(engine))
+    unet = network(device, fast_dtype(device) if dtype == torch.int8 else dtype)
+    if dtype == torch.int8:
+        quantize(unet)
+    else:
+        pack(unet)  # on a CPU; elsewhere nothing
+    return unet
 
 
 def _autoencoder(
