@@ -61,7 +61,8 @@ def packed(layer: nn.Module) -> nn.Module | None:
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer.weight, layer.bias)
     if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return PackedConv2d(layer)
+        form = layer.stride, layer.padding, layer.dilation, layer.groups
+        return PackedConv2d(layer.weight, layer.bias, *form)
     return None
 
 
@@ -102,13 +103,24 @@ class PackedGEGLU(nn.Module):
 
 
 class PackedConv2d(nn.Module):
-    def __init__(self, layer: nn.Conv2d):
+    """A convolution of maps in channels-last memory. cells: height and width for which the tiles are picked."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...] = (1, 1),
+        padding: tuple[int, ...] = (0, 0),
+        dilation: tuple[int, ...] = (1, 1),
+        groups: int = 1,
+        cells: tuple[int, int] = (CELLS, CELLS),
+    ):
         super().__init__()
-        self.form = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-        shape = [1, layer.in_channels, CELLS, CELLS]
-        weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.form = (list(padding), list(stride), list(dilation), groups)
+        shape = [1, weight.shape[1] * groups, *cells]
+        weight = weight.detach().contiguous(memory_format=torch.channels_last)
         self.tiles = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.form, shape)
-        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
