@@ -141,7 +141,7 @@ def _read(file: Path, device: str, options: dict[str, Any]) -> Any:
         return None
 
 
-def converted(network: UNet, given: dict[str, Tensor]) -> Any:
+def converted(network: nn.Module, given: dict[str, Tensor]) -> Any:
     """OpenVINO's model of a float32 network on the CPU, for inputs named and shaped as `given`, of fixed shapes."""
     import openvino
 
