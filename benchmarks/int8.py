@@ -1,8 +1,8 @@
 """What eight-bit products cost a picture: the packaged model draws the same captions in float32, bfloat16 and int8.
 
 Its weights are trained, which random ones of other networks are not: there an error says little about a picture. PSNR
-is of the pictures in 8-bit colour against those drawn in float32, same seeds, the median over captions. Text encoder and
-autoencoder stay in float32, so that the denoiser alone differs.
+is of the pictures in 8-bit colour against those drawn in float32, same seeds, the median over captions. Text encoder
+and autoencoder stay in float32, so that the denoiser alone differs.
 """
 
 from __future__ import annotations
