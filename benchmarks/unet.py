@@ -1,7 +1,8 @@
 """One pass of Stable Diffusion 1.5's U-Net, guided (batch 2), by ours, by diffusers and by OpenVINO, interleaved.
 
 All engines share one network of random weights. Each line also says how far its answer is from diffusers' in float32.
-Targets: bfloat16 at least as fast as OpenVINO's and 1.35 times as fast as diffusers' eager; 78 % of the probe.
+Targets: bfloat16 at least as fast as OpenVINO's and 1.35 times as fast as diffusers' eager, 78 % of the probe; int8 1.6
+times as fast as OpenVINO's bfloat16.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +17,19 @@ import torch
 from common import arguments, interleaved, keep, probe, show
 from torch import Tensor, nn
 
+from sfumato.nn.openvino import converted, settings
 from sfumato.nn.packed import pack
+from sfumato.nn.quantized import quantize
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.receipts.flops import count_flops, module_size
 
 CONTEXT, TOKENS = 768, 77
 LAST = torch.channels_last
-LARGE = {"OpenVINO float32", "ours float32, packed"}  # each holds the weights in float32 once more
+LARGE = {  # these hold the weights in float32 once more, and NNCF takes minutes
+    "OpenVINO float32",
+    "OpenVINO int8, NNCF",
+    "ours float32, packed",
+}
 
 
 def shape_of(channels: list[int]) -> UNetConfig:
@@ -53,31 +59,23 @@ def diffusers_network(config: UNetConfig) -> nn.Module | None:
     ).eval()
 
 
-def openvino_call(
-    network: UNet, inputs: tuple[Tensor, ...], threads: int, precision: str
-) -> Callable[[], Any]:
-    """The float32 network compiled by OpenVINO for this machine, computing in `precision`."""
+def openvino_call(network: UNet, inputs: tuple[Tensor, ...], kind: str) -> Callable[[], Any]:
+    """The float32 network compiled by OpenVINO for this machine: "float32", "bfloat16", or "int8", which is what NNCF
+    makes of it with these inputs to look at, the rest in bfloat16.
+    """
     import openvino
 
-    core = openvino.Core()
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # the tracer's, of the shapes that it fixes: they are fixed here
-        traced = torch.jit.trace(network, inputs, check_trace=False)
-        model = openvino.convert_model(traced, example_input=inputs)
-    for port, value in zip(model.inputs, inputs, strict=True):
-        port.get_node().set_partial_shape(openvino.PartialShape(list(value.shape)))
-    model.validate_nodes_and_infer_types()
-    compiled = core.compile_model(
-        model,
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-        },
-    )
+    names = ("x", "time", "context")
+    model = converted(network, dict(zip(names, inputs, strict=True)))
     arrays = [value.numpy() for value in inputs]
+    if kind == "int8":
+        import nncf
+
+        nncf.set_log_level("ERROR")
+        seen = nncf.Dataset([arrays])
+        model = nncf.quantize(model, seen, model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    compiled = openvino.Core().compile_model(model, "CPU", settings("CPU", dtype))
     return lambda: torch.from_numpy(compiled(arrays)[0])
 
 
@@ -113,12 +111,17 @@ def contenders(config: UNetConfig, args: Any) -> tuple[dict[str, Callable[[], Te
 
     rough, exact = torch.bfloat16, torch.float32
 
-    def openvino_of(precision: str) -> Callable[[], Tensor]:
-        return openvino_call(ours, inputs, torch.get_num_threads(), precision)
+    def openvino_of(kind: str) -> Callable[[], Tensor]:
+        return openvino_call(ours, inputs, kind)
 
     def packed(dtype: torch.dtype) -> nn.Module:
         made = copy.deepcopy(ours).to(dtype)
         pack(made)
+        return made
+
+    def quantized(dtype: torch.dtype) -> nn.Module:
+        made = copy.deepcopy(ours).to(dtype)
+        quantize(made)
         return made
 
     @functools.cache
@@ -139,12 +142,15 @@ def contenders(config: UNetConfig, args: Any) -> tuple[dict[str, Callable[[], Te
                 torch.compile(last(rough)), rough, True, True
             )
     if importlib.util.find_spec("openvino"):
-        known["OpenVINO float32"] = lambda: openvino_of("f32")
-        known["OpenVINO bfloat16"] = lambda: openvino_of("bf16")
+        known["OpenVINO float32"] = lambda: openvino_of("float32")
+        known["OpenVINO bfloat16"] = lambda: openvino_of("bfloat16")
+        if importlib.util.find_spec("nncf"):
+            known["OpenVINO int8, NNCF"] = lambda: openvino_of("int8")
     known["ours float32"] = lambda: passes(ours_with(last(exact)), exact, True, False)
     known["ours float32, packed"] = lambda: passes(packed(exact), exact, True, False)
     known["ours bfloat16"] = lambda: passes(ours_with(last(rough)), rough, True, False)
     known["ours bfloat16, packed"] = lambda: passes(packed(rough), rough, True, False)
+    known["ours int8"] = lambda: passes(quantized(rough), rough, True, False)
     if args.only:
         wanted = [part.strip() for part in args.only.split(",")]
         known = {name: make for name, make in known.items() if any(part in name for part in wanted)}

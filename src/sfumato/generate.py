@@ -57,6 +57,7 @@ def load(
     device: str | None = None,
     *,
     dtype: torch.dtype | None = None,
+    engine: str | None = None,
     vae: str | Path | None = None,
     prediction: str | None = None,
     variant: str | None = None,
@@ -67,20 +68,21 @@ def load(
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
     A checkpoint is a .safetensors file or a diffusers folder, and the options are for it alone. dtype: of its weights,
-    by default what pictures are drawn in on this device. vae: another autoencoder. prediction: "epsilon" or "v", over
-    what the checkpoint says. variant: of a folder's files, such as "fp16". embeddings: files of textual inversions,
-    called in prompts by the files' names or by those given here. parts: checkpoints with what a U-Net alone lacks.
-    refiner: a second model that draws the last part of the noise levels (`Request.refine_at`). Raises `CheckpointError`
-    that says what is wrong.
+    by default what pictures are drawn in on this device; int8 makes a U-Net's products in eight bits, on CPUs that can.
+    engine: "openvino" or "openvino:GPU" has OpenVINO run the U-Net, where it is installed. vae: another autoencoder.
+    prediction: "epsilon" or "v", over what the checkpoint says. variant: of a folder's files, such as "fp16".
+    embeddings: files of textual inversions, called in prompts by the files' names or by those given here. parts:
+    checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
+    (`Request.refine_at`). Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
-    words = {"embeddings": embeddings or None}
-    options = {"vae": vae, "prediction": prediction, "variant": variant, "parts": parts, **words}
+    both = {"engine": engine, "embeddings": embeddings or None}
+    options = {"vae": vae, "prediction": prediction, "variant": variant, "parts": parts, **both}
     system = open_model(model, place, dtype, options)
     second = None
     if refiner is not None:
-        second = Model(open_model(refiner, place, dtype, words), place, name=str(refiner))
+        second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
     return Model(system, place, name=str(model), refiner=second)
 
 
@@ -98,6 +100,7 @@ class Model:
         clip_layers: up to which layer from the end `condition` can read a text encoder (`Request.clip_skip`).
         told_guidance: the network is told the scale of guidance, by `condition`, and nothing is left to guide.
         dtype: what its weights are in and its networks work in. One without it works under autocast.
+        engine: what runs its denoiser, if it is not PyTorch.
         hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
         embeddings: textual inversions by name, with the hashes of their files.
         reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting" and the
@@ -445,6 +448,7 @@ class Model:
             **({"refiner": _named(self.refiner)} if self.refiner is not None else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "engine": getattr(self.system, "engine", "torch"),
             "device": self.device.type,
             "torch": torch.__version__,
             "python": platform.python_version(),

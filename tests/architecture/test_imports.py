@@ -25,7 +25,8 @@ APART = {"text", "autoencoder", "checkpoint", "diffusion", "sampling", "scenes"}
 MAY = {("sampling", "diffusion")}  # … except here
 TORCH_ONLY = {"nn", "diffusion", "sampling", "autoencoder", "scenes", "train", "text"}
 LIGHT = {"torch", "numpy", "safetensors", "PIL", "sfumato", *sys.stdlib_module_names}
-OPTIONAL = {  # imported inside functions: by a recipe that asks for its logs, by a text encoder when it is made
+OPTIONAL = {  # imported inside functions: by a recipe that asks for its logs, by an engine or encoder when it is made
+    ("nn", "openvino"),
     ("train", "tensorboard"),
     ("text", "tokenizers"),
     ("text", "transformers"),

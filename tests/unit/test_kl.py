@@ -292,16 +292,19 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and tensor.is_mkldnn:
+                self.count(tensor, id(tensor), torch.ops.mkldnn._nbytes(tensor))
+            elif isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.count(storage, storage._cdata, storage.nbytes())
         return result
 
-    def count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.alive += storage.nbytes()
+    def count(self, holder: object, key: int, size: int) -> None:
+        if key not in self.seen:
+            self.seen.add(key)
+            self.alive += size
             self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+            weakref.finalize(holder, self.forget, key, size)
 
     def forget(self, key: int, size: int) -> None:
         self.seen.discard(key)

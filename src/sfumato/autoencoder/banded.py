@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -54,6 +55,8 @@ from sfumato.autoencoder.memory import (
 from sfumato.autoencoder.model import PIXEL_CHANNELS, Posterior
 from sfumato.errors import InputError, SfumatoError
 from sfumato.nn.attention import attention
+from sfumato.nn.packed import CELLS, PackedConv2d, can_pack
+from sfumato.runtime import give_back
 
 Out = TypeVar("Out")
 
@@ -253,19 +256,19 @@ class Pass:
         """
         H, W = source.shape[2:]
         stage = self.stage(width, conv.out_channels, H, W)
-        weight, bias = self.cast(conv)
+        convolve = self.convolution(conv, W)
         for y0, _, window in self.windows(source, conv.out_channels):
-            self.put(stage.x, y0, F.conv2d(window, weight, bias, padding=(0, 1)), stage.moments)
+            self.put(stage.x, y0, convolve(window), stage.moments)
         self.check(stage.moments, before, conv)
         return stage
 
     def leave(self, stage: Stage, norm: nn.GroupNorm, conv: nn.Conv2d, out: Tensor) -> None:
         """The last norm and convolution: the residual stream → out (1, C, H, W)."""
-        weight, bias = self.cast(conv)
+        convolve = self.convolution(conv, out.shape[3])
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for y0, y1, window in self.windows(stage.x, conv.out_channels):
             self.activate(window, norm, stage.moments, y0 == 0, y1 == out.shape[2])
-            rows = F.conv2d(window, weight, bias, padding=(0, 1))
+            rows = convolve(window)
             out[:, :, y0:y1] = rows
             finite &= torch.isfinite(rows).all()
         if not finite:
@@ -275,11 +278,12 @@ class Pass:
         self.resnet(stage, block.resnets[0])
         for layer in block.attentions:
             self.attend(stage, layer)
+            give_back()  # what attention held is of other sizes than what follows
         self.resnet(stage, block.resnets[1])
 
     def resnet(self, stage: Stage, layer: Resnet) -> None:
         """In place. A resnet that changes channels writes h and its shortcut over the rows of x that have been read."""
-        C, H = layer.conv1.out_channels, stage.level.shape[2]
+        C, (H, W) = layer.conv1.out_channels, stage.level.shape[2:]
         source = stage.x
         if layer.conv_shortcut is None:
             h = stage.level[:, :C] if stage.at >= C else stage.level[:, C : 2 * C]
@@ -288,18 +292,18 @@ class Pass:
             stage.at, stage.channels = C, C
         x = stage.x
         moments = Moments(C, self.device)
-        weight, bias = self.cast(layer.conv1)
+        convolve = self.convolution(layer.conv1, W)
         for y0, y1, window in self.windows(source, C):
             if layer.conv_shortcut is not None:
                 self.put(x, y0, self.pointwise(layer.conv_shortcut, window[:, :, 1:-1]))
             self.activate(window, layer.norm1, stage.moments, y0 == 0, y1 == H)
-            self.put(h, y0, F.conv2d(window, weight, bias, padding=(0, 1)), moments)
+            self.put(h, y0, convolve(window), moments)
         self.check(moments, layer.norm1, layer.conv1)
         stage.moments = Moments(C, self.device)
-        weight, bias = self.cast(layer.conv2)
+        convolve = self.convolution(layer.conv2, W)
         for y0, y1, window in self.windows(h, C):
             self.activate(window, layer.norm2, moments, y0 == 0, y1 == H)
-            change = F.conv2d(window, weight, bias, padding=(0, 1))
+            change = convolve(window)
             self.put(x, y0, change.add_(x[:, :, y0:y1]), stage.moments)
             del change  # or the next one would stand beside it
         self.check(stage.moments, layer.norm2, layer.conv_shortcut, layer.conv2)
@@ -333,13 +337,17 @@ class Pass:
         C, (H, W) = stage.channels, stage.level.shape[2:]
         source = self.packed(stage)
         stage = self.stage(width, C, 2 * H, 2 * W)
-        kernels = [phase_kernels(layer.conv.weight, i, self.dtype) for i in (0, 1)]
         bias = layer.conv.bias.to(self.dtype).repeat(2)
+        phases = [
+            self.kernel(phase_kernels(layer.conv.weight, i, self.dtype), bias, W, padding=(0, 1))
+            for i in (0, 1)
+        ]
+        give_back()  # the pieces that kernels were summed up from, and bands of another level, fit nothing here
         for y0, y1, window in self.windows(source, 4 * C):
             rows = stage.x[:, :, 2 * y0 : 2 * y1]
             for i in (0, 1):  # (1, C, y1 - y0 + 2, W) -> (1, 2C, y1 - y0, W + 1)
                 part = window[:, :, i : i + y1 - y0 + 1]
-                interleave(F.conv2d(part, kernels[i], bias, padding=(0, 1)), rows[:, :, i::2])
+                interleave(phases[i](part), rows[:, :, i::2])
             self.measure(rows, stage.moments)
         self.check(stage.moments, layer.conv)
         return stage
@@ -349,10 +357,10 @@ class Pass:
         C, (H, W) = stage.channels, stage.level.shape[2:]
         source = self.packed(stage)
         stage = self.stage(width, C, H // 2, W // 2)
-        weight, bias = self.cast(layer.conv)
+        convolve = self.kernel(*self.cast(layer.conv), W, stride=(2, 2))
         for y0, _, window in self.windows(source, C, above=0, step=2):
             padded = F.pad(window, (0, 1))
-            self.put(stage.x, y0 // 2, F.conv2d(padded, weight, bias, stride=2), stage.moments)
+            self.put(stage.x, y0 // 2, convolve(padded), stage.moments)
             del padded
         self.check(stage.moments, layer.conv)
         return stage
@@ -435,6 +443,23 @@ class Pass:
 
     def cast(self, layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
         return layer.weight.to(self.dtype), layer.bias.to(self.dtype)
+
+    def convolution(self, conv: nn.Conv2d, width: int) -> Callable[[Tensor], Tensor]:
+        """A 3×3 convolution of windows that have a row more above and below, and are padded here at the sides."""
+        return self.kernel(*self.cast(conv), width, padding=(0, 1))
+
+    def kernel(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        width: int,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+    ) -> Callable[[Tensor], Tensor]:
+        """A convolution of many windows of that width, its weights laid out once where that helps."""
+        if can_pack(weight):
+            return PackedConv2d(weight, bias, stride, padding, cells=(CELLS, width))
+        return partial(F.conv2d, weight=weight, bias=bias, stride=stride, padding=padding)
 
     def pointwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         return F.conv2d(x, *self.cast(conv))

@@ -16,7 +16,7 @@ from sfumato.autoencoder.model import PIXEL_CHANNELS, check_size
 from sfumato.errors import InputError
 from sfumato.nn.attention import SCORES
 
-BAND = 8 << 20  # bytes: a band that stays in a core's cache while it is normalised, convolved and measured
+BAND = 4 << 20  # bytes: a band that stays in a core's cache while it is normalised, convolved and measured
 LEAST_BAND = 1 << 20  # below this a pass slows down more than it saves
 
 
@@ -186,10 +186,12 @@ def band_bytes(layer: Layer, band: int, itemsize: int) -> tuple[int, int]:
     rows = min(height, max(2 if kind == "half" else 1, rows_of(band, width, channels, made, itemsize)))
     scratch = width * max((rows + 2) * channels * itemsize, rows * made * wide)
     shared = 2 * width * channels * itemsize
+    kernel = 9 * channels * out * itemsize  # laid out for the processor
     if kind == "half":
-        return scratch, shared + ((rows + 1) * (width + 1) * channels + rows * width * out // 4) * itemsize
+        held = (rows + 1) * (width + 1) * channels + rows * width * out // 4
+        return scratch, kernel + shared + held * itemsize
     if kind == "double":
         kernels = 16 * channels * out * itemsize
         made_of = kernels + 15 * channels * out * wide  # while taps are summed up, before any window
         return scratch, max(made_of, kernels + shared + rows * (width + 1) * 2 * out * itemsize)
-    return scratch, shared + rows * width * made * itemsize
+    return scratch, kernel + shared + rows * width * made * itemsize

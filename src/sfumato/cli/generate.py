@@ -61,6 +61,7 @@ def generate(
     parts: options.Parts = None,
     vae: options.Vae = None,
     dtype: options.Dtype = None,
+    engine: options.Engine = None,
     prediction: options.Prediction = None,
     variant: options.Variant = None,
     device: options.Device = None,
@@ -132,7 +133,8 @@ def generate(
     loaded = load(
         model,
         device=device,
-        dtype=None if dtype is None else parse.dtype(dtype),
+        dtype=None if dtype is None else parse.dtype(dtype, parse.DRAWN),
+        engine=engine,
         vae=vae,
         prediction=prediction,
         variant=variant,

@@ -247,7 +247,19 @@ Vae = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a checkpoint's weights: fp32, bf16 or fp16."),
+    Option(
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+        help="Of a checkpoint's weights: fp32, bf16, fp16, or on a CPU int8.",
+    ),
+]
+Engine = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+        help="What runs a checkpoint's U-Net: torch, openvino or openvino:GPU.",
+    ),
 ]
 Prediction = Annotated[
     str | None,

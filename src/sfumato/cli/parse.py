@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DRAWN = DTYPES | {"int8": "int8"}  # what a network can be drawn with
 _WHOLE = re.compile(r"[+-]?[0-9]{1,40}")
 _SIZE = re.compile(r"([0-9]{1,9})(?:[xX×]([0-9]{1,9}))?")
 
@@ -144,13 +146,13 @@ def picture(name: str, path: Path, mask: bool = False) -> Image:
     return (decode_mask if mask else decode)(read_file(path, name), f"{name} {shown(path)}")
 
 
-def dtype(text: str) -> torch.dtype:
-    """`fp32`, `fp16` or `bf16` as PyTorch has it."""
-    if text not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {_quoted(text)}", argument="dtype")
-    from sfumato import runtime
+def dtype(text: str, names: Mapping[str, str] = DTYPES) -> torch.dtype:
+    """`fp32`, `fp16`, `bf16`, or another of `names`, as PyTorch has it."""
+    if text not in names:
+        raise InputError(f"dtype must be one of {', '.join(names)}, not {_quoted(text)}", argument="dtype")
+    import torch
 
-    return runtime.DTYPES[DTYPES[text]]
+    return getattr(torch, names[text])
 
 
 def between(name: str, value: int, low: int, high: int) -> int:

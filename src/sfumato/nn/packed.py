@@ -8,6 +8,8 @@ do both at once. Each twin computes what its layer does, from the same weights, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,17 +30,27 @@ def pack(network: nn.Module) -> int:
     adapted.
     """
     count = 0
-    for name, child in list(network.named_children()):
-        twin = _twin(child)
-        if twin is None:
-            count += pack(child)
-        else:
-            setattr(network, name, twin)
+    for _, parent, name in list(layers(network)):
+        twin = packed(getattr(parent, name))
+        if twin is not None:
+            setattr(parent, name, twin)
             count += 1
     return count
 
 
-def _twin(layer: nn.Module) -> nn.Module | None:
+def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str]]:
+    """(name in the network, parent, name in the parent) of what is packed as one, and of all other modules without
+    children, in the network's order.
+    """
+    for name, child in network.named_children():
+        if isinstance(child, GEGLU | Upsample) or not any(True for _ in child.children()):
+            yield f"{prefix}{name}", network, name
+        else:
+            yield from layers(child, f"{prefix}{name}.")
+
+
+def packed(layer: nn.Module) -> nn.Module | None:
+    """The packed twin of a layer, or None where it has none or would not gain."""
     weight = next(layer.parameters(), None)
     if weight is None or not can_pack(weight):
         return None
@@ -49,7 +61,8 @@ def _twin(layer: nn.Module) -> nn.Module | None:
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer.weight, layer.bias)
     if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return PackedConv2d(layer)
+        form = layer.stride, layer.padding, layer.dilation, layer.groups
+        return PackedConv2d(layer.weight, layer.bias, *form)
     return None
 
 
@@ -90,13 +103,24 @@ class PackedGEGLU(nn.Module):
 
 
 class PackedConv2d(nn.Module):
-    def __init__(self, layer: nn.Conv2d):
+    """A convolution of maps in channels-last memory. cells: height and width for which the tiles are picked."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...] = (1, 1),
+        padding: tuple[int, ...] = (0, 0),
+        dilation: tuple[int, ...] = (1, 1),
+        groups: int = 1,
+        cells: tuple[int, int] = (CELLS, CELLS),
+    ):
         super().__init__()
-        self.form = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-        shape = [1, layer.in_channels, CELLS, CELLS]
-        weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.form = (list(padding), list(stride), list(dilation), groups)
+        shape = [1, weight.shape[1] * groups, *cells]
+        weight = weight.detach().contiguous(memory_format=torch.channels_last)
         self.tiles = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.form, shape)
-        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)

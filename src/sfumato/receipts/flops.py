@@ -38,6 +38,8 @@ def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
             onednn._linear_pointwise: _linear,
             onednn._convolution_pointwise: _convolution,
             onednn._convolution_transpose_pointwise: _transposed,
+            torch.ops.onednn.qlinear_pointwise: _linear_codes,
+            torch.ops.onednn.qconv_pointwise: _convolution_codes,
         }
     with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
         call(*args, **kwargs)
@@ -68,6 +70,18 @@ def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
     """Weights (O, I, h, w) at every cell of the result."""
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def _linear_codes(x: Shape, scale: Any, zero: Any, weight: Shape, *_: Any, **__: Any) -> int:
+    """(…, I) by (I, O), eight-bit numbers, a FLOP for each of their operations."""
+    return 2 * math.prod(x) * weight[1]
+
+
+def _convolution_codes(
+    x: Shape, scale: Any, zero: Any, weight: Shape, *_: Any, out_shape: Shape, **__: Any
+) -> int:
+    """As `_convolution`, of eight-bit numbers."""
+    return _convolution(x, weight, out_shape=out_shape)
 
 
 def _transposed(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ from sfumato.families.sd.folder import tokenizer_folder
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.nn.embed import sinusoid
+from sfumato.nn.openvino import PRECISIONS, OpenVINOUNet, plugin
 from sfumato.nn.packed import pack
-from sfumato.nn.unet import UNet
+from sfumato.nn.quantized import quantize, require_eight_bits
+from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.runtime import fast_dtype
 from sfumato.sampling.reuse import Split
 from sfumato.storage import tensors_hash
 from sfumato.text.clip import load_encoder
@@ -79,15 +83,17 @@ class Config:
 @dataclass(frozen=True)
 class System:
     """Networks of one checkpoint, ready to draw. sources: the files' tensors of `autoencoder` and `denoiser`, read when
-    asked for.
+    asked for. dtype: in which the networks work; with int8 that is the U-Net's products alone. engine: what runs it.
     """
 
     config: Config
     autoencoder: AutoencoderKL
-    denoiser: UNet
+    denoiser: UNet | OpenVINOUNet
     text: TextStack
     levels: NoiseLevels
     sources: Mapping[str, Mapping[str, Tensor]]
+    dtype: torch.dtype
+    engine: str = "torch"
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
@@ -98,11 +104,6 @@ class System:
         """Textual inversions by the names that call them, with the hashes of their files."""
         found = [next(iter(inversions.values())) for inversions in self.text.inversions]
         return {inversion.name: inversion.digest for inversion in found}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, in which the networks work."""
-        return self.denoiser.dtype
 
     @property
     def parameterization(self) -> Parameterization:
@@ -236,13 +237,16 @@ def open_system(
     variant: str | None = None,
     embeddings: Embeddings = (),
     parts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
+    engine: str = "torch",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """The model at `path`, a single file or a diffusers folder, with weights in `dtype` on `device`.
 
-    vae: another autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says.
-    embeddings: files of textual inversions, called in prompts by their names or by those they are given here. parts:
-    where to take what a U-Net alone lacks, whole checkpoints or single networks.
+    dtype: int8 makes the U-Net's products in eight bits, and leaves the rest in what the CPU is fast in. vae: another
+    autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says. engine: "torch", or
+    what `nn.openvino.plugin` takes. embeddings: files of textual inversions, called in prompts by their names or by
+    those they are given here. parts: where to take what a U-Net alone lacks, whole checkpoints or single networks.
+    `InputError` where this machine cannot do it.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
     found = open_checkpoint(path, variant=variant, prediction=prediction, systems=systems)
@@ -251,7 +255,7 @@ def open_system(
         found = completed(found, str(path), others, systems)
     if found.system is None or "unet" not in found.parts:
         raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
-    return build(found, str(path), device, dtype, vae, embeddings, systems)
+    return build(found, str(path), device, dtype, vae, embeddings, engine, systems)
 
 
 def build(
@@ -261,9 +265,12 @@ def build(
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None = None,
     embeddings: Embeddings = (),
+    engine: str = "torch",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """Networks of an opened checkpoint. `name` stands for it in errors."""
+    kept = fast_dtype(device) if dtype == torch.int8 else dtype  # of what is not in eight bits
+    check_engine(engine, device, dtype, kept)
     kind = found.system
     assert kind is not None
     lacking = [part for part in ("vae", *(t.name for t in kind.text)) if part not in found.parts]
@@ -276,17 +283,15 @@ def build(
             + (", or one to take them from with --parts" if found.alone else "")
         )
     inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
-    with torch.device("meta"):
-        unet = UNet(kind.unet)
-    fill(unet, found.parts["unet"], f"{name} (unet)", dtype, device)
-    autoencoder, pixels = _autoencoder(found, kind, name, device, dtype, vae, systems)
+    unet = denoiser(kind.unet, found.parts["unet"], f"{name} (unet)", device, dtype, engine)
+    autoencoder, pixels = _autoencoder(found, kind, name, device, kept, vae, systems)
     plan = plan_of(found.kind)
     tokenizers = tuple(_tokenizer(found.folder, reader) for reader in plan.readers)
     encoders = tuple(
         load_encoder(
             part.config,
             {key: found.parts[part.name][key].to(device) for key in found.parts[part.name]},
-            dtype,
+            kept,
             f"{name} ({part.name})",
         )
         for part in kind.text
@@ -296,13 +301,10 @@ def build(
     config = Config(
         found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor, consistent(found)
     )
-    for network in (unet, autoencoder):
-        network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    pack(unet)  # on a CPU; elsewhere nothing
+    autoencoder.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     sources = {"autoencoder": pixels, "denoiser": found.parts["unet"]}
-    return System(
-        config, autoencoder, unet, TextStack(plan, encoders, tokenizers, inversions), levels, sources
-    )
+    text = TextStack(plan, encoders, tokenizers, inversions)
+    return System(config, autoencoder, unet, text, levels, sources, dtype, engine)
 
 
 def _tokenizer(folder: Path | None, reader: Reader) -> ClipTokenizer:
@@ -311,6 +313,45 @@ def _tokenizer(folder: Path | None, reader: Reader) -> ClipTokenizer:
     if place is None or not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         return bundled(reader.pad)
     return open_folder(place)
+
+
+def check_engine(engine: str, device: torch.device, dtype: torch.dtype, kept: torch.dtype) -> None:
+    """`InputError` if this machine cannot run a U-Net so, before anything is read. kept: of what is not in int8."""
+    if engine != "torch":
+        plugin(engine)
+        if dtype not in PRECISIONS:
+            raise InputError(
+                f"{engine} computes in fp32, bf16 or fp16; int8 is of the engine torch", argument="dtype"
+            )
+    elif dtype == torch.int8:
+        require_eight_bits(torch.empty(0, dtype=kept, device=device))
+
+
+def denoiser(
+    config: UNetConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: str = "torch",
+) -> UNet | OpenVINOUNet:
+    """The U-Net with these weights, laid out for what runs it. `where` stands for the weights in errors."""
+
+    def network(device: torch.device, dtype: torch.dtype) -> UNet:
+        with torch.device("meta"):
+            unet = UNet(config)
+        fill(unet, tensors, where, dtype, device)
+        return unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+    if engine != "torch":
+        exact = partial(network, torch.device("cpu"), torch.float32)
+        return OpenVINOUNet(config, exact, tensors_hash(tensors), dtype, plugin(engine))
+    unet = network(device, fast_dtype(device) if dtype == torch.int8 else dtype)
+    if dtype == torch.int8:
+        quantize(unet)
+    else:
+        pack(unet)  # on a CPU; elsewhere nothing
+    return unet
 
 
 def _autoencoder(

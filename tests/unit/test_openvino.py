@@ -1,0 +1,103 @@
+"""The U-Net by OpenVINO: the same answers, compiled once, and a clear line where it is absent."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+
+from sfumato.errors import InputError
+from sfumato.nn.openvino import OpenVINOUNet, plugin
+from sfumato.nn.unet import UNet, UNetConfig
+
+installed = importlib.util.find_spec("openvino") is not None
+needs_it = pytest.mark.skipif(not installed, reason="the extra openvino is not installed")
+
+CONFIGS = {
+    "sd1": UNetConfig(channels=(32, 64), depths=(1, 0), heads=(2, 2), context=24),
+    "sdxl": UNetConfig(
+        channels=(32, 64), depths=(0, 2), heads=(1, 2), context=24, linear=True, vector=20, time_cond=8
+    ),
+}
+
+
+def inputs_of(config: UNetConfig, size: tuple[int, int] = (16, 24)) -> tuple[list[torch.Tensor], dict]:
+    given = [torch.randn(2, 4, *size), torch.tensor(321.5), torch.randn(2, 9, config.context)]
+    if config.vector:
+        given.append(torch.randn(2, config.vector))
+    return given, {"time_cond": torch.randn(2, config.time_cond)} if config.time_cond else {}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@needs_it
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=str)
+def test_it_answers_as_the_network(tmp_path, kind, dtype, bound):
+    torch.manual_seed(0)
+    config = CONFIGS[kind]
+    with torch.inference_mode(False):
+        network = UNet(config).eval()
+    engine = OpenVINOUNet(config, lambda: copy.deepcopy(network), "w", dtype, cache=tmp_path)
+    for size in ((16, 24), (8, 11)):
+        given, named = inputs_of(config, size)
+        answer = engine(*given, **named)
+        assert answer.dtype == torch.float32
+        assert distance(answer, network(*given, **named)) < bound
+    first = engine(*given, **named)
+    held = first.clone()
+    engine(*(value + 1 for value in given), **named)
+    assert torch.equal(first, held)
+
+
+@needs_it
+@torch.inference_mode()
+def test_what_was_compiled_is_read_the_next_time(tmp_path):
+    torch.manual_seed(0)
+    config = CONFIGS["sd1"]
+    with torch.inference_mode(False):
+        networks = [UNet(config).eval() for _ in range(2)]
+    asked = []
+
+    def engine(weights: int) -> OpenVINOUNet:
+        def network() -> UNet:
+            asked.append(weights)
+            return networks[weights]
+
+        return OpenVINOUNet(config, network, str(weights), torch.float32, cache=tmp_path)
+
+    given, _ = inputs_of(config)
+    first = engine(0)(*given)
+    assert torch.equal(engine(0)(*given), first) and asked == [0]
+    assert distance(engine(1)(*given), networks[1](*given)) < 1e-5 and asked == [0, 1]
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2 and all(file.suffix == ".blob" for file in files)
+    for file in files:
+        file.write_bytes(b"damaged")
+    assert distance(engine(0)(*given), first) < 1e-6 and asked == [0, 1, 0]
+
+
+@needs_it
+def test_a_device_that_is_not_there_is_named():
+    assert plugin("openvino") == plugin("openvino:cpu") == "CPU"
+    with pytest.raises(InputError, match=r"sees no device NPU7 here; it sees CPU"):
+        plugin("openvino:NPU7")
+
+
+@pytest.mark.skipif(installed, reason="the extra openvino is installed")
+def test_without_the_extra_it_says_how_to_get_it():
+    with pytest.raises(
+        InputError, match=r"engine openvino is not installed; pip install 'sfumato\[openvino\]'"
+    ):
+        plugin("openvino")
+
+
+@pytest.mark.parametrize("engine", ["", "onnx", "openvino2", "torch:GPU"])
+def test_other_engines_are_refused(engine):
+    with pytest.raises(InputError, match="engine must be torch, openvino or openvino:GPU"):
+        plugin(engine)
