@@ -52,7 +52,8 @@ def test_pictures_looked_at_are_those_trained_on(wide: Path, tmp_path: Path) -> 
     """The folder given, and in the shape that the model's cells allow: sides of 8 pixels times a patch of 2."""
     path = tmp_path / "scenes.toml"
     path.write_text(
-        '[data]\nkind = "scenes"\ncount = 8\nsize = 32\n[autoencoder]\nfactor = 8\n[denoiser]\npatch = 2\n[preset]\nsize = [32, 32]\n',
+        '[data]\nkind = "scenes"\ncount = 8\nsize = 32\n'
+        "[autoencoder]\nfactor = 8\n[denoiser]\npatch = 2\n[preset]\nsize = [32, 32]\n",
         encoding="utf-8",
     )
     found = training_pictures(path, wide, 3)

@@ -120,7 +120,7 @@ def training_pictures(recipe: str | Path, data: str | Path | None, most: int) ->
 
 
 def multiple_of(recipe: Recipe) -> int:
-    """What the sides of a recipe's pictures must be multiples of: the cells of its autoencoder, or its family's more."""
+    """What the sides of a recipe's pictures must be multiples of, by its autoencoder and its denoiser's family."""
     if recipe.autoencoder is None:
         raise InputError("the recipe has no [autoencoder]: give one with init = a model to take it from")
     if recipe.denoiser is None:
