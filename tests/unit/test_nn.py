@@ -203,6 +203,14 @@ def test_the_answer_has_the_shape_of_the_question(patch, size, frames):
 
 
 @torch.no_grad()
+def test_no_mask_is_a_mask_that_hides_nothing():
+    net, cond = random_dit(), words(length=6, real=6)
+    x, time = torch.randn(2, 3, 1, 4, 4), torch.tensor([0.2, 0.7])
+    whole = net(x, time, cond)
+    torch.testing.assert_close(net(x, time, Conditioning(cond.tokens)), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_padding_of_the_text_never_changes_the_answer():
     net, cond = random_dit(), words(length=8, real=5)
     x, time = torch.randn(2, 3, 1, 4, 4), torch.tensor([0.2, 0.7])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -50,8 +52,8 @@ def test_pictures_looked_at_are_those_trained_on(wide: Path, tmp_path: Path) -> 
     """The folder given, and in the shape that the model's cells allow: sides of 8 pixels times a patch of 2."""
     path = tmp_path / "scenes.toml"
     path.write_text(
-        '[data]\nkind = "scenes"\ncount = 8\nsize = 32\n[autoencoder]\nfactor = 8\n'
-        "[denoiser]\npatch = 2\n[preset]\nsize = [32, 32]\n",
+        '[data]\nkind = "scenes"\ncount = 8\nsize = 32\n'
+        "[autoencoder]\nfactor = 8\n[denoiser]\npatch = 2\n[preset]\nsize = [32, 32]\n",
         encoding="utf-8",
     )
     found = training_pictures(path, wide, 3)
@@ -70,3 +72,33 @@ def test_the_pictures_measured_are_counted(tmp_path: Path, monkeypatch: pytest.M
     run._measure(Autoencoder(recipe.autoencoder.model).eval(), SceneSource(8, size=32), tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["pictures"] == 4
     assert "(4 pictures)" in told[0].text
+
+
+def test_tensorboard_is_closed_and_forgets_what_a_kill_undid(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = Run(recipe_of(SCENES, log="tensorboard"), tmp_path, torch.device("cpu"), lambda event: None)
+    others = set(threading.enumerate())
+    for steps, loss in (
+        ((1, 2, 3), 1.0),
+        ((3, 4), 9.0),
+    ):  # killed after step 3, continued from the end of step 2
+        with run._logger(tmp_path) as log:
+            for step in steps:
+                log(step, {"loss": loss})
+        assert set(threading.enumerate()) <= others  # the writer's own is gone
+        time.sleep(1.1)  # files are named by the second and read in the order of their names
+    read = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 9.0),
+        (4, 9.0),
+    ]
+
+
+def test_a_run_without_tensorboard_has_no_logger(tmp_path: Path) -> None:
+    run = Run(recipe_of(SCENES), tmp_path, torch.device("cpu"), lambda event: None)
+    with run._logger(tmp_path) as log:
+        assert log is None
+    assert list(tmp_path.iterdir()) == []

@@ -101,10 +101,16 @@ class DiT(nn.Module):
         tokens = tokens + grid_sinusoid(positions, tokens.shape[-1]).to(tokens.dtype)
         text = self.text_in(cond.tokens)  # (B, M, D)
 
-        weight = cond.mask[..., None].to(cond.tokens.dtype)
-        pooled = (cond.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, text_width)
+        pooled = self._pooled(cond)  # (B, text_width)
         c = self.time_in(sinusoid(1000 * time.expand(B), self.config.time_width)) + self.pooled_in(pooled)
         return torch.cat([text, tokens], dim=1), nn.functional.silu(c), positions
+
+    def _pooled(self, cond: Conditioning) -> Tensor:
+        """The mean (B, text_width) of the tokens that are real."""
+        if cond.mask is None:
+            return cond.tokens.mean(1)
+        weight = cond.mask[..., None].to(cond.tokens.dtype)
+        return (cond.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def _run_blocks(
         self, h: Tensor, c: Tensor, positions: Tensor, cond: Conditioning
@@ -114,7 +120,7 @@ class DiT(nn.Module):
         angles = rope_angles(positions, self.config.width // self.config.heads)
         angles = torch.cat([angles.new_zeros(M, angles.shape[1]), angles])  # words do not turn
         cos, sin = turns(angles)
-        mask = torch.cat([cond.mask, cond.mask.new_ones(B, N)], dim=1)
+        mask = None if cond.mask is None else torch.cat([cond.mask, cond.mask.new_ones(B, N)], dim=1)
         shared = self.modulation(c).view(B, 6, -1)
 
         labels = None

@@ -52,7 +52,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
 
 
 class Average:
-    """Exponential moving average of a module's floating-point state, in float32.
+    """Exponential moving average of a module's floating-point state, each tensor in its own type.
 
     The decay at step n is min(decay, (1 + n) / (10 + n)), so that the first steps do not weigh for ever.
     """

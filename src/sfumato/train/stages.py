@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -120,7 +121,7 @@ def training_pictures(recipe: str | Path, data: str | Path | None, most: int) ->
 
 
 def multiple_of(recipe: Recipe) -> int:
-    """What the sides of a recipe's pictures must be multiples of: its autoencoder's factor, or more in its family."""
+    """What the sides of a recipe's pictures must be multiples of, by its autoencoder and its denoiser's family."""
     if recipe.autoencoder is None:
         raise InputError("the recipe has no [autoencoder]: give one with init = a model to take it from")
     if recipe.denoiser is None:
@@ -210,9 +211,8 @@ class Run:
             source, unseen = self.source(multiple, "train"), self._held_out(multiple)
             if recipe.train.steps and model.factor > 1:
                 task = AutoencoderTask(self.recipe, self.folder, self.device, model, source)
-                model.load_state_dict(
-                    fit(task, place, identity, self.device, self.tell, self.peak, self._logger(place))
-                )
+                with self._logger(place) as log:
+                    model.load_state_dict(fit(task, place, identity, self.device, self.tell, self.peak, log))
             if self.world.leads:
                 self._finish(model.to(self.device).eval(), source, unseen, place, finished)
             self.world.wait()
@@ -299,7 +299,8 @@ class Run:
         labels = self.labels(source, config) if recipe.loss.labels else None
         examples = Examples(source, cache, system.tokenizer, recipe, self.recipe.seed, self.device, labels)
         task = DenoiserTask(self.recipe, self.folder, self.device, system, examples)
-        state = fit(task, place, identity, self.device, self.tell, self.peak, self._logger(place))
+        with self._logger(place) as log:
+            state = fit(task, place, identity, self.device, self.tell, self.peak, log)
         if self.world.leads:
             task.export(state, recipe.train.steps)
         self.world.wait()
@@ -390,7 +391,11 @@ class Run:
     # --- shared ------------------------------------------------------------------------------------------------
 
     def identity(self, stage: str) -> str:
-        """A hash of everything in the recipe that decides the weights of a stage at a given step."""
+        """A hash of what in the recipe decides the weights of a stage at a given step, but for `VOLATILE`.
+
+        `steps` is left out so that a finished run can be given more, though the rate's fall at the end depends on it:
+        a run given more steps is another than one that had them from the start.
+        """
         parts: dict[str, Any] = {"data": asdict(self.recipe.data) | {"cache": ""}, "seed": self.recipe.seed}
         if stage == "denoiser":
             parts["draws"] = DRAWS
@@ -401,19 +406,32 @@ class Run:
             parts[name] = part
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _logger(self, place: Path) -> Callable[[int, dict[str, float]], None] | None:
+    @contextlib.contextmanager
+    def _logger(self, place: Path) -> Iterator[Callable[[int, dict[str, float]], None] | None]:
+        """What writes TensorBoard's files, if the recipe asks for them.
+
+        From the first step written on, what a run that was killed had written before no longer counts.
+        """
         if self.recipe.log != "tensorboard" or not self.world.leads:
-            return None
+            yield None
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise InputError(
                 "log = tensorboard needs the package tensorboard: pip install 'sfumato[logs]'"
             ) from None
-        writer = SummaryWriter(place / "tensorboard")
+        writer: SummaryWriter | None = None
 
         def write(step: int, values: dict[str, float]) -> None:
+            nonlocal writer
+            if writer is None:
+                writer = SummaryWriter(place / "tensorboard", purge_step=step)
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
 
-        return write
+        try:
+            yield write
+        finally:
+            if writer is not None:
+                writer.close()
