@@ -83,7 +83,7 @@ def load(
     second = None
     if refiner is not None:
         second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
-    return Model(system, place, name=str(model), refiner=second)
+    return Model(system, place, name=str(model), dtype=dtype, refiner=second)
 
 
 class Model:
@@ -128,6 +128,8 @@ class Model:
                     argument="refiner",
                 )
         self.dtype = getattr(system, "dtype", None) or dtype or drawing_dtype(device)
+        if self.dtype == torch.int8 and not hasattr(system, "dtype"):
+            raise InputError(f"int8 is for checkpoints; draw with {name!r} in fp32 or bf16", argument="dtype")
 
     @property
     def preset(self) -> dict[str, Any]:

@@ -316,3 +316,15 @@ def test_a_model_that_is_not_there(tmp_path):
         load(tmp_path)
     with pytest.raises(InputError, match="device"):
         load(tmp_path, "abacus")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_models_are_drawn_in_what_is_asked_for(dtype):
+    model = load(dtype=dtype)
+    result = model.generate(Request("a red cube", steps=1))
+    assert result.recipe["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_eight_bits_are_for_checkpoints():
+    with pytest.raises(InputError, match="int8 is for checkpoints"):
+        load(dtype=torch.int8)

@@ -138,7 +138,9 @@ def fit(
     if world.leads:
         clear_leftovers(folder / "state")
     world.wait()
-    if found := newest_state(folder / "state", identity):
+    if found := newest_state(
+        folder / "state", identity, lambda text: on_event(Event("note", task.stage, text=text))
+    ):
         step = _restore(task, average, found)
         on_event(Event("note", task.stage, step, recipe.steps, text=f"continues from step {step}"))
     clock = Clock(recipe.batch, task.flops, peak * world.size)
