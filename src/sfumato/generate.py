@@ -52,16 +52,19 @@ def load(
     vae: str | Path | None = None,
     prediction: str | None = None,
     variant: str | None = None,
+    offload: str | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
     A checkpoint is a .safetensors file or a diffusers folder, and the options are for it alone. dtype: of its weights,
     by default what pictures are drawn in on this device. vae: another autoencoder. prediction: "epsilon" or "v", over
-    what the checkpoint says. variant: of a folder's files, such as "fp16". Raises `CheckpointError` that says what is
+    what the checkpoint says. variant: of a folder's files, such as "fp16". offload: "none", as if nothing is said, keeps
+    all networks in memory, "model" the one at work, "sequential" of the denoiser a layer; pictures are the same, and
+    with the last two nothing is read before it is needed. Raises `CheckpointError` that says what is
     wrong with it.
     """
     place = pick_device(device)
-    options = {"vae": vae, "prediction": prediction, "variant": variant}
+    options = {"vae": vae, "prediction": prediction, "variant": variant, "offload": offload}
     system = open_model(model, place, dtype or drawing_dtype(place), options)
     return Model(system, place, name=str(model))
 
@@ -78,6 +81,9 @@ class Model:
         clip_layers: up to which layer from the end `condition` can read a text encoder (`Request.clip_skip`).
         told_guidance: the network is told the scale of guidance, by `condition`, and nothing is left to guide.
         dtype: what its weights are in and its networks work in. One without it works under autocast.
+        latent_shape(frames, height, width): where `autoencoder` would have to be opened to tell it.
+        offloaded(name) -> System: the same with another way to keep its networks, of `memory.OFFLOADS`.
+        trace(prompts, request, size, batch, encodes) -> the memory that drawing takes (`planning.py`).
         hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
     """
 
@@ -257,7 +263,7 @@ class Model:
             and request.guidance is not None
         )
         width, height = request.size
-        shape = self.system.autoencoder.latent_shape(1, height, width)
+        shape = self._latent_shape(height, width)
         noise = self._noise(seeds, shape, request)
         initial = noise.initial()
         sigmas = sigmas_for(request.schedule, request.steps, self.system.levels)
@@ -331,7 +337,7 @@ class Model:
             pictures = self.decode(latent) if untouched is None else [untouched] * len(latent)
             latent = self.encode([picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures])
         else:
-            shape = self.system.autoencoder.latent_shape(1, height, width)
+            shape = self._latent_shape(height, width)
             latent = enlarged(latent, shape[-2], shape[-1], hires.upscaler)
         second = replace(
             request,
@@ -358,6 +364,10 @@ class Model:
             "python": platform.python_version(),
             "seconds": round(seconds, 3),
         }
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        owner = self.system if hasattr(self.system, "latent_shape") else self.system.autoencoder
+        return owner.latent_shape(1, height, width)
 
     def _check_size(self, size: tuple[int, int]) -> None:
         multiple = self.system.config.multiple

@@ -8,6 +8,8 @@ do both at once. Each twin computes what its layer does, from the same weights, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +20,7 @@ from sfumato.nn.unet import Upsample
 
 ROWS = 2048  # tokens, and
 CELLS = 32  # cells per side, for which oneDNN picks its tiles; any other number gives the same answers
+SLICE = 128  # output channels of a kernel that are worked on at a time
 
 
 def pack(network: nn.Module) -> int:
@@ -28,17 +31,27 @@ def pack(network: nn.Module) -> int:
     adapted.
     """
     count = 0
-    for name, child in list(network.named_children()):
-        twin = _twin(child)
-        if twin is None:
-            count += pack(child)
-        else:
-            setattr(network, name, twin)
+    for _, parent, name in list(layers(network)):
+        twin = packed(getattr(parent, name))
+        if twin is not None:
+            setattr(parent, name, twin)
             count += 1
     return count
 
 
-def _twin(layer: nn.Module) -> nn.Module | None:
+def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str]]:
+    """(name in the network, parent, name in the parent) of what is packed as one, and of all other modules without
+    children, in the network's order.
+    """
+    for name, child in network.named_children():
+        if isinstance(child, GEGLU | Upsample) or not any(True for _ in child.children()):
+            yield f"{prefix}{name}", network, name
+        else:
+            yield from layers(child, f"{prefix}{name}.")
+
+
+def packed(layer: nn.Module) -> nn.Module | None:
+    """The packed twin of a layer, or None where it has none or would not gain."""
     weight = next(layer.parameters(), None)
     if weight is None or not can_pack(weight):
         return None
@@ -116,8 +129,9 @@ class PackedUpsample(nn.Module):
         self.form = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, of the output, stride, dilation, groups
         weight = layer.conv.weight.detach()
         shape = [1, weight.shape[1], CELLS, CELLS]
-        folded = shared_kernel(weight).contiguous(memory_format=torch.channels_last)
-        self.tiles = torch.ops.mkldnn._reorder_convolution_transpose_weight(folded, *self.form, shape)
+        self.tiles = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            shared_kernel(weight), *self.form, shape
+        )
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         if tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):
@@ -129,11 +143,17 @@ class PackedUpsample(nn.Module):
 
 
 def shared_kernel(weight: Tensor) -> Tensor:
-    """(O, C, 3, 3) of a convolution → (C, O, 4, 4) of the transposed one that also doubles the sides.
+    """(O, C, 3, 3) of a convolution → (C, O, 4, 4) of the transposed one that also doubles the sides, channels last.
 
     Along each side (a, b, c) becomes (c, b + c, a + b, a): what neighbouring outputs take from one input cell.
     """
-    kernel = functional.pad(weight.float().flip(2, 3), (1, 1, 1, 1))
-    kernel = kernel[:, :, :-1] + kernel[:, :, 1:]
-    kernel = kernel[..., :-1] + kernel[..., 1:]
-    return kernel.transpose(0, 1).to(weight.dtype)
+    O, C = weight.shape[:2]
+    shared = weight.new_empty(C, O, 4, 4).contiguous(memory_format=torch.channels_last)
+    for o in range(
+        0, O, SLICE
+    ):  # in float32, which of a large layer would take hundreds of megabytes at once
+        kernel = functional.pad(weight[o : o + SLICE].float().flip(2, 3), (1, 1, 1, 1))
+        kernel = kernel[:, :, :-1] + kernel[:, :, 1:]
+        kernel = kernel[..., :-1] + kernel[..., 1:]
+        shared[:, o : o + SLICE] = kernel.transpose(0, 1)
+    return shared

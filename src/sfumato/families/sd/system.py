@@ -12,8 +12,10 @@ from torch import Tensor
 
 from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
+from sfumato.autoencoder.model import check_size
 from sfumato.autoencoder.preview import preview
-from sfumato.checkpoint.fill import fill
+from sfumato.checkpoint.fill import fill_layers
+from sfumato.checkpoint.rules import View
 from sfumato.diffusion.guidance import ALWAYS
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import VE
@@ -31,12 +33,11 @@ from sfumato.families.sd.condition import (
     size_numbers,
     size_vector,
 )
+from sfumato.families.sd.networks import Networks, part_hash
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.nn.embed import sinusoid
-from sfumato.nn.packed import pack
 from sfumato.nn.unet import UNet
-from sfumato.storage import tensors_hash
 from sfumato.text.clip import load_encoder
 from sfumato.types import Conditioning, Request
 
@@ -67,25 +68,53 @@ class Config:
 
 @dataclass(frozen=True)
 class System:
-    """Networks of one checkpoint, ready to draw. sources: the files' tensors of `autoencoder` and `denoiser`, read when
-    asked for.
+    """Networks of one checkpoint, ready to draw.
+
+    shapes: what the networks measure. networks: "text", "denoiser" and "autoencoder", opened when needed. dtype: of the
+    weights, in which the networks work. parts: the files' tensors, read when asked for: "vae", "unet", text encoders.
+    sources: what a part is called in errors.
     """
 
     config: Config
-    autoencoder: AutoencoderKL
-    denoiser: UNet
-    text: TextStack
+    shapes: Kind
+    networks: Networks
     levels: NoiseLevels
-    sources: Mapping[str, Mapping[str, Tensor]]
+    dtype: torch.dtype
+    device: torch.device
+    parts: Mapping[str, View]
+    sources: Mapping[str, str]
+
+    @property
+    def autoencoder(self) -> AutoencoderKL:
+        return self.networks["autoencoder"]
+
+    @property
+    def denoiser(self) -> UNet:
+        return self.networks["denoiser"]
+
+    @property
+    def text(self) -> TextStack:
+        return self.networks["text"]
+
+    @property
+    def offload(self) -> str:
+        return self.networks.offload
+
+    def offloaded(self, offload: str) -> System:
+        """The same system with another way to keep its networks: a name of `memory.OFFLOADS`."""
+        networks = Networks(openers(self, self.parts, stream=offload == "sequential"), offload)
+        networks.open_all()
+        return replace(self, networks=networks)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
-        return {name: tensors_hash(tensors) for name, tensors in self.sources.items()}
+        return {"autoencoder": part_hash(self.parts["vae"]), "denoiser": part_hash(self.parts["unet"])}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, in which the networks work."""
-        return self.denoiser.dtype
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """(C, T, H/f, W/f) of a picture in pixels."""
+        vae = self.shapes.vae
+        check_size(vae.factor, height, width)
+        return vae.channels, frames, height // vae.factor, width // vae.factor
 
     @property
     def parameterization(self) -> Parameterization:
@@ -95,29 +124,31 @@ class System:
     @property
     def clip_layers(self) -> int:
         """How deep from the end `clip_skip` may reach."""
-        return min(encoder.config.layers for encoder in self.text.encoders)
+        return min(part.config.layers for part in self.shapes.text)
 
     @property
     def told_guidance(self) -> bool:
         """Whether the U-Net is told the guidance scale, so that nothing is left to guide."""
-        return self.denoiser.config.time_cond > 0
+        return self.shapes.unet.time_cond > 0
 
     @property
     def inpaint_channels(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """How to make what a U-Net of nine channels reads beside the noisy latent; None for the others."""
-        return self._inpaint_channels if self.denoiser.config.in_channels == 9 else None
+        return self._inpaint_channels if self.shapes.unet.in_channels == 9 else None
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) → the normalised posterior mean (B, 4, T, H/8, W/8), in bounded memory."""
-        return self.autoencoder.normalize(encode_safe(self.autoencoder, pixels).mode())
+        autoencoder = self.autoencoder
+        return autoencoder.normalize(encode_safe(autoencoder, pixels).mode())
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents → pixels, in bounded memory; in a wider type where the weights' own overflows."""
-        return decode_safe(self.autoencoder, self.autoencoder.denormalize(latent.float()))
+        autoencoder = self.autoencoder
+        return decode_safe(autoencoder, autoencoder.denormalize(latent.float()))
 
     def preview(self, latent: Tensor) -> Tensor:
         """(1, 4, T, H, W) → (1, 3, T, H, W) pixels of one cell each: a linear look at a latent that is forming."""
-        return preview(self.autoencoder.config, latent)
+        return preview(self.shapes.vae, latent)
 
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from, as the family's U-Net reads them.
@@ -126,17 +157,18 @@ class System:
         """
         options = TextOptions(clip_skip=request.clip_skip)
         half = len(prompts) // 2
+        text = self.text
         wanted, unwanted = encode_prompts(
-            self.text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
+            text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
         )
         assert unwanted is not None and request.size is not None
         width, height = request.size
         size = (height, width)
         vector = None
-        if self.text.plan.numbers == 6:
+        if text.plan.numbers == 6:
             numbers = size_numbers(size)
             vector = torch.cat([_vector(wanted, numbers), _vector(unwanted, numbers)])
-        elif self.text.plan.numbers == 5:
+        elif text.plan.numbers == 5:
             vector = torch.cat(
                 [
                     _vector(wanted, score_numbers(size)),
@@ -147,7 +179,7 @@ class System:
         told = None
         if self.told_guidance:
             assert request.guidance is not None
-            told = guidance_waves(request.guidance, self.denoiser.config.time_cond).expand(len(tokens), -1)
+            told = guidance_waves(request.guidance, self.shapes.unet.time_cond).expand(len(tokens), -1)
         return Conditioning(tokens, None, vector, told)
 
     def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
@@ -160,7 +192,7 @@ class System:
 
         A cell is painted when its first pixel is, as in diffusers, which takes nearest neighbours.
         """
-        side = self.autoencoder.factor
+        side = self.shapes.vae.factor
         cells = mask[..., ::side, ::side]
         return torch.cat([cells, self.encode(pixels)], dim=1)
 
@@ -188,17 +220,19 @@ def open_system(
     vae: str | os.PathLike[str] | None = None,
     prediction: str | None = None,
     variant: str | None = None,
+    offload: str = "none",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """The model at `path`, a single file or a diffusers folder, with weights in `dtype` on `device`.
 
-    vae: another autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says.
+    vae: another autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says. offload:
+    see `Networks`; of any but "none" nothing but headers is read before it is needed.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
     found = open_checkpoint(path, variant=variant, prediction=prediction, systems=systems)
     if found.system is None or "unet" not in found.parts:
         raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
-    return build(found, str(path), device, dtype, vae, systems)
+    return build(found, str(path), device, dtype, vae, offload, systems)
 
 
 def build(
@@ -207,6 +241,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None = None,
+    offload: str = "none",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """Networks of an opened checkpoint. `name` stands for it in errors."""
@@ -220,54 +255,54 @@ def build(
             f"{name} holds no {' and no '.join(lacking)}; give a whole checkpoint"
             + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
         )
-    with torch.device("meta"):
-        unet = UNet(kind.unet)
-    fill(unet, found.parts["unet"], f"{name} (unet)", dtype, device)
-    autoencoder, pixels = _autoencoder(found, kind, name, device, dtype, vae, systems)
-    plan = PLANS[plan_of(found.kind)]
-    encoders = tuple(
-        load_encoder(
-            part.config,
-            {key: found.parts[part.name][key].to(device) for key in found.parts[part.name]},
-            dtype,
-            f"{name} ({part.name})",
-        )
-        for part in kind.text
-    )
-    betas = beta_table()
-    levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
-    config = Config(found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor)
-    for network in (unet, autoencoder):
-        network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    pack(unet)  # on a CPU; elsewhere nothing
-    sources = {"autoencoder": pixels, "denoiser": found.parts["unet"]}
-    return System(config, autoencoder, unet, TextStack(plan, encoders), levels, sources)
-
-
-def _autoencoder(
-    found: Checkpoint,
-    kind: Kind,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae: str | os.PathLike[str] | None,
-    systems: Mapping[str, Kind],
-) -> tuple[AutoencoderKL, Mapping[str, Tensor]]:
-    """The autoencoder, and the tensors it was filled with."""
-    config, tensors, where = kind.vae, found.parts.get("vae"), f"{name} (vae)"
+    parts = dict(found.parts)
     said: Mapping[str, Any] = found.configs.get("vae", {})
+    sources = {part: f"{name} ({part})" for part in parts}
     if vae is not None:
         other = open_checkpoint(vae, systems=systems)
         if "vae" not in other.parts:
             raise InputError(f"{vae} holds no autoencoder", argument="vae")
-        tensors, said, where = other.parts["vae"], other.configs.get("vae", {}), str(vae)
-    assert tensors is not None
+        parts["vae"], said, sources["vae"] = other.parts["vae"], other.configs.get("vae", {}), str(vae)
     if said:  # a folder's own numbers, with the preview that no file has
-        config = replace(KLConfig.from_diffusers(dict(said)), preview=config.preview)
-    with torch.device("meta"):
-        model = AutoencoderKL(config)
-    fill(model, tensors, where, dtype, device)
-    return model, tensors
+        kind = replace(kind, vae=replace(KLConfig.from_diffusers(dict(said)), preview=kind.vae.preview))
+    betas = beta_table()
+    levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
+    config = Config(found.kind, preset_of(found), found.prediction, found.zero_snr, kind.vae.factor)
+    unopened = System(config, kind, Networks({}), levels, dtype, device, parts, sources)
+    return unopened.offloaded(offload)
+
+
+def openers(
+    system: System, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+) -> dict[str, Callable[[], Any]]:
+    """How each network of a system is made from the tensors of its part, in the order in which drawing needs them."""
+    shapes, sources, form = system.shapes, system.sources, (system.dtype, system.device)
+
+    def text() -> TextStack:
+        encoders = tuple(
+            load_encoder(
+                part.config,
+                {key: parts[part.name][key].to(system.device) for key in parts[part.name]},
+                system.dtype,
+                sources[part.name],
+            )
+            for part in shapes.text
+        )
+        return TextStack(PLANS[plan_of(system.config.kind)], encoders)
+
+    def denoiser() -> UNet:
+        with torch.device("meta"):
+            unet = UNet(shapes.unet)
+        fill_layers(unet, parts["unet"], sources["unet"], *form, pack=True, stream=stream)
+        return unet.eval().requires_grad_(False)
+
+    def autoencoder() -> AutoencoderKL:
+        with torch.device("meta"):
+            model = AutoencoderKL(shapes.vae)
+        fill_layers(model, parts["vae"], sources["vae"], *form)
+        return model.eval().requires_grad_(False)
+
+    return {"text": text, "denoiser": denoiser, "autoencoder": autoencoder}
 
 
 def plan_of(kind: str) -> str:
