@@ -58,10 +58,10 @@ def load(
 
     A checkpoint is a .safetensors file or a diffusers folder, and the options are for it alone. dtype: of its weights,
     by default what pictures are drawn in on this device. vae: another autoencoder. prediction: "epsilon" or "v", over
-    what the checkpoint says. variant: of a folder's files, such as "fp16". offload: "none", as if nothing is said, keeps
-    all networks in memory, "model" the one at work, "sequential" of the denoiser a layer; pictures are the same, and
-    with the last two nothing is read before it is needed. Raises `CheckpointError` that says what is
-    wrong with it.
+    what the checkpoint says. variant: of a folder's files, such as "fp16". offload: "none", the default, keeps all
+    networks in memory, "model" the one at work, "sequential" of the denoiser a layer; pictures are the same, and with
+    the last two nothing is read before it is needed; "auto" is for who plans next (`planning.py`). Raises
+    `CheckpointError` that says what is wrong with it.
     """
     place = pick_device(device)
     options = {"vae": vae, "prediction": prediction, "variant": variant, "offload": offload}

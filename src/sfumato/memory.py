@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,18 +93,6 @@ class MemoryPlan:
         }
 
 
-def first_fitting(plans: Iterable[MemoryPlan]) -> MemoryPlan:
-    """The first of the plans that fits, or else the one that needs least."""
-    least: MemoryPlan | None = None
-    for plan in plans:
-        if plan.fits:
-            return plan
-        if least is None or plan.peak < least.peak:
-            least = plan
-    assert least is not None
-    return least
-
-
 # --- work on tensors without memory --------------------------------------------------------------------------------
 
 
@@ -135,6 +123,8 @@ class Tracer(TorchDispatchMode):
         aten = torch.ops.aten
         if func in (aten._local_scalar_dense.default, aten.item.default):
             return 0.0
+        if func is aten.detach_.default:  # of `torch.tensor` within `torch.device("meta")`: nothing changes
+            return args[0]
         if (
             func.namespace == "mkldnn" and "reorder" in func.__name__
         ):  # what it lays out anew, it lays out as large

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sfumato.cli import parse, show
+from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
 
 if TYPE_CHECKING:
@@ -208,6 +209,31 @@ def generate(
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu or cuda; the faster one by default.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            rich_help_panel=WEIGHTS,
+            help="Say what memory the drawing would need, and draw nothing.",
+        ),
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=WEIGHTS,
+            help="Memory that drawing may take, such as 6GB; what the machine has free by default.",
+        ),
+    ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=WEIGHTS,
+            help="What stays in memory: none (all networks do), model (the one at work), sequential (of the U-Net one "
+            "layer, read at each step). The first that fits by default. Pictures are the same.",
+        ),
+    ] = None,
     preview: Annotated[
         bool,
         typer.Option("--preview", help="Show the picture forming; beside the output if this is no terminal."),
@@ -259,6 +285,7 @@ def generate(
     if model is None:
         # a stranger's picture may name any file or place; only a name that we know is followed
         model = said.model if said is not None and said.model in MODELS else DEFAULT_MODEL
+    limit = None if memory is None else parse.size_in_bytes("memory", memory)
     loaded = load(
         model,
         device=device,
@@ -266,7 +293,12 @@ def generate(
         vae=vae,
         prediction=prediction,
         variant=variant,
+        offload="auto" if offload is None else offload,
     )
+    loaded, found = planned(loaded, request, offload, limit, told=plan)
+    if plan:
+        show_plan(found, request, as_json)
+        return
     if said is not None:
         _note_differences(like, said, loaded)
     with show.progress() as bar:
@@ -284,6 +316,7 @@ def generate(
                 "seeds": request.seeds(),
                 "seconds": round(seconds, 3),
                 "recipe": result.recipe,
+                **({} if found is None else {"memory": {"planned": found.peak, "peak": peak(loaded.device)}}),
             }
         )
     else:

@@ -36,6 +36,7 @@ from sfumato.families.sd.condition import (
 from sfumato.families.sd.networks import Networks, part_hash
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
+from sfumato.memory import Stage
 from sfumato.nn.embed import sinusoid
 from sfumato.nn.unet import UNet
 from sfumato.text.clip import load_encoder
@@ -105,6 +106,14 @@ class System:
         networks = Networks(openers(self, self.parts, stream=offload == "sequential"), offload)
         networks.open_all()
         return replace(self, networks=networks)
+
+    def trace(
+        self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+    ) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing takes; see `trace.trace`."""
+        from sfumato.families.sd.trace import trace  # which needs this module
+
+        return trace(self, request, size, batch, encodes=encodes, offload=offload)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
@@ -280,12 +289,7 @@ def openers(
 
     def text() -> TextStack:
         encoders = tuple(
-            load_encoder(
-                part.config,
-                {key: parts[part.name][key].to(system.device) for key in parts[part.name]},
-                system.dtype,
-                sources[part.name],
-            )
+            load_encoder(part.config, parts[part.name], system.dtype, sources[part.name], system.device)
             for part in shapes.text
         )
         return TextStack(PLANS[plan_of(system.config.kind)], encoders)
