@@ -145,7 +145,7 @@ class Streamed(nn.Module):
 
     def read(self) -> nn.Module:
         """The layer in memory. `CheckpointError` if the file has changed to what is no weight."""
-        layer = copy.deepcopy(self._empty[0])
+        layer = _twin_of(self._empty[0])
         ready: dict[str, Tensor] = {}
         for name, expected in layer.state_dict().items():
             ready[name], problem = _fitting(
@@ -159,6 +159,14 @@ class Streamed(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         return self.read()(*inputs)
+
+
+def _twin_of(layer: nn.Module) -> nn.Module:
+    """The same layer, whose parameters can be replaced without touching the first one's."""
+    twin = copy.copy(layer)
+    twin._parameters = dict(layer._parameters)
+    twin._modules = {name: module and _twin_of(module) for name, module in layer._modules.items()}
+    return twin
 
 
 def _fitting(
