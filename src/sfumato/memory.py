@@ -24,8 +24,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sfumato.errors import InputError
+
 OFFLOADS = ("none", "model", "sequential")  # diffusers' words, from the most memory to the least
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_offload(name: str) -> None:
+    """`InputError` unless it is one of `OFFLOADS`."""
+    if name not in OFFLOADS:
+        raise InputError(f"offload must be one of {', '.join(OFFLOADS)}, not {name!r}", argument="offload")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from sfumato.errors import InputError
 from sfumato.generate import BATCH, Model, enlarged_size
-from sfumato.memory import OFFLOADS, MemoryPlan, available, resident
+from sfumato.memory import OFFLOADS, MemoryPlan, available, check_offload, resident
 from sfumato.tasks.canvas import by, nearest_size
 from sfumato.types import Request
 
@@ -31,6 +31,7 @@ def follow(model: Model, plan: MemoryPlan) -> Model:
 
 def one(model: Model, request: Request, offload: str, limit: int | None) -> MemoryPlan:
     """The plan of one level of offload."""
+    check_offload(offload)
     request = model.complete(request)
     assert request.size is not None
     size = request.size

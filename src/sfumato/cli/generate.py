@@ -293,7 +293,7 @@ def generate(
         vae=vae,
         prediction=prediction,
         variant=variant,
-        offload="auto" if offload is None else offload,
+        offload="auto",
     )
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:

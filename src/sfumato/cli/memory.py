@@ -21,13 +21,14 @@ def planned(
     """The model as a plan that fits wants it, and the plan; None of a model that tells none.
 
     told: only the plan is wanted, and the model stays as it is. `InputError` when nothing fits, with what would; and
-    when a plan or a limit is asked of a model that tells none.
+    when a plan, a limit or a level is asked of a model that tells none.
     """
     from sfumato import planning
 
     if not hasattr(model.system, "trace"):
-        for name, asked in (("plan", told), ("memory", limit is not None)):
-            if asked:
+        asked = {"plan": told, "memory": limit is not None, "offload": offload is not None}
+        for name in asked:
+            if asked[name]:
                 raise InputError(
                     f"{name} is for checkpoints; {model.name!r} is small and tells no plan", argument=name
                 )

@@ -41,7 +41,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> int:
-    """Bytes that `attention` allocates at its worst moment without gradients, its result among them."""
+    """Bytes that `attention` allocates at its worst moment without gradients, its result among them; not what a fused
+    kernel keeps for itself.
+    """
     B, K, N, D = q.shape
     M, result = k.shape[-2], q.numel() * q.element_size()
     if mask is None and products_are_fast(q):
@@ -55,7 +57,7 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         return max(12 * keys, 6 * keys + values + max(widened, result + blocks))
     if _is_plain(q, k):
         return 10 * B * K * N * M + result  # scores; scores and their softmax in float32
-    return result + B * K * N * 4  # and the logarithm of each row's sum
+    return result
 
 
 def _is_plain(q: Tensor, k: Tensor) -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sfumato.checkpoint.rules import View
-from sfumato.errors import InputError
-from sfumato.memory import OFFLOADS, give_back
+from sfumato.memory import check_offload, give_back
 from sfumato.storage import tensors_hash
 
 _HASHES: dict[tuple[Any, ...], str] = {}  # of parts that this process has read
@@ -25,10 +24,7 @@ class Networks:
     """
 
     def __init__(self, openers: Mapping[str, Callable[[], Any]], offload: str = "none"):
-        if offload not in OFFLOADS:
-            raise InputError(
-                f"offload must be one of {', '.join(OFFLOADS)}, not {offload!r}", argument="offload"
-            )
+        check_offload(offload)
         self.openers, self.offload = openers, offload
         self._held: dict[str, Any] = {}
         self._lock = threading.Lock()
