@@ -104,13 +104,25 @@ class MemoryPlan:
 # --- work on tensors without memory --------------------------------------------------------------------------------
 
 
-class Tracer(TorchDispatchMode):
-    """Bytes of the fake tensors that are alive, `now` and at most: `peak`. Numbers that code asks for are all 0."""
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations inside it made and that still live: `now`, and at most `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._alive: dict[int, weakref.finalize] = {}
+        self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._see((args, kwargs), made=False)  # what was there before
+        answer = self.run(func, args, kwargs or {})
+        self._see(answer, made=True)
+        return answer
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do the operation."""
+        return func(*args, **kwargs)
 
     def worst(self, call: Callable[[], Any]) -> tuple[Any, int]:
         """(what `call` answers, the bytes it held at its worst moment beside those that were there before)."""
@@ -125,42 +137,45 @@ class Tracer(TorchDispatchMode):
         """Hear of bytes that are held for a moment."""
         self.peak = max(self.peak, self.now + count)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _see(self, values: Any, made: bool) -> None:
+        for tensor in tree_leaves(values):
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.layout != torch.strided
+                or tensor.device.type == "meta"
+            ):
+                continue
+            storage = tensor.untyped_storage()
+            if storage in self._seen:
+                continue
+            self._seen[storage] = True
+            if made:
+                self.now += storage.nbytes()
+                self.take(0)
+                weakref.finalize(storage, self._lose, storage.nbytes())
+
+    def _lose(self, size: int) -> None:
+        self.now -= size
+
+
+class _OfFakes(LiveBytes):
+    """The same for fake tensors. Numbers that code asks for are all 0."""
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         aten = torch.ops.aten
         if func in (aten._local_scalar_dense.default, aten.item.default):
             return 0.0
         if func is aten.detach_.default:  # of `torch.tensor` within `torch.device("meta")`: nothing changes
             return args[0]
-        if (
-            func.namespace == "mkldnn" and "reorder" in func.__name__
-        ):  # what it lays out anew, it lays out as large
-            answer = torch.empty_like(args[0])
-        else:
-            answer = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(answer):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._see(tensor)
-        return answer
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive:
-            self._alive[key] = weakref.finalize(storage, self._lose, key, size)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-    def _lose(self, key: int, size: int) -> None:
-        del self._alive[key]
-        self.now -= size
+        if func.namespace == "mkldnn" and "reorder" in func.__name__:  # what it lays out anew is as large
+            return torch.empty_like(args[0])
+        return func(*args, **kwargs)
 
 
 class _Whole(TorchFunctionMode):
     """Takes functions as one operation whose bytes are known, instead of going through their loops."""
 
-    def __init__(self, tracer: Tracer, known: Mapping[Callable[..., Any], Callable[..., int]]):
+    def __init__(self, tracer: LiveBytes, known: Mapping[Callable[..., Any], Callable[..., int]]):
         super().__init__()
         self.tracer, self.known = tracer, known
 
@@ -174,7 +189,7 @@ class _Whole(TorchFunctionMode):
 
 
 @contextmanager
-def tracing(known: Mapping[Callable[..., Any], Callable[..., int]]) -> Iterator[Tracer]:
+def tracing(known: Mapping[Callable[..., Any], Callable[..., int]]) -> Iterator[LiveBytes]:
     """Within it every new tensor is fake, and the tracer counts. Without gradients.
 
     known: functions that are overridable (`torch.overrides`), whose answer is like their first argument, to what tells
@@ -182,7 +197,7 @@ def tracing(known: Mapping[Callable[..., Any], Callable[..., int]]) -> Iterator[
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    tracer = Tracer()
+    tracer = _OfFakes()
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True), tracer, _Whole(tracer, known):
         yield tracer
 

@@ -13,8 +13,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sfumato import planning
 from sfumato.autoencoder.kl import AutoencoderKL
@@ -26,7 +24,7 @@ from sfumato.families.sd import keys, networks
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
-from sfumato.memory import OFFLOADS, MemoryPlan, Stage, available, peak_resident, resident, tracing
+from sfumato.memory import OFFLOADS, LiveBytes, MemoryPlan, Stage, available, peak_resident, resident, tracing
 from sfumato.nn.attention import attention, attention_bytes, products_are_fast
 from sfumato.nn.packed import can_pack
 from sfumato.nn.unet import UNet, UNetConfig
@@ -90,35 +88,6 @@ def published(tmp_path_factory):
     return path
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages that operations make for real, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_plain(t)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in filter(is_plain, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.seen | given:
-                self.seen.add(storage._cdata)
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-        return result
-
-    def forget(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.alive -= size
-
-
-def is_plain(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_mkldnn
-
-
 # --- counting ----------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +120,7 @@ def test_attention_allocates_what_it_says(dtype, heads, queries, keys, width):
         torch.randn(2, tokens, heads * width).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
         for tokens in (queries, keys, keys)
     )
-    with torch.inference_mode(), Allocations() as real:
+    with torch.inference_mode(), LiveBytes() as real:
         attention(q, k, v)
     assert attention_bytes(q, k, v) == pytest.approx(real.peak, rel=0.02, abs=4096)
 
@@ -166,7 +135,7 @@ def test_the_trace_of_a_small_system_is_what_it_allocates(file, dtype, size):
     cond = model.condition(request)
     denoise = model.denoiser(cond, request)
     x = torch.randn(1, *model.system.latent_shape(1, size[1], size[0]))
-    with torch.inference_mode(), Allocations() as real:
+    with torch.inference_mode(), LiveBytes() as real:
         denoise(x, torch.tensor(2.0))
     assert stages["denoise"].activations == pytest.approx(real.peak, rel=0.05)
 

@@ -15,7 +15,7 @@ from sfumato.checkpoint.rules import View, info
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.families.sd.networks import Networks
 from sfumato.families.sd.system import System, openers
-from sfumato.memory import Stage, Tracer, tracing
+from sfumato.memory import LiveBytes, Stage, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
 
@@ -86,7 +86,7 @@ def _autoencoder_bytes(
 
 
 def _denoise_bytes(
-    ghost: System, tracer: Tracer, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
+    ghost: System, tracer: LiveBytes, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
