@@ -59,5 +59,7 @@ def part_hash(part: Mapping[str, Tensor]) -> str:
     if identity is None:
         return tensors_hash(part)
     if key not in _HASHES:
-        _HASHES[key] = tensors_hash(part)  # threads that come at once do the same work, and all get its answer
+        _HASHES[key] = tensors_hash(
+            part
+        )  # threads that come at once do the same work, and all get its answer
     return _HASHES[key]
