@@ -64,6 +64,7 @@ def load(
     embeddings: Sequence[str | Path] | Mapping[str, str | Path] = (),
     parts: str | Path | Sequence[str | Path] | None = None,
     refiner: str | Path | None = None,
+    offload: str | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
@@ -73,11 +74,13 @@ def load(
     prediction: "epsilon" or "v", over what the checkpoint says. variant: of a folder's files, such as "fp16".
     embeddings: files of textual inversions, called in prompts by the files' names or by those given here. parts:
     checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
-    (`Request.refine_at`). Raises `CheckpointError` that says what is wrong.
+    (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
+    model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
+    is needed; "auto" is for who plans next (`planning.py`). Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
-    both = {"engine": engine, "embeddings": embeddings or None}
+    both = {"engine": engine, "embeddings": embeddings or None, "offload": offload}
     options = {"vae": vae, "prediction": prediction, "variant": variant, "parts": parts, **both}
     system = open_model(model, place, dtype, options)
     second = None
@@ -101,6 +104,9 @@ class Model:
         told_guidance: the network is told the scale of guidance, by `condition`, and nothing is left to guide.
         dtype: what its weights are in and its networks work in. One without it works under autocast.
         engine: what runs its denoiser, if it is not PyTorch.
+        latent_shape(frames, height, width): where `autoencoder` would have to be opened to tell it.
+        offloads: the ways to keep its networks, of `memory.OFFLOADS`; offloaded(name) -> System: the same in another.
+        trace(request, size, batch, encodes, offload) -> the memory that drawing takes (`planning.py`).
         hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
         embeddings: textual inversions by name, with the hashes of their files.
         reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting" and the
@@ -331,7 +337,7 @@ class Model:
             and request.guidance is not None
         )
         width, height = request.size
-        shape = self.system.autoencoder.latent_shape(1, height, width)
+        shape = self._latent_shape(height, width)
         noise = self._noise(seeds, shape, request)
         initial = noise.initial()
         sigmas = sigmas_for(request.schedule, request.steps, self.system.levels)
@@ -426,7 +432,7 @@ class Model:
             pictures = self.decode(latent) if untouched is None else [untouched] * len(latent)
             latent = self.encode([picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures])
         else:
-            shape = self.system.autoencoder.latent_shape(1, height, width)
+            shape = self._latent_shape(height, width)
             latent = enlarged(latent, shape[-2], shape[-1], hires.upscaler)
         second = replace(
             request,
@@ -467,6 +473,10 @@ class Model:
             rule_named(request.prompt_rules)
         if request.weighting is not None:
             weighting_named(request.weighting)
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        owner = self.system if hasattr(self.system, "latent_shape") else self.system.autoencoder
+        return owner.latent_shape(1, height, width)
 
     def _check_size(self, size: tuple[int, int]) -> None:
         multiple = self.system.config.multiple

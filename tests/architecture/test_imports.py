@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 LEVELS = [
-    {"errors", "types", "storage", "runtime", "pictures"},
+    {"errors", "types", "storage", "runtime", "pictures", "memory"},
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes"},
     {"families", "data", "tasks"},
-    {"generate", "train", "evaluate", "receipts"},
+    {"generate", "planning", "train", "evaluate", "receipts"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

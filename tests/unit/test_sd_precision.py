@@ -9,7 +9,7 @@ import torch
 
 from sfumato.cli import parse
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd.system import check_engine, denoiser
+from sfumato.families.sd.openers import check_engine, denoiser
 from sfumato.nn.quantized import QuantizedConv2d, can_quantize
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
@@ -43,7 +43,7 @@ def plain(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.skipif(not can_quantize(torch.empty(0, dtype=FAST)), reason="this CPU has no eight-bit products")
 def test_int8(tensors):
-    check_engine("torch", CPU, torch.int8, FAST)
+    check_engine("torch", CPU, torch.int8)
     network = denoiser(CONFIG, tensors, "w", CPU, torch.int8)
     assert any(isinstance(layer, QuantizedConv2d) for layer in network.modules())
     assert network.dtype == FAST and 1e-3 < distance(answer(network), plain(tensors)) < 5e-2
@@ -62,14 +62,14 @@ def test_openvino(tensors, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"conv_in\.bias"):
         answer(denoiser(CONFIG, broken, "w", CPU, torch.float32, "openvino"))
     with pytest.raises(InputError, match="int8 is of the engine torch"):
-        check_engine("openvino", CPU, torch.int8, FAST)
+        check_engine("openvino", CPU, torch.int8)
 
 
 def test_what_this_machine_cannot_do_is_said_before_weights_are_read():
     with pytest.raises(InputError, match="engine must be torch, openvino or openvino:GPU, not 'onnx'"):
-        check_engine("onnx", CPU, torch.float32, torch.float32)
+        check_engine("onnx", CPU, torch.float32)
     with pytest.raises(InputError, match="int8 needs a CPU with AVX512-VNNI or AMX"):
-        check_engine("torch", torch.device("meta"), torch.int8, torch.float32)
+        check_engine("torch", torch.device("meta"), torch.int8)
 
 
 def test_int8_is_a_name_of_drawing_alone():

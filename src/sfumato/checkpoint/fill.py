@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoint.header import shown
 from sfumato.errors import CheckpointError
+from sfumato.nn.packed import layers, packed
 
 SHOWN = 10  # names that an error lists
 
@@ -68,29 +71,139 @@ def fill(
     ready: dict[str, Tensor] = {}
     problems: list[str] = []
     for name in tensors:
-        tensor = tensors[name]
-        problem = _misfit(tensor, state[name])
-        if problem is None and tensor.is_floating_point() and len(problems) < SHOWN:
-            cast = tensor.to(device=device, dtype=dtype).contiguous()
-            if not finite(cast):
-                problem = _not_numbers(tensor, cast)
-            ready[name] = cast
-        elif problem is None:
-            ready[name] = tensor.to(device=device).contiguous()
+        tensor, problem = _fitting(tensors[name], state[name], dtype, device)
+        ready[name] = tensor
         del tensor  # before the next: a mapped one holds a window of its file
         if problem is not None:
             problems.append(f"{shown(name)} {problem}")
+        if problems:
             ready.clear()
+    _refuse(problems, where)
+    module.load_state_dict(ready, assign=True)
+    _require_all(module, where)
+    return report
+
+
+def fill_layers(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    pack: bool = False,
+    stream: bool = False,
+) -> LoadReport:
+    """`fill`, one layer after the other, so that beside the network no more than a layer and a window are in memory.
+
+    Weights are copied to memory of their own, those of convolutions channels-last. pack: replace each layer by its
+    packed twin (`nn/packed.py`) where it has one. stream: check products and convolutions and keep none: their weights
+    are read from the file again whenever the layer is called. It then computes the same, to the bit.
+    """
+    state = network.state_dict()
+    report = compare(state, tensors)
+    report.require(where)
+    problems: list[str] = []
+    for path, parent, name in list(layers(network)):
+        layer = getattr(parent, name)
+        ready: dict[str, Tensor] = {}
+        for inner, expected in layer.state_dict().items():
+            ready[inner], problem = _fitting(tensors[f"{path}.{inner}"], expected, dtype, device, own=True)
+            if problem is not None:
+                problems.append(f"{shown(f'{path}.{inner}')} {problem}")
+        if problems or not ready:
+            continue
+        if stream and not isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
+            continue
+        layer.load_state_dict(ready, assign=True)
+        del ready  # or the weights would stand beside the packed ones
+        if pack and (twin := packed(layer)) is not None:
+            setattr(parent, name, twin)
+    _refuse(problems, where)
+    _require_all(network, where)
+    return report
+
+
+class Streamed(nn.Module):
+    """A layer that reads its weights when it is called, and lets them go when it has answered. Threads may share it."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        tensors: Mapping[str, Tensor],
+        path: str,
+        where: str,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        pack: bool,
+    ):
+        super().__init__()
+        self._empty = (layer,)  # on the meta device; in a tuple, so that it is no part of the network
+        self._tensors, self._path, self._where = tensors, path, where
+        self._form, self._pack = (dtype, device), pack
+
+    def read(self) -> nn.Module:
+        """The layer in memory. `CheckpointError` if the file has changed to what is no weight."""
+        layer = _twin_of(self._empty[0])
+        ready: dict[str, Tensor] = {}
+        for name, expected in layer.state_dict().items():
+            ready[name], problem = _fitting(
+                self._tensors[f"{self._path}.{name}"], expected, *self._form, own=True
+            )
+            _refuse([f"{shown(f'{self._path}.{name}')} {problem}"] if problem else [], self._where)
+        layer.load_state_dict(ready, assign=True)
+        del ready
+        layer.eval().requires_grad_(False)
+        return (packed(layer) if self._pack else None) or layer
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.read()(*inputs)
+
+
+def _twin_of(layer: nn.Module) -> nn.Module:
+    """The same layer, whose parameters can be replaced without touching the first one's."""
+    twin = copy.copy(layer)
+    twin._parameters = dict(layer._parameters)
+    twin._modules = {name: module and _twin_of(module) for name, module in layer._modules.items()}
+    return twin
+
+
+def _fitting(
+    tensor: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    *,
+    own: bool = False,
+) -> tuple[Tensor, str | None]:
+    """The tensor as the module takes it, and what is wrong with it. own: in memory of its own, a kernel channels-last;
+    else the very tensor where it is of the type and on the device asked for.
+    """
+    problem = _misfit(tensor, expected)
+    if problem is not None:
+        return tensor, problem
+    floating = tensor.is_floating_point()
+    order = torch.channels_last if own and tensor.ndim == 4 else torch.contiguous_format
+    cast = tensor.to(device, dtype if floating else None, copy=own, memory_format=order)
+    cast = cast.contiguous(memory_format=order)
+    if floating and not finite(cast):
+        problem = _not_numbers(tensor, cast)
+    return cast, problem
+
+
+def _refuse(problems: list[str], where: str) -> None:
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise CheckpointError(f"{where}: {'; '.join(problems[:SHOWN])}{more}")
-    module.load_state_dict(ready, assign=True)
+
+
+def _require_all(module: nn.Module, where: str) -> None:
     empty = [name for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
     if empty:
         raise ValueError(
             f"{where}: {', '.join(empty[:SHOWN])} stand in no file; make them outside the meta device"
         )
-    return report
 
 
 def finite(tensor: Tensor) -> bool:

@@ -135,6 +135,16 @@ class Weights(Mapping[str, Tensor]):
         return tuple(file.path for file in self._files)
 
     @property
+    def identity(self) -> tuple[tuple[str, int, int, int], ...]:
+        """What tells the files from others and from themselves after a change: place, inode, size, time of change."""
+        return tuple(file.identity for file in self._files)
+
+    @property
+    def window(self) -> int:
+        """Bytes of the largest window: what reading tensors one by one keeps in memory."""
+        return max((file.window for file in self._files), default=0)
+
+    @property
     def metadata(self) -> dict[str, str]:
         """What the writer noted; of shards, all of it, where the first one's word stands."""
         return {key: text for file in reversed(self._files) for key, text in file.header.metadata.items()}
@@ -173,10 +183,17 @@ class _File:
         except BaseException:
             self._stream.close()
             raise
+        status = os.fstat(self._stream.fileno())
+        self.identity = (str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns)
         self._finalizer = weakref.finalize(self, self._stream.close)
         self._starts = _window_starts(self.header, max(WINDOW, self.header.size // WINDOWS_PER_FILE))
         self._windows: dict[int, weakref.ref[mmap.mmap]] = {}
         self._latest: mmap.mmap | None = None  # runs of small tensors share a window; it is kept for the next
+
+    @property
+    def window(self) -> int:
+        stops = [*self._starts[1:], self.header.size]
+        return max((stop - start for start, stop in zip(self._starts, stops, strict=True)), default=0)
 
     def tensor(self, name: str) -> Tensor:
         entry = self.header.tensors[name]

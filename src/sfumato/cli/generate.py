@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sfumato.cli import options, parse, show
+from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def generate(
     prediction: options.Prediction = None,
     variant: options.Variant = None,
     device: options.Device = None,
+    plan: options.Plan = False,
+    memory: options.Memory = None,
+    offload: options.Offload = None,
     preview: options.Preview = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -130,6 +134,7 @@ def generate(
     if model is None:
         # a stranger's picture may name any file or place; only a name that we know is followed
         model = said.model if said is not None and said.model in MODELS else DEFAULT_MODEL
+    limit = None if memory is None else parse.size_in_bytes("memory", memory)
     loaded = load(
         model,
         device=device,
@@ -141,7 +146,12 @@ def generate(
         embeddings=embeddings,
         parts=parts or None,
         refiner=second,
+        offload="auto",
     )
+    loaded, found = planned(loaded, request, offload, limit, told=plan)
+    if plan:
+        show_plan(found, request, as_json)
+        return
     if said is not None:
         _note_differences(like, said, loaded)
     with show.progress() as bar:
@@ -159,6 +169,7 @@ def generate(
                 "seeds": request.seeds(),
                 "seconds": round(seconds, 3),
                 "recipe": result.recipe,
+                **({} if found is None else {"memory": {"planned": found.peak, "peak": peak(loaded.device)}}),
             }
         )
     else:

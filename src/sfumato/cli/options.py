@@ -270,6 +270,31 @@ Variant = Annotated[
     Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a folder's files, such as fp16."),
 ]
 Device = Annotated[str | None, Option(metavar="NAME", help="cpu or cuda; the faster one by default.")]
+Plan = Annotated[
+    bool,
+    Option(
+        "--plan",
+        rich_help_panel=WEIGHTS,
+        help="Say what memory the drawing would need, and draw nothing.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    Option(
+        metavar="SIZE",
+        rich_help_panel=WEIGHTS,
+        help="Memory that drawing may take, such as 6GB; what the machine has free by default.",
+    ),
+]
+Offload = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+        help="What stays in memory: none (all networks do), model (the one at work), sequential (of the U-Net one "
+        "layer, read at each step). The first that fits by default. Pictures are the same.",
+    ),
+]
 Preview = Annotated[
     bool,
     Option("--preview", help="Show the picture forming; beside the output if this is no terminal."),

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DRAWN = DTYPES | {"int8": "int8"}  # what a network can be drawn with
+UNITS = {
+    "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30,
+    "k": 2**10, "m": 2**20, "g": 2**30,
+}  # fmt: skip
+_BYTES = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmg]?i?b|[kmg])", re.IGNORECASE)
 _WHOLE = re.compile(r"[+-]?[0-9]{1,40}")
 _SIZE = re.compile(r"([0-9]{1,9})(?:[xX×]([0-9]{1,9}))?")
 
@@ -43,6 +48,14 @@ def size(text: str, name: str = "size") -> tuple[int, int]:
         raise InputError(f"{name} must be like 128 or 128x96, not {_quoted(text)}", argument=name)
     width = int(match[1])
     return width, int(match[2] or width)
+
+
+def size_in_bytes(name: str, text: str) -> int:
+    """`6GB`, `6.5 GiB`, `800M` to bytes; a single letter is a power of 1024, as in other tools."""
+    match = _BYTES.fullmatch(text.strip())
+    if not match or match[2].lower() not in UNITS:
+        raise InputError(f"{name} must be like 6GB or 800MiB, not {_quoted(text)}", argument=name)
+    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
 def sides(name: str, text: str) -> tuple[int, int, int, int]:

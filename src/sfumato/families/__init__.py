@@ -78,9 +78,11 @@ def open_model(
     """The system of a packaged model, a model folder, a checkpoint (a file, a diffusers folder) or a Hub id.
 
     dtype: of a checkpoint's weights. options: of `open_system` of the checkpoints' module; None in them is nothing
-    asked. `InputError` when options are given for a model of our own, which has nothing to choose.
+    asked, and the offload "auto" reads nothing of a checkpoint before it is needed. `InputError` when options are given
+    for a model of our own, which has nothing to choose.
     """
     asked = {name: value for name, value in (options or {}).items() if value is not None}
+    lazy = asked.get("offload") == "auto" and asked.pop("offload") == "auto"
     path = PACKAGED.get(str(model), Path(model))
     if not path.exists():
         from sfumato.checkpoint.hub import fetch, is_hub_id
@@ -90,6 +92,7 @@ def open_model(
     if path.is_file() or (
         path.is_dir() and any((path / n).is_file() for n in ("model_index.json", "config.json"))
     ):
+        asked |= {"offload": "model"} if lazy else {}
         return importlib.import_module(CHECKPOINTS).open_system(path, device, dtype, **asked)
     family = family_of(path)
     if asked:

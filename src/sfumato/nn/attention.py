@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
 SCORES = 2**20  # scores held at a time by `_blocked`: 2 MiB of bfloat16, about what a core's cache keeps
 REACH = 60.0  # nats that a row's largest score may lie below the shift: exp(−REACH − HEADROOM) is still 3e-30
@@ -22,6 +23,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     mask or gradients goes block by block, and other short sequences take two plain products, which cost N·M scores of
     memory. Long ones with a mask or gradients, and every other device and precision, keep the fused kernel.
     """
+    if has_torch_function((q, k, v)):  # a mode that counts operations sees this one whole
+        return handle_torch_function(attention, (q, k, v), q, k, v, mask)
     if mask is None and products_are_fast(q) and not _needs_gradient(q, k, v):
         return _blocked(q, k, v)
     bias = None
@@ -29,12 +32,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)[
             :, None, None, :
         ]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= 512 * 512:
+    if _is_plain(q, k):
         scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias
         return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> int:
+    """Bytes that `attention` allocates at its worst moment without gradients, its result among them; not what a fused
+    kernel keeps for itself.
+    """
+    B, K, N, D = q.shape
+    M, result = k.shape[-2], q.numel() * q.element_size()
+    if mask is None and products_are_fast(q):
+        width = -(-D // 16) * 16
+        rows = max(1, min(N, SCORES // M))
+        keys, values = k.numel(), B * K * M * width * 2
+        widened = (
+            2 * keys if width > D else 0
+        )  # values as they are, until they stand beside the column of ones
+        blocks = 2 * (2 * rows * M) + rows * width * 2  # the next block of weights is made beside the last
+        return max(12 * keys, 6 * keys + values + max(widened, result + blocks))
+    if _is_plain(q, k):
+        return 10 * B * K * N * M + result  # scores; scores and their softmax in float32
+    return result
+
+
+def _is_plain(q: Tensor, k: Tensor) -> bool:
+    """Whether two plain products are the route for short sequences."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= 512 * 512
 
 
 def products_are_fast(x: Tensor) -> bool:

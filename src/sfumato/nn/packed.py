@@ -20,6 +20,7 @@ from sfumato.nn.unet import Upsample
 
 ROWS = 2048  # tokens, and
 CELLS = 32  # cells per side, for which oneDNN picks its tiles; any other number gives the same answers
+SLICE = 128  # output channels of a kernel that are worked on at a time
 
 
 def pack(network: nn.Module) -> int:
@@ -140,8 +141,9 @@ class PackedUpsample(nn.Module):
         self.form = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, of the output, stride, dilation, groups
         weight = layer.conv.weight.detach()
         shape = [1, weight.shape[1], CELLS, CELLS]
-        folded = shared_kernel(weight).contiguous(memory_format=torch.channels_last)
-        self.tiles = torch.ops.mkldnn._reorder_convolution_transpose_weight(folded, *self.form, shape)
+        self.tiles = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            shared_kernel(weight), *self.form, shape
+        )
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         if tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):
@@ -153,11 +155,17 @@ class PackedUpsample(nn.Module):
 
 
 def shared_kernel(weight: Tensor) -> Tensor:
-    """(O, C, 3, 3) of a convolution → (C, O, 4, 4) of the transposed one that also doubles the sides.
+    """(O, C, 3, 3) of a convolution → (C, O, 4, 4) of the transposed one that also doubles the sides, channels last.
 
     Along each side (a, b, c) becomes (c, b + c, a + b, a): what neighbouring outputs take from one input cell.
     """
-    kernel = functional.pad(weight.float().flip(2, 3), (1, 1, 1, 1))
-    kernel = kernel[:, :, :-1] + kernel[:, :, 1:]
-    kernel = kernel[..., :-1] + kernel[..., 1:]
-    return kernel.transpose(0, 1).to(weight.dtype)
+    O, C = weight.shape[:2]
+    shared = weight.new_empty(C, O, 4, 4).contiguous(memory_format=torch.channels_last)
+    for o in range(
+        0, O, SLICE
+    ):  # in float32, which of a large layer would take hundreds of megabytes at once
+        kernel = functional.pad(weight[o : o + SLICE].float().flip(2, 3), (1, 1, 1, 1))
+        kernel = kernel[:, :, :-1] + kernel[:, :, 1:]
+        kernel = kernel[..., :-1] + kernel[..., 1:]
+        shared[:, o : o + SLICE] = kernel.transpose(0, 1)
+    return shared

@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import sys
 import time
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from sfumato.memory import LiveBytes, peak_resident
 from sfumato.receipts.flops import count_flops, module_size
 from sfumato.types import Request
 
@@ -82,7 +78,7 @@ def measure(model: Model, request: Request, repeats: int = 3) -> dict[str, Any]:
         "picture": count_flops(model.generate, request),
     }
     times = [_timed(model.generate, request, model.device) for _ in range(repeats)]
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         model.generate(request)
     return {
         "numbers": math.prod(shape),
@@ -113,45 +109,4 @@ def _peak_bytes(call: Callable[[Request], Any], request: Request, device: torch.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as control:
         control.write("5")  # Linux: start the high-water mark again
     call(request)
-    with contextlib.suppress(OSError), open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations inside it made and that still live; `peak` is the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, made=False)  # it was there before
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, made=True)
-        return out
-
-    def _see(self, tensor: Tensor, made: bool) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self.seen:
-            return
-        self.seen[storage] = True
-        if made:
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._gone, storage.nbytes())
-
-    def _gone(self, size: int) -> None:
-        self.live -= size
+    return peak_resident()

@@ -164,8 +164,10 @@ def load_encoder(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     name: str = "text encoder",
+    device: torch.device | None = None,
 ) -> ClipTextEncoder:
-    """An encoder with these weights, on their device, for inference. Nothing is initialised and nothing copied.
+    """An encoder with these weights, on `device` or on their own, for inference. Nothing is initialised, and nothing
+    copied that is as it should be. Tensors are asked for one by one, so a lazy mapping holds one at a time.
 
     Names may have `text_model.` (published files, transformers before 5.6) or not (`CLIPTextModel` saved since).
     dtype: of all weights; None takes that of the token embedding. `CheckpointError`, in which `name` stands for the
@@ -182,7 +184,8 @@ def load_encoder(
         key = key if key == PROJECTION or key.startswith(PREFIX) else PREFIX + key
         if key in given:
             raise CheckpointError(f"the {name} holds {key} twice, with and without {PREFIX}")
-        given[key] = tensor
+        given[key] = tensor.to(device, dtype)
+        del tensor  # before the next: a mapped one holds a window of its file
     with torch.device("meta"):
         encoder = ClipTextEncoder(config)
     expected = encoder.state_dict()

@@ -130,23 +130,37 @@ class TextStack:
             object.__setattr__(self, "tokenizers", tuple(bundled(reader.pad) for reader in self.plan.readers))
         if not len(self.plan.readers) == len(self.encoders) == len(self.tokenizers):
             raise InputError(f"{self.plan.title} has {len(self.plan.readers)} text encoders and tokenizers")
-        for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True):
-            if len(tokenizer) > encoder.config.vocabulary or tokenizer.eos != bundled().eos:
-                raise CheckpointError(
-                    f"the tokenizer has {len(tokenizer)} ids and its end mark {EOS} is {tokenizer.eos}; the encoder "
-                    f"reads {encoder.config.vocabulary} ids, and {bundled().eos} as the end"
-                )
         _ = self.fitted  # an inversion of another family is refused now, not at the first prompt
 
     @cached_property
     def fitted(self) -> tuple[tuple[Inversion, ...], ...]:
         """For each encoder, the inversions it reads."""
-        rows = [fit_inversion(self.plan, self.encoders, found) for found in self.inversions]
-        return tuple(zip(*rows, strict=True)) if rows else ((),) * len(self.encoders)
+        configs = [encoder.config for encoder in self.encoders]
+        return fit(self.plan, configs, self.tokenizers, self.inversions)
+
+
+def fit(
+    plan: TextPlan,
+    configs: Sequence[ClipConfig],
+    tokenizers: Sequence[ClipTokenizer],
+    inversions: Sequence[Mapping[str, Inversion]],
+) -> tuple[tuple[Inversion, ...], ...]:
+    """For each of a family's encoders, the inversions it reads.
+
+    `CheckpointError` for tokenizers and inversions that do not go with the encoders, which need not be there yet.
+    """
+    for config, tokenizer in zip(configs, tokenizers, strict=True):
+        if len(tokenizer) > config.vocabulary or tokenizer.eos != bundled().eos:
+            raise CheckpointError(
+                f"the tokenizer has {len(tokenizer)} ids and its end mark {EOS} is {tokenizer.eos}; the encoder "
+                f"reads {config.vocabulary} ids, and {bundled().eos} as the end"
+            )
+    rows = [fit_inversion(plan, configs, found) for found in inversions]
+    return tuple(zip(*rows, strict=True)) if rows else ((),) * len(configs)
 
 
 def fit_inversion(
-    plan: TextPlan, encoders: Sequence[ClipTextEncoder], found: Mapping[str, Inversion]
+    plan: TextPlan, configs: Sequence[ClipConfig], found: Mapping[str, Inversion]
 ) -> tuple[Inversion, ...]:
     """The file's vectors for each of the family's encoders. `CheckpointError` names the family they were made for."""
     name = next(iter(found.values())).name
@@ -155,7 +169,7 @@ def fit_inversion(
     if LABELS[1] in labels or LABELS[1] not in found:  # vectors for two encoders do not serve one of them
         unlabelled = found.get(UNLABELLED) if len(labels) == 1 else None
         chosen = [i for label in labels if (i := found.get(label, unlabelled))]
-    widths = [encoder.config.width for encoder in encoders]
+    widths = [config.width for config in configs]
     if [i.width for i in chosen] != widths:
         theirs = [f"{label or 'one encoder'} of width {i.width}" for label, i in found.items()]
         made_for = _made_for(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
+from sfumato.autoencoder.model import check_size
 from sfumato.autoencoder.preview import has_factors, preview
-from sfumato.checkpoint.fill import fill
+from sfumato.checkpoint.rules import View
 from sfumato.diffusion.guidance import ALWAYS
 from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
@@ -24,29 +24,33 @@ from sfumato.diffusion.schedules import NoiseLevels, beta_levels, beta_table, ze
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.sd.checkpoint import Checkpoint, completed, open_checkpoint
 from sfumato.families.sd.condition import (
-    Reader,
     TextFeatures,
     TextOptions,
     TextStack,
     encode_prompts,
+    fit,
     micro_numbers,
     plan_of,
     size_vector,
 )
-from sfumato.families.sd.folder import tokenizer_folder
+from sfumato.families.sd.networks import Networks, part_hash
+from sfumato.families.sd.openers import (
+    check_engine,
+    kept_dtype,
+    offloads,
+    openers,
+    require_offload,
+    tokenizer_of,
+)
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
+from sfumato.memory import Stage
 from sfumato.nn.embed import sinusoid
-from sfumato.nn.openvino import PRECISIONS, OpenVINOUNet, plugin
-from sfumato.nn.packed import pack
-from sfumato.nn.quantized import quantize, require_eight_bits
-from sfumato.nn.unet import UNet, UNetConfig
-from sfumato.runtime import fast_dtype
+from sfumato.nn.openvino import OpenVINOUNet
+from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
-from sfumato.storage import tensors_hash
-from sfumato.text.clip import load_encoder
-from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
-from sfumato.text.inversion import read_inversions
+from sfumato.text.clip_tokens import ClipTokenizer
+from sfumato.text.inversion import Inversion, read_inversions
 from sfumato.types import Conditioning, Micro, Request
 
 PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
@@ -82,28 +86,82 @@ class Config:
 
 @dataclass(frozen=True)
 class System:
-    """Networks of one checkpoint, ready to draw. sources: the files' tensors of `autoencoder` and `denoiser`, read when
-    asked for. dtype: in which the networks work; with int8 that is the U-Net's products alone. engine: what runs it.
+    """Networks of one checkpoint, ready to draw.
+
+    shapes: what the networks measure. networks: "text", "denoiser" and "autoencoder", opened when needed. dtype: in
+    which the networks work; with int8 that is the U-Net's products alone. parts: the files' tensors, read when asked
+    for: "vae", "unet", text encoders. sources: what a part is called in errors. tokenizers: one for each text encoder.
+    inversions: textual ones, as `text.inversion.read_inversion` gives them. engine: what runs the U-Net.
     """
 
     config: Config
-    autoencoder: AutoencoderKL
-    denoiser: UNet | OpenVINOUNet
-    text: TextStack
+    shapes: Kind
+    networks: Networks
     levels: NoiseLevels
-    sources: Mapping[str, Mapping[str, Tensor]]
     dtype: torch.dtype
+    device: torch.device
+    parts: Mapping[str, View]
+    sources: Mapping[str, str]
+    tokenizers: tuple[ClipTokenizer, ...] = ()
+    inversions: tuple[Mapping[str, Inversion], ...] = ()
     engine: str = "torch"
+
+    @property
+    def autoencoder(self) -> AutoencoderKL:
+        return self.networks["autoencoder"]
+
+    @property
+    def denoiser(self) -> UNet | OpenVINOUNet:
+        return self.networks["denoiser"]
+
+    @property
+    def text(self) -> TextStack:
+        return self.networks["text"]
+
+    @property
+    def kept(self) -> torch.dtype:
+        """In which all works that is not in eight bits."""
+        return kept_dtype(self.device, self.dtype)
+
+    @property
+    def offload(self) -> str:
+        return self.networks.offload
+
+    @property
+    def offloads(self) -> tuple[str, ...]:
+        """The ways to keep its networks, of `memory.OFFLOADS`."""
+        return offloads(self.engine, self.dtype)
+
+    def offloaded(self, offload: str) -> System:
+        """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
+        require_offload(offload, self.engine, self.dtype)
+        networks = Networks(openers(self, self.parts, stream=offload == "sequential"), offload)
+        networks.open_all()
+        return replace(self, networks=networks)
+
+    def trace(
+        self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+    ) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing takes; see `trace.trace`."""
+        from sfumato.families.sd.trace import trace  # which needs this module
+
+        return trace(self, request, size, batch, encodes=encodes, offload=offload)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
-        return {name: tensors_hash(tensors) for name, tensors in self.sources.items()}
+        return {"autoencoder": part_hash(self.parts["vae"]), "denoiser": part_hash(self.parts["unet"])}
 
     @property
     def embeddings(self) -> dict[str, str]:
         """Textual inversions by the names that call them, with the hashes of their files."""
-        found = [next(iter(inversions.values())) for inversions in self.text.inversions]
+        found = [next(iter(inversions.values())) for inversions in self.inversions]
         return {inversion.name: inversion.digest for inversion in found}
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """(C, T, H/f, W/f) of a picture in pixels."""
+        vae = self.shapes.vae
+        check_size(vae.factor, height, width)
+        return vae.channels, frames, height // vae.factor, width // vae.factor
 
     @property
     def parameterization(self) -> Parameterization:
@@ -113,44 +171,46 @@ class System:
     @property
     def clip_layers(self) -> int:
         """How deep from the end `clip_skip` may reach."""
-        return min(encoder.config.layers for encoder in self.text.encoders)
+        return min(part.config.layers for part in self.shapes.text)
 
     @property
     def reads(self) -> frozenset[str]:
         """What of a request `condition` reads that other systems may not: see `Model`."""
         told = {6: ("original", "crop", "target"), 5: ("original", "crop", "aesthetic")}
-        micro = told.get(self.text.plan.numbers, ())
+        micro = told.get(plan_of(self.config.kind).numbers, ())
         names = [f"micro.{prefix}{name}" for name in micro for prefix in ("", "negative_")]
         return frozenset(["prompt_rules", "weighting", *names])
 
     @property
     def latent_space(self) -> tuple[float, ...]:
         """What latents are of: models with equal ones can go on with each other's."""
-        config = self.autoencoder.config
-        return config.latent_channels, self.autoencoder.factor, config.scaling_factor
+        vae = self.shapes.vae
+        return vae.latent_channels, vae.factor, vae.scaling_factor
 
     @property
     def told_guidance(self) -> bool:
         """Whether the U-Net is told the guidance scale, so that nothing is left to guide."""
-        return self.denoiser.config.time_cond > 0
+        return self.shapes.unet.time_cond > 0
 
     @property
     def inpaint_channels(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """How to make what a U-Net of nine channels reads beside the noisy latent; None for the others."""
-        return self._inpaint_channels if self.denoiser.config.in_channels == 9 else None
+        return self._inpaint_channels if self.shapes.unet.in_channels == 9 else None
 
     @property
     def split(self) -> Split | None:
         """The U-Net in two parts; None where something else stands in its place."""
-        return self._split if isinstance(self.denoiser, UNet) else None
+        return self._split if self.engine == "torch" else None
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) → the normalised posterior mean (B, 4, T, H/8, W/8), in bounded memory."""
-        return self.autoencoder.normalize(encode_safe(self.autoencoder, pixels).mode())
+        autoencoder = self.autoencoder
+        return autoencoder.normalize(encode_safe(autoencoder, pixels).mode())
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents → pixels, in bounded memory; in a wider type where the weights' own overflows."""
-        return decode_safe(self.autoencoder, self.autoencoder.denormalize(latent.float()))
+        autoencoder = self.autoencoder
+        return decode_safe(autoencoder, autoencoder.denormalize(latent.float()))
 
     def preview(self, latent: Tensor) -> Tensor:
         """(1, 4, T, H, W) → (1, 3, T, h, w): a look at a latent that is forming.
@@ -158,8 +218,8 @@ class System:
         One pixel for each cell where the colours of this autoencoder's latents are known; else the latent shrunk to
         16 cells and decoded, at the cost of a picture of 128².
         """
-        if has_factors(self.autoencoder.config):
-            return preview(self.autoencoder.config, latent)
+        if has_factors(self.shapes.vae):
+            return preview(self.shapes.vae, latent)
         height, width = latent.shape[-2:]
         shrink = max(height, width) / PREVIEW_CELLS
         if shrink > 1:
@@ -174,19 +234,20 @@ class System:
         """
         options = TextOptions(request.prompt_rules or "a1111", request.weighting, request.clip_skip)
         half = len(prompts) // 2
+        text = self.text
         wanted, unwanted = encode_prompts(
-            self.text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
+            text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
         )
         assert unwanted is not None and request.size is not None
         vector = None
-        if self.text.plan.numbers:
-            numbers, negative = micro_numbers(self.text.plan.numbers, request.size, request.micro or Micro())
+        if text.plan.numbers:
+            numbers, negative = micro_numbers(text.plan.numbers, request.size, request.micro or Micro())
             vector = torch.cat([_vector(wanted, numbers), _vector(unwanted, negative)])
         tokens = torch.cat([wanted.tokens, unwanted.tokens])
         told = None
         if self.told_guidance:
             assert request.guidance is not None
-            told = guidance_waves(request.guidance, self.denoiser.config.time_cond).expand(len(tokens), -1)
+            told = guidance_waves(request.guidance, self.shapes.unet.time_cond).expand(len(tokens), -1)
         return Conditioning(tokens, None, vector, told)
 
     def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
@@ -197,7 +258,9 @@ class System:
     def _split(
         self, x: Tensor, time: Tensor, cond: Conditioning, deep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, deep = self.denoiser.forward_with_deep(
+        unet = self.denoiser
+        assert isinstance(unet, UNet)  # others have no `split`
+        out, deep = unet.forward_with_deep(
             x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance, deep=deep
         )
         return out[:, :, None], deep
@@ -207,7 +270,7 @@ class System:
 
         A cell is painted when its first pixel is, as in diffusers, which takes nearest neighbours.
         """
-        side = self.autoencoder.factor
+        side = self.shapes.vae.factor
         cells = mask[..., ::side, ::side]
         return torch.cat([cells, self.encode(pixels)], dim=1)
 
@@ -238,6 +301,7 @@ def open_system(
     embeddings: Embeddings = (),
     parts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     engine: str = "torch",
+    offload: str = "none",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """The model at `path`, a single file or a diffusers folder, with weights in `dtype` on `device`.
@@ -246,7 +310,8 @@ def open_system(
     autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says. engine: "torch", or
     what `nn.openvino.plugin` takes. embeddings: files of textual inversions, called in prompts by their names or by
     those they are given here. parts: where to take what a U-Net alone lacks, whole checkpoints or single networks.
-    `InputError` where this machine cannot do it.
+    offload: see `Networks`; of any but "none" nothing but headers is read before it is needed, and not every one goes
+    with int8 or an engine. `InputError` where this machine cannot do it.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
     found = open_checkpoint(path, variant=variant, prediction=prediction, systems=systems)
@@ -255,7 +320,7 @@ def open_system(
         found = completed(found, str(path), others, systems)
     if found.system is None or "unet" not in found.parts:
         raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
-    return build(found, str(path), device, dtype, vae, embeddings, engine, systems)
+    return build(found, str(path), device, dtype, vae, embeddings, engine, offload, systems)
 
 
 def build(
@@ -266,11 +331,12 @@ def build(
     vae: str | os.PathLike[str] | None = None,
     embeddings: Embeddings = (),
     engine: str = "torch",
+    offload: str = "none",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """Networks of an opened checkpoint. `name` stands for it in errors."""
-    kept = fast_dtype(device) if dtype == torch.int8 else dtype  # of what is not in eight bits
-    check_engine(engine, device, dtype, kept)
+    check_engine(engine, device, dtype)
+    require_offload(offload, engine, dtype)
     kind = found.system
     assert kind is not None
     lacking = [part for part in ("vae", *(t.name for t in kind.text)) if part not in found.parts]
@@ -283,101 +349,27 @@ def build(
             + (", or one to take them from with --parts" if found.alone else "")
         )
     inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
-    unet = denoiser(kind.unet, found.parts["unet"], f"{name} (unet)", device, dtype, engine)
-    autoencoder, pixels = _autoencoder(found, kind, name, device, kept, vae, systems)
     plan = plan_of(found.kind)
-    tokenizers = tuple(_tokenizer(found.folder, reader) for reader in plan.readers)
-    encoders = tuple(
-        load_encoder(
-            part.config,
-            {key: found.parts[part.name][key].to(device) for key in found.parts[part.name]},
-            kept,
-            f"{name} ({part.name})",
-        )
-        for part in kind.text
-    )
-    betas = beta_table()
-    levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
-    config = Config(
-        found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor, consistent(found)
-    )
-    autoencoder.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    sources = {"autoencoder": pixels, "denoiser": found.parts["unet"]}
-    text = TextStack(plan, encoders, tokenizers, inversions)
-    return System(config, autoencoder, unet, text, levels, sources, dtype, engine)
-
-
-def _tokenizer(folder: Path | None, reader: Reader) -> ClipTokenizer:
-    """The folder's own for this text encoder, or else the bundled one."""
-    place = None if folder is None else folder / tokenizer_folder(reader.part)
-    if place is None or not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        return bundled(reader.pad)
-    return open_folder(place)
-
-
-def check_engine(engine: str, device: torch.device, dtype: torch.dtype, kept: torch.dtype) -> None:
-    """`InputError` if this machine cannot run a U-Net so, before anything is read. kept: of what is not in int8."""
-    if engine != "torch":
-        plugin(engine)
-        if dtype not in PRECISIONS:
-            raise InputError(
-                f"{engine} computes in fp32, bf16 or fp16; int8 is of the engine torch", argument="dtype"
-            )
-    elif dtype == torch.int8:
-        require_eight_bits(torch.empty(0, dtype=kept, device=device))
-
-
-def denoiser(
-    config: UNetConfig,
-    tensors: Mapping[str, Tensor],
-    where: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    engine: str = "torch",
-) -> UNet | OpenVINOUNet:
-    """The U-Net with these weights, laid out for what runs it. `where` stands for the weights in errors."""
-
-    def network(device: torch.device, dtype: torch.dtype) -> UNet:
-        with torch.device("meta"):
-            unet = UNet(config)
-        fill(unet, tensors, where, dtype, device)
-        return unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-
-    if engine != "torch":
-        exact = partial(network, torch.device("cpu"), torch.float32)
-        return OpenVINOUNet(config, exact, tensors_hash(tensors), dtype, plugin(engine))
-    unet = network(device, fast_dtype(device) if dtype == torch.int8 else dtype)
-    if dtype == torch.int8:
-        quantize(unet)
-    else:
-        pack(unet)  # on a CPU; elsewhere nothing
-    return unet
-
-
-def _autoencoder(
-    found: Checkpoint,
-    kind: Kind,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae: str | os.PathLike[str] | None,
-    systems: Mapping[str, Kind],
-) -> tuple[AutoencoderKL, Mapping[str, Tensor]]:
-    """The autoencoder, and the tensors it was filled with."""
-    config, tensors, where = kind.vae, found.parts.get("vae"), f"{name} (vae)"
+    tokenizers = tuple(tokenizer_of(found.folder, reader) for reader in plan.readers)
+    fit(plan, [part.config for part in kind.text], tokenizers, inversions)
+    parts = dict(found.parts)
     said: Mapping[str, Any] = found.configs.get("vae", {})
+    sources = {part: f"{name} ({part})" for part in parts}
     if vae is not None:
         other = open_checkpoint(vae, systems=systems)
         if "vae" not in other.parts:
             raise InputError(f"{vae} holds no autoencoder", argument="vae")
-        tensors, said, where = other.parts["vae"], other.configs.get("vae", {}), str(vae)
-    assert tensors is not None
+        parts["vae"], said, sources["vae"] = other.parts["vae"], other.configs.get("vae", {}), str(vae)
     if said:  # a folder's own numbers, with the preview that no file has
-        config = replace(KLConfig.from_diffusers(dict(said)), preview=config.preview)
-    with torch.device("meta"):
-        model = AutoencoderKL(config)
-    fill(model, tensors, where, dtype, device)
-    return model, tensors
+        kind = replace(kind, vae=replace(KLConfig.from_diffusers(dict(said)), preview=kind.vae.preview))
+    betas = beta_table()
+    levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
+    config = Config(
+        found.kind, preset_of(found), found.prediction, found.zero_snr, kind.vae.factor, consistent(found)
+    )
+    texts = tokenizers, inversions
+    unopened = System(config, kind, Networks({}), levels, dtype, device, parts, sources, *texts, engine)
+    return unopened.offloaded(offload)
 
 
 def consistent(found: Checkpoint) -> bool:

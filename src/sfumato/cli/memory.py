@@ -1,0 +1,73 @@
+"""The plan of memory on the command line: made before weights are read, shown or followed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sfumato.cli import show
+from sfumato.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sfumato.generate import Model
+    from sfumato.memory import MemoryPlan
+    from sfumato.types import Request
+
+
+def planned(
+    model: Model, request: Request, offload: str | None, limit: int | None, *, told: bool
+) -> tuple[Model, MemoryPlan | None]:
+    """The model as a plan that fits wants it, and the plan; None of a model that tells none.
+
+    told: only the plan is wanted, and the model stays as it is. `InputError` when nothing fits, with what would; and
+    when a plan or a limit is asked of a model that tells none, or a level of one that has none.
+    """
+    from sfumato import planning
+
+    if not planning.tells(model):
+        packaged = not hasattr(model.system, "trace")
+        why = f"{model.name!r} is small" if packaged else "what another engine takes is not known"
+        asked = {"plan": told, "memory": limit is not None, "offload": packaged and offload is not None}
+        for name in asked:
+            if asked[name]:
+                raise InputError(
+                    f"{name} is for checkpoints that PyTorch runs; {why} and tells no plan", argument=name
+                )
+        return (model if packaged else planning.offloaded(model, offload or "none")), None
+    found = planning.plan(model, request, offload, limit)
+    if not found.fits:
+        raise planning.refusal(model, request, found)
+    return (model if told else planning.follow(model, found)), found
+
+
+def show_plan(plan: MemoryPlan | None, request: Request, as_json: bool) -> None:
+    """Print it, as a table or as one JSON object."""
+    from sfumato.planning import shown
+
+    assert plan is not None
+    if as_json:
+        show.answer(plan.to_dict())
+        return
+    rows = [
+        [stage.name, shown(stage.weights), shown(stage.activations), shown(plan.base + stage.bytes)]
+        for stage in plan.stages
+    ]
+    whose = "of --memory" if plan.allowed == plan.limit else "free"
+    show.table(
+        f"{shown(plan.peak)} at most, of {shown(plan.allowed)} {whose}: it fits with --offload {plan.offload}, "
+        f"in {plan.dtype} on {plan.device}",
+        ["", "weights", "beside them", "in all"],
+        rows,
+    )
+    if plan.base:
+        show.line(f"{shown(plan.base)} of it is the program itself; pictures are decoded in bands of rows")
+
+
+def peak(device: torch.device) -> int:
+    """The most memory that was taken: of the GPU, or of the process."""
+    import torch
+
+    from sfumato.memory import peak_resident
+
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()

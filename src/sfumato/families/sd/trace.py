@@ -1,0 +1,111 @@
+"""What drawing with a checkpoint takes in memory, told from its headers: its code runs on tensors without numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sfumato.autoencoder.memory import peak_bytes
+from sfumato.autoencoder.model import PIXEL_CHANNELS
+from sfumato.checkpoint.rules import View, info
+from sfumato.diffusion.guidance import cfg_batched
+from sfumato.families.sd.networks import Networks
+from sfumato.families.sd.openers import openers, require_offload
+from sfumato.families.sd.system import System
+from sfumato.memory import LiveBytes, Stage, tracing
+from sfumato.nn.attention import attention, attention_bytes
+from sfumato.types import Conditioning, Request
+
+
+class Numberless(Mapping[str, Tensor]):
+    """The tensors of a part as the header tells them, made anew at each asking. Under `tracing` they hold nothing."""
+
+    def __init__(self, part: View):
+        self.forms = {name: info(part, name) for name in part}
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape = self.forms[name]
+        return torch.empty(shape, dtype=dtype, device="cpu")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+
+def trace(
+    system: System, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+) -> tuple[Stage, ...]:
+    """The stages of drawing `batch` pictures of a complete request, at `size`, its largest; `encodes`: from a picture.
+
+    The prompts are read and the U-Net is called as they are when drawing. The sampler's own latents are not counted.
+    """
+    require_offload(offload, system.engine, system.dtype)
+    parts = {name: Numberless(part) for name, part in system.parts.items()}
+    cpu, keeps = system.device.type == "cpu", offload == "none"
+    window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
+    with tracing({attention: attention_bytes}) as tracer:
+        networks, weights, loading = {}, {}, []
+        for name, opener in openers(system, parts, stream=offload == "sequential").items():
+            before = tracer.now
+            networks[name], most = tracer.worst(opener)
+            weights[name] = tracer.now - before
+            loading.append(Stage("load", before if keeps else 0, most + window))
+        ghost = replace(system, networks=Networks({name: lambda n=name: networks[n] for name in networks}))
+        cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
+        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch)
+    load = max(loading, key=lambda stage: stage.bytes)
+    resident = {name: sum(weights.values()) if keeps else own for name, own in weights.items()}
+    stages = [
+        Stage("load", resident[max(weights, key=weights.__getitem__)], 0),
+        Stage("text", resident["text"], text),
+        Stage("denoise", resident["denoiser"], denoise + (window if offload == "sequential" else 0)),
+        Stage("decode", resident["autoencoder"], _autoencoder_bytes(system, "decode", size, batch)),
+    ]
+    held = min(stages[0].weights, load.bytes)
+    stages[0] = Stage("load", held, load.bytes - held)
+    if encodes:
+        stages.insert(
+            2, Stage("encode", resident["autoencoder"], _autoencoder_bytes(system, "encode", size, batch))
+        )
+    return tuple(stages)
+
+
+def _autoencoder_bytes(
+    system: System, task: Literal["decode", "encode"], size: tuple[int, int], batch: int
+) -> int:
+    """Of a pass in bands, and its pixels once more: they are clamped, or moved."""
+    width, height = size
+    config = system.shapes.vae
+    wide = torch.float32 if system.kept == torch.float16 and config.force_upcast else system.kept
+    pixels = batch * PIXEL_CHANNELS * height * width * 4
+    return peak_bytes(config, task, height, width, wide, pictures=batch) + pixels
+
+
+def _denoise_bytes(
+    ghost: System, tracer: LiveBytes, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
+) -> int:
+    """Of one guided step on latents of that size."""
+    width, height = size
+    shape = ghost.latent_shape(1, height, width)
+    scale = 1.0 if ghost.told_guidance else request.guidance or 1.0
+    told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
+    wanted = told.change(lambda rows: rows[: len(rows) // 2])
+
+    def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
+        if ghost.inpaint_channels is not None:
+            x = torch.cat([x, x.new_empty(len(x), 5, *x.shape[2:])], 1)
+        return ghost.network(x, level, given).float()
+
+    kind = ghost.parameterization
+    preset = ghost.config.preset
+    denoise = cfg_batched(
+        kind.denoiser(network, told), kind.denoiser(network, wanted), scale, preset.interval, preset.rescale
+    )
+    x = torch.empty(batch, *shape, device=ghost.device)
+    return tracer.worst(lambda: denoise(x, 1.0))[1]

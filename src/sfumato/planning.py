@@ -1,0 +1,148 @@
+"""What a drawing will need in memory, before weights are read, and which way of keeping the networks fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sfumato.errors import InputError
+from sfumato.generate import BATCH, Model, enlarged_size
+from sfumato.memory import OFFLOADS, MemoryPlan, Stage, available, check_offload, resident
+from sfumato.tasks.canvas import by, nearest_size
+from sfumato.types import Request
+
+
+def plan(model: Model, request: Request, offload: str | None = None, limit: int | None = None) -> MemoryPlan:
+    """The plan of drawing a request: the first level of offload that fits, or the one named, whether it fits or not.
+
+    limit: bytes that the user allows; the machine's memory limits in any case. The model must be one that `tells`.
+    If it was opened with an offload, nothing is read but headers. A refiner counts, with the networks of its own.
+    """
+    plans = (one(model, request, level, limit) for level in ([offload] if offload else levels(model)))
+    return first_fitting(plans)
+
+
+def tells(model: Model) -> bool:
+    """Whether what drawing takes can be told before it is done: of a checkpoint that PyTorch runs."""
+    return all(
+        hasattr(each.system, "trace") and getattr(each.system, "engine", "torch") == "torch"
+        for each in models(model)
+    )
+
+
+def models(model: Model) -> list[Model]:
+    """The model and its refiner, if it has one."""
+    return [model] if model.refiner is None else [model, model.refiner]
+
+
+def levels(model: Model) -> tuple[str, ...]:
+    """The levels of offload that the model and its refiner can be kept in."""
+    return tuple(name for name in OFFLOADS if all(name in each.system.offloads for each in models(model)))
+
+
+def follow(model: Model, plan: MemoryPlan) -> Model:
+    """The model with its networks kept as the plan says; of "none" all of them are opened now."""
+    return offloaded(model, plan.offload)
+
+
+def offloaded(model: Model, offload: str) -> Model:
+    """The model, and its refiner, with another way to keep their networks."""
+    return _changed(model, lambda system: system.offloaded(offload))
+
+
+def _changed(model: Model, change: Callable[[Any], Any]) -> Model:
+    """The model with its system changed, and that of its refiner."""
+    refiner = None if model.refiner is None else _changed(model.refiner, change)
+    return Model(change(model.system), model.device, model.name, refiner=refiner)
+
+
+def one(model: Model, request: Request, offload: str, limit: int | None) -> MemoryPlan:
+    """The plan of one level of offload."""
+    check_offload(offload)
+    request = model.complete(request)
+    assert request.size is not None
+    size = request.size
+    if request.hires is not None:
+        size = enlarged_size(size, request.hires.scale, model.system.config.multiple)
+    encodes = request.image is not None or request.hires is not None
+    batch = min(request.count, BATCH)
+    stages = model.system.trace(request, size, batch, encodes=encodes, offload=offload)
+    if model.refiner is not None:
+        second = model.refiner.system.trace(request, size, batch, encodes=False, offload=offload)
+        stages = _together(stages, second)
+    place = model.device
+    return MemoryPlan(
+        device=place.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        offload=offload,
+        base=resident() if place.type == "cpu" else 0,
+        stages=stages,
+        available=available(place),
+        limit=limit,
+    )
+
+
+def _together(first: tuple[Stage, ...], second: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages of a model and of its refiner, which decodes nothing. While one works, the other keeps at most what
+    it keeps in its largest stage: all of its networks, or one.
+    """
+
+    def beside(stages: tuple[Stage, ...], others: tuple[Stage, ...]) -> list[Stage]:
+        most = max(stage.weights for stage in others)
+        return [replace(stage, weights=stage.weights + most) for stage in stages]
+
+    refiner = [replace(s, name=f"refiner {s.name}") for s in beside(second, first) if s.name != "decode"]
+    *before, decode = beside(first, second)
+    return (*before, *refiner, decode)
+
+
+def first_fitting(plans: Iterator[MemoryPlan]) -> MemoryPlan:
+    """The first of the plans that fits, or else the one that needs least."""
+    seen = []
+    for found in plans:
+        if found.fits:
+            return found
+        seen.append(found)
+    return min(seen, key=lambda found: found.peak)
+
+
+def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
+    """What to say of a plan that does not fit, with what would: a narrower type, or a smaller size."""
+    request = model.complete(request)
+    assert request.size is not None
+    ways = []
+    possible = levels(model)
+    for level in possible[possible.index(found.offload) + 1 :]:
+        if (less := plan(model, request, level, found.limit)).fits:
+            ways.append(f"--offload {level} ({shown(less.peak)})")
+            break
+    if model.dtype == torch.float32:
+        narrow = _changed(model, lambda system: replace(system, dtype=torch.bfloat16))
+        if (least := plan(narrow, request, found.offload, found.limit)).fits:
+            ways.append(f"--dtype bf16 ({shown(least.peak)})")
+    if request.image is None and request.hires is None:
+        for share in (0.75, 0.5, 0.25):
+            size = nearest_size(
+                (int(request.size[0] * share), int(request.size[1] * share)), model.system.config.multiple
+            )
+            smaller = plan(model, replace(request, size=size, count=1), found.offload, found.limit)
+            if smaller.fits:
+                ways.append(f"--size {by(size)} ({shown(smaller.peak)})")
+                break
+    whose = "--memory allows" if found.allowed == found.limit else "are there"
+    return InputError(
+        f"drawing {request.count} of {by(request.size)} needs {shown(found.peak)} of memory with --offload "
+        f"{found.offload}, and {shown(found.allowed)} {whose}; "
+        + (
+            f"what fits: {' or '.join(ways)}" if ways else "no smaller size or type fits: a smaller model may"
+        ),
+        argument="memory",
+    )
+
+
+def shown(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
