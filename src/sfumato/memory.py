@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 from sfumato.errors import InputError
 
 OFFLOADS = ("none", "model", "sequential")  # diffusers' words, from the most memory to the least
+BLOCK = 4 << 20  # bytes; smaller blocks are many, and leave small holes
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -237,10 +239,25 @@ def peak_resident() -> int:
 
 
 def give_back() -> None:
-    """Return what the C library keeps of freed memory to the system; where it cannot be asked, nothing happens."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    """Return to the system what the C library, and PyTorch of a GPU, keep of freed memory, where they can be asked."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if (trim := _of_libc("malloc_trim")) is not None:
         trim(0)
+
+
+def leave_no_holes() -> None:
+    """From now on have the C library take every block of `BLOCK` bytes or more from the system, and return it when it is
+    freed, instead of keeping it for blocks that may not fit. It costs page faults, some percent of the time.
+
+    This is for the whole process, so it is for a program to ask and not for a library; glibc alone can.
+    """
+    if (mallopt := _of_libc("mallopt")) is not None:
+        mallopt(M_MMAP_THRESHOLD, BLOCK)
+
+
+def _of_libc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _field(file: str, name: str) -> int | None:
