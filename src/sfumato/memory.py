@@ -247,8 +247,8 @@ def give_back() -> None:
 
 
 def leave_no_holes() -> None:
-    """From now on have the C library take every block of `BLOCK` bytes or more from the system, and return it when it is
-    freed, instead of keeping it for blocks that may not fit. It costs page faults, some percent of the time.
+    """From now on have the C library take every block of `BLOCK` bytes or more from the system, and return it when it
+    is freed, instead of keeping it for blocks that may not fit. It costs page faults, some percent of the time.
 
     This is for the whole process, so it is for a program to ask and not for a library; glibc alone can.
     """
