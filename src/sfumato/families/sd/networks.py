@@ -11,7 +11,6 @@ from sfumato.memory import check_offload, give_back
 from sfumato.storage import tensors_hash
 
 _HASHES: dict[tuple[Any, ...], str] = {}  # of parts that this process has read
-_HASHING = threading.Lock()
 
 
 class Networks:
@@ -53,8 +52,9 @@ class Networks:
 def part_hash(part: View) -> str:
     """SHA-256 of a part's tensors, read once in a process for each state of its files."""
     identity = getattr(part.weights, "identity", None)
+    if identity is None:  # not of files
+        return tensors_hash(part)
     key = (identity, *part)
-    with _HASHING:
-        if identity is None or key not in _HASHES:
-            _HASHES[key] = tensors_hash(part)
-        return _HASHES[key]
+    if key not in _HASHES:
+        _HASHES[key] = tensors_hash(part)
+    return _HASHES[key]
