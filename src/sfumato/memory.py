@@ -7,6 +7,7 @@ run. What a library takes inside one operation, and what the C allocator keeps i
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 from sfumato.errors import InputError
 
 OFFLOADS = ("none", "model", "sequential")  # diffusers' words, from the most memory to the least
+BLOCK = 4 << 20  # bytes; smaller blocks are many, and leave small holes
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -235,6 +238,17 @@ def peak_resident() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def leave_no_holes() -> None:
+    """From now on have the C library take every block of `BLOCK` bytes or more from the system, and return it when it
+    is freed, instead of keeping it for blocks that may not fit. It costs page faults, some percent of the time.
+
+    This is for the whole process, so it is for a program to ask and not for a library; glibc alone can.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, BLOCK)
 
 
 def _field(file: str, name: str) -> int | None:

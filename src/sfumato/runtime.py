@@ -49,7 +49,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def give_back() -> None:
-    """Return what the C library keeps of freed memory to the system; where it cannot be asked, nothing happens."""
+    """Return to the system what the C library, and PyTorch of a GPU, keep of freed memory, where they can be asked."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

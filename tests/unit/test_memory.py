@@ -131,7 +131,7 @@ def test_the_trace_of_a_small_system_is_what_it_allocates(file, dtype, size):
     """The U-Net in a guided step, with real numbers and without."""
     model = opened(file, dtype)
     request = model.complete(replace(REQUEST, size=size))
-    stages = {s.name: s for s in model.system.trace(request, size, 1, encodes=False, offload="none")}
+    stages = {s.name: s for s in model.system.trace(request, size, 1, encodes=False, offload="model")}
     cond = model.condition(request)
     denoise = model.denoiser(cond, request)
     x = torch.randn(1, *model.system.latent_shape(1, size[1], size[0]))

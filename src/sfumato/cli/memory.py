@@ -24,6 +24,7 @@ def planned(
     when a plan or a limit is asked of a model that tells none, or a level of one that has none.
     """
     from sfumato import planning
+    from sfumato.memory import leave_no_holes
 
     if not planning.tells(model):
         packaged = not hasattr(model.system, "trace")
@@ -38,7 +39,11 @@ def planned(
     found = planning.plan(model, request, offload, limit)
     if not found.fits:
         raise planning.refusal(model, request, found)
-    return (model if told else planning.follow(model, found)), found
+    if told:
+        return model, found
+    if found.offload != "none":  # memory is short
+        leave_no_holes()
+    return planning.follow(model, found), found
 
 
 def show_plan(plan: MemoryPlan | None, request: Request, as_json: bool) -> None:

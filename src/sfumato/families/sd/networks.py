@@ -55,11 +55,9 @@ class Networks:
 def part_hash(part: Mapping[str, Tensor]) -> str:
     """SHA-256 of a part's tensors, read once in a process for each state of its files."""
     identity = getattr(part.weights, "identity", None) if isinstance(part, View) else None
-    key = (identity, *part)
-    if identity is None:
+    if identity is None:  # not of files
         return tensors_hash(part)
-    if key not in _HASHES:
-        _HASHES[key] = tensors_hash(
-            part
-        )  # threads that come at once do the same work, and all get its answer
+    key = (identity, *part)
+    if key not in _HASHES:  # threads that come at once do the same work, and all get its answer
+        _HASHES[key] = tensors_hash(part)
     return _HASHES[key]

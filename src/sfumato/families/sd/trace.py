@@ -20,6 +20,10 @@ from sfumato.memory import LiveBytes, Stage, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
 
+# Holes that freed blocks leave in the C library's memory, as a share of what a pass holds. Not traced but measured, 0.5
+# to 2 (benchmarks/memory.py); who offloads leaves none (`memory.leave_no_holes`).
+HOLES = 1
+
 
 class Numberless(Mapping[str, Tensor]):
     """The tensors of a part as the header tells them, made anew at each asking. Under `tracing` they hold nothing."""
@@ -59,6 +63,8 @@ def trace(
         ghost = replace(system, networks=Networks({name: lambda n=name: networks[n] for name in networks}))
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
         denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch)
+    if cpu and keeps:
+        denoise += HOLES * denoise
     load = max(loading, key=lambda stage: stage.bytes)
     resident = {name: sum(weights.values()) if keeps else own for name, own in weights.items()}
     stages = [
