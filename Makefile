@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-full check format bench clean
+.PHONY: help demo test test-full parity check format bench clean
 
 help:
 	@echo "make demo       draw a sheet of pictures from prompts (pocket-sheet.png)"
 	@echo "make test       the tests, without the long ones"
 	@echo "make test-full  all tests"
+	@echo "make parity     docs/parity.md from the parity tests, published sizes included (minutes, 12 GB)"
 	@echo "make check      lint, format and types"
 	@echo "make format     rewrite the code in the house format"
 	@echo "make bench      speed and memory on this machine"
@@ -33,6 +34,11 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+parity: $(VENV)/.dev
+	mkdir -p build && rm -f build/parity.jsonl
+	$(BIN)/python -m pytest tests/parity --parity build/parity.jsonl
+	$(BIN)/python tests/parity/report.py build/parity.jsonl docs/parity.md
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

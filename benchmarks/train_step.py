@@ -11,6 +11,7 @@ import argparse
 import math
 import statistics
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from sfumato.families.pocket import PocketConfig, build
 from sfumato.receipts.flops import module_size
 from sfumato.runtime import fast_dtype, pick_device
 from sfumato.train.denoiser import Examples, picture_flops
-from sfumato.train.loop import Clock, Feed, World, optimizer_step
+from sfumato.train.lanes import Feed, short_turns
+from sfumato.train.loop import Clock, World, open_lanes, optimizer_step
 from sfumato.train.optim import Average, make_optimizers
 from sfumato.train.recipe import Recipe, read_recipe
 from sfumato.train.stages import Run
@@ -147,16 +149,14 @@ def measure(made: Made, changes: dict[str, Any], steps: int) -> dict[str, Any]:
     player.module.to(device).train()
     player.optimizers = make_optimizers(player.module, player.recipe)
     average = Average(player.module, train.ema)
-    if train.compile:
-        torch.compiler.reset()
-        player.module.compile(dynamic=False)
-    player.net = player.module
+    torch.compiler.reset()
+    player.lanes = open_lanes(player, device, World())
     clock = Clock(train.batch, task.flops, 0.0)
-    feed = Feed(player.batch, range(parts), train.steps)
+    feed = Feed(player.batch, range(parts), train.steps, player.lanes.count)
     known: set[tuple[int, ...]] = set()
     counted: list[tuple[float, float, float, float]] = []
     step = 0
-    try:
+    with closing(player.lanes), closing(feed), short_turns():
         while len(counted) < steps and step < len(flops):
             step += 1
             clock.start()
@@ -170,8 +170,6 @@ def measure(made: Made, changes: dict[str, Any], steps: int) -> dict[str, Any]:
             if step > 2 and known.issuperset(lengths[step - 1]):
                 counted.append((now["step"], now["data"], now["optimizer"], flops[step - 1]))
             known.update(lengths[step - 1])
-    finally:
-        feed.close()
     whole, data, optimizer, work = (list(column) for column in zip(*counted, strict=True))
     return {
         "width": part.model.width,

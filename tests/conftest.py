@@ -1,4 +1,4 @@
-"""Shared by all tests: the one oracle that cannot be imported as it is packaged."""
+"""Shared by all tests: the one oracle that cannot be imported as it is packaged, and an option of the parity tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--parity", metavar="FILE", help="add what the parity tests measure to this file of JSON lines"
+    )
 
 
 def _open_k_diffusion() -> None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
 from sfumato.runtime import autocast, batch_invariant, fast_dtype, pick_device
 from sfumato.sampling import SAMPLERS, SeededNoise, Step, sampler_named
+from sfumato.sampling.reuse import Reuse
+from sfumato.sampling.step import continued
 from sfumato.sampling.variation import VariedNoise
 from sfumato.storage import tensors_hash
 from sfumato.tasks import canvas as tasks
@@ -35,11 +37,17 @@ from sfumato.tasks.latent import (
     enlarged,
     keeping,
     pixel_upscaler,
+    steps_before,
     steps_to_run,
 )
+from sfumato.text.syntax import rule_named
+from sfumato.text.weighting import weighting_named
 from sfumato.types import MAX_SIDE, Conditioning, HiRes, Request, Result
 
 MODELS = tuple(PACKAGED)
+REFINE_AT = (
+    0.8  # of the noise levels; SDXL's refiner was trained on the last fifth (Podell et al. 2023, sec. 2.5)
+)
 BATCH = 8  # pictures denoised together; with more, a CPU works outside its caches
 __all__ = ["BATCH", "DEFAULT_MODEL", "MODELS", "Model", "load"]
 
@@ -53,19 +61,29 @@ def load(
     vae: str | Path | None = None,
     prediction: str | None = None,
     variant: str | None = None,
+    embeddings: Sequence[str | Path] | Mapping[str, str | Path] = (),
+    parts: str | Path | Sequence[str | Path] | None = None,
+    refiner: str | Path | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
     A checkpoint is a .safetensors file or a diffusers folder, and the options are for it alone. dtype: of its weights,
     by default what pictures are drawn in on this device; int8 makes a U-Net's products in eight bits, on CPUs that can.
     engine: "openvino" or "openvino:GPU" has OpenVINO run the U-Net, where it is installed. vae: another autoencoder.
-    prediction: "epsilon" or "v", over what the checkpoint says. variant: of a folder's files, such as "fp16". Raises
-    `CheckpointError` that says what is wrong with it.
+    prediction: "epsilon" or "v", over what the checkpoint says. variant: of a folder's files, such as "fp16".
+    embeddings: files of textual inversions, called in prompts by the files' names or by those given here. parts:
+    checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
+    (`Request.refine_at`). Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
-    options = {"engine": engine, "vae": vae, "prediction": prediction, "variant": variant}
-    system = open_model(model, place, dtype or drawing_dtype(place), options)
-    return Model(system, place, name=str(model))
+    dtype = dtype or drawing_dtype(place)
+    both = {"engine": engine, "embeddings": embeddings or None}
+    options = {"vae": vae, "prediction": prediction, "variant": variant, "parts": parts, **both}
+    system = open_model(model, place, dtype, options)
+    second = None
+    if refiner is not None:
+        second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
+    return Model(system, place, name=str(model), dtype=dtype, refiner=second)
 
 
 class Model:
@@ -77,16 +95,41 @@ class Model:
             channels after those of the sample, at every call. pixels: (1, 3, 1, H, W) in [-1, 1], 0 where to paint;
             mask: (1, 1, 1, H, W), 1 where to paint. A request without a mask paints everywhere.
         preview(latent) -> pixels (1, 3, 1, h, w) in about [-1, 1]: a quick look, cheaper than decoding.
+        split(x, time, cond, deep) -> (answer, deep): the network in two parts, the deep one taken from `deep` if it is
+            not None. `reuse_order`: of the forecast that suits it, 0 unless said (`sampling.reuse.Reuse`).
         clip_layers: up to which layer from the end `condition` can read a text encoder (`Request.clip_skip`).
         told_guidance: the network is told the scale of guidance, by `condition`, and nothing is left to guide.
         dtype: what its weights are in and its networks work in. One without it works under autocast.
         engine: what runs its denoiser, if it is not PyTorch.
         hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
+        embeddings: textual inversions by name, with the hashes of their files.
+        reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting" and the
+            fields of `micro` as "micro.crop".
+        latent_space: two models with equal ones can draw on each other's latents.
+
+    refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
     """
 
-    def __init__(self, system: Any, device: torch.device, name: str = "", dtype: torch.dtype | None = None):
-        self.system, self.device, self.name = system, device, name
+    def __init__(
+        self,
+        system: Any,
+        device: torch.device,
+        name: str = "",
+        dtype: torch.dtype | None = None,
+        refiner: Model | None = None,
+    ):
+        self.system, self.device, self.name, self.refiner = system, device, name, refiner
+        if refiner is not None:
+            ours, theirs = (getattr(model.system, "latent_space", None) for model in (self, refiner))
+            if ours is None or ours != theirs:
+                raise InputError(
+                    f"the refiner {refiner.name!r} does not draw in the latents of {name!r}; give one of the same "
+                    "family, such as SDXL's for SDXL",
+                    argument="refiner",
+                )
         self.dtype = getattr(system, "dtype", None) or dtype or drawing_dtype(device)
+        if self.dtype == torch.int8 and not hasattr(system, "dtype"):
+            raise InputError(f"int8 is for checkpoints; draw with {name!r} in fp32 or bf16", argument="dtype")
 
     @property
     def preset(self) -> dict[str, Any]:
@@ -103,6 +146,11 @@ class Model:
             name: tensors_hash(getattr(self.system, name).state_dict())
             for name in ("autoencoder", "denoiser")
         }
+
+    @property
+    def embeddings(self) -> dict[str, str]:
+        """The textual inversions that prompts may call, by name, with the hashes of their files."""
+        return getattr(self.system, "embeddings", {})
 
     def _precision(self) -> AbstractContextManager[None]:
         return nullcontext() if hasattr(self.system, "dtype") else autocast(self.device, self.dtype)
@@ -141,7 +189,9 @@ class Model:
         if isinstance(prompts, Request):
             request = prompts
             prompts = [request.prompt, request.negative]
-        request = self.complete(Request() if request is None else request)
+        return self._condition(prompts, self.complete(Request() if request is None else request))
+
+    def _condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         with self._precision():
             cond = self.system.condition(prompts, request)
         return cond.change(lambda tensor: tensor if tensor.dtype == torch.bool else tensor.float())
@@ -152,14 +202,21 @@ class Model:
         """denoise(x, sigma) → x0_hat for (B, C, T, H, W).
 
         cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B.
+        guidance: its scale, or a request, whose `guidance_interval` and `reuse` count too. With `reuse` the answer
+        depends on the calls before: take a new denoiser for each run of a sampler.
         channels: (1, E, T, H, W), more input for the network beside each sample.
         """
-        scale = self.complete(guidance).guidance if isinstance(guidance, Request) else guidance
+        request = self.complete(guidance) if isinstance(guidance, Request) else Request(guidance=guidance)
+        scale = request.guidance
         assert scale is not None
         if getattr(self.system, "told_guidance", False):
             scale = 1.0
         wanted = cond.change(lambda rows: rows[: len(rows) // 2])
         parameterization = self.system.parameterization
+
+        answer = self.system.network
+        if request.reuse is not None and request.reuse > 1:
+            answer = Reuse(self.system.split, request.reuse, getattr(self.system, "reuse_order", 0))
 
         def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
             if (each := len(x) // len(given)) > 1:
@@ -167,13 +224,13 @@ class Model:
             if channels is not None:
                 x = torch.cat([x, channels.expand(len(x), *channels.shape[1:])], 1)  # (B, C + E, T, H, W)
             with self._precision():
-                return self.system.network(x, level, given).float()
+                return answer(x, level, given).float()
 
         return cfg_batched(
             parameterization.denoiser(network, cond),
             parameterization.denoiser(network, wanted),
             scale,
-            self.system.config.preset.interval,
+            request.guidance_interval or self.system.config.preset.interval,
             getattr(self.system.config.preset, "rescale", 0.0),
         )
 
@@ -195,12 +252,21 @@ class Model:
             steps_to_run(request.steps, request.strength)
         if request.hires is not None:
             self._check_hires(request, request.hires)
+        if (request.reuse or 1) > 1 and getattr(self.system, "split", None) is None:
+            raise InputError(
+                "this model's network keeps no deep features to reuse; leave out reuse", argument="reuse"
+            )
         layers = getattr(self.system, "clip_layers", 1)
         if request.clip_skip is not None and request.clip_skip > layers:
             raise InputError(
                 f"clip_skip {request.clip_skip} is more than this model's text encoder allows, {layers}",
                 argument="clip_skip",
             )
+        self._check_read(request)
+        if self.refiner is None and request.refine_at is not None:
+            raise InputError("refine_at needs a refiner; open the model with one", argument="refine_at")
+        if self.refiner is not None and request.refine_at is None:
+            request = replace(request, refine_at=REFINE_AT)
         return request
 
     def generate(self, request: Request, on_step: Callable[[Step], None] | None = None) -> Result:
@@ -227,9 +293,12 @@ class Model:
         drawing from noise alone.
         """
         request = self.complete(Request(**changes))
-        for name in ("image", "hires", "variation"):
+        for name in ("image", "hires", "variation", "refine_at"):
             if getattr(request, name) is not None:
-                raise InputError(f"generate_pixels draws from noise alone; leave out {name}", argument=name)
+                raise InputError(
+                    f"generate_pixels draws from noise alone and by one model; leave out {name}",
+                    argument=name,
+                )
         parts = []
         for start in range(0, len(prompts), BATCH):
             batch = list(prompts[start : start + BATCH])
@@ -250,7 +319,9 @@ class Model:
     ) -> Tensor:
         """Noise, or what `origin` begins with, → normalised latents (B, C, 1, H/f, W/f), picture k from seeds[k].
 
-        `request` must be complete, and hold these pictures alone if it asks for a variation.
+        `request` must be complete, and hold these pictures alone if it asks for a variation. A refiner that takes over
+        is told the request's prompts, and its sampler begins anew: one that remembers earlier answers of the network
+        has none, as in diffusers. Noise is drawn on as if there had been no change.
         """
         assert (
             request.size
@@ -271,17 +342,38 @@ class Model:
             sigmas, x = begin(sigmas, origin, initial, path)
         if len(sigmas) == 1:
             return x
-        channels = self._inpaint_channels(origin, height, width)
-        denoise = self.denoiser(cond, request.guidance, channels)
-        cells = None
-        if origin is not None and origin.mask is not None and channels is None:
-            cells = cells_to_paint(origin.mask, *shape[-2:])
-            denoise = keeping(denoise, origin.latent, cells, initial, path)
         sampler = sampler_named(request.sampler)
         if request.eta is not None:
             sampler = functools.partial(sampler, eta=request.eta)
-        x = sampler(denoise, x, sigmas, path=path, noise=noise, on_step=on_step)
+        cells = None
+        for model, told, first, last in self._legs(cond, request, sigmas):
+            channels = model._inpaint_channels(origin, height, width)
+            denoise = model.denoiser(told, replace(request, refine_at=None), channels)
+            cells = None
+            if origin is not None and origin.mask is not None and channels is None:
+                cells = cells_to_paint(origin.mask, *shape[-2:])
+                denoise = keeping(denoise, origin.latent, cells, initial, path)
+            more, hear = continued(noise, on_step, first, len(sigmas) - 1)
+            x = sampler(denoise, x, sigmas[first : last + 1], path=path, noise=more, on_step=hear)
         return x if origin is None or cells is None else torch.where(cells, x, origin.latent)
+
+    def _legs(
+        self, cond: Conditioning, request: Request, sigmas: Tensor
+    ) -> list[tuple[Model, Conditioning, int, int]]:
+        """Who draws which steps: the model, what it is told, its first step, and the step after its last.
+
+        A request with a second pass is refined in that pass alone, which draws over what the first had refined.
+        """
+        steps = len(sigmas) - 1
+        drawn_over = request.hires is not None and request.hires.strength > 0
+        if self.refiner is None or request.refine_at is None or drawn_over:
+            return [(self, cond, 0, steps)]
+        change = steps_before(sigmas, self.system.levels, request.refine_at)
+        legs = [(self, cond, 0, change)] if change else []
+        if change < steps:
+            told = self.refiner._condition([request.prompt, request.negative], request)
+            legs.append((self.refiner, told, change, steps))
+        return legs
 
     @torch.inference_mode()
     def preview(self, latent: Tensor) -> Image.Image:
@@ -354,6 +446,8 @@ class Model:
             "sfumato": sfumato.__version__,
             "model": self.name,
             "weights": self.hashes,
+            **({"embeddings": self.embeddings} if self.embeddings else {}),
+            **({"refiner": _named(self.refiner)} if self.refiner is not None else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "engine": getattr(self.system, "engine", "torch"),
@@ -362,6 +456,17 @@ class Model:
             "python": platform.python_version(),
             "seconds": round(seconds, 3),
         }
+
+    def _check_read(self, request: Request) -> None:
+        """`InputError` for what this model would not be told, and for rules of prompts that do not exist."""
+        models = [self] if self.refiner is None else [self, self.refiner]
+        for name in request.for_some():
+            if not any(name in getattr(model.system, "reads", ()) for model in models):
+                raise InputError(f"this model knows nothing of {name}; leave it out", argument=name)
+        if request.prompt_rules is not None:
+            rule_named(request.prompt_rules)
+        if request.weighting is not None:
+            weighting_named(request.weighting)
 
     def _check_size(self, size: tuple[int, int]) -> None:
         multiple = self.system.config.multiple
@@ -397,6 +502,10 @@ def enlarged_size(size: tuple[int, int], scale: float, multiple: int) -> tuple[i
             argument="hires.scale",
         )
     return nearest
+
+
+def _named(model: Model) -> dict[str, Any]:
+    return {"model": model.name, "weights": model.hashes}
 
 
 def eta_samplers() -> list[str]:

@@ -19,10 +19,12 @@ def pick_device(name: str | None = None) -> torch.device:
     """The named device, or CUDA if there is one, else the CPU. Raises `InputError` when the named one is absent."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is unknown; use cpu or cuda", argument="device")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"device {name!r} is unknown; use cpu or cuda", argument="device") from None
+        raise InputError(f"device {name!r} is unknown; use cpu, cuda or cuda:0", argument="device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "device cuda was asked for, but this PyTorch sees no GPU; use cpu", argument="device"
@@ -34,7 +36,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """Matrix products and convolutions in `dtype`, sums and norms in float32; for float32 it does nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    # its cache of casts belongs to all threads, and gains nothing where a call uses a weight once
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

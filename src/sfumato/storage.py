@@ -250,6 +250,17 @@ def file_hash(path: str | os.PathLike[str], told: Callable[[int], None] | None =
     return digest.hexdigest()
 
 
+def data_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a safetensors file's bytes after its header, as hex: what other programs know the small files beside a
+    checkpoint by, since notes in the header do not change it (sd-scripts, `addnet_hash_safetensors`; "AutoV3")."""
+    with open_safetensors(path) as stream:
+        stream.seek(header_length(stream, path), os.SEEK_CUR)
+        digest = hashlib.sha256()
+        while block := stream.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
 def check_hash(path: Path, wanted: str) -> None:
     """`CheckpointError` unless the file is there and has this SHA-256."""
     try:

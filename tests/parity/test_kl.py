@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers import relative_error
+
 diffusers = pytest.importorskip("diffusers")
 
 from sfumato.autoencoder.banded import decode_banded, encode_banded  # noqa: E402
@@ -31,6 +33,8 @@ CONFIGS = {
     "one level": {"block_out_channels": [32], "layers_per_block": 1, "norm_num_groups": 32},
 }
 FULL = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
+THEIRS = "diffusers AutoencoderKL"
+CLOSE = 1e-5
 SIZES = [(8, 8), (5, 9), (12, 1)]  # cells
 
 
@@ -59,10 +63,6 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def error(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float((x.double() - y.double()).norm() / y.double().norm())
-
-
 @pytest.mark.parametrize("values", CONFIGS.values(), ids=CONFIGS)
 def test_names_and_shapes_of_parameters_are_the_same(values):
     ours, theirs = pair(values)
@@ -86,22 +86,33 @@ def test_the_published_networks_have_their_size(values, count):
     assert shapes[0] == shapes[1]
 
 
+def compare(agrees, configuration, ours, theirs, pixels, latent, **options) -> None:
+    """Encoding and decoding, whole and in bands of rows."""
+    wanted = theirs.encode(pixels[:, :, 0]).latent_dist
+    for how, posterior in (
+        ("whole", ours.encode(pixels)),
+        ("bands", encode_banded(ours, pixels, **options)),
+    ):
+        for name in ("mean", "logvar"):
+            answer, expected = getattr(posterior, name)[:, :, 0], getattr(wanted, name)
+            agrees(f"VAE encode, {how}", configuration, answer, expected, CLOSE, THEIRS)
+    picture = theirs.decode(latent[:, :, 0]).sample
+    for how, result in (
+        ("whole", ours.decode(latent)),
+        ("bands", decode_banded(ours, latent, **options)),
+    ):
+        agrees(f"VAE decode, {how}", configuration, result[:, :, 0], picture, CLOSE, THEIRS)
+
+
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("cells", SIZES, ids=str)
-@pytest.mark.parametrize("values", CONFIGS.values(), ids=CONFIGS)
-def test_encode_and_decode(values, cells, order):
-    ours, theirs = pair(values)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encode_and_decode(agrees, name, cells, order):
+    ours, theirs = pair(CONFIGS[name])
     ours = ours.to(memory_format=order)
     f = ours.factor
     pixels = noise(2, 3, 1, cells[0] * f, cells[1] * f).clamp(-1, 1)
-    wanted = theirs.encode(pixels[:, :, 0]).latent_dist
-    for posterior in (ours.encode(pixels), encode_banded(ours, pixels, band=4000)):
-        assert error(posterior.mean[:, :, 0], wanted.mean) < 1e-5
-        assert error(posterior.logvar[:, :, 0], wanted.logvar) < 1e-5
-    latent = noise(2, ours.config.channels, 1, *cells)
-    picture = theirs.decode(latent[:, :, 0]).sample
-    for pixels in (ours.decode(latent), decode_banded(ours, latent, band=4000)):
-        assert error(pixels[:, :, 0], picture) < 1e-5
+    compare(agrees, name, ours, theirs, pixels, noise(2, ours.config.channels, 1, *cells), band=4000)
 
 
 def test_gradients():
@@ -112,29 +123,24 @@ def test_gradients():
     for decode in (ours.decode, lambda z: theirs.decode(z[:, :, 0]).sample[:, :, None]):
         z = latent.clone().requires_grad_()
         gradients.append(torch.autograd.grad(decode(z), z, pull)[0])
-    assert error(*gradients) < 1e-5
+    assert relative_error(*gradients) < CLOSE
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("channels", [4, 16])
-def test_the_published_networks_at_512(channels):
+def test_the_published_networks_at_512(agrees, channels):
     quant = channels == 4
     ours, theirs = pair(
         {**FULL, "latent_channels": channels, "use_quant_conv": quant, "use_post_quant_conv": quant}
     )
     pixels, latent = noise(1, 3, 1, 512, 512).clamp(-1, 1), noise(1, channels, 1, 64, 64)
-    wanted = theirs.encode(pixels[:, :, 0]).latent_dist
-    for posterior in (ours.encode(pixels), encode_banded(ours, pixels)):
-        assert error(posterior.mean[:, :, 0], wanted.mean) < 1e-5
-        assert error(posterior.logvar[:, :, 0], wanted.logvar) < 1e-5
-    picture = theirs.decode(latent[:, :, 0]).sample
-    for result in (ours.decode(latent), decode_banded(ours, latent)):
-        assert error(result[:, :, 0], picture) < 1e-5
+    compare(agrees, f"{channels} channels, 512×512", ours, theirs, pixels, latent)
 
 
 @pytest.mark.full
-def test_bands_of_the_published_network_at_1024():
+def test_bands_of_the_published_network_at_1024(agrees):
     ours, theirs = pair(FULL)
     latent = noise(1, 4, 1, 128, 128)
     result = decode_banded(ours, latent)
-    assert error(result[:, :, 0], theirs.decode(latent[:, :, 0]).sample) < 1e-5
+    expected = theirs.decode(latent[:, :, 0]).sample
+    agrees("VAE decode, bands", "4 channels, 1024×1024", result[:, :, 0], expected, CLOSE, THEIRS)

@@ -9,7 +9,8 @@ Known differences, none of which is a matter of rounding:
   rounded time steps; on flow grids UniPC starts at 1 − 1e-6. They work on VP, the others on VE.
 - FlowMatchEuler applies the shift to sigma_min too, so its grid ends at shift(shift(1/1000)), not at an even 1/N.
 - DDIM ends at alpha_bar_0 unless set_alpha_to_one. DDPM would draw noise of variance 1e-20 for a step to sigma 0.
-- LCM mixes x into x0_hat by its boundary condition; that belongs to the model, so here the denoiser does it.
+- LCM mixes x into x0_hat by its boundary condition; that belongs to the model, so here the denoiser does it
+  (`parameterization.consistency`).
 - UniPC with bh1 gives NaN on a step to sigma 0 (infinite h times 0); the step before is the last to compare.
 - FlowMatchLCM and EulerAncestral draw noise at the last step too, and multiply it by 0.
 """
@@ -23,9 +24,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import spelled
+
 diffusers = pytest.importorskip("diffusers")
 
 from sfumato.diffusion.exact import TwoPeaks  # noqa: E402
+from sfumato.diffusion.parameterization import Parameterization, consistency  # noqa: E402
 from sfumato.diffusion.path import FLOW, VE, VP  # noqa: E402
 from sfumato.diffusion.schedules import (  # noqa: E402
     AYS,
@@ -98,7 +102,20 @@ def our_steps(name, path, denoise, x, sigmas, noise, **options):
     return seen
 
 
-def assert_same(ours, theirs, broken_end=False):
+@pytest.fixture
+def assert_same(agrees):
+    """Equal step by step, and the last step noted down under the names of the test's sampler and scheduler."""
+
+    def check(ours, theirs, sampler, scheduler, told="as it stands", broken_end=False):
+        compare_steps(ours, theirs, broken_end)
+        last = -2 if broken_end else -1
+        name = f"diffusers {type(scheduler).__name__}"
+        agrees(f"sampler {sampler}, {STEPS} steps", told, ours[last], theirs[last], 1e-8, name)
+
+    return check
+
+
+def compare_steps(ours, theirs, broken_end=False):
     assert len(ours) == len(theirs)
     assert torch.isfinite(ours[-1]).all()
     if broken_end:
@@ -135,7 +152,7 @@ VE_ONE_CALL = [
 
 @pytest.mark.parametrize(("name", "theirs", "schedule", "config"), VE_ONE_CALL)
 @pytest.mark.filterwarnings("ignore:The `scale_model_input` function")
-def test_ve(scheduler, name, theirs, schedule, config):
+def test_ve(scheduler, assert_same, name, theirs, schedule, config):
     noise = fresh()
     made = scheduler(theirs, noise, **SD, **config)
     sigmas = SCHEDULES[schedule](STEPS, LEVELS)
@@ -143,7 +160,7 @@ def test_ve(scheduler, name, theirs, schedule, config):
     data = TwoPeaks(1.0, 0.3)
     x = noise.initial() * float(sigmas[0])
     seen = their_steps(made, VE, data.denoiser(VE), x, at_index)
-    assert_same(our_steps(name, VE, data.denoiser(VE), x, sigmas, noise), seen)
+    assert_same(our_steps(name, VE, data.denoiser(VE), x, sigmas, noise), seen, name, made, f"VE, {schedule}")
 
 
 def test_scale_of_the_first_noise(scheduler):
@@ -156,8 +173,18 @@ def test_scale_of_the_first_noise(scheduler):
     assert scheduler("DDIMScheduler", **SD).init_noise_sigma == VP.prior_scale(0.99767, 1.0)
 
 
+def test_time_steps_of_a_karras_grid_are_rounded_by_some(scheduler):
+    """The network is told a whole step by DPMSolverMultistep, and the level's own place by Euler and by us."""
+    rounded = scheduler("DPMSolverMultistepScheduler", **SD, use_karras_sigmas=True).timesteps
+    exact = scheduler("EulerDiscreteScheduler", **SD, use_karras_sigmas=True).timesteps
+    assert (rounded == rounded.round()).all() and (exact != exact.round()).any()
+    ours = LEVELS.time(SCHEDULES["karras"](STEPS, LEVELS)[:-1])
+    assert (ours != ours.round()).any()
+    torch.testing.assert_close(ours, rounded.double(), rtol=0, atol=1.0)
+
+
 @pytest.mark.parametrize("karras", [False, True])
-def test_ve_heun(scheduler, karras):
+def test_ve_heun(scheduler, assert_same, karras):
     made = scheduler("HeunDiscreteScheduler", **SD, use_karras_sigmas=karras)
     sigmas = SCHEDULES["karras" if karras else "normal"](STEPS, LEVELS)
     assert len(made.timesteps) == 2 * STEPS - 1
@@ -165,10 +192,16 @@ def test_ve_heun(scheduler, karras):
     data, noise = TwoPeaks(1.0, 0.3), fresh()
     x = noise.initial() * float(sigmas[0])
     theirs = their_steps(made, VE, data.denoiser(VE), x, at_index)
-    assert_same(our_steps("heun", VE, data.denoiser(VE), x, sigmas, noise), [*theirs[1::2], theirs[-1]])
+    assert_same(
+        our_steps("heun", VE, data.denoiser(VE), x, sigmas, noise),
+        [*theirs[1::2], theirs[-1]],
+        "heun",
+        made,
+        f"VE, {'karras' if karras else 'normal'}",
+    )
 
 
-def test_ve_dpm2(scheduler):
+def test_ve_dpm2(scheduler, assert_same):
     made = scheduler("KDPM2DiscreteScheduler", **SD)
     sigmas = SCHEDULES["normal"](STEPS, LEVELS)
     data, noise = TwoPeaks(1.0, 0.3), fresh()
@@ -179,10 +212,16 @@ def test_ve_dpm2(scheduler):
         return float(made.sigmas[i] if made.state_in_first_order else made.sigmas_interpol[i])
 
     theirs = their_steps(made, VE, data.denoiser(VE), x, level)
-    assert_same(our_steps("dpm2", VE, data.denoiser(VE), x, sigmas, noise), [*theirs[1::2], theirs[-1]])
+    assert_same(
+        our_steps("dpm2", VE, data.denoiser(VE), x, sigmas, noise),
+        [*theirs[1::2], theirs[-1]],
+        "dpm2",
+        made,
+        "VE, normal",
+    )
 
 
-def test_ve_dpmpp_sde(scheduler):
+def test_ve_dpmpp_sde(scheduler, assert_same):
     pytest.importorskip("torchsde")
     made = scheduler("DPMSolverSDEScheduler", **SD, use_karras_sigmas=True)
     sigmas = SCHEDULES["karras"](STEPS, LEVELS)
@@ -203,7 +242,13 @@ def test_ve_dpmpp_sde(scheduler):
         return at_index(made, None) if made.state_in_first_order else float(made.mid_point_sigma)
 
     theirs = their_steps(made, VE, data.denoiser(VE), x, level)
-    assert_same(our_steps("dpmpp_sde", VE, data.denoiser(VE), x, sigmas, noise), [*theirs[1::2], theirs[-1]])
+    assert_same(
+        our_steps("dpmpp_sde", VE, data.denoiser(VE), x, sigmas, noise),
+        [*theirs[1::2], theirs[-1]],
+        "dpmpp_sde",
+        made,
+        "VE, karras",
+    )
 
 
 MULTISTEP = [
@@ -231,7 +276,7 @@ MULTISTEP = [
 
 @pytest.mark.parametrize("grid", ["linspace", "trailing", "karras"])
 @pytest.mark.parametrize(("name", "theirs", "config", "options"), MULTISTEP)
-def test_vp_multistep(scheduler, name, theirs, config, options, grid):
+def test_vp_multistep(scheduler, assert_same, name, theirs, config, options, grid):
     noise = fresh()
     spacing = {"use_karras_sigmas": True} if grid == "karras" else {"timestep_spacing": grid}
     made = scheduler(theirs, noise, **SD, **config, **spacing)
@@ -245,11 +290,18 @@ def test_vp_multistep(scheduler, name, theirs, config, options, grid):
     data, x = TwoPeaks(1.0, 0.3), noise.initial()
     seen = their_steps(made, VP, data.denoiser(VP), x, at_index_vp)
     ours = our_steps(name, VP, data.denoiser(VP), x, sigmas, noise, **options)
-    assert_same(ours, seen, broken_end=options == {"variant": "bh1"})
+    assert_same(
+        ours,
+        seen,
+        name,
+        made,
+        f"VP, {spelled(options)}",
+        broken_end=options == {"variant": "bh1"},
+    )
 
 
 @pytest.mark.parametrize(("name", "theirs", "config", "options"), MULTISTEP)
-def test_flow_multistep(scheduler, name, theirs, config, options):
+def test_flow_multistep(scheduler, assert_same, name, theirs, config, options):
     """On flow levels, from sigma 1, where lambda is −inf (UniPC puts itself at 1 − 1e-6)."""
     noise = fresh()
     made = scheduler(theirs, noise, **FLOW_CONFIG, **config, flow_shift=3.0)
@@ -257,12 +309,19 @@ def test_flow_multistep(scheduler, name, theirs, config, options):
     data, x = TwoPeaks(1.0, 0.3), noise.initial()
     seen = their_steps(made, FLOW, data.denoiser(FLOW), x, at_index)
     ours = our_steps(name, FLOW, data.denoiser(FLOW), x, sigmas, noise, **options)
-    assert_same(ours, seen, broken_end=options == {"variant": "bh1"})
+    assert_same(
+        ours,
+        seen,
+        name,
+        made,
+        f"FLOW, {spelled(options)}",
+        broken_end=options == {"variant": "bh1"},
+    )
 
 
 @pytest.mark.parametrize("to_one", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_vp_ddim(scheduler, eta, to_one):
+def test_vp_ddim(scheduler, assert_same, eta, to_one):
     noise = fresh()
     made = scheduler("DDIMScheduler", noise, **SD, clip_sample=False, steps_offset=1, set_alpha_to_one=to_one)
     sigmas = VP.from_ratio(SCHEDULES["leading"](STEPS, LEVELS))
@@ -274,11 +333,17 @@ def test_vp_ddim(scheduler, eta, to_one):
 
     data, x = TwoPeaks(1.0, 0.3), noise.initial()
     seen = their_steps(made, VP, data.denoiser(VP), x, level, eta=eta)
-    assert_same(our_steps("ddim", VP, data.denoiser(VP), x, sigmas, noise, eta=eta), seen)
+    assert_same(
+        our_steps("ddim", VP, data.denoiser(VP), x, sigmas, noise, eta=eta),
+        seen,
+        "ddim",
+        made,
+        f"VP, eta {eta}",
+    )
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])
-def test_vp_ddpm(scheduler, variance):
+def test_vp_ddpm(scheduler, assert_same, variance):
     noise = fresh()
     made = scheduler("DDPMScheduler", noise, **SD, clip_sample=False, variance_type=f"fixed_{variance}")
     sigmas = VP.from_ratio(leading(STEPS, LEVELS, offset=0))
@@ -288,10 +353,16 @@ def test_vp_ddpm(scheduler, variance):
 
     data, x = TwoPeaks(1.0, 0.3), noise.initial()
     seen = their_steps(made, VP, data.denoiser(VP), x, level)
-    assert_same(our_steps("ddpm", VP, data.denoiser(VP), x, sigmas, noise, variance=variance), seen)
+    assert_same(
+        our_steps("ddpm", VP, data.denoiser(VP), x, sigmas, noise, variance=variance),
+        seen,
+        "ddpm",
+        made,
+        f"VP, variance {variance}",
+    )
 
 
-def test_vp_lcm(scheduler):
+def test_vp_lcm(scheduler, assert_same):
     noise = fresh()
     made = scheduler("LCMScheduler", noise, **SD, clip_sample=False)
     alpha_bar = made.alphas_cumprod[made.timesteps]
@@ -306,14 +377,79 @@ def test_vp_lcm(scheduler):
     seen = their_steps(
         made, VP, data.denoiser(VP), x, lambda made, t: float((1 - made.alphas_cumprod[t]).sqrt())
     )
-    assert_same(our_steps("lcm", VP, with_boundary, x, sigmas, noise), seen)
+    assert_same(our_steps("lcm", VP, with_boundary, x, sigmas, noise), seen, "lcm", made, "VP")
+
+
+@pytest.fixture
+def double_by_default():
+    """LCMScheduler makes its boundary's factors from whole numbers, and so in torch's default precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 50])
+def test_a_latent_consistency_model_on_its_own_grid(scheduler, double_by_default, steps):
+    """The network of a VE model under its own boundary condition, by our grid, against diffusers' on VP."""
+    noise = fresh()
+    made = scheduler("LCMScheduler", noise, **SD)
+    made.set_timesteps(steps)
+    sigmas = SCHEDULES["lcm"](steps, LEVELS)
+    assert LEVELS.time(sigmas[:-1]).round().tolist() == made.timesteps.tolist()
+    if steps == 4:
+        assert made.timesteps.tolist() == [999, 759, 499, 259]
+    data = TwoPeaks(1.0, 0.3)
+
+    def network(x, time, cond):  # told x / sqrt(1 + sigma²), answers eps
+        sigma = LEVELS.step_sigma(time[:1].round())  # it comes in float32
+        x = x * (1 + sigma**2).sqrt()
+        return (x - data.denoiser(VE)(x, sigma[0])) / sigma
+
+    denoise = Parameterization("eps", VE, LEVELS.time, consistency).denoiser(network, None)
+    x = noise.initial()
+    start = x * float((1 + sigmas[0] ** 2).sqrt())
+    ours = our_steps("lcm", VE, denoise, start, sigmas, noise)
+    ours = [x / float((1 + sigma**2).sqrt()) for x, sigma in zip(ours, sigmas[1:], strict=True)]
+    seen = their_steps(
+        made, VP, data.denoiser(VP), x, lambda made, t: float((1 - made.alphas_cumprod[t]).sqrt())
+    )
+    for k, (a, b) in enumerate(zip(ours, seen, strict=True)):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, k=k: f"step {k}: {m}")
+
+
+def test_the_boundary_of_a_consistency_model():
+    """At time 0 it answers with the sample; at its latest steps with the estimate."""
+    made = diffusers.LCMScheduler(**SD)
+    for time in (0, 1, 19, 259, 999):
+        assert consistency(float(time)) == pytest.approx(
+            made.get_scalings_for_boundary_condition_discrete(time), rel=1e-12
+        )
+    assert consistency(0.0) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_turbo_models_on_their_grid(scheduler, steps):
+    """SD-Turbo and SDXL-Turbo: ancestral Euler on trailing time steps."""
+    noise = fresh()
+    made = scheduler("EulerAncestralDiscreteScheduler", noise, **SD, timestep_spacing="trailing")
+    made.set_timesteps(steps)
+    made.set_begin_index(0)
+    sigmas = SCHEDULES["trailing"](steps, LEVELS)
+    assert made.timesteps.tolist() == [1000 // steps * (steps - k) - 1 for k in range(steps)]
+    torch.testing.assert_close(sigmas, made.sigmas.double(), **CLOSE)
+    data, x = TwoPeaks(1.0, 0.3), noise.initial() * sigmas[0]
+    theirs = their_steps(made, VE, data.denoiser(VE), x, at_index)
+    ours = our_steps("euler_a", VE, data.denoiser(VE), x, sigmas, noise)
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, k=k: f"step {k}: {m}")
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("name", "theirs"), [("euler", "FlowMatchEulerDiscreteScheduler"), ("lcm", "FlowMatchLCMScheduler")]
 )
-def test_flow(scheduler, name, theirs, shift):
+def test_flow(scheduler, assert_same, name, theirs, shift):
     noise = fresh()
     made = scheduler(theirs, noise, shift=shift)
     twice = shift_sigma(
@@ -322,16 +458,28 @@ def test_flow(scheduler, name, theirs, shift):
     torch.testing.assert_close(made.sigmas, torch.cat([twice, torch.zeros(1)]), **CLOSE)
     data, x = TwoPeaks(1.0, 0.3), noise.initial()
     seen = their_steps(made, FLOW, data.denoiser(FLOW), x, at_index)
-    assert_same(our_steps(name, FLOW, data.denoiser(FLOW), x, made.sigmas, noise), seen)
+    assert_same(
+        our_steps(name, FLOW, data.denoiser(FLOW), x, made.sigmas, noise),
+        seen,
+        name,
+        made,
+        f"FLOW, shift {shift}",
+    )
 
 
-def test_flow_heun(scheduler):
+def test_flow_heun(scheduler, assert_same):
     made = scheduler("FlowMatchHeunDiscreteScheduler", shift=3.0)
     sigmas = torch.cat([made.sigmas[:1], made.sigmas[1::2]]).double()
     data, noise = TwoPeaks(1.0, 0.3), fresh()
     x = noise.initial()
     theirs = their_steps(made, FLOW, data.denoiser(FLOW), x, at_index)
-    assert_same(our_steps("heun", FLOW, data.denoiser(FLOW), x, sigmas, noise), [*theirs[1::2], theirs[-1]])
+    assert_same(
+        our_steps("heun", FLOW, data.denoiser(FLOW), x, sigmas, noise),
+        [*theirs[1::2], theirs[-1]],
+        "heun",
+        made,
+        "FLOW, shift 3",
+    )
 
 
 def test_tables(scheduler):

@@ -12,6 +12,8 @@ import math
 import pytest
 import torch
 
+from helpers import spelled
+
 K = pytest.importorskip("k_diffusion.sampling")
 
 from sfumato.diffusion.exact import TwoPeaks  # noqa: E402
@@ -93,7 +95,7 @@ class TorchWithOurNoise:
     CASES,
     ids=[f"{c[0]}-{len(c[1])}-{i}" for i, c in enumerate(CASES)],
 )
-def test_step_by_step(monkeypatch, name, options, theirs, their_options, schedule):
+def test_step_by_step(monkeypatch, agrees, name, options, theirs, their_options, schedule):
     sigmas = SCHEDULES[schedule](12, LEVELS)
     noise = SeededNoise([3, 4], SHAPE, dtype=torch.float64)
     x = noise.initial() * float(sigmas[0])
@@ -118,18 +120,17 @@ def test_step_by_step(monkeypatch, name, options, theirs, their_options, schedul
         if "churn" not in options:  # with churn its report is already the churned x
             torch.testing.assert_close(step.x, reports[i + 1]["x"] if i + 1 < 12 else expected, **CLOSE)
     torch.testing.assert_close(y, expected, **CLOSE)
+    agrees(f"sampler {name}, 12 steps", spelled(options), y, expected, 1e-8, f"k-diffusion {theirs}")
     assert float((y - x).abs().max()) > 1
 
 
-def test_schedules():
+def test_schedules(agrees):
     low, high = LEVELS.sigma_min, LEVELS.sigma_max
     single = {"rtol": 2e-6, "atol": 1e-6}  # k-diffusion builds these in float32
-    torch.testing.assert_close(
-        SCHEDULES["karras"](17, LEVELS).float(), K.get_sigmas_karras(17, low, high), **single
-    )
-    torch.testing.assert_close(
-        SCHEDULES["exponential"](17, LEVELS).float(), K.get_sigmas_exponential(17, low, high), **single
-    )
+    for name in ("karras", "exponential"):
+        ours, theirs = SCHEDULES[name](17, LEVELS).float(), getattr(K, f"get_sigmas_{name}")(17, low, high)
+        torch.testing.assert_close(ours, theirs, **single)
+        agrees(f"schedule {name}", "17 steps", ours, theirs, 1e-6, f"k-diffusion get_sigmas_{name}")
 
 
 def test_discrete_schedule_and_time():

@@ -55,6 +55,7 @@ SMALL = {
     )
     for kind, system in SYSTEMS.items()
 }
+FILES = "diffusers from_single_file"
 SINGLE = [kind for kind in SMALL if not kind.endswith("-lcm")]  # kinds that have a single-file layout
 
 
@@ -118,14 +119,21 @@ def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
 
 
+def all_weights(module: torch.nn.Module) -> torch.Tensor:
+    """Every number of a module in the order of its names."""
+    return torch.cat([tensor.flatten().double() for _, tensor in sorted(module.state_dict().items())])
+
+
 @pytest.mark.parametrize("kind", SINGLE)
-def test_diffusers_reads_our_single_file_as_the_folder_it_came_from(kind, folders, files):
+def test_diffusers_reads_our_single_file_as_the_folder_it_came_from(agrees, kind, folders, files):
     place, file = folders[kind], files[kind]
     wanted = modules(kind, place)
     unet = UNet2DConditionModel.from_single_file(str(file), config=str(place), subfolder="unet")
     assert_same(unet, wanted["unet"])
+    agrees("single file read back, U-Net", kind, all_weights(unet), all_weights(wanted["unet"]), 0, FILES)
     vae = AutoencoderKL.from_single_file(str(file), config=str(place), subfolder="vae")
     assert_same(vae, wanted["vae"])
+    agrees("single file read back, VAE", kind, all_weights(vae), all_weights(wanted["vae"]), 0, FILES)
     tensors = load_file(file)
     for part in SMALL[kind].text:
         text = diffusers_files.create_diffusers_clip_model_from_ldm(
@@ -136,6 +144,9 @@ def test_diffusers_reads_our_single_file_as_the_folder_it_came_from(kind, folder
             local_files_only=True,
         )
         assert_same(text, wanted[part.name])
+        agrees(
+            "single file read back, text", kind, all_weights(text), all_weights(wanted[part.name]), 0, FILES
+        )
 
 
 @pytest.mark.parametrize("kind", SINGLE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,46 +21,20 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from helpers import relative_error
+from sfumato.diffusion.schedules import sigmas_for
 from sfumato.families.sd import folder
-from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
-from sfumato.nn.unet import UNetConfig
 from sfumato.text.clip import ClipConfig
 from sfumato.text.clip_tokens import MERGES, bundled
 from sfumato.text.windows import LENGTH
 from sfumato.types import Request
+from small_sd import SIDE, SMALL
 
 STEPS = 20
-SIDE = 64  # pixels; the small autoencoders have a factor of 4
-NARROW, WIDE = ClipConfig(32, 2, 2, "quick_gelu"), ClipConfig(48, 2, 3, "gelu")
-UNETS = {
-    "sd1": UNetConfig(4, (32, 64), (1, 0), 1, (4, 4), context=32),
-    "sd1-inpaint": UNetConfig(9, (32, 64), (1, 0), 1, (4, 4), context=32),
-    "sd2": UNetConfig(4, (32, 64), (1, 0), 1, (2, 4), context=48, linear=True),
-    "sdxl": UNetConfig(4, (32, 64), (0, 2), 2, (2, 4), context=80, linear=True, vector=48 + 6 * 256),
-    "sdxl-refiner": UNetConfig(
-        4, (64, 64, 96), (0, 2, 0), 2, (4, 4, 6), context=48, linear=True, vector=48 + 5 * 256
-    ),
-}
+PICTURE, NETWORK = 1e-4, 1e-5  # bounds of 20 steps, and of one call
 EULER = {**folder.BETAS, "timestep_spacing": "trailing", "steps_offset": 1}
-
-
-def small(kind: str) -> System:
-    system = SYSTEMS[kind]
-    text = tuple(
-        replace(
-            part,
-            config=replace(WIDE, projection=48)
-            if part.config.projection
-            else (WIDE if part.open_clip else NARROW),
-        )
-        for part in system.text
-    )
-    return replace(system, unet=UNETS[kind], vae=replace(system.vae, widths=(32, 64, 64)), text=text)
-
-
-SMALL = {kind: small(kind) for kind in UNETS}
 
 
 def tokenizer(pad: str) -> CLIPTokenizer:
@@ -114,10 +89,6 @@ def euler(prediction: str = "epsilon") -> EulerDiscreteScheduler:
     return EulerDiscreteScheduler(**EULER, prediction_type=kind)
 
 
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
 REQUEST = Request("a (small) red fox, 4k", negative="blurry", seed=3, steps=STEPS, guidance=6.0, sampler="euler",
                   schedule="trailing", size=(SIDE, SIDE + 32))  # fmt: skip
 # brackets are text to diffusers, so its prompt goes without the weight that they give in ours
@@ -156,7 +127,7 @@ def theirs_drawn(
 
 
 @pytest.mark.parametrize(("kind", "prediction"), [("sd1", "epsilon"), ("sd2", "epsilon"), ("sd2", "v")])
-def test_a_picture_of_sd_1_and_2(made, kind, prediction):
+def test_a_picture_of_sd_1_and_2(agrees, made, kind, prediction):
     parts, model = made(kind, prediction)
     noise, latents, pixels = drawn(model, PLAIN)
     pad = "!" if kind == "sd2" else "<|endoftext|>"
@@ -169,12 +140,20 @@ def test_a_picture_of_sd_1_and_2(made, kind, prediction):
         requires_safety_checker=False,
     )
     their_latents, their_pixels = theirs_drawn(pipeline, PLAIN, noise)
-    assert apart(latents, their_latents) < 1e-4
-    assert apart(pixels, their_pixels) < 1e-4
+    case = f"{kind}, {prediction}"
+    agrees(
+        "pipeline, latents after 20 steps",
+        case,
+        latents,
+        their_latents,
+        PICTURE,
+        "diffusers StableDiffusionPipeline",
+    )
+    agrees("pipeline, pixels", case, pixels, their_pixels, PICTURE, "diffusers StableDiffusionPipeline")
 
 
 @pytest.mark.parametrize("negative", [None, "", "blurry"])
-def test_a_picture_of_sdxl(made, negative):
+def test_a_picture_of_sdxl(agrees, made, negative):
     """Its sizes and crops, pooled text, the second encoder, and what no negative prompt is."""
     parts, model = made("sdxl")
     request = replace(PLAIN, negative=negative)
@@ -187,11 +166,19 @@ def test_a_picture_of_sdxl(made, negative):
         add_watermarker=False,
     )
     their_latents, their_pixels = theirs_drawn(pipeline, request, noise)
-    assert apart(latents, their_latents) < 1e-4
-    assert apart(pixels, their_pixels) < 1e-4
+    case = f"sdxl, negative {negative!r}"
+    agrees(
+        "pipeline, latents after 20 steps",
+        case,
+        latents,
+        their_latents,
+        PICTURE,
+        "diffusers StableDiffusionXLPipeline",
+    )
+    agrees("pipeline, pixels", case, pixels, their_pixels, PICTURE, "diffusers StableDiffusionXLPipeline")
 
 
-def test_ddim_steps_of_sd_1(made):
+def test_ddim_steps_of_sd_1(agrees, made):
     parts, model = made("sd1")
     request = replace(PLAIN, sampler="ddim")
     noise, latents, _ = drawn(model, request)
@@ -212,10 +199,11 @@ def test_ddim_steps_of_sd_1(made):
     top = float(model.system.levels.sigmas[-1])
     scaled = noise * top / (1 + top**2) ** 0.5
     their_latents, _ = theirs_drawn(pipeline, request, scaled)
-    assert apart(latents, their_latents) < 1e-4
+    agrees("pipeline, latents after 20 steps", "sd1, ddim", latents, their_latents, PICTURE,
+           "diffusers StableDiffusionPipeline")  # fmt: skip
 
 
-def test_an_inpainting_network_sees_mask_and_masked_picture(made):
+def test_an_inpainting_network_sees_mask_and_masked_picture(agrees, made):
     """The nine channels, against diffusers' pipeline; outside the mask the pixels are the input's own."""
     from PIL import Image
 
@@ -248,10 +236,11 @@ def test_an_inpainting_network_sees_mask_and_masked_picture(made):
     with torch.no_grad():
         posterior = parts["vae"].encode((pixels * (1 - holes))[:, :, 0]).latent_dist
     expected = torch.cat([their_mask, posterior.mode() * parts["vae"].config.scaling_factor], dim=1)
-    assert apart(channels, expected) < 1e-5
+    agrees("channels of inpainting", "sd1-inpaint", channels, expected, NETWORK,
+           "diffusers StableDiffusionInpaintPipeline")  # fmt: skip
 
 
-def test_one_step_of_the_refiner(made):
+def test_one_step_of_the_refiner(agrees, made):
     """Its five numbers with the aesthetic scores, against diffusers' own conditioning and U-Net."""
     parts, model = made("sdxl-refiner")
     request = model.complete(PLAIN)
@@ -278,4 +267,42 @@ def test_one_step_of_the_refiner(made):
         told = {"text_embeds": torch.cat([pooled, unpooled]), "time_ids": torch.cat([ids, negative_ids])}
         theirs = parts["unet"](x, 333.0, torch.cat([wanted, unwanted]), added_cond_kwargs=told).sample
         ours = model.system.network(x[:, :, None], torch.tensor(333.0), cond)[:, :, 0]
-    assert apart(ours, theirs) < 1e-5
+    agrees("conditioning and U-Net, one step", "sdxl-refiner", ours, theirs, NETWORK,
+           "diffusers StableDiffusionXLImg2ImgPipeline")  # fmt: skip
+
+
+def test_every_other_step_of_sd_1_takes_deep_features(agrees, made):
+    """The loop of DeepCache by hand: whole steps are those of diffusers' U-Net, which also gives the features."""
+    parts, model = made("sd1")
+    request = model.complete(replace(PLAIN, steps=6, reuse=2))
+    unet, system = parts["unet"], model.system
+    kept: list[torch.Tensor] = []
+    resnet = unet.up_blocks[-1].resnets[-2]  # takes the features joined to a skip of the finest level
+    width = unet.config.block_out_channels[0]
+    handle = resnet.register_forward_pre_hook(lambda _, args: kept.append(args[0][:, :-width]))
+    noise, latents, _ = drawn(model, request)
+    cond = model.condition(request)
+    sigmas = sigmas_for(request.schedule, request.steps, system.levels)
+    x = noise * float(sigmas[0])
+    with torch.no_grad():
+        for step, (sigma, following) in enumerate(pairwise(map(float, sigmas))):
+            time = system.levels.time(torch.tensor([sigma], dtype=torch.float64)).float()
+            given = torch.cat([x, x]) / (1 + sigma**2) ** 0.5
+            if step % 2 == 0:
+                eps = unet(given, time, cond.tokens).sample
+            else:
+                eps, _ = system.denoiser.forward_with_deep(given, time, cond.tokens, deep=kept[-1])
+            wanted, unwanted = eps.chunk(2)
+            x = x + (following - sigma) * (unwanted + request.guidance * (wanted - unwanted))
+    handle.remove()
+    assert len(kept) == 3
+    agrees(
+        "pipeline, every other step reused",
+        "sd1, 6 steps",
+        latents,
+        x,
+        PICTURE,
+        "diffusers UNet2DConditionModel",
+    )
+    _, exact, _ = drawn(model, replace(request, reuse=None))
+    assert relative_error(exact, latents) > 1e-3

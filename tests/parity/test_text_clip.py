@@ -39,6 +39,7 @@ SMALL_H = ClipConfig(32, 4, 4, "gelu")
 SMALL_G = ClipConfig(48, 6, 3, "gelu", projection=40)
 PROMPTS = ["a photo of a cat", "An astronaut, riding a (green) horse: 4k", ""]
 TIGHT = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE = 1e-5  # ‖ours − theirs‖ / ‖theirs‖
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +166,7 @@ def test_the_published_encoders_have_their_known_size(config, count):
 
 
 @pytest.mark.parametrize("config", [SMALL_L, SMALL_H, SMALL_G], ids=["l", "h", "g"])
-def test_hidden_states_and_pooled(theirs, ours, config):
+def test_hidden_states_and_pooled(agrees, theirs, ours, config):
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 49_406, (3, LENGTH), generator=draw)
     ids[:, 0], ids[0, 9:], ids[1, 30], ids[1, 31:], ids[2, -1] = 49_406, 49_407, 49_407, 0, 49_407
@@ -182,6 +183,8 @@ def test_hidden_states_and_pooled(theirs, ours, config):
         else:
             assert pooled is None
     torch.testing.assert_close(encoder(ids)[0], expected.last_hidden_state, **TIGHT)
+    shape, name = f"{config.layers} layers of {config.width}", f"transformers {type(model).__name__}"
+    agrees("text encoder", shape, encoder(ids)[0], expected.last_hidden_state, CLOSE, name)
     for skip in (0, config.layers + 1):
         with pytest.raises(InputError, match=f"from 1, the last layer, to {config.layers}"):
             encoder(ids, clip_skip=skip)
@@ -306,8 +309,9 @@ def pipelines(theirs, tokenizers):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("negatives", [["blurry, bad hands", "", "ugly"], [None, None, None]])
-def test_prompts_as_the_pipelines_encode_them(stacks, pipelines, kind, negatives):
-    expected = pipelines(kind).encode_prompt(
+def test_prompts_as_the_pipelines_encode_them(agrees, stacks, pipelines, kind, negatives):
+    reference = pipelines(kind)
+    expected = reference.encode_prompt(
         prompt=PROMPTS,
         device="cpu",
         num_images_per_prompt=1,
@@ -317,7 +321,10 @@ def test_prompts_as_the_pipelines_encode_them(stacks, pipelines, kind, negatives
     positive, negative = encode_prompts(stacks(kind), PROMPTS, negatives, TextOptions(rule="none"))
     torch.testing.assert_close(positive.tokens, expected[0], **TIGHT)
     torch.testing.assert_close(negative.tokens, expected[1], **TIGHT)
+    name = f"diffusers {type(reference).__name__}"
+    agrees("text conditioning", kind, positive.tokens, expected[0], CLOSE, name)
     if kind.startswith("sdxl"):
+        agrees("pooled text", kind, positive.pooled, expected[2], CLOSE, name)
         torch.testing.assert_close(positive.pooled, expected[2], **TIGHT)
         torch.testing.assert_close(negative.pooled, expected[3], **TIGHT)
         assert positive.pooled.shape == (3, 40)
@@ -489,7 +496,7 @@ def test_an_inversion_of_another_family_is_refused_by_name(tmp_path, kind, shape
 # --- sizes -------------------------------------------------------------------------------------------------------
 
 
-def test_size_features(theirs):
+def test_size_features(agrees, theirs):
     from diffusers.models.embeddings import Timesteps
 
     numbers = size_numbers((1024, 768), (0, 16), (1536, 1023))
@@ -500,6 +507,7 @@ def test_size_features(theirs):
     )
     expected = torch.cat([pooled, features.expand(2, -1)], dim=-1)
     torch.testing.assert_close(size_vector(pooled, numbers), expected, **TIGHT)
+    agrees("sizes and crops", "sdxl", size_vector(pooled, numbers), expected, CLOSE, "diffusers Timesteps")
     assert size_vector(pooled, score_numbers((8, 9), (1, 2), NEGATIVE_AESTHETIC)).shape == (2, 40 + 5 * 256)
     assert score_numbers((8, 9), (1, 2)) == (8, 9, 1, 2, 6.0)
     exact = size_vector(pooled.bfloat16(), numbers)
@@ -520,7 +528,7 @@ def test_requests_that_do_not_fit_are_refused(stacks):
         encode_prompts(stack, ["a", "b"], ["c"])
     with pytest.raises(InputError, match="'word' is unknown"):
         TextOptions(weighting="word")
-    with pytest.raises(InputError, match="'a2222' is unknown"):
+    with pytest.raises(InputError, match="'a2222' are unknown"):
         TextOptions(rule="a2222")
     with pytest.raises(InputError, match="2 text encoders"):
         TextStack(PLANS["sdxl"], stack.encoders)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import relative_error
+
 diffusers = pytest.importorskip("diffusers")
 
 from sfumato.nn.embed import sinusoid  # noqa: E402
@@ -21,6 +23,7 @@ from sfumato.nn.packed import can_pack, pack  # noqa: E402
 from sfumato.nn.unet import UNet, UNetConfig  # noqa: E402
 
 CLOSE = 1e-5  # ‖ours − theirs‖ / ‖theirs‖ in float32
+THEIRS = "diffusers UNet2DConditionModel"
 
 SD1 = UNetConfig()
 SD2 = UNetConfig(heads=(5, 10, 20, 20), context=1024, linear=True)
@@ -132,30 +135,26 @@ def question(config: UNetConfig, B: int, H: int, W: int, tokens: int = 7) -> tup
     return ours, theirs
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", TINY)
-def test_answers_are_equal_at_every_size(name):
+def test_answers_are_equal_at_every_size(agrees, name):
     config = TINY[name]
     ours, theirs = pair(config)
     for size in ((16, 16), (12, 20), (9, 22), (7, 3), (1, 5)):  # the last three do not halve evenly
         for B in (1, 3):
             mine, yours = question(config, B, *size)
-            assert distance(ours(**mine), theirs(**yours).sample) < CLOSE, (size, B)
+            agrees("U-Net", name, ours(**mine), theirs(**yours).sample, CLOSE, THEIRS)
     mine, yours = question(config, 2, 12, 20)
     expected = theirs(**yours).sample
-    assert distance(ours.to(memory_format=torch.channels_last)(**mine), expected) < CLOSE
+    assert relative_error(ours.to(memory_format=torch.channels_last)(**mine), expected) < CLOSE
     pack(ours)
-    assert distance(ours(**mine), expected) < CLOSE
+    agrees("U-Net, packed", name, ours(**mine), expected, CLOSE, THEIRS)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (9, 13)], ids=str)
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_residuals_of_a_control_network_are_added_alike(name, size):
+def test_residuals_of_a_control_network_are_added_alike(agrees, name, size):
     config = TINY[name]
     ours, theirs = pair(config)
     mine, yours = question(config, 2, *size)
@@ -164,8 +163,9 @@ def test_residuals_of_a_control_network_are_added_alike(name, size):
     expected = theirs(
         **yours, down_block_additional_residuals=tuple(down), mid_block_additional_residual=mid
     ).sample
-    assert distance(ours(**mine, down_residuals=down, mid_residual=mid), expected) < CLOSE
-    assert distance(ours(**mine), expected) > 0.01
+    answer = ours(**mine, down_residuals=down, mid_residual=mid)
+    agrees("U-Net with a ControlNet's residuals", name, answer, expected, CLOSE, THEIRS)
+    assert relative_error(ours(**mine), expected) > 0.01
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def test_without_a_guidance_embedding_an_lcm_network_answers_alike():
     ours, theirs = pair(config)
     mine, yours = question(config, 2, 8, 8)
     mine["time_cond"] = yours["timestep_cond"] = None
-    assert distance(ours(**mine), theirs(**yours).sample) < CLOSE
+    assert relative_error(ours(**mine), theirs(**yours).sample) < CLOSE
 
 
 def test_gradients_are_equal():
@@ -185,7 +185,7 @@ def test_gradients_are_equal():
     theirs(**yours).sample.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     for name, parameter in theirs.named_parameters():
-        assert distance(gradients.pop(name), parameter.grad) < 1e-4, name
+        assert relative_error(gradients.pop(name), parameter.grad) < 1e-4, name
     assert not gradients
 
 
@@ -200,11 +200,11 @@ def test_bfloat16_is_as_near_to_float32_as_theirs(name):
     theirs.to(torch.bfloat16)
     for part in ("sample", "encoder_hidden_states"):
         yours[part] = yours[part].to(torch.bfloat16)
-    rough = distance(theirs(**yours).sample, exact)
-    assert distance(ours(**mine), exact) < 1.15 * rough
+    rough = relative_error(theirs(**yours).sample, exact)
+    assert relative_error(ours(**mine), exact) < 1.15 * rough
     packed = copy.deepcopy(ours)
     assert (pack(packed) > 0) == can_pack(ours.conv_norm_out.weight)
-    assert distance(packed(**mine), exact) < 1.15 * rough
+    assert relative_error(packed(**mine), exact) < 1.15 * rough
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -219,8 +219,9 @@ def test_names_and_shapes_of_the_published_networks(name):
 @pytest.mark.full
 @torch.no_grad()
 @pytest.mark.parametrize("name, cells", [("sd1", 64), ("sd2", 48), ("sdxl", 64)])
-def test_published_sizes_answer_alike(name, cells):
+def test_published_sizes_answer_alike(agrees, name, cells):
     config = FULL[name]
     ours, theirs = pair(config, assign=True)
     mine, yours = question(config, 1, cells, cells, tokens=77)
-    assert distance(ours(**mine), theirs(**yours).sample) < CLOSE
+    answer = theirs(**yours).sample
+    agrees("U-Net", f"{name}, {8 * cells}×{8 * cells}", ours(**mine), answer, CLOSE, THEIRS)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
+from helpers import interrupted, tiny_folder
 from sfumato.cli import parse, show
 from sfumato.cli.app import VERBS, run
 from sfumato.errors import InputError
@@ -25,24 +23,7 @@ LIGHT = ["--steps", "2", "--size", "32"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A folder with a complete model of a few thousand untrained weights."""
-    from sfumato.autoencoder import AutoencoderConfig
-    from sfumato.families import DEFAULT_MODEL, family_named
-
-    family = family_named(DEFAULT_MODEL)
-    shape = family.PocketConfig().denoiser.__class__(width=64, depth=1, heads=1, text_width=64, text_depth=1)
-    config = family.PocketConfig(
-        autoencoder=AutoencoderConfig(factor=8, latent_channels=4),
-        denoiser=shape,
-        words=("a", "red", "cube"),
-    )
-    torch.manual_seed(0)
-    system = family.build(config)
-    for parameter in system.denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    family.save_folder(system, folder)
-    return str(folder)
+    return str(tiny_folder(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +130,27 @@ def test_the_preview_is_gone_when_the_picture_is_there(model, capsys):
     assert os.listdir() == ["out.png"]
 
 
+def test_a_preview_takes_no_file_of_the_users(model, capsys):
+    theirs = Path("out-preview.png")
+    theirs.write_text("mine")
+    assert run(["generate", "a", "-m", model, "--preview", *LIGHT]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "out-preview.png" in err and err.count("\n") == 1
+    assert os.listdir() == ["out-preview.png"] and theirs.read_text() == "mine"
+    assert run(["generate", "a", "-m", model, *LIGHT]) == 0  # without a preview the name is of no matter
+    assert theirs.read_text() == "mine"
+
+
+def test_a_run_that_fails_before_its_first_preview_removes_none(model):
+    from sfumato.cli.generate import _watcher
+
+    with show.progress() as bar:
+        _, clean = _watcher(bar, None, Path("out.png"))
+        Path("out-preview.png").write_text("made by another meanwhile")
+        clean()
+    assert os.listdir() == ["out-preview.png"]
+
+
 REFUSED = {
     "no verb of that name": (["draw"], "draw"),
     "no prompt": (["generate"], "prompt"),
@@ -182,6 +184,10 @@ REFUSED = {
     "size 33x47": (["generate", "a", "--size", "33x47"], "the nearest legal size is 32x48"),
     "sampler": (["generate", "a", "--sampler", "eular"], "euler"),
     "schedule": (["generate", "a", "--schedule", "karas"], "karras"),
+    "reuse 0": (["generate", "a", "--reuse", "0"], "reuse must be between 1 and 10, not 0"),
+    "guidance interval": (["generate", "a", "--guidance-interval", "0.5"], "must be like LOW:HIGH"),
+    "guidance interval x": (["generate", "a", "--guidance-interval", "a:b"], "must be a number, not 'a'"),
+    "guidance interval back": (["generate", "a", "--guidance-interval", "1:0"], "must go from low to high"),
     "device": (["generate", "a", "--device", "toaster"], "toaster"),
     "output without extension": (["generate", "a", "-o", "out"], "must end in .png"),
     "output in no folder": (["generate", "a", "-o", "no/where/out.png"], "does not exist"),
@@ -288,36 +294,8 @@ def test_an_unexpected_failure_is_one_line_and_debug_shows_where(capsys, monkeyp
 
 def test_interruption_leaves_the_old_file_and_exits_130(model):
     Path("out.png").write_text("old")
-    command = [
-        sys.executable,
-        "-m",
-        "sfumato.cli",
-        "generate",
-        "a",
-        "-m",
-        model,
-        "--steps",
-        "1000",
-        "--size",
-        "256",
-    ]
-    process = subprocess.Popen(
-        [*command, "--preview"],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell in the background ignores it
-    )
-    try:
-        while not Path("out-preview.png").exists() and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert err == "error: stopped\n"
+    command = ["generate", "a", "-m", model, "--steps", "1000", "--size", "256", "--preview"]
+    assert interrupted(command, sign=Path("out-preview.png")) == (130, "error: stopped\n")
     assert os.listdir() == ["out.png"]
     assert Path("out.png").read_text() == "old"
 

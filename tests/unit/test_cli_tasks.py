@@ -5,20 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from helpers import interrupted, noise, tiny_folder
 from sfumato.cli import parse
 from sfumato.cli.app import run
 from sfumato.errors import InputError
@@ -29,33 +25,12 @@ LIGHT = ["--steps", "2", "--seed", "5"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A folder with a complete model of a few thousand untrained weights; sides are multiples of 8, 32 by default."""
-    from sfumato.autoencoder import AutoencoderConfig
-    from sfumato.families import DEFAULT_MODEL, family_named
-
-    family = family_named(DEFAULT_MODEL)
-    config = family.PocketConfig(
-        autoencoder=AutoencoderConfig(factor=8, latent_channels=4),
-        denoiser=family.DenoiserConfig(width=64, depth=1, heads=1, text_width=64, text_depth=1),
-        words=("a", "red", "cube"),
-        preset=family.Preset(steps=2, size=(32, 32)),
-    )
-    torch.manual_seed(0)
-    system = family.build(config)
-    for parameter in system.denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    family.save_folder(system, folder)
-    return str(folder)
+    return str(tiny_folder(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def pixels(path: str) -> np.ndarray:
@@ -341,6 +316,17 @@ def test_like_draws_the_same_again_and_what_is_given_wins(model, capsys):
     assert request_of("c.png") == request_of("a-1.png") | changed
 
 
+def test_approximations_are_options_that_like_takes_over_or_leaves(model, capsys):
+    draw(model, "--steps", "4", "--reuse", "2", "--guidance-interval", "0.5:1", "-o", "a.png")
+    assert request_of("a.png")["reuse"] == 2 and request_of("a.png")["guidance_interval"] == [0.5, 1.0]
+    assert run(["generate", "--like", "a.png", "-m", model, "-o", "b.png"]) == 0
+    assert (pixels("a.png") == pixels("b.png")).all()
+    exact = ["--reuse", "1", "--guidance-interval", "none"]
+    assert run(["generate", "--like", "a.png", "-m", model, *exact, "-o", "c.png"]) == 0
+    draw(model, "--steps", "4", "-o", "d.png")
+    assert (pixels("c.png") == pixels("d.png")).all() and (pixels("c.png") != pixels("a.png")).any()
+
+
 def test_like_asks_for_the_pictures_it_began_with(model, capsys):
     noise(32, 32).save("in.png")
     mask = Image.new("L", (32, 32), 0)
@@ -466,35 +452,8 @@ def test_a_stranger_s_picture_does_not_choose_which_model_is_opened(model, capsy
 def test_interruption_leaves_the_old_files_and_nothing_else(model, arguments):
     noise(32, 32).save("in.png")
     Path("out-0.png").write_text("old")
-    command = [
-        sys.executable,
-        "-m",
-        "sfumato.cli",
-        "generate",
-        "a",
-        "-m",
-        model,
-        "--steps",
-        "1000",
-        "--preview",
-    ]
-    if "--hires" in arguments:
-        command[command.index("1000")] = "1"
-    process = subprocess.Popen(
-        [*command, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell in the background ignores it
-    )
-    try:
-        while not Path("out-preview.png").exists() and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert (process.returncode, err) == (130, "error: stopped\n")
+    steps = "1" if "--hires" in arguments else "1000"
+    command = ["generate", "a", "-m", model, "--steps", steps, "--preview", *arguments]
+    assert interrupted(command, sign=Path("out-preview.png")) == (130, "error: stopped\n")
     assert sorted(os.listdir()) == ["in.png", "out-0.png"]
     assert Path("out-0.png").read_text() == "old"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato.data.discover import discover
+from sfumato.data.discover import MAX_METADATA_BYTES, MAX_ROW_BYTES, discover
 from sfumato.data.folder import FolderSource
 from sfumato.data.source import Problem, Source, to_float
 from sfumato.errors import DataError, InputError
@@ -236,6 +236,18 @@ class TestNothingOutsideIsRead:
         assert len(source) == 1
         assert ("leaves the folder" if name else "is not a file name") in source.problems[0].reason
 
+    def test_a_link_for_metadata(self, tmp_path):
+        folder = tmp_path / "set"
+        put(folder, "fine.png")
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text(json.dumps({"file_name": "fine.png", "text": "fine"}))
+        (folder / "metadata.jsonl").symlink_to(rows)
+        assert "'metadata.jsonl' is a link that leaves the folder" in refusal(folder)
+        rows.rename(folder / "rows.jsonl")
+        (folder / "metadata.jsonl").unlink()
+        (folder / "metadata.jsonl").symlink_to(folder / "rows.jsonl")
+        assert len(read(folder)) == 1
+
     def test_links(self, tmp_path):
         secret = put(tmp_path, "secret.png", "secret words")
         folder = fill(tmp_path / "set")
@@ -262,6 +274,20 @@ class TestNothingOutsideIsRead:
             "pipe.png": "is not a regular file",
             "x.png": "the caption x.txt is not a regular file",
         }
+
+    def test_metadata_of_no_sensible_size(self, tmp_path):
+        put(tmp_path, "a.png")
+        rows = tmp_path / "metadata.jsonl"
+        line = json.dumps({"file_name": "a.png", "text": "a"}).encode()
+        rows.write_bytes(b"\xef\xbb\xbf" + b'{"x": "' + b"x" * MAX_ROW_BYTES + b'"}\n' + line + b"\n")
+        source = read(tmp_path)
+        assert [str(p) for p in source.problems] == [
+            f"metadata.jsonl line 1: is longer than {MAX_ROW_BYTES:,} bytes"
+        ]
+        assert len(source) == 1
+        with open(rows, "r+b") as stream:
+            stream.truncate(MAX_METADATA_BYTES + 1)  # a sparse file: no such bytes are on the disk
+        assert f"at most {MAX_METADATA_BYTES:,} are read" in refusal(tmp_path)
 
     def test_bad_metadata_lines(self, tmp_path):
         put(tmp_path, "a.png")
@@ -380,6 +406,33 @@ class TestArchives:
         members = [("good.png", self.png()), ("good.txt", b"good"), (name, content)]
         text = refusal(self.tar(tmp_path / "x.tar", members))
         assert "it is refused" in text and repr(name) in text
+
+    @pytest.mark.parametrize(
+        "headers",
+        [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "zz"}, {"size": "-1536"}, {"size": "9" * 30}],
+        ids=str,
+    )
+    def test_extended_headers_that_are_no_numbers_refuse_the_archive(self, tmp_path, headers):
+        with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+            for name, content in (("a.png", self.png()), ("a.txt", b"fine")):
+                info = tarfile.TarInfo(name)
+                info.size, info.pax_headers = len(content), headers
+                archive.addfile(info, io.BytesIO(content))
+        assert "x.tar" in refusal(tmp_path / "x.tar")
+
+    @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+    def test_a_long_chain_of_headers_refuses_the_archive(self, tmp_path, kind):
+        header = tarfile.TarInfo("x")
+        header.type = kind
+        (tmp_path / "x.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) * 3000)
+        assert "x.tar" in refusal(tmp_path / "x.tar")
+
+    @pytest.mark.parametrize("size", [2**40, 2**70])
+    def test_a_header_larger_than_any_file_refuses_the_archive(self, tmp_path, size):
+        header = tarfile.TarInfo("x")
+        header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
+        (tmp_path / "x.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) * 2)
+        assert "x.tar" in refusal(tmp_path / "x.tar")
 
     def test_compressed_cut_and_foreign_tars(self, tmp_path):
         members = [("a.png", self.png()), ("a.txt", b"fine")]

@@ -158,6 +158,9 @@ class TestStale:
         path.write_bytes(path.read_bytes()[:-5])
         with pytest.raises(DataError, match=f"{path.name} is damaged"):
             LatentCache(tmp_path / "cache", source, "aa")
+        path.write_bytes(path.read_bytes()[:4])
+        with pytest.raises(DataError, match=f"{path.name} is .*; remove it and encode again"):
+            LatentCache(tmp_path / "cache", source, "aa")
 
 
 class TestRefused:

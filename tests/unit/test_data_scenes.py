@@ -1,5 +1,10 @@
 """Scenes as a source: fixed by their seed, rendered once, described anew."""
 
+import signal
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +94,17 @@ def test_several_processes_render_the_same(plain, tmp_path):
         assert np.array_equal(one.store.rows(field, range(24)), two.store.rows(field, range(24)))
 
 
+def test_processes_import_nothing_from_the_working_folder(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("json", "sfumato", "torch"):
+        (here / f"{name}.py").write_text("raise SystemExit('imported from the working folder')")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("sys.path", ["", str(here), *sys.path])
+    source = SceneSource(4, 5, "train", SIZE, cache=tmp_path / "cache", chunk=2).prepare(2)
+    assert source.store.missing() == []
+
+
 def test_a_stopped_preparation_goes_on_where_it_was(plain, tmp_path, monkeypatch):
     rendered = []
     original = SceneSource.render_chunk
@@ -107,6 +123,28 @@ def test_a_stopped_preparation_goes_on_where_it_was(plain, tmp_path, monkeypatch
     assert rendered == [0, 1, 2]
     source.prepare(1)
     assert rendered == [0, 1, 2]
+
+
+def test_an_interruption_leaves_no_thread_that_counts(tmp_path):
+    source = SceneSource(24, 5, "train", SIZE, cache=tmp_path, chunk=4)
+    others, counted = set(threading.enumerate()), []
+
+    def interrupt(done, total):
+        if not counted:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)  # long enough for the caller's thread to be gone if it did not wait
+        counted.append(done)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            source.prepare(2, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(threading.enumerate()) <= others
+    assert counted and len(source.store.missing()) == 6 - len(counted)
+    source.prepare(2)
+    assert source.store.missing() == []
 
 
 def test_a_failing_process_is_reported(tmp_path, monkeypatch):

@@ -12,34 +12,23 @@ import torch
 from PIL import Image
 
 import sfumato
+from helpers import CPU, PROMPT, TINY, apart, array, tiny_system
 from sfumato.autoencoder import AutoencoderConfig
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.pocket import PocketConfig, System, build, save_folder
-from sfumato.families.pocket.config import DenoiserConfig, Preset
+from sfumato.families.pocket.config import DenoiserConfig
 from sfumato.generate import BATCH, Model, load, to_image, to_pixels
 from sfumato.sampling import SeededNoise
 from sfumato.types import MAX_SEED, Conditioning, Request
 
-CPU = torch.device("cpu")
-CONFIG = PocketConfig(
-    autoencoder=AutoencoderConfig(4, 4, encoder_width=32, decoder_width=32, max_width=32),
-    denoiser=DenoiserConfig(64, 2, 1, text_width=64, text_depth=1, max_tokens=64),
-    words=("a", "red", "blue", "cube", "sphere"),
-    preset=Preset(steps=3, guidance=3.0, sampler="dpmpp_2m", schedule="linear", size=(32, 32)),
-)
-PROMPT = "a red cube"
+CONFIG = replace(TINY, preset=replace(TINY.preset, steps=3))
 
 
 def system(config: PocketConfig = CONFIG) -> System:
-    """Random weights that let the prompt and the noise show in the picture."""
-    torch.manual_seed(0)
-    made = build(config)
-    for parameter in made.denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5)
+    """The tiny system, whose latents have statistics of their own."""
+    made = tiny_system(config)
     made.autoencoder.latent_mean.copy_(torch.tensor([0.5, -0.5, 0.2, 0.0])[: config.autoencoder.channels])
     made.autoencoder.latent_std.copy_(torch.tensor([1.5, 0.7, 1.0, 2.0])[: config.autoencoder.channels])
-    for module in (made.autoencoder, made.denoiser):
-        module.eval().requires_grad_(False)
     return made
 
 
@@ -52,15 +41,6 @@ def model() -> Model:
 def each(request) -> Model:
     """The model in both precisions."""
     return Model(system(), CPU, "tiny", dtype=request.param)
-
-
-def array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
-
-
-def apart(one: Image.Image, two: Image.Image) -> int:
-    """The largest difference of two pictures, in steps of 255."""
-    return int(np.abs(array(one) - array(two)).max())
 
 
 # --- what a picture depends on -----------------------------------------------------------------------------------
@@ -336,3 +316,15 @@ def test_a_model_that_is_not_there(tmp_path):
         load(tmp_path)
     with pytest.raises(InputError, match="device"):
         load(tmp_path, "abacus")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_models_are_drawn_in_what_is_asked_for(dtype):
+    model = load(dtype=dtype)
+    result = model.generate(Request("a red cube", steps=1))
+    assert result.recipe["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_eight_bits_are_for_checkpoints():
+    with pytest.raises(InputError, match="int8 is for checkpoints"):
+        load(dtype=torch.int8)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.nn.attention import attention
 from sfumato.nn.dit import DiT, DiTConfig, from_patches, to_patches
-from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, rotate, sinusoid
+from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, rotate, sinusoid, turns
 from sfumato.nn.transformer import Block, hidden_width, rms_norm
 from sfumato.types import Conditioning
 
@@ -82,7 +82,7 @@ def test_what_the_mask_hides_changes_nothing_at_all(dtype):
 def turned(x: Tensor, position: Tensor, **options: float) -> Tensor:
     """x: (D,) turned as at `position` (axes,)."""
     angles = rope_angles(position[None], x.shape[-1], **options)
-    return rotate(x[None, None, None], angles.cos(), angles.sin()).flatten()
+    return rotate(x[None, None, None], *turns(angles)).flatten()
 
 
 @pytest.mark.parametrize("axes", [1, 3])
@@ -108,13 +108,13 @@ def test_rotary_products_see_each_axis(axis):
 
 def test_no_angle_no_turn():
     x = torch.randn(2, 3, 5, 8)
-    assert torch.equal(rotate(x, torch.ones(5, 4), torch.zeros(5, 4)), x)
+    assert torch.equal(rotate(x, *turns(torch.zeros(3, 4))), x)
 
 
 def test_a_quarter_turn_swaps_the_halves():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
     quarter = torch.full((1, 2), math.pi / 2)
-    out = rotate(x, quarter.cos(), quarter.sin()).flatten()
+    out = rotate(x, *turns(quarter)).flatten()
     torch.testing.assert_close(out, torch.tensor([-3.0, -4.0, 1.0, 2.0]))
 
 
@@ -176,7 +176,7 @@ def test_hidden_widths_fill_tiles():
 def test_a_block_with_closed_gates_lets_everything_pass():
     torch.manual_seed(0)
     block, x = Block(32, 2, modulated=True), torch.randn(2, 5, 32)
-    cos, sin = torch.ones(5, 8), torch.zeros(5, 8)
+    cos, sin = turns(torch.zeros(5, 8))
     gates = torch.randn(2, 6, 32)
     gates[:, [2, 5]] = 0
     assert torch.equal(block(x, cos, sin, None, gates), x)
@@ -200,6 +200,14 @@ def test_the_answer_has_the_shape_of_the_question(patch, size, frames):
     net = random_dit(DiTConfig(3, patch, 32, 1, 1, text_width=16, time_width=16))
     x = torch.randn(2, 3, frames, *size)
     assert net(x, torch.tensor(0.5), words()).shape == x.shape
+
+
+@torch.no_grad()
+def test_no_mask_is_a_mask_that_hides_nothing():
+    net, cond = random_dit(), words(length=6, real=6)
+    x, time = torch.randn(2, 3, 1, 4, 4), torch.tensor([0.2, 0.7])
+    whole = net(x, time, cond)
+    torch.testing.assert_close(net(x, time, Conditioning(cond.tokens)), whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,9 @@ from sfumato.receipts.provenance import read_like, save_images
 from sfumato.receipts.webui import read, split, write
 from sfumato.sampling import SAMPLERS
 from sfumato.tasks.latent import UPSCALERS
-from sfumato.types import HiRes, Inpaint, Request, Result, Variation
+from sfumato.text.syntax import RULES
+from sfumato.text.weighting import WEIGHTINGS
+from sfumato.types import HiRes, Inpaint, Micro, Request, Result, Variation
 
 PICTURE = Image.new("RGB", (8, 8), "teal")
 MASK = Image.new("L", (8, 8), 255)
@@ -85,11 +88,13 @@ def test_every_name_of_ours_that_has_a_label_is_one():
     assert set(webui.SAMPLERS) == set(SAMPLERS)
     assert set(webui.SCHEDULES) <= set(SCHEDULES)
     assert set(webui.UPSCALERS) == set(UPSCALERS)
+    assert list(webui.MICRO) == [f.name for f in fields(Micro)]
 
 
 # --- there and back -------------------------------------------------------------------------------------------------
 
 
+PAIR = st.tuples(st.integers(1, 65536), st.integers(1, 65536))
 plain_text = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=60).map(str.strip)
 
 
@@ -104,12 +109,19 @@ plain_text = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]),
     ),
     variation=st.none() | st.builds(Variation, st.integers(0, 2**64 - 1), st.floats(0.001, 1)),
     clip_skip=st.none() | st.integers(2, 12), eta=st.none() | st.floats(0, 1),
+    prompt_rules=st.none() | st.sampled_from(sorted(RULES)), weighting=st.none() | st.sampled_from(WEIGHTINGS),
+    micro=st.none() | st.builds(
+        Micro, PAIR, PAIR, PAIR, st.floats(0, 10), st.none() | PAIR, st.none() | PAIR, st.none() | PAIR,
+        st.none() | st.floats(0, 10),
+    ),
+    refine_at=st.none() | st.floats(0, 1),
 )  # fmt: skip
 def test_a_request_comes_back(model, **fields):
     request = Request(**fields)
     if request.prompt.startswith("Negative prompt:"):
         return
-    found, ignored = read(written(request, model=model))
+    refiner = None if request.refine_at is None else {"model": "a, b"}
+    found, ignored = read(written(request, model=model, refiner=refiner))
     assert Request.from_dict(found) == request and ignored == []
 
 

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato.autoencoder import AutoencoderConfig
+from helpers import CPU, PROMPT, apart, array, noise, tiny_system, white
 from sfumato.diffusion.path import FLOW, VE, VP
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.errors import InputError
-from sfumato.families.pocket import PocketConfig, System, build
-from sfumato.families.pocket.config import DenoiserConfig, Preset
+from sfumato.families.pocket import System
 from sfumato.generate import Model, eta_samplers, to_image
 from sfumato.pictures import fingerprint, flatten
 from sfumato.receipts.provenance import recipe_of
@@ -25,40 +24,10 @@ from sfumato.sampling import SAMPLERS
 from sfumato.tasks.latent import Origin, begin, cells_to_paint, enlarged, keeping, steps_to_run
 from sfumato.types import HiRes, Inpaint, Request, Variation
 
-CPU = torch.device("cpu")
-CONFIG = PocketConfig(
-    autoencoder=AutoencoderConfig(4, 4, encoder_width=32, decoder_width=32, max_width=32),
-    denoiser=DenoiserConfig(64, 2, 1, text_width=64, text_depth=1, max_tokens=64),
-    words=("a", "red", "blue", "cube", "sphere"),
-    preset=Preset(steps=4, guidance=3.0, sampler="dpmpp_2m", schedule="linear", size=(32, 32)),
-)
-PROMPT = "a red cube"
-
-
-def system() -> System:
-    """Random weights that let the prompt, the noise and the picture show."""
-    torch.manual_seed(0)
-    made = build(CONFIG)
-    for parameter in made.denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5)
-    for module in (made.autoencoder, made.denoiser):
-        module.eval().requires_grad_(False)
-    return made
-
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(system(), CPU, "tiny", dtype=torch.float32)
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def white(width: int, height: int, *box: int) -> Image.Image:
-    mask = Image.new("L", (width, height), 0)
-    mask.paste(255, box)
-    return mask
+    return Model(tiny_system(), CPU, "tiny", dtype=torch.float32)
 
 
 IMAGE = noise(32, 32)
@@ -68,16 +37,6 @@ MASK = white(32, 32, 9, 6, 22, 27)
 def drawn(model: Model, **fields) -> Image.Image:
     [image] = model.generate(Request(PROMPT, **fields)).images
     return image
-
-
-def array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
-
-
-def apart(one: Image.Image, two: Image.Image) -> int:
-    """The largest difference of two pictures, in steps of 255."""
-    assert one.size == two.size
-    return int(np.abs(array(one) - array(two)).max())
 
 
 def through_the_autoencoder(model: Model, image: Image.Image) -> Image.Image:
@@ -481,7 +440,7 @@ class Offering:
 
 @pytest.fixture(scope="module")
 def offering() -> Model:
-    return Model(Offering(system()), CPU, "offering", dtype=torch.float32)
+    return Model(Offering(tiny_system()), CPU, "offering", dtype=torch.float32)
 
 
 def test_an_inpainting_network_is_given_the_mask_and_what_is_kept(model, offering):

@@ -8,28 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers import array, noise, white
 from sfumato.errors import InputError
 from sfumato.tasks.canvas import around, canvas, extended, feather, fitted, nearest_size, painted, settle
 from sfumato.types import Inpaint, Request
 
 
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def white(width: int, height: int, *box: int) -> Image.Image:
-    """A black mask with one white box (left, top, right, bottom)."""
-    mask = Image.new("L", (width, height), 0)
-    mask.paste(255, box)
-    return mask
-
-
 def settled(**fields) -> Request:
     return settle(Request(**fields).validate(), 8, (64, 64))
-
-
-def array(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture).astype(int)
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------

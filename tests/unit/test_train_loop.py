@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ class Line:
     stage = "line"
     flops = 0.0
 
-    def __init__(self, spoilt: int = 0):
+    def __init__(self, spoilt: int = 0, apart: bool = False):
         torch.manual_seed(0)
-        self.recipe = TrainRecipe(steps=6, batch=4, microbatch=2, warmup=1, save_every=1, sheet_every=100)
+        self.recipe = TrainRecipe(steps=6, batch=8, microbatch=2, warmup=1, save_every=1, sheet_every=100)
         net = torch.nn.Linear(3, 1)
 
         def batch(step: int, part: int) -> torch.Tensor:
@@ -33,7 +34,7 @@ class Line:
                 error.register_hook(lambda gradient: gradient * torch.inf)
             return error, {"loss": error}
 
-        self.players = [Player("line", net, self.recipe, batch, loss)]
+        self.players = [Player("line", net, self.recipe, batch, loss, apart=apart)]
 
     def sheet(self, average, step) -> str:
         return ""
@@ -57,3 +58,18 @@ def test_a_run_in_two_pieces_is_the_run_in_one(tmp_path: Path) -> None:
     pieces = fit(Line(), tmp_path / "cut", "x", torch.device("cpu"), quiet)
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
     assert (tmp_path / "whole" / "log.csv").read_text() == (tmp_path / "cut" / "log.csv").read_text()
+
+
+def test_lanes_train_what_one_network_trains(tmp_path: Path) -> None:
+    before, turns = torch.get_num_threads(), sys.getswitchinterval()
+    quiet, cpu = (lambda event: None), torch.device("cpu")
+    try:
+        torch.set_num_threads(2)
+        alone = fit(Line(), tmp_path / "alone", "x", cpu, quiet)
+        twice = [fit(Line(apart=True), tmp_path / name, "x", cpu, quiet) for name in ("one", "two")]
+    finally:
+        torch.set_num_threads(before)
+    for name, weight in alone.items():
+        torch.testing.assert_close(twice[0][name], weight)
+        assert torch.equal(twice[0][name], twice[1][name])
+    assert sys.getswitchinterval() == pytest.approx(turns, abs=2e-6)

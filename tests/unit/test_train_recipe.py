@@ -10,6 +10,7 @@ from sfumato.errors import InputError
 from sfumato.train import run
 from sfumato.train.recipe import parse_recipe, read_recipe
 
+WEIGHTS = ("l1", "gradient", "haar", "spectral", "kl", "equivariance", "adversarial")
 STAGES = {"data": {"path": "x"}, "autoencoder": {}, "denoiser": {}}
 
 
@@ -42,6 +43,17 @@ def parsed(change: dict[str, object]):
         ("denoiser.loss.weighting", "heavy"),
         ("denoiser.loss.shift", 0.0),
         ("denoiser.loss.drop_prompt", -0.1),
+        ("denoiser.loss.drop_prompt", 1.5),
+        ("denoiser.train.clip", 0.0),
+        ("autoencoder.train.clip", -1.0),
+        ("autoencoder.train.optimizer", "muon"),
+        *((f"autoencoder.loss.{weight}", -0.1) for weight in WEIGHTS),
+        ("autoencoder.loss.gradient_scales", 0),
+        ("autoencoder.loss.spectral_block", 0),
+        ("autoencoder.loss.equivariance_scales", [2, 0]),
+        ("autoencoder.loss.equivariance_share", 0.0),
+        ("autoencoder.loss.equivariance_share", 1.5),
+        ("autoencoder.loss.adversarial_limit", -1.0),
         ("denoiser.prediction", "eps"),
     ],
 )

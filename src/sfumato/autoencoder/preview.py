@@ -53,12 +53,21 @@ PUBLISHED = {
 }
 
 
+def has_factors(config: KLConfig) -> bool:
+    """Whether the preview factors of a latent space are known."""
+    return bool(_rows(config))
+
+
+def _rows(config: KLConfig) -> tuple[tuple[float, ...], ...] | None:
+    return config.preview or PUBLISHED.get((config.latent_channels, round(config.scaling_factor, 5)))
+
+
 def factors_of(config: KLConfig) -> Tensor:
     """The preview factors of a latent space, (C + 1, 3) float32: the config's own, or the published ones.
 
     `InputError` if there are none.
     """
-    rows = config.preview or PUBLISHED.get((config.latent_channels, round(config.scaling_factor, 5)))
+    rows = _rows(config)
     if not rows:
         raise InputError(
             f"no preview factors are known for {config.latent_channels} channels scaled by {config.scaling_factor}; "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sfumato.cli import parse, show
+from sfumato.cli import options, parse, show
 from sfumato.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,215 +20,59 @@ if TYPE_CHECKING:
     from sfumato.receipts.provenance import Like
 
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
-PICTURE, MASK, LARGER, TUNING, WEIGHTS = (
-    "Beginning with a picture",
-    "Painting a part of it",
-    "Drawing it larger",
-    "For those who know",
-    "Opening a Stable Diffusion checkpoint",
-)
 
 
 def generate(
     context: typer.Context,
-    prompt: Annotated[str | None, typer.Argument(help="What to draw; may be empty.")] = None,
-    output: Annotated[
-        Path,
-        typer.Option("-o", "--output", help="A .png, .jpg or .webp file; several become name-0, name-1 …"),
-    ] = Path("out.png"),
-    count: Annotated[str, typer.Option("-n", "--count", metavar="N", help="How many pictures.")] = "1",
-    seed: Annotated[str, typer.Option(metavar="N", help="Picture k is the picture of seed + k.")] = "0",
-    steps: Annotated[str | None, typer.Option(metavar="N", help="Sampling steps.")] = None,
-    guidance: Annotated[
-        str | None, typer.Option(metavar="X", help="How strictly to follow the prompt.")
-    ] = None,
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="See `sfumato models`.")] = None,
-    schedule: Annotated[str | None, typer.Option(metavar="NAME", help="See `sfumato models`.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels: 128 or 128x96.")] = None,
-    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What to stay away from.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m",
-            "--model",
-            help="Name, folder, .safetensors file, or org/name.",
-        ),
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Take prompt and settings from a picture that says how it was made, by sfumato or by a web UI. "
-            "What you give beside it wins.",
-        ),
-    ] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=PICTURE,
-            help="A PNG, JPEG or WebP to begin with instead of noise. The result has its size.",
-        ),
-    ] = None,
-    strength: Annotated[
-        str | None,
-        typer.Option(
-            metavar="X",
-            rich_help_panel=PICTURE,
-            help="How much of the picture to redraw: 0 keeps it, 1 forgets it. 0.75 by default, 1 in a mask.",
-        ),
-    ] = None,
-    fit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOW",
-            rich_help_panel=PICTURE,
-            help="Bring it to --size: cover (crop what is too long), contain (extend its edges) or stretch.",
-        ),
-    ] = None,
-    outpaint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PIXELS",
-            rich_help_panel=PICTURE,
-            help="Draw on beyond its borders: 64 on every side, or LEFT,TOP,RIGHT,BOTTOM such as 0,0,128,0.",
-        ),
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=MASK,
-            help="A picture of the same size, white where to paint. The rest comes back untouched "
-            "(in a .png or .webp).",
-        ),
-    ] = None,
-    mask_blur: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PIXELS",
-            rich_help_panel=MASK,
-            help="How softly the painted part begins, inside the mask; 4 by default.",
-        ),
-    ] = None,
-    only_masked: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PIXELS",
-            rich_help_panel=MASK,
-            help="Draw only the mask and this many pixels around it, at full --size, and put them back: "
-            "for details of a large picture.",
-        ),
-    ] = None,
-    paste: Annotated[
-        bool | None,
-        typer.Option(
-            "--paste/--no-paste",
-            show_default=False,
-            rich_help_panel=MASK,
-            help="Whether what lies outside the mask is taken from your picture; it is by default.",
-        ),
-    ] = None,
-    hires: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCALE",
-            rich_help_panel=LARGER,
-            help="Draw, enlarge by this factor, and draw over it: more detail than drawing large at once. "
-            "`none` takes it out of --like.",
-        ),
-    ] = None,
-    hires_strength: Annotated[
-        str | None,
-        typer.Option(
-            metavar="X",
-            rich_help_panel=LARGER,
-            help="How much the second pass redraws; 0 only enlarges. 0.5 by default.",
-        ),
-    ] = None,
-    hires_steps: Annotated[
-        str | None,
-        typer.Option(metavar="N", rich_help_panel=LARGER, help="Its steps; as many as --steps by default."),
-    ] = None,
-    upscaler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=LARGER,
-            help="lanczos enlarges the picture; latent-bilinear, latent-bicubic, latent-nearest the latent, "
-            "which wants a strength above 0.5.",
-        ),
-    ] = None,
-    variation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SEED:X",
-            rich_help_panel=TUNING,
-            help="Pictures like that of --seed: mix in the noise of a second seed, 0 not at all, 1 altogether. "
-            "With -n the second seed counts up. `none` takes it out of --like.",
-        ),
-    ] = None,
-    eta: Annotated[
-        str | None,
-        typer.Option(
-            metavar="X",
-            rich_help_panel=TUNING,
-            help="Fresh noise in samplers that have it (ddim, euler_a …), from 0 to 1.",
-        ),
-    ] = None,
-    clip_skip: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N",
-            rich_help_panel=TUNING,
-            help="Layer of a CLIP text encoder, counted from the last, which is 1.",
-        ),
-    ] = None,
-    vae: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=WEIGHTS, help="Another autoencoder for a checkpoint: a file or a folder."
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=WEIGHTS,
-            help="Of a checkpoint's weights: fp32, bf16, fp16, or on a CPU int8.",
-        ),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=WEIGHTS,
-            help="What runs a checkpoint's U-Net: torch, openvino or openvino:GPU.",
-        ),
-    ] = None,
-    prediction: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", rich_help_panel=WEIGHTS, help="epsilon or v, where a checkpoint does not say it."
-        ),
-    ] = None,
-    variant: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a folder's files, such as fp16."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu or cuda; the faster one by default.")
-    ] = None,
-    preview: Annotated[
-        bool,
-        typer.Option("--preview", help="Show the picture forming; beside the output if this is no terminal."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+    prompt: options.Prompt = None,
+    output: options.Output = Path("out.png"),
+    count: options.Count = "1",
+    seed: options.Seed = "0",
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    schedule: options.Schedule = None,
+    size: options.Size = None,
+    negative: options.Negative = None,
+    model: options.Model = None,
+    like: options.Like = None,
+    image: options.Image = None,
+    strength: options.Strength = None,
+    fit: options.Fit = None,
+    outpaint: options.Outpaint = None,
+    mask: options.Mask = None,
+    mask_blur: options.MaskBlur = None,
+    only_masked: options.OnlyMasked = None,
+    paste: options.Paste = None,
+    hires: options.Hires = None,
+    hires_strength: options.HiresStrength = None,
+    hires_steps: options.HiresSteps = None,
+    upscaler: options.Upscaler = None,
+    reuse: options.Reuse = None,
+    guidance_interval: options.GuidanceInterval = None,
+    clip_skip: options.ClipSkip = None,
+    prompt_rules: options.PromptRules = None,
+    weighting: options.Weighting = None,
+    micro: options.Micro = None,
+    embedding: options.Embedding = None,
+    variation: options.Variation = None,
+    eta: options.Eta = None,
+    refiner: options.Refiner = None,
+    parts: options.Parts = None,
+    vae: options.Vae = None,
+    dtype: options.Dtype = None,
+    engine: options.Engine = None,
+    prediction: options.Prediction = None,
+    variant: options.Variant = None,
+    device: options.Device = None,
+    preview: options.Preview = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Draw pictures from a prompt, or from a prompt and a picture. Each file carries its recipe."""
     from sfumato.receipts.provenance import check_output
     from sfumato.types import Request
 
+    second, refine_at = (None, None) if refiner in (None, "none") else parse.refiner(refiner)
     given: dict[str, Any] = {
         "prompt": prompt,
         "negative": negative,
@@ -248,20 +93,36 @@ def generate(
         "hires.strength": None if hires_strength is None else parse.number("hires-strength", hires_strength),
         "hires.steps": None if hires_steps is None else parse.whole("hires-steps", hires_steps),
         "hires.upscaler": upscaler,
+        "reuse": None if reuse is None else parse.whole("reuse", reuse),
+        "guidance_interval": None
+        if guidance_interval in (None, "none")
+        else parse.interval("guidance-interval", guidance_interval),
         "variation": None if variation in (None, "none") else parse.variation(variation),
         "eta": None if eta is None else parse.number("eta", eta),
         "clip_skip": None if clip_skip is None else parse.whole("clip-skip", clip_skip),
+        "prompt_rules": prompt_rules,
+        "weighting": weighting,
+        **({} if micro in (None, ["none"]) else parse.micro(micro)),
+        "refine_at": refine_at,
     }
+    embeddings = parse.embeddings(embedding or [])
     default = {name for name in given if _left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
     if image is not None:
         given["image"] = parse.picture("image", image)
     if mask is not None:
         given["mask"] = parse.picture("mask", mask, mask=True)
-    dropped = {name for name, text in (("hires", hires), ("variation", variation)) if text == "none"}
-    said = None if like is None else _said(like, given, dropped)
+    may_drop = {"hires": hires, "variation": variation, "guidance_interval": guidance_interval}
+    dropped = {name for name, text in may_drop.items() if text == "none"}
+    if micro == ["none"]:
+        dropped.add("micro")
+    if refiner == "none":
+        dropped.add("refine_at")
+    said = None if like is None else _said(like, given, dropped, second)
     request = Request.from_dict(_merged(given, {} if said is None else said.request))
     check_output(output, request.count, request)
+    if preview:
+        _check_preview(output)
 
     started = time.perf_counter()
     from sfumato.generate import DEFAULT_MODEL, MODELS, load
@@ -277,6 +138,9 @@ def generate(
         vae=vae,
         prediction=prediction,
         variant=variant,
+        embeddings=embeddings,
+        parts=parts or None,
+        refiner=second,
     )
     if said is not None:
         _note_differences(like, said, loaded)
@@ -308,9 +172,9 @@ def _left_open(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT"
 
 
-def _said(like: Path, given: dict[str, Any], dropped: set[str]) -> Like:
+def _said(like: Path, given: dict[str, Any], dropped: set[str], refiner: str | None) -> Like:
     """What the picture `like` says of its making, without what was `dropped`. The pictures that it began with must be
-    among those `given`."""
+    among those `given`, and a refiner there must be."""
     from dataclasses import replace
 
     from sfumato.receipts.provenance import read_like
@@ -326,6 +190,12 @@ def _said(like: Path, given: dict[str, Any], dropped: set[str]) -> Like:
     if painted and "mask" not in given:
         raise InputError(
             f"{like} was painted inside a mask; give it, or a new one, by --mask", argument="mask"
+        )
+    if "refine_at" in fields and refiner is None:
+        raise InputError(
+            f"{like} was finished by the refiner {said.refiner!r}; give it, or a new one, by --refiner, or leave it "
+            "out by --refiner none",
+            argument="refiner",
         )
     return replace(said, request={name: value for name, value in fields.items() if name not in dropped})
 
@@ -356,6 +226,14 @@ def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
         _note(f"{like} was drawn by other weights, of the model {said.model!r}; choose the model by -m")
     elif said.weights is None and said.model is not None:
         _note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
+    if loaded.refiner is not None and said.refiner_weights not in (None, loaded.refiner.hashes):
+        _note(f"{like} was finished by other weights, of the refiner {said.refiner!r}")
+    for name, digest in said.embeddings.items():
+        ours = loaded.embeddings.get(name)
+        if ours is None:
+            _note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
+        elif not ours.startswith(digest):
+            _note(f"{like} was drawn with another embedding {name!r} than this file's")
     if said.ignored:
         _note(f"not taken over from {like}: {', '.join(said.ignored)}")
 
@@ -366,12 +244,30 @@ def _note(message: str) -> None:
     sys.stderr.write("note: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
+def _preview_of(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-preview.png")
+
+
+def _check_preview(output: Path) -> None:
+    """Raise `InputError` if the forming picture would go to a file, and one of its name is there already."""
+    file = _preview_of(output)
+    if not show.console().is_terminal and os.path.lexists(file):
+        raise InputError(
+            f"the preview would overwrite {str(file)!r}; move that file, or name another output",
+            argument="preview",
+        )
+
+
 def _watcher(
     bar: Progress, model: Any, preview: Path | None
 ) -> tuple[Callable[[Any], None], Callable[[], None]]:
-    """(on_step, clean up): moves the bar, and shows the forming picture in the terminal or in `name-preview.png`."""
+    """(on_step, clean up): moves the bar, and shows the forming picture in the terminal or in `name-preview.png`.
+
+    Only a file that was written here is removed.
+    """
     task = bar.add_task("drawing", total=None)
-    file = None if preview is None else preview.with_name(f"{preview.stem}-preview.png")
+    file = None if preview is None else _preview_of(preview)
+    written = False
     live = None
     if preview is not None and bar.console.is_terminal:
         from rich.live import Live
@@ -381,6 +277,7 @@ def _watcher(
         live.start()
 
     def watch(step: Any) -> None:
+        nonlocal written
         bar.update(task, total=step.total, completed=step.index + 1)
         if preview is None:
             return
@@ -394,11 +291,12 @@ def _watcher(
 
             with atomic_file(file) as temporary:
                 picture.save(temporary, format="PNG")
+            written = True
 
     def clean() -> None:
         if live is not None:
             live.stop()
-        elif file is not None:
+        elif file is not None and written:
             file.unlink(missing_ok=True)
 
     return watch, clean

@@ -36,11 +36,11 @@ def number(name: str, text: str) -> float:
         raise InputError(f"{name} must be a number, not {_quoted(text)}", argument=name) from None
 
 
-def size(text: str) -> tuple[int, int]:
+def size(text: str, name: str = "size") -> tuple[int, int]:
     """`128` or `128x96` to (width, height) in pixels."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise InputError(f"size must be like 128 or 128x96, not {_quoted(text)}", argument="size")
+        raise InputError(f"{name} must be like 128 or 128x96, not {_quoted(text)}", argument=name)
     width = int(match[1])
     return width, int(match[2] or width)
 
@@ -66,6 +66,77 @@ def variation(text: str) -> dict[str, Any]:
             argument="variation",
         )
     return {"seed": whole("variation", seed), "strength": number("variation", strength)}
+
+
+def interval(name: str, text: str) -> tuple[float, float]:
+    """`LOW:HIGH`, such as 0.3:1."""
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise InputError(
+            f"{name} must be like LOW:HIGH, for example 0.3:1, not {_quoted(text)}", argument=name
+        )
+    return number(name, low), number(name, high)
+
+
+def micro(pairs: list[str]) -> dict[str, Any]:
+    """`original=4096x4096`, `negative-crop=0,64`, `aesthetic=6` … to fields of a request, as `micro.original`."""
+    from dataclasses import fields
+
+    from sfumato.types import Micro
+
+    known = [f.name for f in fields(Micro)]
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        shown, equals, text = pair.partition("=")
+        name = shown.strip().replace("-", "_")
+        if not equals or name not in known:
+            names = ", ".join(field.replace("_", "-") for field in known)
+            raise InputError(
+                f"micro must be like NAME=VALUE, with one of {names}; not {_quoted(pair)}", argument="micro"
+            )
+        if f"micro.{name}" in values:
+            raise InputError(f"micro gives {shown} twice", argument="micro")
+        if name.endswith("aesthetic"):
+            value: Any = number(f"micro {shown}", text)
+        elif name.endswith("crop"):
+            left, comma, top = text.partition(",")
+            if not comma:
+                raise InputError(
+                    f"micro {shown} must be like LEFT,TOP, not {_quoted(text)}", argument="micro"
+                )
+            value = whole(f"micro {shown}", left), whole(f"micro {shown}", top)
+        else:
+            value = size(text, f"micro {shown}")
+        values[f"micro.{name}"] = value
+    return values
+
+
+def refiner(text: str) -> tuple[str, float | None]:
+    """`MODEL`, or `MODEL:SHARE`, to the model's name and the share, if one is given; what exists is a name."""
+    name, colon, share = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, None
+    return name, number("refiner", share)
+
+
+def embeddings(texts: list[str]) -> dict[str, Path]:
+    """`FILE`, or `NAME=FILE`, to files by name; a file that is there may have = in its own name."""
+    files: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or Path(text).is_file():
+            name, file = Path(text).stem, text
+        if not name or not file:
+            raise InputError(
+                f"embedding must be FILE or NAME=FILE, not {_quoted(text)}", argument="embedding"
+            )
+        if name in files:
+            raise InputError(
+                f"two embeddings are called {name!r}; give one of them another name: --embedding NAME=FILE",
+                argument="embedding",
+            )
+        files[name] = Path(file)
+    return files
 
 
 def picture(name: str, path: Path, mask: bool = False) -> Image:

@@ -20,6 +20,8 @@ from sfumato.pictures import describe, sniff
 PICTURES = ("png", "jpg", "jpeg", "webp")
 CAPTIONS = ("txt", "caption", "json")
 MAX_MEMBERS = 10_000_000
+# what `tarfile` lets through where a header holds words for numbers, sizes of no file, or a header of a header of …
+HOSTILE_HEADER = (ValueError, OverflowError, RecursionError, MemoryError)
 
 
 def read_archive(path: Path) -> tuple[list[Entry], list[Problem]]:
@@ -47,7 +49,7 @@ def read_archive(path: Path) -> tuple[list[Entry], list[Problem]]:
                         problems.append(Problem(f"{path.name}:{member.name}", "appears twice in the archive"))
                     else:
                         samples[key][extension] = member
-        except tarfile.TarError:
+        except (tarfile.TarError, *HOSTILE_HEADER):
             raise DataError(f"{path} is damaged, cut short or compressed; a plain .tar is read") from None
         size = path.stat().st_size
         entries = []
@@ -68,6 +70,8 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
     pure = PurePosixPath(member.name.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts:
         raise DataError(f"{path} holds the member {member.name!r}, which leaves the archive; it is refused")
+    if member.size < 0:  # the next header would stand before this one, for ever
+        raise DataError(f"{path} holds the member {member.name!r} of {member.size} bytes; it is refused")
     if not (member.isfile() or member.isdir()) or member.issparse():
         raise DataError(
             f"{path} holds the member {member.name!r}, which is a link or a device; it is refused"

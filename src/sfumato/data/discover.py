@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -50,6 +50,8 @@ PASSED_OVER = {
     ".toml",
 }
 MAX_CAPTION_BYTES = 4 * MAX_PROMPT
+MAX_ROW_BYTES = 16 * MAX_CAPTION_BYTES  # of a line of metadata.jsonl, with room for fields that are not ours
+MAX_METADATA_BYTES = 4 * 2**30
 KOHYA = re.compile(r"(\d{1,6})_(.+)")
 SPLITS = {"train", "test", "validation", "valid", "val"}
 
@@ -281,13 +283,14 @@ def _from_kohya(root: Path, pictures: dict[Path, list[Path]], found: Found) -> N
 
 def _from_metadata(root: Path) -> Found:
     found = Found("metadata.jsonl")
-    lines = (root / "metadata.jsonl").read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     seen: dict[Path, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_metadata_lines(root), 1):
         if not line.strip():
             continue
         where = f"metadata.jsonl line {number}"
         try:
+            if len(line) > MAX_ROW_BYTES:
+                raise DataError(f"is longer than {MAX_ROW_BYTES:,} bytes")
             row = _json_object(line)
             if "file_name" not in row:
                 raise DataError("has no file_name")
@@ -317,6 +320,28 @@ def _from_metadata(root: Path) -> Found:
         )
     found.entries.sort(key=lambda e: e.name)
     return found
+
+
+def _metadata_lines(root: Path) -> Iterator[bytes]:
+    """The lines of metadata.jsonl one by one, each cut to `MAX_ROW_BYTES` + 1. Raises `DataError` when it is a link
+    that leaves the folder, too large, or cannot be read.
+    """
+    path = inside(root, "metadata.jsonl")
+    try:
+        with open(path, "rb") as stream:
+            if (size := os.fstat(stream.fileno()).st_size) > MAX_METADATA_BYTES:
+                raise DataError(
+                    f"{path} has {size:,} bytes; at most {MAX_METADATA_BYTES:,} are read, split it"
+                )
+            if stream.read(3) != b"\xef\xbb\xbf":  # UTF-8's byte-order mark
+                stream.seek(0)
+            while line := stream.readline(MAX_ROW_BYTES + 1):
+                rest = line
+                while len(rest) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
+                    rest = stream.readline(MAX_ROW_BYTES + 1)
+                yield line
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _json_object(line: bytes) -> dict:

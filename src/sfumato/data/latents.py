@@ -243,12 +243,14 @@ def _check_index(directory: Path, autoencoder_hash: str, dtype: str | None) -> s
 def _shards(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """(path, keys of its rows, names of their pictures) of each shard, in name order; a `DataError` if damaged."""
     for path in sorted(directory.glob("latents-*.safetensors")):
-        check_safetensors(path)
         try:
+            check_safetensors(path)
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["rows"])
                 keys, names = header["keys"], header["names"]
                 rows = file.get_slice("latents").get_shape()[0]
+        except CheckpointError as error:
+            raise DataError(f"{error}; remove it and encode again") from None
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}); remove it and encode again") from None
         if rows != len(keys):

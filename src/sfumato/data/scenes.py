@@ -179,18 +179,19 @@ class SceneSource:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "PYTHONPATH": os.pathsep.join(_import_path()),
         }
         arguments = json.dumps(self._arguments())
-        waiting, gate = iter(chunks), threading.Lock()
+        waiting, gate, stopped = iter(chunks), threading.Lock(), threading.Event()
         failures: list[BaseException] = []
         running: list[subprocess.Popen[str]] = []
+        threads: list[threading.Thread] = []
         complaints: dict[int, IO[bytes]] = {}
 
         def drive(process: subprocess.Popen[str]) -> None:
             try:
                 said = arguments + "\n"
-                while not failures:
+                while not stopped.is_set():
                     with gate:
                         chunk = next(waiting, None)
                     if chunk is None:
@@ -202,28 +203,34 @@ class SceneSource:
                         raise SfumatoError(answer["error"])
                     said = ""
                     with gate:
-                        if not failures:
+                        if not stopped.is_set():
                             finished(chunk)
             except BaseException as error:  # carried to the caller's thread
                 failures.append(error)
+                stopped.set()
 
         try:
             for _ in range(workers):
-                command = [sys.executable, "-m", "sfumato.data.render_worker"]
+                command = [sys.executable, "-P", "-m", "sfumato.data.render_worker"]
                 pipe, said = subprocess.PIPE, tempfile.TemporaryFile()  # noqa: SIM115
                 process = subprocess.Popen(
                     command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=said
                 )
                 running.append(process)
                 complaints[process.pid] = said
-            threads = [threading.Thread(target=drive, args=(p,), daemon=True) for p in running]
-            for thread in threads:
+            for process in running:
+                thread = threading.Thread(target=drive, args=(process,), daemon=True)
                 thread.start()
+                threads.append(thread)
             for thread in threads:
                 thread.join()
-        finally:
+        finally:  # also when the caller's thread is interrupted: nobody counts chunks once the store's lock is left
+            stopped.set()
             for process in running:
                 process.kill()
+            for thread in threads:
+                thread.join()
+            for process in running:
                 process.wait()
                 for stream in (process.stdin, process.stdout, complaints.get(process.pid)):
                     with contextlib.suppress(OSError):  # words an ended process never took
@@ -251,6 +258,15 @@ class SceneSource:
         if not 0 <= index < self.count:
             raise InputError(f"there is no scene {index}; there are {self.count}", argument="indices")
         return int(index)
+
+
+def _import_path() -> list[str]:
+    """Where this process imports from, without the working folder: a file there is no module of ours, whatever its
+    name. It stays where it is this package's own home.
+    """
+    home, here = Path(__file__).resolve().parents[2], Path.cwd()
+    places = [Path(place).absolute() for place in sys.path]
+    return [str(place) for place in places if place.resolve() == home or place.resolve() != here]
 
 
 def _ask(process: subprocess.Popen[str], words: str) -> Any:

@@ -11,6 +11,8 @@ With x = alpha · x0 + sigma · noise, n = sqrt(alpha² + sigma²) and m = alpha
     x      x0                                 x0_hat = F                                  c_in = 1 / n
     flow   noise − x0                         x0_hat = (x − sigma F) / m                  c_in = 1 / m
 
+A latent consistency model mixes its answer with the sample so that at time 0 it is the sample (`consistency`).
+
 On VP n = 1 and on FLOW m = 1, which gives back the definitions of the papers (v: Salimans & Ho 2022, app. D;
 flow: Liu et al. 2022, eq. 1). Because they are written for any path, an SD network runs on VE, and a flow
 network may too.
@@ -38,11 +40,13 @@ class Parameterization:
 
     time: maps a tensor of levels to what the network is told. None means sigma / (alpha + sigma), which lies
         in [0, 1] and is sigma itself on FLOW. `NoiseLevels.time` gives the time step of an SD network.
+    boundary: of the time, what x / n and the estimate count for in the answer; None leaves the estimate as it is.
     """
 
     kind: str = "flow"
     path: Path = FLOW
     time: Callable[[Tensor], Tensor] | None = None
+    boundary: Callable[[Any], tuple[Any, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,6 +56,14 @@ class Parameterization:
 
     def coefficients(self, sigma: Any) -> tuple[Any, Any, Any]:
         """(c_skip, c_out, c_in) at a level, a float or a tensor. eps has none where alpha is 0."""
+        c_skip, c_out, c_in = self._unbounded(sigma)
+        if self.boundary is None:
+            return c_skip, c_out, c_in
+        time = self.network_time(torch.as_tensor(sigma, dtype=getattr(sigma, "dtype", torch.float64)))
+        of_x, of_estimate = self.boundary(time if isinstance(sigma, Tensor) else float(time))
+        return of_estimate * c_skip + of_x * c_in, of_estimate * c_out, c_in
+
+    def _unbounded(self, sigma: Any) -> tuple[Any, Any, Any]:
         alpha = self.path.alpha(sigma)
         n = (alpha * alpha + sigma * sigma) ** 0.5
         if self.kind == "eps":
@@ -92,3 +104,13 @@ class Parameterization:
         level = levels_like(sigma, x0)
         alpha = self.path.alpha(level)
         return (alpha * noise - level * x0) / (alpha * alpha + level * level) ** 0.5
+
+
+def consistency(time: Any, data_std: float = 0.5, scale: float = 10.0) -> tuple[Any, Any]:
+    """(c_skip, c_out) at a time step, 0 … 999: 1 and 0 at time 0, and all but 0 and 1 beyond the first few steps.
+
+    Luo et al. 2023 (2310.04378), eq. 9, with Karras' c_skip and c_out; data_std and scale are those of diffusers'
+    `LCMScheduler`.
+    """
+    t = scale * time
+    return data_std**2 / (t**2 + data_std**2), t / (t**2 + data_std**2) ** 0.5

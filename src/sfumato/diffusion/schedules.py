@@ -146,6 +146,20 @@ def leading(steps: int, levels: NoiseLevels, offset: int = 1) -> Tensor:
     return _ending(levels.step_sigma(place.clamp(max=len(levels.sigmas) - 1)))
 
 
+def lcm(steps: int, levels: NoiseLevels, trained: int = 50) -> Tensor:
+    """`steps` of the `trained` levels that latent consistency models are distilled on, from the noisiest, evenly apart.
+
+    Those are every (N / trained)-th entry of the table; 4 of 50 are the time steps 999, 759, 499 and 259 (Luo et al.
+    2023, 2310.04378, sec. 4.3; diffusers' `LCMScheduler`).
+    """
+    if steps > trained:
+        raise InputError(
+            f"schedule lcm has {trained} levels, fewer than {steps}; use fewer steps", argument="steps"
+        )
+    place = (torch.arange(steps, dtype=torch.float64) * (trained / steps)).floor()
+    return _ending(levels.step_sigma((trained - place) * (len(levels.sigmas) // trained) - 1))
+
+
 def karras(
     steps: int,
     levels: NoiseLevels,
@@ -235,6 +249,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "simple": simple,
     "trailing": trailing,
     "leading": leading,
+    "lcm": lcm,
     "log_snr": log_snr_uniform,
     "ays": ays,
     "linear": linear,

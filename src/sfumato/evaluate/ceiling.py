@@ -38,7 +38,9 @@ from sfumato.scenes.sample import FRAME_MARGIN, GAP, sample_scene
 
 TRIES = 4000
 CLEAR = 0.75  # share of an object's picture that no nearer object may hide in a scene made to order
-CHECK_SEED = 900_000_000  # scenes of the ceiling; training of the detector and of models stays far below
+# Scenes of the ceiling. A detector is trained on seeds far below, models on hashes of 63 bits that meet these by no
+# likely chance.
+CHECK_SEED = 900_000_000
 
 
 def scene_of(statement: Statement, seed: int) -> Scene:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, sinusoid
+from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, sinusoid, turns
 from sfumato.nn.transformer import Block, rms_norm
 from sfumato.types import Conditioning
 
@@ -72,32 +72,72 @@ class DiT(nn.Module):
         self, x: Tensor, time: Tensor, cond: Conditioning
     ) -> tuple[Tensor, Tensor | None]:
         """As `forward`, with the label head's logits (B, T·H·W, Σ classes), or None without a head."""
+        h, c, positions = self._enter(x, time, cond)
+        h, labels = self._run_blocks(h, c, positions, cond)
+        return self._leave(h, c, x), labels
+
+    def forward_with_deep(
+        self, x: Tensor, time: Tensor, cond: Conditioning, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, with what all blocks together add to the tokens, (B, M + N, D).
+
+        deep: such a sum of other calls, to add instead of running the blocks: the deviation that Δ-DiT keeps (Chen et
+        al. 2024, 2406.01125, sec. 3), of the whole trunk. What reads sample, text and time is computed anew.
+        """
+        start, c, positions = self._enter(x, time, cond)
+        if deep is None:
+            h, _ = self._run_blocks(start, c, positions, cond)
+            deep = h - start
+        else:
+            h = start + deep
+        return self._leave(h, c, x), deep
+
+    def _enter(self, x: Tensor, time: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of text and latent (B, M + N, D), what all are told (B, D), and places in the latent (N, 3)."""
         B, _, T, H, W = x.shape
         p = self.config.patch
         tokens = self.latent_in(to_patches(x, p))  # (B, N, D)
         positions = grid_positions(T, H // p, W // p, x.device)
         tokens = tokens + grid_sinusoid(positions, tokens.shape[-1]).to(tokens.dtype)
         text = self.text_in(cond.tokens)  # (B, M, D)
-        h = torch.cat([text, tokens], dim=1)  # (B, M + N, D)
-        angles = rope_angles(positions, self.config.width // self.config.heads)
-        angles = torch.cat([angles.new_zeros(text.shape[1], angles.shape[1]), angles])  # words do not turn
-        cos, sin = angles.cos(), angles.sin()
-        mask = torch.cat([cond.mask, cond.mask.new_ones(B, tokens.shape[1])], dim=1)
 
-        weight = cond.mask[..., None].to(cond.tokens.dtype)
-        pooled = (cond.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, text_width)
+        pooled = self._pooled(cond)  # (B, text_width)
         c = self.time_in(sinusoid(1000 * time.expand(B), self.config.time_width)) + self.pooled_in(pooled)
-        c = nn.functional.silu(c)
+        return torch.cat([text, tokens], dim=1), nn.functional.silu(c), positions
+
+    def _pooled(self, cond: Conditioning) -> Tensor:
+        """The mean (B, text_width) of the tokens that are real."""
+        if cond.mask is None:
+            return cond.tokens.mean(1)
+        weight = cond.mask[..., None].to(cond.tokens.dtype)
+        return (cond.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def _run_blocks(
+        self, h: Tensor, c: Tensor, positions: Tensor, cond: Conditioning
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, M + N, D) → the same after all blocks, and the label head's logits."""
+        B, M, N = len(h), h.shape[1] - len(positions), len(positions)
+        angles = rope_angles(positions, self.config.width // self.config.heads)
+        angles = torch.cat([angles.new_zeros(M, angles.shape[1]), angles])  # words do not turn
+        cos, sin = turns(angles)
+        mask = None if cond.mask is None else torch.cat([cond.mask, cond.mask.new_ones(B, N)], dim=1)
         shared = self.modulation(c).view(B, 6, -1)
 
         labels = None
         for i, block in enumerate(self.blocks):
             h = block(h, cos, sin, mask, shared + self.offsets[i])
             if self.label_out is not None and i + 1 == self.label_depth:
-                labels = self.label_out(rms_norm(h[:, text.shape[1] :]))
+                labels = self.label_out(rms_norm(h[:, M:]))
+        return h, labels
+
+    def _leave(self, h: Tensor, c: Tensor, x: Tensor) -> Tensor:
+        """(B, M + N, D) → a field shaped like x, in its type."""
+        p = self.config.patch
+        T, H, W = x.shape[-3:]
+        N = T * (H // p) * (W // p)
         shift, scale = self.final_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        out = self.latent_out(rms_norm(h[:, text.shape[1] :]) * (1 + scale) + shift)  # (B, N, C·p²)
-        return from_patches(out, (T, H, W), p).to(x.dtype), labels
+        out = self.latent_out(rms_norm(h[:, -N:]) * (1 + scale) + shift)  # (B, N, C·p²)
+        return from_patches(out, (T, H, W), p).to(x.dtype)
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:

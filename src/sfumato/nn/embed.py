@@ -52,7 +52,13 @@ def rope_angles(positions: Tensor, head_width: int, theta: float = 100.0) -> Ten
     return torch.cat(angles, dim=-1)
 
 
+def turns(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles (N, D/2) → what `rotate` multiplies by, twice (N, D): cosines, and sines of either sign."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of x: (B, K, N, D) by the angles whose cos and sin are (N, D/2)."""
-    halves = x.unflatten(-1, (2, -1))  # (B, K, N, 2, D/2)
-    return (halves * cos.unsqueeze(-2) + halves.flip(-2) * torch.stack([-sin, sin], dim=-2)).flatten(-2)
+    """Turn the channel pairs (i, i + D/2) of x: (B, N, K, D) by the `turns` (N, D) of their angles."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(x * cos[:, None], swapped, sin[:, None])

@@ -29,10 +29,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         B, N, D = x.shape
         q, k, v = (
-            self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )  # each (B, K, N, D/K)
+            part.view(B, N, self.heads, -1) for part in self.qkv(x).split(D, -1)
+        )  # each (B, N, K, D/K)
         q = rotate(rms_norm(q.float()) * self.q_gain, cos, sin).to(v.dtype)
         k = rotate(rms_norm(k.float()) * self.k_gain, cos, sin).to(v.dtype)
+        q, k, v = (heads.transpose(1, 2).contiguous() for heads in (q, k, v))  # each (B, K, N, D/K)
         return self.out(attention(q, k, v, mask).transpose(1, 2).reshape(B, N, D))
 
 

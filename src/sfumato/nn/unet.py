@@ -8,8 +8,9 @@ files (ldm/modules/diffusionmodules/openaimodel.py) hold the same tensors under 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from sfumato.nn.embed import sinusoid
 from sfumato.nn.spatial import SpatialTransformer
 
 EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its own
+SHALLOW = (
+    2  # skips that a call with deep features makes anew: conv_in's and the first block's, as in DeepCache
+)
 
 
 @dataclass(frozen=True)
@@ -252,36 +256,83 @@ class UNet(nn.Module):
         down_residuals, mid_residual: what a ControlNet adds to the skips, in the order of `config.skips`, and to the
         middle. Raises `InputError` where a shape is not the config's.
         """
+        return self.forward_with_deep(
+            x,
+            time,
+            context,
+            vector,
+            time_cond=time_cond,
+            down_residuals=down_residuals,
+            mid_residual=mid_residual,
+        )[0]
+
+    def forward_with_deep(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor,
+        vector: Tensor | None = None,
+        *,
+        time_cond: Tensor | None = None,
+        down_residuals: Sequence[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, with the features (B, C, H/2ˡ, W/2ˡ) that enter the last `SHALLOW` blocks of the way up.
+
+        deep: such features of another call, to take instead of this call's. Then what lies below is not computed, and
+        of the skips only the first `SHALLOW` are: DeepCache (Ma et al. 2023, 2312.00858, sec. 3.2).
+        """
         self._check(x, time, context, vector, time_cond, down_residuals)
         dtype = self.dtype
         embedded = self._embed_time(time.expand(len(x)), vector, time_cond)
         context = context.to(dtype)
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        h = self.conv_in(h)  # (B, channels[0], H, W)
+        needed = len(self.config.skips) if deep is None else SHALLOW
+        skips = list(islice(self._way_down(h, embedded, context), needed))
+        h = skips[-1]
+        if deep is None:
+            h = self.mid_block(h, embedded, context)
+            if mid_residual is not None:
+                h = h + mid_residual.to(dtype)
+        if down_residuals is not None:
+            skips = [
+                skip + added.to(dtype) for skip, added in zip(skips, down_residuals, strict=deep is None)
+            ]
 
-        skips = [h]
+        blocks = [(level, i) for level in self.up_blocks for i in range(len(level.resnets))]
+        if deep is None:
+            for level, i in blocks[:-SHALLOW]:
+                h = self._up(level, i, h, skips, embedded, context)
+            deep = h
+        h = deep
+        for level, i in blocks[-SHALLOW:]:
+            h = self._up(level, i, h, skips, embedded, context)
+        h = functional.silu(self.conv_norm_out(h), inplace=True)
+        return self.conv_out(h).to(x.dtype), deep
+
+    def _way_down(self, x: Tensor, embedded: Tensor, context: Tensor) -> Iterator[Tensor]:
+        """The skips in the order of `config.skips`, each computed when it is asked for."""
+        h = self.conv_in(x)  # (B, channels[0], H, W)
+        yield h
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
                 h = level.block(i, h, embedded, context)  # (B, channels[l], H/2ˡ, W/2ˡ)
-                skips.append(h)
+                yield h
             for downsample in level.downsamplers:
                 h = downsample(h)
-                skips.append(h)
+                yield h
 
-        h = self.mid_block(h, embedded, context)
-        if mid_residual is not None:
-            h = h + mid_residual.to(dtype)
-        if down_residuals is not None:
-            skips = [skip + added.to(dtype) for skip, added in zip(skips, down_residuals, strict=True)]
-
-        for level in self.up_blocks:
-            for i in range(len(level.resnets)):
-                h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C of the skip, H/2ˡ, W/2ˡ)
-                h = level.block(i, h, embedded, context)
+    def _up(
+        self, level: Level, index: int, h: Tensor, skips: list[Tensor], embedded: Tensor, context: Tensor
+    ) -> Tensor:
+        """One block of the way up, which takes the last skip, and after the last of a level the way to the next."""
+        h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C of the skip, H/2ˡ, W/2ˡ)
+        h = level.block(index, h, embedded, context)
+        if index + 1 == len(level.resnets):
             for upsample in level.upsamplers:
                 h = upsample(h, skips[-1].shape[-2:])
-        h = functional.silu(self.conv_norm_out(h), inplace=True)
-        return self.conv_out(h).to(x.dtype)
+        return h
 
     def _embed_time(self, time: Tensor, vector: Tensor | None, time_cond: Tensor | None) -> Tensor:
         """(B, time_width): time and vector together, with the activation that every residual block begins with."""

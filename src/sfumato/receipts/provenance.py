@@ -129,12 +129,19 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Like:
-    """What a picture says of its making: `request`, fields of a `Request`; `model`, its name; `weights`, the hashes of
-    ours if we drew it; `ignored`, settings of other programs that were not taken over."""
+    """What a picture says of its making.
+
+    request: fields of a `Request`. model: its name. weights: its hashes, if we drew it; refiner, refiner_weights:
+    the same of a second model. embeddings: names of textual inversions, and hashes or their beginnings. ignored:
+    settings of other programs that were not taken over.
+    """
 
     request: dict[str, Any]
     model: str | None = None
     weights: dict[str, str] | None = None
+    refiner: str | None = None
+    refiner_weights: dict[str, str] | None = None
+    embeddings: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
 
@@ -147,15 +154,7 @@ def read_like(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Like:
     texts = _texts(path, "like")
     recipe = _recipe(texts, path)
     if recipe is not None:
-        request = recipe.get("request")
-        if not isinstance(request, dict):
-            raise InputError(f"{path} carries a recipe without a request", argument="like")
-        model, weights = recipe.get("model"), recipe.get("weights")
-        return Like(
-            {name: value for name, value in request.items() if name not in skip},
-            model if isinstance(model, str) else None,
-            weights if isinstance(weights, dict) else None,
-        )
+        return _like_recipe(recipe, path, skip)
     text = texts.get("parameters") or texts.get("comment")
     if text is None:
         hint = "; a workflow of ComfyUI is not read" if {"prompt", "workflow"} & texts.keys() else ""
@@ -164,7 +163,34 @@ def read_like(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Like:
         fields, ignored = webui.read(text, skip)
     except InputError as error:
         raise InputError(f"{path}: {error}", argument=error.argument or "like") from None
-    return Like(fields, webui.split(text)[2].get("Model"), ignored=ignored)
+    settings = webui.split(text)[2]
+    embeddings = webui.hashes(settings.get("TI hashes", ""))
+    return Like(
+        fields,
+        settings.get("Model"),
+        refiner=settings.get("Refiner"),
+        embeddings=embeddings,
+        ignored=ignored,
+    )
+
+
+def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Collection[str]) -> Like:
+    """The same from a recipe of ours, which a stranger may have written: of what is missing or no object, nothing."""
+    request, refiner = recipe.get("request"), recipe.get("refiner")
+    if not isinstance(request, dict):
+        raise InputError(f"{path} carries a recipe without a request", argument="like")
+    model, weights, embeddings = (recipe.get(name) for name in ("model", "weights", "embeddings"))
+    refiner = refiner if isinstance(refiner, dict) else {}
+    return Like(
+        {name: value for name, value in request.items() if name not in skip},
+        model if isinstance(model, str) else None,
+        weights if isinstance(weights, dict) else None,
+        refiner["model"] if isinstance(refiner.get("model"), str) else None,
+        refiner["weights"] if isinstance(refiner.get("weights"), dict) else None,
+        {str(name): str(digest) for name, digest in embeddings.items()}
+        if isinstance(embeddings, dict)
+        else {},
+    )
 
 
 def _texts(path: str | os.PathLike[str], argument: str = "path") -> dict[str, str]:

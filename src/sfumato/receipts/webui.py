@@ -50,6 +50,21 @@ UPSCALERS = {  # ours → label
     "latent-nearest": "Latent (nearest-exact)",
     "lanczos": "Lanczos",
 }
+EMPHASIS = {  # label → our rules of prompts and weighting; of other pairs the web UI knows nothing
+    "No norm": (None, "a1111_no_norm"),
+    "Ignore": (None, "none"),
+    "None": ("none", None),
+}
+MICRO = {  # ours → how we write it; no other program writes sizes and crops
+    "original": "SDXL original",
+    "crop": "SDXL crop",
+    "target": "SDXL target",
+    "aesthetic": "SDXL aesthetic",
+    "negative_original": "SDXL negative original",
+    "negative_crop": "SDXL negative crop",
+    "negative_target": "SDXL negative target",
+    "negative_aesthetic": "SDXL negative aesthetic",
+}
 _SAMPLER_ALIASES = {  # ComfyUI's names, and k-diffusion's
     "euler_ancestral": "euler_a",
     "dpm_2": "dpm2",
@@ -89,19 +104,29 @@ def write(recipe: Mapping[str, Any], tool: str) -> str:
     hires, inpaint = request.get("hires") or {}, request.get("inpaint") or {}
     variation = request.get("variation") or {}
     padding = inpaint.get("padding")
+    reading = request.get("prompt_rules"), request.get("weighting")
+    emphasis = {pair: label for label, pair in EMPHASIS.items()}.get(reading)
+    embeddings = recipe.get("embeddings") or {}
+    micro = request.get("micro") or {}
     settings = {
         "Steps": request.get("steps"),
         "Sampler": SAMPLERS.get(sampler, sampler),
         "Schedule type": SCHEDULES.get(schedule, schedule),
         "CFG scale": request.get("guidance"),
         "Seed": request.get("seed"),
-        "Size": "x".join(str(side) for side in size) if size else None,
+        "Size": _pair(size) if size else None,
         "Model hash": hashlib.sha256(weights.encode()).hexdigest()[:10] if weights else None,
         "Model": recipe.get("model"),
         "Variation seed": variation.get("seed"),
         "Variation seed strength": variation.get("strength"),
         "Denoising strength": request.get("strength", hires.get("strength")),
         "Clip skip": request.get("clip_skip") if request.get("clip_skip") != 1 else None,
+        "Refiner": (recipe.get("refiner") or {}).get("model"),
+        "Refiner switch at": request.get("refine_at"),
+        "Emphasis": emphasis,
+        "Prompt rules": None if emphasis else reading[0],
+        "Weighting": None if emphasis else reading[1],
+        **{MICRO[name]: _pair(value) for name, value in micro.items()},
         "Eta": request.get("eta"),
         "Mask blur": inpaint.get("blur"),
         "Inpaint area": None if padding is None else "Only masked",
@@ -109,6 +134,7 @@ def write(recipe: Mapping[str, Any], tool: str) -> str:
         "Hires upscale": hires.get("scale"),
         "Hires steps": hires.get("steps"),
         "Hires upscaler": UPSCALERS.get(hires.get("upscaler", ""), hires.get("upscaler")),
+        "TI hashes": ", ".join(f"{name}: {digest[:12]}" for name, digest in embeddings.items()) or None,
         "Version": tool,
     }
     lines = [request.get("prompt", "")]
@@ -116,6 +142,12 @@ def write(recipe: Mapping[str, Any], tool: str) -> str:
         lines.append(f"Negative prompt: {request['negative']}")
     lines.append(", ".join(f"{key}: {_plain(value)}" for key, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def hashes(text: str) -> dict[str, str]:
+    """Names and beginnings of hashes from a setting such as `TI hashes: "cat: 0123456789ab, hat: …"`."""
+    pairs = (part.rpartition(":") for part in text.split(","))
+    return {name.strip(): digest.strip() for name, _, digest in pairs if name.strip()}
 
 
 def split(text: str) -> tuple[str, str, dict[str, str]]:
@@ -178,6 +210,13 @@ def read(text: str, skip: Collection[str] = ()) -> tuple[dict[str, Any], list[st
     request["size"] = take.size("Size")
     request["clip_skip"] = take.whole("Clip skip")
     request["eta"] = take.number("Eta", "Eta DDIM")
+    request["refine_at"] = take.number("Refiner switch at") if take.text("Refiner") else None
+    rules, weighting = EMPHASIS.get(take.text("Emphasis") or "", (None, None))
+    request["prompt_rules"] = take.text("Prompt rules") or rules
+    request["weighting"] = take.text("Weighting") or weighting
+    request["micro"] = {
+        name: value for name, key in MICRO.items() if (value := take.told(key)) is not None
+    } or None
     sampler, schedule = take.text("Sampler"), take.text("Schedule type")
     if not {"sampler", "schedule"} <= set(skip):
         request.update(_sampling(sampler, schedule, skip))
@@ -325,6 +364,21 @@ class _Taker:
         if match is None or "0" in match.groups():
             raise InputError(f"its {names[0]} is {text[:60]!r}, which is no size")
         return int(match[1]), int(match[2])
+
+    def told(self, name: str) -> tuple[int, int] | float | None:
+        """A pair such as 0x64 where the name is that of a size or a crop, else a number."""
+        text = self.text(name)
+        if text is None or name.endswith("aesthetic"):
+            return self.number(name)
+        match = _SIZE.fullmatch(text)
+        if match is None:
+            raise InputError(f"its {name} is {text[:60]!r}, which is no pair such as 0x64")
+        return int(match[1]), int(match[2])
+
+
+def _pair(value: Any) -> Any:
+    """A pair of numbers as sizes are written; anything else as it is."""
+    return "x".join(str(number) for number in value) if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> str:

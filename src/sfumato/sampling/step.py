@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -52,6 +52,19 @@ def intervals(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
 def report(on_step: OnStep, sigmas: Tensor, index: int, x: Tensor, denoised: Tensor) -> None:
     if on_step is not None:
         on_step(Step(index, len(sigmas) - 1, float(sigmas[index]), x, denoised))
+
+
+def continued(noise: Noise, on_step: OnStep, done: int, total: int) -> tuple[Noise, OnStep]:
+    """`noise` and `on_step` for a sampler that begins after `done` of `total` steps: both count from the first."""
+
+    def more(step: int, number: int = 0) -> Tensor:
+        return noise(step + done, number)
+
+    def hear(step: Step) -> None:
+        assert on_step is not None
+        on_step(replace(step, index=step.index + done, total=total))
+
+    return more, None if on_step is None else hear
 
 
 def draw(noise: Noise | None, step: int, number: int = 0) -> Tensor:

@@ -150,22 +150,37 @@ def motion_of(scene: Scene, obj: Object) -> tuple[str, str] | None:
 
 def related(scene: Scene, subject: int, relation: str, other: int) -> bool:
     """Whether the relation holds between two objects by a clear margin, in every frame."""
-    a, b = scene.objects[subject], scene.objects[other]
-    for seconds in (0.0, scene.times()[-1]):  # motion is straight, so the ends bound the whole
-        pa, pb = a.at(seconds), b.at(seconds)
-        right, away = scene.camera.floor_axes(pa[0] - pb[0], pa[1] - pb[1])
-        gap = {"left of": -right, "right of": right, "in front of": -away, "behind": away}[relation]
-        if gap < (SIDE_MARGIN if relation in RELATIONS[:2] else DEPTH_MARGIN):
-            return False
-    return True
+    return relation in _relations_of(_offsets(scene, subject, other))
 
 
 def relations(scene: Scene) -> tuple[tuple[int, str, int], ...]:
     """All (subject, relation, object) triples that hold."""
     indices = range(len(scene.objects))
     return tuple(
-        (i, r, j) for i in indices for j in indices if i != j for r in RELATIONS if related(scene, i, r, j)
+        (i, r, j) for i in indices for j in indices if i != j for r in _relations_of(_offsets(scene, i, j))
     )
+
+
+def _offsets(scene: Scene, subject: int, other: int) -> list[tuple[float, float]]:
+    """How far right of the other and further away the subject stands. Motion is straight: the ends bound the whole."""
+    a, b = scene.objects[subject], scene.objects[other]
+    offsets = []
+    for seconds in (0.0, scene.times()[-1]) if scene.frames > 1 else (0.0,):
+        pa, pb = a.at(seconds), b.at(seconds)
+        offsets.append(scene.camera.floor_axes(pa[0] - pb[0], pa[1] - pb[1]))
+    return offsets
+
+
+def _relations_of(offsets: list[tuple[float, float]]) -> list[str]:
+    """Those of `RELATIONS` that hold at all these offsets, in that order."""
+    rights, aways = zip(*offsets, strict=True)
+    held = (
+        max(rights) <= -SIDE_MARGIN,
+        min(rights) >= SIDE_MARGIN,
+        max(aways) <= -DEPTH_MARGIN,
+        min(aways) >= DEPTH_MARGIN,
+    )
+    return [relation for relation, holds in zip(RELATIONS, held, strict=True) if holds]
 
 
 def scene_hash(scene: Scene) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from sfumato.scenes.graph import (
 from sfumato.scenes.splits import HELD_COUNTS, HELD_MOTIONS, HELD_PAIRS, HELD_RELATIONS, SPLITS, split_of
 
 T = TypeVar("T")
+Outline = tuple[float, float, float, float, float]  # see `_outline`
 COUNT_WEIGHTS = (0.25, 0.37, 0.20, 0.11, 0.07)  # of 1, 2, 3, 4, 5 objects
 FRAME_MARGIN = 0.025  # of the picture's side
 GAP = 0.28  # world units of free floor between two objects
@@ -169,7 +171,7 @@ def _place(random, kinds, camera: Camera, split: str, frames: int, fps: float) -
     """Put the objects on the floor one by one, or None if one finds no place."""
     seconds = (frames - 1) / fps
     ca, sa = math.cos(camera.azimuth), math.sin(camera.azimuth)
-    placed: list[Object] = []
+    placed: list[Seen] = []
     for shape, color, material, size in kinds:
         radius = RADIUS[size]
         tint = (_between(random, 0.94, 1.06), _between(random, 0.94, 1.06), _between(random, 0.94, 1.06))
@@ -183,24 +185,35 @@ def _place(random, kinds, camera: Camera, split: str, frames: int, fps: float) -
             y = -sa * right + ca * away - velocity[1] * seconds / 2
             z = HALF_HEIGHT[shape] * radius
             obj = Object(shape, color, material, size, (x, y, z), yaw, tint, velocity, spin)
-            if _fits(obj, placed, camera, seconds):
-                placed.append(obj)
+            if seen := _fitting(obj, placed, camera, seconds):
+                placed.append(seen)
                 break
         else:
             return None
-    return tuple(placed)
+    return tuple(seen.object for seen in placed)
 
 
-def _fits(obj: Object, others: list[Object], camera: Camera, seconds: float) -> bool:
+@dataclass(frozen=True)
+class Seen:
+    """An object with its place (x, y) and its outline at every moment that is looked at."""
+
+    object: Object
+    places: list[tuple[float, float]]
+    outlines: list[Outline]
+
+
+def _fitting(obj: Object, others: list[Seen], camera: Camera, seconds: float) -> Seen | None:
+    """The object as it is seen, if it stands free of the others, whole in the picture, and hides none too much."""
     moments = [0.0] if seconds == 0 else [seconds * k / 4 for k in range(5)]
     reach = HALF_WIDTH[obj.shape] * obj.radius
-    for moment in moments:
-        x, y, _, _ = obj.at(moment)
-        for other in others:
-            ox, oy, _, _ = other.at(moment)
-            if math.hypot(x - ox, y - oy) < reach + HALF_WIDTH[other.shape] * other.radius + GAP:
-                return False
-    for moment in moments:
+    places = [obj.at(moment)[:2] for moment in moments]
+    for other in others:
+        apart = reach + HALF_WIDTH[other.object.shape] * other.object.radius + GAP
+        for (x, y), (ox, oy) in zip(places, other.places, strict=True):
+            if math.hypot(x - ox, y - oy) < apart:
+                return None
+    outlines = []
+    for k, moment in enumerate(moments):
         own = _outline(obj, camera, moment)
         if not (
             own[0] - own[2] > FRAME_MARGIN
@@ -208,14 +221,15 @@ def _fits(obj: Object, others: list[Object], camera: Camera, seconds: float) -> 
             and own[1] - own[3] > FRAME_MARGIN
             and own[1] + own[3] < 1 - FRAME_MARGIN
         ):
-            return False
-        outlines = [own, *(_outline(other, camera, moment) for other in others)]
-        if any(_visible(outlines, k) < MIN_VISIBLE for k in range(len(outlines))):
-            return False
-    return True
+            return None
+        together = [own, *(other.outlines[k] for other in others)]
+        if any(_visible(together, k) < MIN_VISIBLE for k in range(len(together))):
+            return None
+        outlines.append(own)
+    return Seen(obj, places, outlines)
 
 
-def _outline(obj: Object, camera: Camera, seconds: float) -> tuple[float, float, float, float, float]:
+def _outline(obj: Object, camera: Camera, seconds: float) -> Outline:
     """Centre, half width, half height (fractions of the picture) and depth of the ellipse around the object's image."""
     x, y, z, _ = obj.at(seconds)
     u, v, depth = camera.project(x, y, z)
@@ -229,7 +243,7 @@ def _outline(obj: Object, camera: Camera, seconds: float) -> tuple[float, float,
     return u, v, 1.03 * wide * scale, 1.05 * high * scale, depth
 
 
-def _visible(outlines: list[tuple[float, float, float, float, float]], k: int) -> float:
+def _visible(outlines: list[Outline], k: int) -> float:
     """Share of outline k not covered by the outlines of nearer objects."""
     u, v, wide, high, depth = outlines[k]
     nearer = [
@@ -237,8 +251,11 @@ def _visible(outlines: list[tuple[float, float, float, float, float]], k: int) -
     ]
     if not nearer:
         return 1.0
-    seen = 0
+    hidden = 0
     for a, b in _SPIRAL:
         pu, pv = u + a * wide, v + b * high
-        seen += all(((pu - o[0]) / o[2]) ** 2 + ((pv - o[1]) / o[3]) ** 2 > 1 for o in nearer)
-    return seen / len(_SPIRAL)
+        for o in nearer:
+            if ((pu - o[0]) / o[2]) ** 2 + ((pv - o[1]) / o[3]) ** 2 <= 1:
+                hidden += 1
+                break
+    return (len(_SPIRAL) - hidden) / len(_SPIRAL)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.diffusion.parameterization import Denoise
 from sfumato.diffusion.path import Path
+from sfumato.diffusion.schedules import NoiseLevels
 from sfumato.errors import InputError
 
 UPSCALERS = {  # name → mode of `torch.nn.functional.interpolate`, or None for those that enlarge pixels
@@ -48,6 +49,18 @@ def steps_to_run(steps: int, strength: float, argument: str = "strength") -> int
             argument=argument,
         )
     return count
+
+
+def steps_before(sigmas: Tensor, levels: NoiseLevels, share: float) -> int:
+    """How many of the schedule's steps begin within the first `share` of the noise levels, counted from the noisy end.
+
+    As diffusers counts `denoising_end`: of N time steps, those from round(N (1 − share)) on.
+    """
+    cutoff = round(len(levels.sigmas) * (1 - share))
+    times = levels.time(sigmas[:-1].double()) - levels.offset
+    return int(
+        (times >= cutoff - 1e-3).sum()
+    )  # a table's level comes back as a whole number but for rounding
 
 
 def begin(sigmas: Tensor, origin: Origin, noise: Tensor, path: Path) -> tuple[Tensor, Tensor]:

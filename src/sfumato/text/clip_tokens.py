@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import CheckpointError, InputError
-from sfumato.storage import read_json
+from sfumato.storage import read_json, write_json
 
 MERGES = Path(__file__).parent / "clip_bpe" / "merges.txt"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # written in a prompt they are these marks, as in transformers
 COMMA = ",</w>"
+LENGTH = 77  # positions that CLIP knows
 _WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class ClipTokenizer:
-    """Text ↔ ids. `bos`, `eos`, `pad` and `comma` are ids; `len` is the number of ids."""
+    """Text ↔ ids. `bos`, `eos`, `pad` and `comma` are ids; `len` is the number of ids.
+
+    `vocabulary` maps pieces to ids, and `merges` has pairs of pieces in the order in which they are joined.
+    """
 
     def __init__(
         self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], pad: int | None = None
@@ -39,6 +43,7 @@ class ClipTokenizer:
             if mark not in vocabulary:
                 raise CheckpointError(f"the tokenizer's vocabulary has no {mark!r}: it is not CLIP's")
         self.bos, self.eos, self.comma = (vocabulary[mark] for mark in (BOS, EOS, COMMA))
+        self.vocabulary, self.merges = dict(vocabulary), tuple(merges)
         self._size = max(vocabulary.values()) + 1
         self.pad = self.eos if pad is None else pad
         if not 0 <= self.pad < self._size:
@@ -115,6 +120,20 @@ def open_folder(directory: Path, pad: int | None = None) -> ClipTokenizer:
         raise CheckpointError(f"the merges in {directory} must be pairs of pieces")
     merges = [tuple(merge) for merge in merges]
     return ClipTokenizer(vocabulary, merges, _folder_pad(directory, vocabulary) if pad is None else pad)
+
+
+def save_folder(tokenizer: ClipTokenizer, directory: Path) -> None:
+    """Write a model's `tokenizer/` folder, which `open_folder` and `CLIPTokenizer.from_pretrained` read."""
+    pad = next(piece for piece, i in tokenizer.vocabulary.items() if i == tokenizer.pad)
+    marks = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
+    write_json(directory / "vocab.json", tokenizer.vocabulary)
+    lines = ["#version: 0.2", *map(" ".join, tokenizer.merges)]
+    (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    write_json(directory / "special_tokens_map.json", marks)
+    write_json(
+        directory / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "add_prefix_space": False, **marks},
+    )
 
 
 def _is_pair(merge: object) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn.embed import rope_angles
+from sfumato.nn.embed import rope_angles, turns
 from sfumato.nn.transformer import Block, rms_norm
 
 
@@ -42,7 +42,7 @@ class TextEncoder(nn.Module):
         h = self.embedding(ids)  # (B, N, D)
         positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)[:, None]
         angles = rope_angles(positions, self.config.width // self.config.heads, theta=1000.0)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = turns(angles)
         for block in self.blocks:
             h = block(h, cos, sin, mask)
         return rms_norm(h) * self.gain

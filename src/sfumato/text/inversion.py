@@ -9,6 +9,7 @@ Files, all safetensors:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import CheckpointError, InputError
-from sfumato.storage import load_tensors
+from sfumato.storage import data_hash, load_tensors
 from sfumato.text.clip_tokens import ClipTokenizer
 
 UNLABELLED = ""  # the encoder of a file that does not say which
@@ -27,11 +28,15 @@ A1111_KEY = "emb_params"
 
 @dataclass(frozen=True, eq=False)  # compared as the object it is: tensors have no truth
 class Inversion:
-    """Vectors for one encoder. triggers: texts that call them; vectors: (n, D) float32, n tokens of width D."""
+    """Vectors for one encoder. triggers: texts that call them; vectors: (n, D) float32, n tokens of width D.
+
+    digest: `storage.data_hash` of the file, "" where there was none.
+    """
 
     name: str
     triggers: tuple[str, ...]
     vectors: Tensor
+    digest: str = ""
 
     def __len__(self) -> int:
         return self.vectors.shape[0]
@@ -41,14 +46,33 @@ class Inversion:
         return self.vectors.shape[1]
 
 
-def read_inversion(path: Path) -> dict[str, Inversion]:
+def read_inversions(
+    files: Iterable[str | Path] | Mapping[str, str | Path],
+) -> dict[str, dict[str, Inversion]]:
+    """`read_inversion` of each file, by the file's name or the one given to it. `InputError` for a name given twice."""
+    if isinstance(files, str | os.PathLike):
+        files = [files]
+    given = files.items() if isinstance(files, Mapping) else ((None, file) for file in files)
+    found: dict[str, dict[str, Inversion]] = {}
+    for name, file in given:
+        path = Path(file)
+        name = path.stem if name is None else name
+        if name in found:
+            raise InputError(
+                f"two embeddings are called {name!r}; give one of them another name", argument="embedding"
+            )
+        found[name] = read_inversion(path, name)
+    return found
+
+
+def read_inversion(path: Path, name: str | None = None) -> dict[str, Inversion]:
     """The file's vectors by encoder: under "clip_l" and "clip_g", or under "" where it does not say.
 
-    The trigger is the file's name without `.safetensors`; the token that diffusers saved is a second one.
+    The trigger is `name`, by default the file's without `.safetensors`; the token that diffusers saved is a second one.
     `CheckpointError` for a pickled or damaged file, other tensors, other shapes, and numbers that are not finite.
     """
     tensors = load_tensors(path)
-    name = path.stem
+    name, digest = path.stem if name is None else name, data_hash(path)
     labelled = set(tensors) <= set(LABELS)
     if not tensors or (len(tensors) > 1 and not labelled):
         shown = ", ".join(sorted(tensors)[:10]) or "nothing"
@@ -69,7 +93,7 @@ def read_inversion(path: Path) -> dict[str, Inversion]:
         if not torch.isfinite(vectors).all():
             raise CheckpointError(f"{path}: {key} holds numbers that are not finite")
         triggers = (name,) if labelled or key in (A1111_KEY, name) else (name, key)
-        found[key if labelled else UNLABELLED] = Inversion(name, triggers, vectors.float())
+        found[key if labelled else UNLABELLED] = Inversion(name, triggers, vectors.float(), digest)
     return found
 
 

@@ -52,7 +52,7 @@ def rule_named(name: str) -> Callable[[str], Sections]:
     """The rule's parser; an unknown name is an `InputError` that lists the known ones."""
     if name not in RULES:
         raise InputError(
-            f"prompt rule {name!r} is unknown; known are {', '.join(RULES)}", argument="prompt_rule"
+            f"prompt rules {name!r} are unknown; known are {', '.join(RULES)}", argument="prompt_rules"
         )
     return RULES[name]
 

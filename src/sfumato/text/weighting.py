@@ -46,10 +46,7 @@ def encode_windows(
     clip_skip and final_norm as in `ClipTextEncoder`. Windows that occur several times are encoded once. `InputError`
     for an unknown weighting, and for prompts of different numbers of windows (`windows.level` evens them).
     """
-    if weighting not in WEIGHTINGS:
-        raise InputError(
-            f"weighting {weighting!r} is unknown; known are {', '.join(WEIGHTINGS)}", argument="weighting"
-        )
+    weighting_named(weighting)
     if len({len(windows) for windows in prompts}) != 1:
         raise InputError("prompts encoded together must have one number of windows", argument="prompts")
     rows = list(dict.fromkeys(window for windows in prompts for window in windows))
@@ -85,6 +82,15 @@ def encode_windows(
     index = torch.tensor([[places[window] for window in windows] for windows in prompts], device=z.device)
     features = out[index].flatten(1, 2)  # (B, k, 77, D) → (B, 77·k, D)
     return features, None if pooled is None else pooled[index[:, 0]]
+
+
+def weighting_named(name: str) -> str:
+    """The name itself; an unknown one is an `InputError` that lists the known ones."""
+    if name not in WEIGHTINGS:
+        raise InputError(
+            f"weighting {name!r} is unknown; known are {', '.join(WEIGHTINGS)}", argument="weighting"
+        )
+    return name
 
 
 def scaled(z: Tensor, weights: Tensor, keep_mean: bool = True) -> Tensor:

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sfumato.errors import InputError
-from sfumato.text.clip_tokens import ClipTokenizer
+from sfumato.text.clip_tokens import LENGTH, ClipTokenizer
 from sfumato.text.inversion import Inversion, Triggers, trigger_table
 from sfumato.text.syntax import Piece, Sections
 
-LENGTH = 77  # positions that CLIP knows
 ROOM = LENGTH - 2  # tokens between bos and eos
 BACKTRACK = 20  # tokens; A1111's default
 MAX_WEIGHT = 100.0  # far beyond what still gives a picture

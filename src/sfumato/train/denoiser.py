@@ -110,7 +110,9 @@ def denoiser_loss(
     """
     x0 = batch.latents
     noise = torch.randn(x0.shape, generator=generator, device=generator.device).to(x0.device)
-    u = spread(torch.rand(len(x0), generator=generator, device=generator.device)).to(x0.device)
+    u = spread(torch.rand(len(x0), generator=generator, device=generator.device))
+    # pictures come in the order of their prompts' lengths, which must not say how noisy they get
+    u = u[torch.randperm(len(x0), generator=generator, device=generator.device)].to(x0.device)
     sigma = density_of(recipe)(u).clamp(1e-4, 1 - 1e-4)
     pair = training_pair(x0, noise, sigma, parameterization, recipe.weighting)
     prediction, logits = net(pair.x, pair.time, batch.ids, batch.mask)
@@ -176,4 +178,4 @@ def denoiser_player(
             net, batch, parameterization, recipe.loss, seeded("cpu", seed, "noise", step, part)
         )
 
-    return Player("denoiser", network, recipe.train, examples.part, loss)
+    return Player("denoiser", network, recipe.train, examples.part, loss, apart=True)

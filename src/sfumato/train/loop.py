@@ -11,8 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.runtime import autocast, fast_dtype
+from sfumato.train.lanes import Feed, Lanes, lane_count, short_turns
 from sfumato.train.optim import (
     Average,
     make_optimizers,
@@ -71,7 +71,8 @@ class Player:
     batch: Callable[[int, int], Any]
     loss: Callable[[nn.Module, Any, int, int], Loss]
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-    net: nn.Module | None = None  # the module as it is called: compiled, or wrapped for several processes
+    apart: bool = False
+    lanes: Lanes | None = None  # the module as it is called: compiled, or wrapped for several processes
 
 
 class Task(Protocol):
@@ -137,20 +138,21 @@ def fit(
     if world.leads:
         clear_leftovers(folder / "state")
     world.wait()
-    if found := newest_state(folder / "state", identity):
+    if found := newest_state(
+        folder / "state", identity, lambda text: on_event(Event("note", task.stage, text=text))
+    ):
         step = _restore(task, average, found)
         on_event(Event("note", task.stage, step, recipe.steps, text=f"continues from step {step}"))
-    for player in task.players:
-        if recipe.compile:
-            player.module.compile(dynamic=False)
-        player.net = DistributedDataParallel(player.module) if world.size > 1 else player.module
-    table = Log(folder / "log.csv", step) if world.leads else None
     clock = Clock(recipe.batch, task.flops, peak * world.size)
-    feeds = [
-        Feed(player.batch, range(world.rank * share, (world.rank + 1) * share), recipe.steps)
-        for player in task.players
-    ]
-    try:
+    with ExitStack() as open_things:
+        feeds = []
+        for player in task.players:
+            player.lanes = open_things.enter_context(closing(open_lanes(player, device, world)))
+            parts = range(world.rank * share, (world.rank + 1) * share)
+            feed = Feed(player.batch, parts, recipe.steps, player.lanes.count)
+            feeds.append(open_things.enter_context(closing(feed)))
+        table = open_things.enter_context(closing(Log(folder / "log.csv", step))) if world.leads else None
+        open_things.enter_context(short_turns())
         while step < recipe.steps:
             step += 1
             clock.start()
@@ -159,12 +161,7 @@ def fit(
                 values |= optimizer_step(player, feed, step, world, device, dtype, clock)
             with clock.counting("optimizer"):
                 average.update(task.players[0].module, step)
-            for name in ("loss", *(name for name in values if name.endswith("grad_norm"))):
-                if not math.isfinite(values[name]):  # the weights are spoilt too, and must not be saved
-                    raise SfumatoError(
-                        f"the {name} of {task.stage} became {values[name]} at step {step}; lower "
-                        f"{task.stage}.train.lr and begin a new run (the last checkpoint of this one is intact)"
-                    )
+            _require_finite(values, task.stage, step)
             clock.stop()
             last = step == recipe.steps
             if not table:
@@ -178,13 +175,30 @@ def fit(
                 on_event(Event("save", task.stage, step, recipe.steps))
             if last or step % recipe.sheet_every == 0:
                 on_event(Event("sheet", task.stage, step, recipe.steps, text=task.sheet(average.state, step)))
-    finally:
-        for feed in feeds:
-            feed.close()
-        if table:
-            table.close()
     world.wait()
     return average.state
+
+
+def _require_finite(values: dict[str, float], stage: str, step: int) -> None:
+    """`SfumatoError` when the loss or a gradient is not: the weights are spoilt too then, and must not be saved."""
+    for name in ("loss", *(name for name in values if name.endswith("grad_norm"))):
+        if not math.isfinite(values[name]):
+            raise SfumatoError(
+                f"the {name} of {stage} became {values[name]} at step {step}; lower "
+                f"{stage}.train.lr and begin a new run (the last checkpoint of this one is intact)"
+            )
+
+
+def open_lanes(player: Player, device: torch.device, world: World) -> Lanes:
+    """The player's module as a step calls it."""
+    if world.size > 1:
+        if player.recipe.compile:
+            player.module.compile(dynamic=False)
+        return Lanes(DistributedDataParallel(player.module))
+    lanes = Lanes(player.module, lane_count(device, player.recipe.parts) if player.apart else 1)
+    if player.recipe.compile:
+        lanes.compile()
+    return lanes
 
 
 def optimizer_step(
@@ -197,23 +211,28 @@ def optimizer_step(
     clock: Clock,
 ) -> dict[str, float]:
     """One optimiser step of one player over this process's microbatches; the mean terms of all processes."""
-    net = player.net
-    assert net is not None
-    sums: dict[str, Tensor] = {}
+    lanes = player.lanes
+    assert lanes is not None
     set_rate(player.optimizers, rate_at(step, player.recipe))
     for optimizer in player.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    for part in feed.parts:
-        with clock.counting("data"):
-            batch = feed.take(step, part)
+
+    def backward(net: nn.Module, part: int) -> tuple[dict[str, Tensor], float]:
+        """Leave the gradients of a microbatch; its terms, and the seconds it was waited for."""
+        began = time.perf_counter()
+        batch = feed.take(step, part)
+        waited = time.perf_counter() - began
         more = part != feed.parts[-1]  # gradients travel once a step, with the last part
-        with net.no_sync() if more and isinstance(net, DistributedDataParallel) else nullcontext():
+        quiet = net.no_sync() if more and isinstance(net, DistributedDataParallel) else nullcontext()
+        with lanes.turn(shapes(batch)), quiet:
             with autocast(device, dtype):
                 loss, terms = player.loss(net, batch, step, part)
             (loss / len(feed.parts)).backward()
-        for name, value in terms.items():
-            mean = value.detach().float() / len(feed.parts)
-            sums[name] = sums[name] + mean if name in sums else mean
+        return {name: value.detach().float() for name, value in terms.items()}, waited
+
+    answers = lanes.run(backward, feed.parts)
+    clock.add("data", sum(waited for _, waited in answers) / lanes.count)
+    sums = {name: torch.stack([terms[name] for terms, _ in answers]).mean() for name in answers[0][0]}
     norm = nn.utils.clip_grad_norm_(player.module.parameters(), player.recipe.clip)
     with clock.counting("optimizer"):
         for optimizer in player.optimizers:
@@ -230,25 +249,10 @@ def optimizer_step(
     }
 
 
-class Feed:
-    """Makes the next microbatch in a thread while the network works on this one."""
-
-    def __init__(self, make: Callable[[int, int], Any], parts: range, last_step: int):
-        self.make, self.parts, self.last_step = make, parts, last_step
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._ahead: tuple[tuple[int, int], Future[Any]] | None = None
-
-    def take(self, step: int, part: int) -> Any:
-        """The microbatch `part` of `step`; the one that will be asked for after it is begun."""
-        ahead, self._ahead = self._ahead, None
-        batch = ahead[1].result() if ahead and ahead[0] == (step, part) else self.make(step, part)
-        following = (step, part + 1) if part + 1 in self.parts else (step + 1, self.parts[0])
-        if following[0] <= self.last_step:
-            self._ahead = (following, self._thread.submit(self.make, *following))
-        return batch
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """Of a microbatch's tensors: what decides which code runs."""
+    tensors = [batch] if isinstance(batch, Tensor) else vars(batch).values()
+    return tuple(tuple(value.shape) for value in tensors if isinstance(value, Tensor))
 
 
 class Clock:
@@ -265,7 +269,10 @@ class Clock:
 
     def counting(self, what: str) -> _Counting:
         """A context whose time is added to `what` (data or optimizer) of the current step."""
-        return _Counting(self.now, what)
+        return _Counting(self, what)
+
+    def add(self, what: str, seconds: float) -> None:
+        self.now[what] += seconds
 
     def stop(self) -> None:
         self.now["step"] = time.perf_counter() - self._began
@@ -290,14 +297,14 @@ class Clock:
 
 
 class _Counting:
-    def __init__(self, sums: dict[str, float], what: str):
-        self.sums, self.what = sums, what
+    def __init__(self, clock: Clock, what: str):
+        self.clock, self.what = clock, what
 
     def __enter__(self) -> None:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.sums[self.what] += time.perf_counter() - self.began
+        self.clock.add(self.what, time.perf_counter() - self.began)
 
 
 def _gather(task: Task, average: Average) -> dict[str, Tensor]:

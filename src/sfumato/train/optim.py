@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sfumato.train.muon import Muon
 from sfumato.train.recipe import TrainRecipe
 
 
@@ -30,11 +31,7 @@ def make_optimizers(module: nn.Module, recipe: TrainRecipe) -> list[torch.optim.
         torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas, fused=True)
     ]
     if hidden:
-        optimizers.append(
-            torch.optim.Muon(
-                hidden, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        optimizers.append(Muon(hidden, lr=recipe.muon_lr, weight_decay=recipe.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -55,7 +52,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
 
 
 class Average:
-    """Exponential moving average of a module's floating-point state, in float32.
+    """Exponential moving average of a module's floating-point state, each tensor in its own type.
 
     The decay at step n is min(decay, (1 + n) / (10 + n)), so that the first steps do not weigh for ever.
     """

@@ -51,7 +51,7 @@ class TrainRecipe:
     microbatch: int = (
         0  # pictures per pass; 0 for the whole batch. Chance is drawn per part, so it is part of the recipe
     )
-    optimizer: str = "adamw"  # adamw, or muon for the hidden matrices (and adamw for the rest)
+    optimizer: str = "adamw"  # adamw, or for a denoiser muon: its hidden matrices (and adamw for the rest)
     lr: float = 3e-4  # AdamW's peak rate
     muon_lr: float = 2e-3  # Muon's peak rate, in AdamW's scale (rms-matched)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -176,13 +176,8 @@ def _check(recipe: Recipe) -> None:
         if part is None:
             continue
         train = part.train
-        for name, (low, high) in RANGES.items():
-            value = getattr(train, name)
-            if not low <= value <= high:
-                raise InputError(
-                    f"{stage}.train.{name} must be {_range(low, high)}, not {value}",
-                    argument=f"{stage}.train.{name}",
-                )
+        _within(f"{stage}.train", train, RANGES)
+        _above_zero(f"{stage}.train.clip", train.clip)
         if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
             raise InputError(
                 f"{stage}.train.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
@@ -195,22 +190,37 @@ def _check(recipe: Recipe) -> None:
             )
         _one_of(f"{stage}.train.optimizer", train.optimizer, ("adamw", "muon"))
         _one_of(f"{stage}.train.precision", train.precision, ("auto", "float32", "bfloat16"))
+    if recipe.autoencoder:
+        _check_autoencoder(recipe.autoencoder)
     if recipe.denoiser:
         loss = recipe.denoiser.loss
         _one_of("denoiser.loss.density", loss.density, DENSITIES)
         _one_of("denoiser.loss.weighting", loss.weighting, WEIGHTINGS)
-        for name in ("std", "labels", "drop_prompt"):
-            if getattr(loss, name) < 0:
-                raise InputError(
-                    f"denoiser.loss.{name} must not be negative", argument=f"denoiser.loss.{name}"
-                )
-        if loss.shift <= 0:
-            raise InputError("denoiser.loss.shift must be above 0", argument="denoiser.loss.shift")
+        _within("denoiser.loss", loss, DENOISER_LOSS_RANGES)
+        _above_zero("denoiser.loss.shift", loss.shift)
         if loss.labels and not getattr(recipe.denoiser.model, "label_classes", ()):
             raise InputError(
                 "denoiser.loss.labels needs denoiser.label_classes, the number of classes of each attribute",
                 argument="denoiser.label_classes",
             )
+
+
+def _check_autoencoder(recipe: AutoencoderRecipe) -> None:
+    loss = recipe.loss
+    _within("autoencoder.loss", loss, AUTOENCODER_LOSS_RANGES)
+    _above_zero("autoencoder.loss.equivariance_share", loss.equivariance_share)
+    if any(scale < 1 for scale in loss.equivariance_scales):
+        raise InputError(
+            "autoencoder.loss.equivariance_scales must be whole numbers of at least 1, not "
+            f"{list(loss.equivariance_scales)}",
+            argument="autoencoder.loss.equivariance_scales",
+        )
+    if recipe.train.optimizer == "muon":
+        raise InputError(
+            "autoencoder.train.optimizer must be adamw: muon is for the matrices of transformer blocks, and an "
+            "autoencoder has none",
+            argument="autoencoder.train.optimizer",
+        )
 
 
 RANGES = {  # of the numbers in a TrainRecipe
@@ -222,12 +232,36 @@ RANGES = {  # of the numbers in a TrainRecipe
     "weight_decay": (0, math.inf),
     "warmup": (0, math.inf),
     "decay": (0, 1),
-    "clip": (0, math.inf),
     "ema": (0, 1),
     "save_every": (1, math.inf),
     "sheet_every": (1, math.inf),
     "crop": (0, math.inf),
 }
+DENOISER_LOSS_RANGES = {"std": (0, math.inf), "labels": (0, math.inf), "drop_prompt": (0, 1)}
+AUTOENCODER_LOSS_RANGES = {
+    **{
+        weight: (0, math.inf)
+        for weight in ("l1", "gradient", "haar", "spectral", "kl", "equivariance", "adversarial")
+    },
+    "gradient_scales": (1, math.inf),
+    "spectral_block": (1, math.inf),
+    "equivariance_share": (0, 1),
+    "adversarial_limit": (0, math.inf),
+}
+
+
+def _within(where: str, table: Any, ranges: dict[str, tuple[float, float]]) -> None:
+    for name, (low, high) in ranges.items():
+        value = getattr(table, name)
+        if not low <= value <= high:
+            raise InputError(
+                f"{where}.{name} must be {_range(low, high)}, not {value}", argument=f"{where}.{name}"
+            )
+
+
+def _above_zero(name: str, value: float) -> None:
+    if value <= 0:
+        raise InputError(f"{name} must be above 0, not {value}", argument=name)
 
 
 def _range(low: float, high: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -37,8 +38,11 @@ from sfumato.train.state import has_state
 from sfumato.train.tasks import AutoencoderTask, DenoiserTask
 
 HELD_OUT_SCENES = 256  # of the val split, to measure the autoencoder on
-LATENT_STATISTICS_PICTURES = 2048  # pictures whose latents give the normalisation
+LATENT_STATISTICS_PICTURES = (
+    2048  # pictures whose latents give the normalisation; held-out ones: that are measured
+)
 PATIENCE = 48  # hours that processes wait for the one that renders and encodes
+DRAWS = 2  # to be raised whenever training takes other noise for the same recipe
 VOLATILE = {"steps", "save_every", "sheet_every"}  # may change between two starts of one run
 
 
@@ -60,8 +64,7 @@ def run(
     if isinstance(recipe, Recipe) and overrides:
         raise InputError("overrides change a recipe file; give a Recipe as it shall be", argument="overrides")
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
-    if data is not None:
-        read = replace(read, data=replace(read.data, kind="folder", path=str(data)))
+    read = with_data(read, data)
     folder = Path(out or read.out or Path("runs") / read.name)
     place, joined = _join_world(pick_device(device))
     try:
@@ -71,17 +74,60 @@ def run(
             dist.destroy_process_group()
 
 
+def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
+    """The recipe with its pictures from the folder `data`, whatever they are by its own words; as it is without one."""
+    if data is None:
+        return recipe
+    return replace(recipe, data=replace(recipe.data, kind="folder", path=str(data)))
+
+
+def source_of(
+    recipe: Recipe, multiple: int, part: str = "all", cache: str | Path | None = None
+) -> SceneSource | FolderSource:
+    """The pictures of a recipe, their sides multiples of `multiple`.
+
+    part: all, or what the autoencoder sees (train) or is measured on (held_out). cache: a folder for what is made of
+    them once; None keeps nothing but the scenes of a recipe that names a cache itself. Raises `InputError` when the
+    recipe names no pictures, `DataError` for unusable ones.
+    """
+    d = recipe.data
+    if d.kind == "scenes":
+        split = "val" if part == "held_out" else d.split
+        count = HELD_OUT_SCENES if part == "held_out" else d.count
+        kept = d.cache or (None if cache is None else Path(cache) / "scenes")
+        return SceneSource(count, d.seed, split, d.size, cache=kept)
+    if not d.path:
+        raise InputError(
+            "no pictures were named: give --data DIR, or data.path in the recipe", argument="data"
+        )
+    return FolderSource(
+        d.path,
+        d.size,
+        multiple=multiple,
+        seed=d.seed,
+        flip=d.flip,
+        part=part,
+        held_out=d.held_out,
+        cache=None if cache is None else Path(cache) / "pictures",
+    )
+
+
 def training_pictures(recipe: str | Path, data: str | Path | None, most: int) -> Tensor:
     """The first `most` pictures that a recipe trains on, of its commonest shape: (M, 3, H, W) in [-1, 1]."""
-    d = read_recipe(recipe, {"data.path": str(data)} if data is not None else None).data
-    if d.kind == "scenes":
-        source: Source = SceneSource(d.count, d.seed, d.split, d.size)
-    elif d.path:
-        source = FolderSource(d.path, d.size, seed=d.seed, flip=d.flip)
-    else:
-        raise InputError(f"{recipe} names no pictures: give --data DIR", argument="data")
+    read = with_data(read_recipe(recipe), data)
+    source = source_of(read, multiple_of(read))
     members = max(source.buckets().values(), key=len)[:most]
     return to_float(source.pixels(members))[:, :, 0]
+
+
+def multiple_of(recipe: Recipe) -> int:
+    """What the sides of a recipe's pictures must be multiples of, by its autoencoder and its denoiser's family."""
+    if recipe.autoencoder is None:
+        raise InputError("the recipe has no [autoencoder]: give one with init = a model to take it from")
+    if recipe.denoiser is None:
+        return recipe.autoencoder.model.factor
+    shape = recipe.autoencoder.model, recipe.denoiser.model
+    return family_named(recipe.family).configure(*shape, (), recipe.preset).multiple
 
 
 def _join_world(device: torch.device) -> tuple[torch.device, bool]:
@@ -123,12 +169,8 @@ class Run:
     def whole(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.recipe.seed)
-        if self.recipe.autoencoder is None:
-            raise InputError("the recipe has no [autoencoder]: give one with init = a model to take it from")
-        multiple = self.recipe.autoencoder.model.factor
+        multiple = multiple_of(self.recipe)
         if self.recipe.denoiser:  # what does not fit together shall be said before anything is made
-            shape = self.recipe.autoencoder.model, self.recipe.denoiser.model
-            multiple = self.family.configure(*shape, (), self.recipe.preset).multiple
             has_state(self.folder / "denoiser" / "state", self.identity("denoiser"))
             _ = self._initial
         source = self.source(multiple)
@@ -145,33 +187,13 @@ class Run:
     # --- data ----------------------------------------------------------------------------------------------
 
     def source(self, multiple: int, part: str = "all") -> Source:
-        """The pictures to learn from. part: all, or what the autoencoder sees (train) or is measured on (held_out).
-
-        All processes call this together.
-        """
-        d = self.recipe.data
-        if d.kind == "scenes":
-            split = "val" if part == "held_out" else d.split
-            count = HELD_OUT_SCENES if part == "held_out" else d.count
-            source = SceneSource(count, d.seed, split, d.size, cache=d.cache or self.folder / "scenes")
+        """The pictures to learn from, as `source_of` says; scenes are rendered. All processes call this together."""
+        source = source_of(self.recipe, multiple, part, self.folder)
+        if isinstance(source, SceneSource):
             if self.world.leads:
                 source.prepare(on_progress=self.progress("rendering"))
             self.world.wait()
-            return source
-        if not d.path:
-            raise InputError(
-                "no pictures were named: give --data DIR, or data.path in the recipe", argument="data"
-            )
-        return FolderSource(
-            d.path,
-            d.size,
-            multiple=multiple,
-            seed=d.seed,
-            flip=d.flip,
-            part=part,
-            held_out=d.held_out,
-            cache=self.folder / "pictures",
-        )
+        return source
 
     # --- autoencoder -----------------------------------------------------------------------------------------
 
@@ -189,9 +211,8 @@ class Run:
             source, unseen = self.source(multiple, "train"), self._held_out(multiple)
             if recipe.train.steps and model.factor > 1:
                 task = AutoencoderTask(self.recipe, self.folder, self.device, model, source)
-                model.load_state_dict(
-                    fit(task, place, identity, self.device, self.tell, self.peak, self._logger(place))
-                )
+                with self._logger(place) as log:
+                    model.load_state_dict(fit(task, place, identity, self.device, self.tell, self.peak, log))
             if self.world.leads:
                 self._finish(model.to(self.device).eval(), source, unseen, place, finished)
             self.world.wait()
@@ -227,10 +248,11 @@ class Run:
             for name, measure in (("psnr", psnr), ("ssim", ssim), ("spectral_error", spectral_error)):
                 sums[name].append(measure(rebuilt, pixels).double().cpu())
         means = {name: torch.cat(values).mean(0).tolist() for name, values in sums.items()}
-        write_json(path, {"pictures": len(source), **means})
+        measured = sum(map(len, sums["psnr"]))
+        write_json(path, {"pictures": measured, **means})
         self.note(
             "autoencoder",
-            f"held out: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f} ({len(source)} pictures)",
+            f"held out: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f} ({measured} pictures)",
         )
 
     def _fresh_autoencoder(self) -> Autoencoder:
@@ -277,7 +299,8 @@ class Run:
         labels = self.labels(source, config) if recipe.loss.labels else None
         examples = Examples(source, cache, system.tokenizer, recipe, self.recipe.seed, self.device, labels)
         task = DenoiserTask(self.recipe, self.folder, self.device, system, examples)
-        state = fit(task, place, identity, self.device, self.tell, self.peak, self._logger(place))
+        with self._logger(place) as log:
+            state = fit(task, place, identity, self.device, self.tell, self.peak, log)
         if self.world.leads:
             task.export(state, recipe.train.steps)
         self.world.wait()
@@ -368,8 +391,14 @@ class Run:
     # --- shared ------------------------------------------------------------------------------------------------
 
     def identity(self, stage: str) -> str:
-        """A hash of everything in the recipe that decides the weights of a stage at a given step."""
+        """A hash of what in the recipe decides the weights of a stage at a given step, but for `VOLATILE`.
+
+        `steps` is left out so that a finished run can be given more, though the rate's fall at the end depends on it:
+        a run given more steps is another than one that had them from the start.
+        """
         parts: dict[str, Any] = {"data": asdict(self.recipe.data) | {"cache": ""}, "seed": self.recipe.seed}
+        if stage == "denoiser":
+            parts["draws"] = DRAWS
         for name in ("autoencoder", "denoiser")[: 1 + (stage == "denoiser")]:
             part = asdict(getattr(self.recipe, name))
             volatile = VOLATILE if name == stage else VOLATILE - {"steps"}
@@ -377,19 +406,32 @@ class Run:
             parts[name] = part
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _logger(self, place: Path) -> Callable[[int, dict[str, float]], None] | None:
+    @contextlib.contextmanager
+    def _logger(self, place: Path) -> Iterator[Callable[[int, dict[str, float]], None] | None]:
+        """What writes TensorBoard's files, if the recipe asks for them.
+
+        From the first step written on, what a run that was killed had written before no longer counts.
+        """
         if self.recipe.log != "tensorboard" or not self.world.leads:
-            return None
+            yield None
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise InputError(
                 "log = tensorboard needs the package tensorboard: pip install 'sfumato[logs]'"
             ) from None
-        writer = SummaryWriter(place / "tensorboard")
+        writer: SummaryWriter | None = None
 
         def write(step: int, values: dict[str, float]) -> None:
+            nonlocal writer
+            if writer is None:
+                writer = SummaryWriter(place / "tensorboard", purge_step=step)
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
 
-        return write
+        try:
+            yield write
+        finally:
+            if writer is not None:
+                writer.close()

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,35 +35,51 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], identity: st
     return target
 
 
-def newest_state(folder: Path, identity: str) -> tuple[int, dict[str, Tensor]] | None:
-    """(step, tensors) of the newest checkpoint that verifies, or None when there is none.
+def newest_state(
+    folder: Path, identity: str, note: Callable[[str], None] | None = None
+) -> tuple[int, dict[str, Tensor]] | None:
+    """(step, tensors) of the newest checkpoint that verifies, or None when there is none at all.
 
-    A damaged one is passed over for the one before it. `CheckpointError` when the newest is of another recipe.
+    A damaged one is passed over for the one before it, and `note` is told its name. `CheckpointError` when the newest
+    is of another recipe, or when there are checkpoints but all are damaged.
     """
+    damaged = []
     for place, card in _cards(folder, identity):
         weights = place / "state.safetensors"
-        with contextlib.suppress(CheckpointError, KeyError, OSError):
-            if file_hash(weights) == card["sha256"]:
-                return int(card["step"]), load_tensors(weights)
+        with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError, OSError):
+            if card is not None and file_hash(weights) == card["sha256"]:
+                found = int(card["step"]), load_tensors(weights)
+                if damaged and note:
+                    note(f"passed over {', '.join(damaged)}, damaged, for {place.name}")
+                return found
+        damaged.append(place.name)
+    if damaged:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); put back a copy of one, or remove that "
+            "folder to start anew"
+        )
     return None
 
 
 def has_state(folder: Path, identity: str) -> bool:
-    """Whether there is a checkpoint, judged by its card alone. `CheckpointError` when it is of another recipe."""
+    """Whether there is a checkpoint, be it damaged. `CheckpointError` when, by its card, it is of another recipe."""
     return bool(_cards(folder, identity))
 
 
-def _cards(folder: Path, identity: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Checkpoints with a readable card, the newest first."""
-    found = []
+def _cards(folder: Path, identity: str) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Checkpoints with their cards, None for one that cannot be read; the newest first."""
+    found: list[tuple[Path, dict[str, Any] | None]] = []
     for place in sorted(folder.glob("step-*"), reverse=True):
-        with contextlib.suppress(CheckpointError):
+        try:
             found.append((place, read_json(place / "state.json")))
-    if found and found[0][1].get("identity") != identity:
+        except CheckpointError:
+            found.append((place, None))
+    theirs = [card.get("identity") != identity for _, card in found if card is not None]
+    if theirs and theirs[0]:
         raise CheckpointError(
             f"{folder} holds a run of another recipe; give another --out, or remove that folder to start anew"
         )
-    return [(place, card) for place, card in found if card.get("identity") == identity]
+    return [(place, card) for place, card in found if card is None or card.get("identity") == identity]
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -87,21 +104,18 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self.rows: list[dict[str, str]] = []
+        self.names: list[str] = []
         if path.exists():
             with open(path, newline="", encoding="utf-8") as stream:
-                self.rows = [row for row in csv.DictReader(stream) if _number(row.get("step")) <= step]
-        self.names: list[str] = list(self.rows[0]) if self.rows else []
+                self.names = next(csv.reader(stream), [])
         self._stream: TextIO | None = None
-        self._rewrite()
+        self._rewrite(step)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         row = {"step": str(step)} | {name: repr(float(value)) for name, value in values.items()}
-        self.rows.append(row)
         if not set(row) <= set(self.names):
             self.names += [name for name in row if name not in self.names]
-            self._rewrite()
-            return
+            self._rewrite(step)
         assert self._stream is not None
         csv.DictWriter(self._stream, self.names).writerow(row)
         self._stream.flush()
@@ -110,15 +124,21 @@ class Log:
         if self._stream is not None:
             self._stream.close()
 
-    def _rewrite(self) -> None:
+    def _rewrite(self, last: int) -> None:
+        """Write the file anew under `names`, with its whole rows up to the step `last`, and open it for more."""
         self.close()
         with (
             atomic_file(self.path) as temporary,
             open(temporary, "w", newline="", encoding="utf-8") as stream,
         ):
-            writer = csv.DictWriter(stream, self.names or ["step"])
+            writer = csv.DictWriter(stream, self.names or ["step"], extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(self.rows)
+            if self.path.exists():
+                with open(self.path, newline="", encoding="utf-8") as before:
+                    whole = (
+                        row for row in csv.DictReader(before) if None not in row.values()
+                    )  # a kill may cut one
+                    writer.writerows(row for row in whole if _number(row.get("step")) <= last)
         self._stream = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115 — closed by `close`
 
 

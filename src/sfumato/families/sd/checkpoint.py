@@ -7,7 +7,7 @@ of its tensors; what its tensors cannot say is taken from the JSON beside them, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -187,3 +187,38 @@ def _of_kind(found: Checkpoint, source: str, kind: str, system: System) -> Check
             configs = {place: found.configs[name]} if name in found.configs else {}
             return replace(found, kind=kind, system=system, parts={place: found.parts[name]}, configs=configs)
     raise InputError(f"{source} is of {found.kind}, not of {kind}", argument="kind")
+
+
+def completed(
+    found: Checkpoint,
+    source: str,
+    others: Iterable[str | os.PathLike[str]],
+    systems: Mapping[str, System] = SYSTEMS,
+) -> Checkpoint:
+    """A U-Net's checkpoint with the parts that it lacks taken from `others`: whole checkpoints, or single networks.
+
+    `InputError` when it lacks nothing, or when one of the others is of a kind whose parts are different ones.
+    """
+    if found.system is None or "unet" not in found.parts:
+        raise InputError(f"parts goes with a U-Net; {source} is {found.kind} alone", argument="parts")
+    wanted = ["vae", *(part.name for part in found.system.text)]
+    if all(name in found.parts for name in wanted):
+        raise InputError(f"{source} is whole; parts is for a U-Net alone", argument="parts")
+    parts, configs, folder = dict(found.parts), dict(found.configs), found.folder
+    for path in others:
+        other = open_checkpoint(path, systems=systems)
+        if other.system is None:
+            other = _of_kind(other, str(path), found.kind, found.system)
+        elif (other.system.text, other.system.vae) != (found.system.text, found.system.vae):
+            raise InputError(
+                f"{path} is of {other.kind}, whose parts do not go with {source}, of {found.kind}",
+                argument="parts",
+            )
+        for name in wanted:
+            if name in other.parts and name not in parts:
+                parts[name] = other.parts[name]
+                if name in other.configs:
+                    configs[name] = other.configs[name]
+                if name != "vae":  # its tokenizer lies beside it
+                    folder = other.folder
+    return replace(found, parts=parts, configs=configs, folder=folder, alone=False)

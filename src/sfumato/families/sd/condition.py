@@ -30,8 +30,9 @@ from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipConfig, Cli
 from sfumato.text.clip_tokens import EOS, ClipTokenizer, bundled
 from sfumato.text.inversion import LABELS, UNLABELLED, Inversion
 from sfumato.text.syntax import parse, rule_named
-from sfumato.text.weighting import WEIGHTINGS, encode_windows
+from sfumato.text.weighting import encode_windows, weighting_named
 from sfumato.text.windows import BACKTRACK, Window, lay_out, level
+from sfumato.types import Micro
 
 SIZE_WIDTH = 256  # Fourier features of each number
 AESTHETIC, NEGATIVE_AESTHETIC = 6.0, 2.5  # the refiner's scores, which run from 0 to 10
@@ -83,6 +84,11 @@ PLANS = {
 }
 
 
+def plan_of(kind: str) -> TextPlan:
+    """How a kind of `SYSTEMS` reads prompts: "sdxl-inpaint" does as "sdxl"."""
+    return PLANS[kind if kind in PLANS else kind.split("-")[0]]
+
+
 @dataclass(frozen=True)
 class TextOptions:
     """How prompts are read. rule: of `text.syntax`; weighting: of `text.weighting`, None takes the rule's own.
@@ -98,11 +104,8 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         rule_named(self.rule)
-        if self.weighting is not None and self.weighting not in WEIGHTINGS:
-            raise InputError(
-                f"weighting {self.weighting!r} is unknown; known are {', '.join(WEIGHTINGS)}",
-                argument="weighting",
-            )
+        if self.weighting is not None:
+            weighting_named(self.weighting)
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,33 @@ def score_numbers(
     A negative prompt has `NEGATIVE_AESTHETIC`.
     """
     return _finite("size", *original, *crop, aesthetic)
+
+
+def micro_numbers(
+    count: int, size: tuple[int, int], micro: Micro
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The numbers of a picture of `size` (width, height), and those of its negative prompt. count: 6 or 5 of them."""
+    original, crop, target = micro.original or size, micro.crop or (0, 0), micro.target or size
+    score = AESTHETIC if micro.aesthetic is None else micro.aesthetic
+    negative_original, negative_crop = micro.negative_original or original, micro.negative_crop or crop
+    negative_target = micro.negative_target or target
+    negative_score = NEGATIVE_AESTHETIC if micro.negative_aesthetic is None else micro.negative_aesthetic
+    if count == 6:
+        return (
+            size_numbers(_rows_first(original), _rows_first(crop), _rows_first(target)),
+            size_numbers(
+                _rows_first(negative_original), _rows_first(negative_crop), _rows_first(negative_target)
+            ),
+        )
+    return (
+        score_numbers(_rows_first(original), _rows_first(crop), score),
+        score_numbers(_rows_first(negative_original), _rows_first(negative_crop), negative_score),
+    )
+
+
+def _rows_first(pair: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) → (height, width), and (left, top) → (top, left)."""
+    return pair[1], pair[0]
 
 
 def size_vector(pooled: Tensor, numbers: Iterable[float]) -> Tensor:

@@ -23,11 +23,13 @@ from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.sd import folder, keys
 from sfumato.families.sd.checkpoint import Checkpoint
+from sfumato.families.sd.condition import plan_of
 from sfumato.families.sd.shapes import VAE
 from sfumato.families.sd.signatures import TEXTS
 from sfumato.nn.unet import UNet
 from sfumato.storage import atomic_directory, write_json
 from sfumato.text.clip import ClipTextEncoder
+from sfumato.text.clip_tokens import bundled, save_folder
 
 COPIED = ("tokenizer", "tokenizer_2", "feature_extractor")  # folders of plain data, taken over as they are
 COPIED_SUFFIXES = {".json", ".txt"}
@@ -79,9 +81,9 @@ def write_folder(
 ) -> Written:
     """Write a diffusers folder, whole or not at all: weights and JSON of each part, the scheduler's and the index.
 
-    JSON and tokenizers of a source that is a folder are taken over; else the JSON is the family's and the tokenizers
-    are not there. One network alone becomes the folder of one part. `InputError` when a VAE alone does not say whose
-    it is; other errors as `write_file`.
+    JSON and tokenizers of a source that is a folder are taken over; what is missing is the family's and CLIP's own, so
+    that diffusers opens the folder as it stands. One network alone becomes the folder of one part. `InputError` when a
+    VAE alone does not say whose it is; other errors as `write_file`.
     """
     _check_shapes(checkpoint)
     configs = {name: _config(checkpoint, name) for name in checkpoint.parts}
@@ -100,6 +102,10 @@ def write_folder(
             write_json(staging / folder.INDEX, index)
             if checkpoint.folder is not None:
                 _copy_data(checkpoint.folder, staging)
+            for reader in plan_of(checkpoint.kind).readers:
+                place = staging / folder.tokenizer_folder(reader.part)
+                if reader.part in checkpoint.parts and not place.exists():
+                    save_folder(bundled(reader.pad), place)
     return _written(checkpoint, "folder", size)
 
 

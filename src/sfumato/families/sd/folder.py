@@ -122,6 +122,11 @@ def text_config(config: ClipConfig) -> dict[str, Any]:
     }
 
 
+def tokenizer_folder(part: str) -> str:
+    """Where the tokenizer of a text encoder lies: `tokenizer_2` for `text_encoder_2`."""
+    return part.replace("text_encoder", "tokenizer")
+
+
 def scheduler_config(kind: str, prediction: str = "epsilon", zero_snr: bool = False) -> dict[str, Any]:
     """`scheduler_config.json`. prediction: "epsilon" or "v". zero_snr: the last step of training was pure noise."""
     config = {
@@ -162,7 +167,7 @@ def model_index(kind: str, system: System, scheduler: str) -> dict[str, Any]:
     for part in system.text:
         with_projection = "CLIPTextModelWithProjection" if part.config.projection else "CLIPTextModel"
         index[part.name] = ["transformers", with_projection]
-        index[part.name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+        index[tokenizer_folder(part.name)] = ["transformers", "CLIPTokenizer"]
     if not kind.startswith("sdxl"):
         return index | {
             "safety_checker": [None, None],

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
-from sfumato.autoencoder.preview import preview
+from sfumato.autoencoder.preview import has_factors, preview
 from sfumato.checkpoint.fill import fill
 from sfumato.diffusion.guidance import ALWAYS
-from sfumato.diffusion.parameterization import Parameterization
+from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import NoiseLevels, beta_levels, beta_table, zero_terminal_snr
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd.checkpoint import Checkpoint, open_checkpoint
+from sfumato.families.sd.checkpoint import Checkpoint, completed, open_checkpoint
 from sfumato.families.sd.condition import (
-    NEGATIVE_AESTHETIC,
-    PLANS,
+    Reader,
     TextFeatures,
     TextOptions,
     TextStack,
     encode_prompts,
-    score_numbers,
-    size_numbers,
+    micro_numbers,
+    plan_of,
     size_vector,
 )
+from sfumato.families.sd.folder import tokenizer_folder
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.nn.embed import sinusoid
@@ -40,9 +42,15 @@ from sfumato.nn.packed import pack
 from sfumato.nn.quantized import quantize, require_eight_bits
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
+from sfumato.sampling.reuse import Split
 from sfumato.storage import tensors_hash
 from sfumato.text.clip import load_encoder
-from sfumato.types import Conditioning, Request
+from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
+from sfumato.text.inversion import read_inversions
+from sfumato.types import Conditioning, Micro, Request
+
+PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
+Embeddings = Iterable[str | Path] | Mapping[str, str | Path]  # files of textual inversions, perhaps by name
 
 
 @dataclass(frozen=True)
@@ -60,13 +68,16 @@ class Preset:
 
 @dataclass(frozen=True)
 class Config:
-    """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what a picture's sides are multiples of."""
+    """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what a picture's sides are multiples of.
+    consistent: it is a latent consistency model.
+    """
 
     kind: str
     preset: Preset
     prediction: str
     zero_snr: bool
     multiple: int = 8
+    consistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,34 @@ class System:
         return {name: tensors_hash(tensors) for name, tensors in self.sources.items()}
 
     @property
+    def embeddings(self) -> dict[str, str]:
+        """Textual inversions by the names that call them, with the hashes of their files."""
+        found = [next(iter(inversions.values())) for inversions in self.text.inversions]
+        return {inversion.name: inversion.digest for inversion in found}
+
+    @property
     def parameterization(self) -> Parameterization:
         kind = "v" if self.config.prediction == "v" else "eps"
-        return Parameterization(kind, VE, self.levels.time)
+        return Parameterization(kind, VE, self.levels.time, consistency if self.config.consistent else None)
 
     @property
     def clip_layers(self) -> int:
         """How deep from the end `clip_skip` may reach."""
         return min(encoder.config.layers for encoder in self.text.encoders)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What of a request `condition` reads that other systems may not: see `Model`."""
+        told = {6: ("original", "crop", "target"), 5: ("original", "crop", "aesthetic")}
+        micro = told.get(self.text.plan.numbers, ())
+        names = [f"micro.{prefix}{name}" for name in micro for prefix in ("", "negative_")]
+        return frozenset(["prompt_rules", "weighting", *names])
+
+    @property
+    def latent_space(self) -> tuple[float, ...]:
+        """What latents are of: models with equal ones can go on with each other's."""
+        config = self.autoencoder.config
+        return config.latent_channels, self.autoencoder.factor, config.scaling_factor
 
     @property
     def told_guidance(self) -> bool:
@@ -108,6 +139,11 @@ class System:
         """How to make what a U-Net of nine channels reads beside the noisy latent; None for the others."""
         return self._inpaint_channels if self.denoiser.config.in_channels == 9 else None
 
+    @property
+    def split(self) -> Split | None:
+        """The U-Net in two parts; None where something else stands in its place."""
+        return self._split if isinstance(self.denoiser, UNet) else None
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) → the normalised posterior mean (B, 4, T, H/8, W/8), in bounded memory."""
         return self.autoencoder.normalize(encode_safe(self.autoencoder, pixels).mode())
@@ -117,33 +153,35 @@ class System:
         return decode_safe(self.autoencoder, self.autoencoder.denormalize(latent.float()))
 
     def preview(self, latent: Tensor) -> Tensor:
-        """(1, 4, T, H, W) → (1, 3, T, H, W) pixels of one cell each: a linear look at a latent that is forming."""
-        return preview(self.autoencoder.config, latent)
+        """(1, 4, T, H, W) → (1, 3, T, h, w): a look at a latent that is forming.
+
+        One pixel for each cell where the colours of this autoencoder's latents are known; else the latent shrunk to
+        16 cells and decoded, at the cost of a picture of 128².
+        """
+        if has_factors(self.autoencoder.config):
+            return preview(self.autoencoder.config, latent)
+        height, width = latent.shape[-2:]
+        shrink = max(height, width) / PREVIEW_CELLS
+        if shrink > 1:
+            size = max(round(height / shrink), 1), max(round(width / shrink), 1)
+            latent = F.interpolate(latent[:, :, 0], size, mode="area")[:, :, None]
+        return self.decode(latent)
 
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from, as the family's U-Net reads them.
 
-        Sizes: the picture is told to be uncropped and of the size that is drawn.
+        Sizes: where `request.micro` does not say otherwise, the picture is uncropped and of the size that is drawn.
         """
-        options = TextOptions(clip_skip=request.clip_skip)
+        options = TextOptions(request.prompt_rules or "a1111", request.weighting, request.clip_skip)
         half = len(prompts) // 2
         wanted, unwanted = encode_prompts(
             self.text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
         )
         assert unwanted is not None and request.size is not None
-        width, height = request.size
-        size = (height, width)
         vector = None
-        if self.text.plan.numbers == 6:
-            numbers = size_numbers(size)
-            vector = torch.cat([_vector(wanted, numbers), _vector(unwanted, numbers)])
-        elif self.text.plan.numbers == 5:
-            vector = torch.cat(
-                [
-                    _vector(wanted, score_numbers(size)),
-                    _vector(unwanted, score_numbers(size, aesthetic=NEGATIVE_AESTHETIC)),
-                ]
-            )
+        if self.text.plan.numbers:
+            numbers, negative = micro_numbers(self.text.plan.numbers, request.size, request.micro or Micro())
+            vector = torch.cat([_vector(wanted, numbers), _vector(unwanted, negative)])
         tokens = torch.cat([wanted.tokens, unwanted.tokens])
         told = None
         if self.told_guidance:
@@ -155,6 +193,14 @@ class System:
         """(B, C, 1, H, W) → (B, 4, 1, H, W); the U-Net works on pictures and in the type of its weights."""
         out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance)
         return out[:, :, None]
+
+    def _split(
+        self, x: Tensor, time: Tensor, cond: Conditioning, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, deep = self.denoiser.forward_with_deep(
+            x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance, deep=deep
+        )
+        return out[:, :, None], deep
 
     def _inpaint_channels(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """(1, 3, 1, H, W) with 0 where to paint, (1, 1, 1, H, W) → mask and masked latent (1, 5, 1, H/8, W/8).
@@ -189,6 +235,8 @@ def open_system(
     vae: str | os.PathLike[str] | None = None,
     prediction: str | None = None,
     variant: str | None = None,
+    embeddings: Embeddings = (),
+    parts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     engine: str = "torch",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
@@ -196,13 +244,18 @@ def open_system(
 
     dtype: int8 makes the U-Net's products in eight bits, and leaves the rest in what the CPU is fast in. vae: another
     autoencoder, a file or a folder. prediction: "epsilon" or "v", over what the checkpoint says. engine: "torch", or
-    what `nn.openvino.plugin` takes. `InputError` where this machine cannot do it.
+    what `nn.openvino.plugin` takes. embeddings: files of textual inversions, called in prompts by their names or by
+    those they are given here. parts: where to take what a U-Net alone lacks, whole checkpoints or single networks.
+    `InputError` where this machine cannot do it.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
     found = open_checkpoint(path, variant=variant, prediction=prediction, systems=systems)
+    if parts:
+        others = [parts] if isinstance(parts, str | os.PathLike) else parts
+        found = completed(found, str(path), others, systems)
     if found.system is None or "unet" not in found.parts:
         raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
-    return build(found, str(path), device, dtype, vae, engine, systems)
+    return build(found, str(path), device, dtype, vae, embeddings, engine, systems)
 
 
 def build(
@@ -211,6 +264,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None = None,
+    embeddings: Embeddings = (),
     engine: str = "torch",
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
@@ -226,10 +280,13 @@ def build(
         raise CheckpointError(
             f"{name} holds no {' and no '.join(lacking)}; give a whole checkpoint"
             + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
+            + (", or one to take them from with --parts" if found.alone else "")
         )
+    inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
     unet = denoiser(kind.unet, found.parts["unet"], f"{name} (unet)", device, dtype, engine)
     autoencoder, pixels = _autoencoder(found, kind, name, device, kept, vae, systems)
-    plan = PLANS[plan_of(found.kind)]
+    plan = plan_of(found.kind)
+    tokenizers = tuple(_tokenizer(found.folder, reader) for reader in plan.readers)
     encoders = tuple(
         load_encoder(
             part.config,
@@ -241,10 +298,21 @@ def build(
     )
     betas = beta_table()
     levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
-    config = Config(found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor)
+    config = Config(
+        found.kind, preset_of(found), found.prediction, found.zero_snr, autoencoder.factor, consistent(found)
+    )
     autoencoder.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     sources = {"autoencoder": pixels, "denoiser": found.parts["unet"]}
-    return System(config, autoencoder, unet, TextStack(plan, encoders), levels, sources, dtype, engine)
+    text = TextStack(plan, encoders, tokenizers, inversions)
+    return System(config, autoencoder, unet, text, levels, sources, dtype, engine)
+
+
+def _tokenizer(folder: Path | None, reader: Reader) -> ClipTokenizer:
+    """The folder's own for this text encoder, or else the bundled one."""
+    place = None if folder is None else folder / tokenizer_folder(reader.part)
+    if place is None or not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        return bundled(reader.pad)
+    return open_folder(place)
 
 
 def check_engine(engine: str, device: torch.device, dtype: torch.dtype, kept: torch.dtype) -> None:
@@ -312,9 +380,10 @@ def _autoencoder(
     return model, tensors
 
 
-def plan_of(kind: str) -> str:
-    """The text plan of a kind: "sdxl-inpaint" reads prompts as "sdxl" does."""
-    return kind if kind in PLANS else kind.split("-")[0]
+def consistent(found: Checkpoint) -> bool:
+    """Whether it is a latent consistency model: its U-Net is told the guidance, or its scheduler is made for one."""
+    said = found.configs.get("scheduler", {}).get("_class_name")
+    return found.kind.endswith("-lcm") or said == "LCMScheduler"
 
 
 def preset_of(found: Checkpoint) -> Preset:
@@ -325,11 +394,15 @@ def preset_of(found: Checkpoint) -> Preset:
     preset = Preset(size=(side, side))
     if found.kind.startswith("sdxl"):
         preset = replace(preset, guidance=5.0)
-    said = found.configs.get("scheduler", {})
-    if found.kind.endswith("-lcm") or said.get("_class_name") == "LCMScheduler":
-        return replace(preset, steps=4, guidance=1.0, sampler="lcm", schedule="trailing")
+    said, cells = found.configs.get("scheduler", {}), found.configs.get("unet", {}).get("sample_size")
+    if isinstance(cells, int) and 0 < cells <= 256:  # distilled ones may draw smaller than their parents
+        preset = replace(preset, size=(cells * kind.vae.factor,) * 2)
+    if consistent(found):  # what its makers draw with, where it is told the guidance
+        guidance = 8.0 if kind.unet.time_cond else 1.0
+        return replace(preset, steps=4, guidance=guidance, sampler="lcm", schedule="lcm")
     if found.zero_snr:
         return replace(preset, sampler="euler", schedule="trailing", rescale=0.7)
     if said.get("timestep_spacing") == "trailing":  # the distilled ones, which draw in one to four steps
-        return replace(preset, steps=1, guidance=1.0, sampler="euler_a", schedule="trailing")
+        sampler = "euler_a" if "Ancestral" in said.get("_class_name", "") else "euler"
+        return replace(preset, steps=1, guidance=1.0, sampler=sampler, schedule="trailing")
     return preset

@@ -1,0 +1,277 @@
+"""What `sfumato generate` can be told, in the order of its help: each option's type, its name and its help.
+
+The values of requests are text here; `cli.parse` makes numbers, sizes and pictures of them, with errors that name them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+PICTURE, MASK, LARGER, FASTER, PROMPT, TUNING, WEIGHTS = (
+    "Beginning with a picture",
+    "Painting a part of it",
+    "Drawing it larger",
+    "Drawing faster, not quite the same picture",
+    "How Stable Diffusion reads a prompt",
+    "For those who know",
+    "Opening a Stable Diffusion checkpoint",
+)
+
+Prompt = Annotated[str | None, Argument(help="What to draw; may be empty.")]
+Output = Annotated[
+    Path,
+    Option("-o", "--output", help="A .png, .jpg or .webp file; several become name-0, name-1 …"),
+]
+Count = Annotated[str, Option("-n", "--count", metavar="N", help="How many pictures.")]
+Seed = Annotated[str, Option(metavar="N", help="Picture k is the picture of seed + k.")]
+Steps = Annotated[str | None, Option(metavar="N", help="Sampling steps.")]
+Guidance = Annotated[str | None, Option(metavar="X", help="How strictly to follow the prompt.")]
+Sampler = Annotated[str | None, Option(metavar="NAME", help="See `sfumato models`.")]
+Schedule = Annotated[str | None, Option(metavar="NAME", help="See `sfumato models`.")]
+Size = Annotated[str | None, Option(metavar="WxH", help="Pixels: 128 or 128x96.")]
+Negative = Annotated[
+    str | None,
+    Option(
+        metavar="TEXT",
+        help="What to stay away from. `--negative ''` is the empty text, which SDXL tells from no --negative at all.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    Option("-m", "--model", help="Name, folder, .safetensors file, or org/name."),
+]
+Like = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        help="Take prompt and settings from a picture that says how it was made, by sfumato or by a web UI. "
+        "What you give beside it wins.",
+    ),
+]
+Image = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        rich_help_panel=PICTURE,
+        help="A PNG, JPEG or WebP to begin with instead of noise. The result has its size.",
+    ),
+]
+Strength = Annotated[
+    str | None,
+    Option(
+        metavar="X",
+        rich_help_panel=PICTURE,
+        help="How much of the picture to redraw: 0 keeps it, 1 forgets it. 0.75 by default, 1 in a mask.",
+    ),
+]
+Fit = Annotated[
+    str | None,
+    Option(
+        metavar="HOW",
+        rich_help_panel=PICTURE,
+        help="Bring it to --size: cover (crop what is too long), contain (extend its edges) or stretch.",
+    ),
+]
+Outpaint = Annotated[
+    str | None,
+    Option(
+        metavar="PIXELS",
+        rich_help_panel=PICTURE,
+        help="Draw on beyond its borders: 64 on every side, or LEFT,TOP,RIGHT,BOTTOM such as 0,0,128,0.",
+    ),
+]
+Mask = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        rich_help_panel=MASK,
+        help="A picture of the same size, white where to paint. The rest comes back untouched "
+        "(in a .png or .webp).",
+    ),
+]
+MaskBlur = Annotated[
+    str | None,
+    Option(
+        metavar="PIXELS",
+        rich_help_panel=MASK,
+        help="How softly the painted part begins, inside the mask; 4 by default.",
+    ),
+]
+OnlyMasked = Annotated[
+    str | None,
+    Option(
+        metavar="PIXELS",
+        rich_help_panel=MASK,
+        help="Draw only the mask and this many pixels around it, at full --size, and put them back: "
+        "for details of a large picture.",
+    ),
+]
+Paste = Annotated[
+    bool | None,
+    Option(
+        "--paste/--no-paste",
+        show_default=False,
+        rich_help_panel=MASK,
+        help="Whether what lies outside the mask is taken from your picture; it is by default.",
+    ),
+]
+Hires = Annotated[
+    str | None,
+    Option(
+        metavar="SCALE",
+        rich_help_panel=LARGER,
+        help="Draw, enlarge by this factor, and draw over it: more detail than drawing large at once. "
+        "`none` takes it out of --like.",
+    ),
+]
+HiresStrength = Annotated[
+    str | None,
+    Option(
+        metavar="X",
+        rich_help_panel=LARGER,
+        help="How much the second pass redraws; 0 only enlarges. 0.5 by default.",
+    ),
+]
+HiresSteps = Annotated[
+    str | None,
+    Option(metavar="N", rich_help_panel=LARGER, help="Its steps; as many as --steps by default."),
+]
+Upscaler = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=LARGER,
+        help="lanczos enlarges the picture; latent-bilinear, latent-bicubic, latent-nearest the latent, "
+        "which wants a strength above 0.5.",
+    ),
+]
+Reuse = Annotated[
+    str | None,
+    Option(
+        metavar="N",
+        rich_help_panel=FASTER,
+        help="Of N calls of the network in a row only the first computes its deep features; 1 is exact.",
+    ),
+]
+GuidanceInterval = Annotated[
+    str | None,
+    Option(
+        metavar="LOW:HIGH",
+        rich_help_panel=FASTER,
+        help="Guide only where LOW < sigma <= HIGH; elsewhere a step costs half. Sigma goes to 0, from 1 in flow "
+        "models and from 14.6 in Stable Diffusion. `none` takes it out of --like.",
+    ),
+]
+Variation = Annotated[
+    str | None,
+    Option(
+        metavar="SEED:X",
+        rich_help_panel=TUNING,
+        help="Pictures like that of --seed: mix in the noise of a second seed, 0 not at all, 1 altogether. "
+        "With -n the second seed counts up. `none` takes it out of --like.",
+    ),
+]
+Eta = Annotated[
+    str | None,
+    Option(
+        metavar="X",
+        rich_help_panel=TUNING,
+        help="Fresh noise in samplers that have it (ddim, euler_a …), from 0 to 1.",
+    ),
+]
+ClipSkip = Annotated[
+    str | None,
+    Option(
+        metavar="N",
+        rich_help_panel=PROMPT,
+        help="Layer of a CLIP text encoder, counted from the last, which is 1.",
+    ),
+]
+PromptRules = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=PROMPT,
+        help="What brackets and signs mean: a1111 (the default), comfy, compel, or none.",
+    ),
+]
+Weighting = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=PROMPT,
+        help="What a weight does: a1111, a1111_no_norm, comfy, compel or none; as the rules have it by default.",
+    ),
+]
+Micro = Annotated[
+    list[str] | None,
+    Option(
+        metavar="NAME=VALUE",
+        rich_help_panel=PROMPT,
+        help="What SDXL is told of sizes: original=4096x4096, crop=LEFT,TOP, target=1024x1024, aesthetic=6 (the "
+        "refiner), each also as negative-…; may be repeated. `none` takes it out of --like.",
+    ),
+]
+Embedding = Annotated[
+    list[str] | None,
+    Option(
+        metavar="[NAME=]FILE",
+        rich_help_panel=PROMPT,
+        help="A textual inversion (.safetensors), called in prompts by the file's name or the one given; "
+        "may be repeated.",
+    ),
+]
+Refiner = Annotated[
+    str | None,
+    Option(
+        metavar="MODEL[:X]",
+        rich_help_panel=WEIGHTS,
+        help="A second model that finishes the picture, such as SDXL's refiner, after this share of the noise levels; "
+        "0.8 by default. `none` takes it out of --like.",
+    ),
+]
+Parts = Annotated[
+    list[Path] | None,
+    Option(
+        rich_help_panel=WEIGHTS,
+        help="For a U-Net alone: the checkpoint whose autoencoder and text encoders go with it, or files with one "
+        "each; may be repeated.",
+    ),
+]
+Vae = Annotated[
+    Path | None,
+    Option(rich_help_panel=WEIGHTS, help="Another autoencoder for a checkpoint: a file or a folder."),
+]
+Dtype = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+        help="Of a checkpoint's weights: fp32, bf16, fp16, or on a CPU int8.",
+    ),
+]
+Engine = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+        help="What runs a checkpoint's U-Net: torch, openvino or openvino:GPU.",
+    ),
+]
+Prediction = Annotated[
+    str | None,
+    Option(metavar="NAME", rich_help_panel=WEIGHTS, help="epsilon or v, where a checkpoint does not say it."),
+]
+Variant = Annotated[
+    str | None,
+    Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a folder's files, such as fp16."),
+]
+Device = Annotated[str | None, Option(metavar="NAME", help="cpu or cuda; the faster one by default.")]
+Preview = Annotated[
+    bool,
+    Option("--preview", help="Show the picture forming; beside the output if this is no terminal."),
+]
+AsJson = Annotated[bool, Option("--json", help="Answer with one JSON object.")]
