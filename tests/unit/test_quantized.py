@@ -60,7 +60,7 @@ def test_a_code_of_a_picture_has_its_zero_and_both_ends():
     assert codes.shape == (1, 3, 10, 14) and codes.is_contiguous(memory_format=torch.channels_last)
     inner = codes[:, :, 1:-1, 2:-2]
     assert (((inner.double() - zero) * scale - x).abs() <= 0.5001 * scale).all()
-    assert 255 - (int(inner.max()) - int(inner.min())) <= 1
+    assert int(inner.max()) - int(inner.min()) == 2 * LEVELS
     border = torch.ones_like(codes, dtype=torch.bool)
     border[:, :, 1:-1, 2:-2] = False
     assert (codes[border] == zero).all()
@@ -84,13 +84,14 @@ def test_a_linear_layer_is_exact_on_codes(dtype, shape, bias):
 @every_type
 @torch.no_grad()
 @pytest.mark.parametrize("form", [(3, 1, 1), (3, 2, 1), (3, 2, 0), ((3, 5), 1, (1, 2)), (2, 1, 0)], ids=str)
-@pytest.mark.parametrize("low", [-20, 0, -235])
+@pytest.mark.parametrize("low", [-20, 0, -235, 30])
 def test_a_convolution_is_exact_on_codes(dtype, form, low):
     torch.manual_seed(0)
     kernel, stride, padding = form
     layer = nn.Conv2d(32, 48, kernel, stride, padding).to(dtype)
-    x = torch.randint(low, low + 256, (2, 32, 9, 12)).to(torch.float32)
-    x[:, 0, 0, 0], x[:, 0, 0, 1] = low, low + 255
+    high = min(low, 0) + 2 * LEVELS  # the scale is 1
+    x = torch.randint(low, high + 1, (2, 32, 9, 12)).to(torch.float32)
+    x[:, 0, 0, 0], x[:, 0, 0, 1] = low, high
     exact = functional.conv2d(x.double(), coded(layer.weight), layer.bias.double(), stride, padding)
     answer = QuantizedConv2d(layer)(x.to(dtype))
     assert answer.shape == exact.shape and answer.is_contiguous(memory_format=torch.channels_last)

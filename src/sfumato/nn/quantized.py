@@ -118,25 +118,25 @@ def channel_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """(…, D) → uint8 codes around MIDDLE and scales (…, 1) in the type of x: x ≈ (codes - MIDDLE) · scale."""
-    wide = x.float()
+    wide = x.to(torch.float32, copy=True)
     largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
     scale = largest.div_(LEVELS).clamp_(min=LEAST).to(x.dtype)  # rounded first: what is divided by it fits it
-    return unsigned(wide.div(scale.float())), scale
+    return unsigned(wide.mul_(scale.float().reciprocal())), scale
 
 
 def picture_codes(x: Tensor, border: tuple[int, int]) -> tuple[Tensor, float, int]:
     """(1, C, H, W) → uint8 codes (1, C, H + 2·above, W + 2·beside), channels last, with a border of the code of 0;
     scale and zero: x ≈ (codes - zero) · scale.
     """
-    wide = x.contiguous(memory_format=torch.channels_last).float()
+    wide = x.to(torch.float32, copy=True, memory_format=torch.channels_last)
     low, high = float(wide.amin()), float(wide.amax())
     if math.isfinite(high - low):
         low, high = min(0.0, low), max(0.0, high)
-        scale = max((high - low) / (2 * LEVELS + 1), LEAST)
+        scale = max((high - low) / (2 * LEVELS), LEAST)  # one code to spare for the rounding of zero
         zero = round(-low / scale)
     else:
         scale, zero = math.nan, 0  # NaN everywhere, rather than numbers that look sound
-    codes = unsigned(wide.mul(1 / scale).add_(zero - MIDDLE))
+    codes = unsigned(wide.mul_(1 / scale).add_(zero - MIDDLE))
     above, beside = border
     if not above and not beside:
         return codes, scale, zero
@@ -151,11 +151,11 @@ def picture_codes(x: Tensor, border: tuple[int, int]) -> tuple[Tensor, float, in
 
 
 def unsigned(x: Tensor) -> Tensor:
-    """Numbers within [-128.5, 127.5), overwritten, → their nearest whole numbers plus 128, uint8.
+    """Numbers that round to -128 … 127, overwritten, → their nearest whole numbers plus 128, uint8.
 
     Through int8, since a conversion to it is one of vectors and that to uint8 is not; the top bit's flip adds 128.
     """
-    return x.round_().clamp_(-MIDDLE, MIDDLE - 1).to(torch.int8).view(torch.uint8).bitwise_xor_(MIDDLE)
+    return x.round_().to(torch.int8).view(torch.uint8).bitwise_xor_(MIDDLE)
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
