@@ -300,9 +300,9 @@ def _watcher(
         elif file is not None:
             from sfumato.storage import atomic_file
 
+            written = True  # before it is: an interrupt may come as soon as it is there
             with atomic_file(file) as temporary:
                 picture.save(temporary, format="PNG")
-            written = True
 
     def clean() -> None:
         if live is not None:
