@@ -85,7 +85,9 @@ def test_tensorboard_is_closed_and_forgets_what_a_kill_undid(tmp_path: Path) -> 
         with run._logger(tmp_path) as log:
             for step in steps:
                 log(step, {"loss": loss})
-        assert {thread for thread in threading.enumerate() if thread.is_alive()} <= others  # the writer's own is gone
+        assert {
+            thread for thread in threading.enumerate() if thread.is_alive()
+        } <= others  # the writer's own is gone
         time.sleep(1.1)  # files are named by the second and read in the order of their names
     read = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -185,7 +186,8 @@ class SceneSource:
         waiting, gate, stopped = iter(chunks), threading.Lock(), threading.Event()
         failures: list[BaseException] = []
         running: list[subprocess.Popen[str]] = []
-        threads: list[threading.Thread] = []
+        drivers = ThreadPoolExecutor(workers, "drive")
+        driving: list[Future[None]] = []
         complaints: dict[int, IO[bytes]] = {}
 
         def drive(process: subprocess.Popen[str]) -> None:
@@ -218,18 +220,14 @@ class SceneSource:
                 )
                 running.append(process)
                 complaints[process.pid] = said
-            for process in running:
-                thread = threading.Thread(target=drive, args=(process,), daemon=True)
-                thread.start()
-                threads.append(thread)
-            for thread in threads:
-                thread.join()
+            driving += [drivers.submit(drive, process) for process in running]
+            wait(driving)
         finally:  # also when the caller's thread is interrupted: nobody counts chunks once the store's lock is left
             stopped.set()
             for process in running:
                 process.kill()
-            for thread in threads:
-                thread.join()
+            wait(driving)  # an interrupted join of a thread would take it for stopped
+            drivers.shutdown()
             for process in running:
                 process.wait()
                 for stream in (process.stdin, process.stdout, complaints.get(process.pid)):
