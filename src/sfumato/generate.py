@@ -18,6 +18,7 @@ import sfumato
 from sfumato.drawing.denoise import denoiser
 from sfumato.drawing.request import check_size, complete, enlarged_size, eta_samplers
 from sfumato.drawing.sample import origin_of, sample, second_pass
+from sfumato.drawing.script import Script, script
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
 from sfumato.runtime import autocast, drawing_dtype, pick_device
@@ -179,15 +180,16 @@ class Model:
 
     @torch.inference_mode()
     def condition(
-        self, prompts: Request | Sequence[str | None], request: Request | None = None
-    ) -> Conditioning:
+        self, prompts: Request | Sequence[str | None], request: Request | None = None, *, done: int = 0
+    ) -> Conditioning | Script:
         """What the network is told of texts, half of them wanted and half not; `request` has the rest that it may read.
 
-        Of a request alone, its prompt is in the first row and its negative in the second.
+        Of a request alone, its prompt is in the first row and its negative in the second. Where its prompts change over
+        the steps, or are several joined by AND, a `Script` holds such rows for each (`text.editing`); texts on their own
+        are read as they stand. done: steps of a pass before this one, which those of the prompts count on from.
         """
         if isinstance(prompts, Request):
-            request = prompts
-            prompts = [request.prompt, request.negative]
+            return script(self, self.complete(prompts), done)
         return self.told(prompts, self.complete(Request() if request is None else request))
 
     def told(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
@@ -197,15 +199,21 @@ class Model:
         return cond.change(lambda tensor: tensor if tensor.dtype == torch.bool else tensor.float())
 
     def denoiser(
-        self, cond: Conditioning, guidance: float | Request, channels: Tensor | None = None
+        self, cond: Conditioning | Script, guidance: float | Request, channels: Tensor | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """denoise(x, sigma) → x0_hat for (B, C, T, H, W).
 
-        cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B.
-        guidance: its scale, or a request, whose `guidance_interval` and `reuse` count too. With `reuse` the answer
+        cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B; or a script.
+        guidance: its scale, or a request, whose `guidance_interval` and `reuse` count too, as do the steps and schedule
+        that a script is for. With `reuse` the answer
         depends on the calls before: take a new denoiser for each run of a sampler.
         channels: (1, E, T, H, W), more input for the network beside each sample.
         """
+        if not isinstance(guidance, Request) and not isinstance(cond, Conditioning):
+            raise InputError(
+                "prompts that change over the steps, or are several, need the request; give it in place of guidance",
+                argument="guidance",
+            )
         request = self.complete(guidance) if isinstance(guidance, Request) else Request(guidance=guidance)
         return denoiser(self, cond, request, channels)
 
@@ -256,19 +264,20 @@ class Model:
     @torch.inference_mode()
     def sample(
         self,
-        cond: Conditioning,
+        cond: Conditioning | Script,
         seeds: Sequence[int],
         request: Request,
         on_step: Callable[[Step], None] | None = None,
         origin: Origin | None = None,
+        done: int = 0,
     ) -> Tensor:
         """Noise, or what `origin` begins with, → normalised latents (B, C, 1, H/f, W/f), picture k from seeds[k].
 
         `request` must be complete, and hold these pictures alone if it asks for a variation. A refiner that takes over
         is told the request's prompts, and its sampler begins anew: one that remembers earlier answers of the network
-        has none, as in diffusers. Noise is drawn on as if there had been no change.
+        has none, as in diffusers. Noise is drawn on as if there had been no change. done: as of `condition`.
         """
-        return sample(self, cond, seeds, request, on_step, origin)
+        return sample(self, cond, seeds, request, on_step, origin, done)
 
     @torch.inference_mode()
     def preview(self, latent: Tensor) -> Image.Image:

@@ -8,34 +8,63 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.guidance import cfg_batched
+from sfumato.diffusion.guidance import cfg_batched, composed_batched
+from sfumato.diffusion.parameterization import Denoise
+from sfumato.diffusion.schedules import sigmas_for
+from sfumato.drawing.script import Script, Voice, changing
 from sfumato.sampling.reuse import Reuse
 from sfumato.types import Conditioning, Request
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
 
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
 
 def denoiser(
-    model: Model, cond: Conditioning, request: Request, channels: Tensor | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """denoise(x, sigma) → x0_hat for (B, C, T, H, W).
+    model: Model, cond: Conditioning | Script, request: Request, channels: Tensor | None = None
+) -> Denoise:
+    """denoise(x, sigma) → x0_hat for (B, C, T, H, W); see `Model.denoiser`.
 
-    cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B.
-    request: complete, or its `guidance` alone. With `reuse` the answer depends on the calls before: take a new denoiser
-    for each run of a sampler.
-    channels: (1, E, T, H, W), more input for the network beside each sample.
+    request: complete; of one that tells the same at every step `guidance` is enough.
     """
-    scale = request.guidance
-    assert scale is not None
-    if getattr(model.system, "told_guidance", False):
-        scale = 1.0
-    wanted = cond.change(lambda rows: rows[: len(rows) // 2])
-    parameterization = model.system.parameterization
+    assert request.guidance is not None
+    system, preset = model.system, model.system.config.preset
+    scale = 1.0 if getattr(system, "told_guidance", False) else request.guidance
+    how = scale, request.guidance_interval or preset.interval, getattr(preset, "rescale", 0.0)
+    voices = (Voice(((0, cond),)),) if isinstance(cond, Conditioning) else cond
+    sigmas = torch.empty(0)
+    if any(len(voice.stages) > 1 for voice in voices):
+        assert request.schedule and request.steps
+        sigmas = sigmas_for(request.schedule, request.steps, system.levels)
 
-    answer = model.system.network
+    def saying(network: Network, voice: Voice, wanted: bool) -> Denoise:
+        """By the network told both rows of a voice, or the wanted one alone."""
+
+        def make(told: Conditioning) -> Denoise:
+            if wanted:
+                told = told.change(lambda rows: rows[: len(rows) // 2])
+            return system.parameterization.denoiser(network, told)
+
+        return changing(voice.stages, make, sigmas)
+
+    first, *others = voices
+    network = _network(model, request, channels)
+    both = saying(network, first, wanted=False)
+    if not others:
+        return cfg_batched(both, saying(network, first, wanted=True), *how)
+    answers = [saying(_network(model, request, channels), voice, wanted=True) for voice in others]
+    weights = [voice.weight for voice in voices]
+    return composed_batched(both, answers, weights, *how)
+
+
+def _network(model: Model, request: Request, channels: Tensor | None) -> Network:
+    """network(x, time, told): the model's, told 2 rows that serve any batch, or as many rows as x. With `reuse` it
+    remembers its own calls."""
+    system = model.system
+    answer = system.network
     if request.reuse is not None and request.reuse > 1:
-        answer = Reuse(model.system.split, request.reuse, getattr(model.system, "reuse_order", 0))
+        answer = Reuse(system.split, request.reuse, getattr(system, "reuse_order", 0))
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if (each := len(x) // len(given)) > 1:
@@ -45,10 +74,4 @@ def denoiser(
         with model.precision():
             return answer(x, level, given).float()
 
-    return cfg_batched(
-        parameterization.denoiser(network, cond),
-        parameterization.denoiser(network, wanted),
-        scale,
-        request.guidance_interval or model.system.config.preset.interval,
-        getattr(model.system.config.preset, "rescale", 0.0),
-    )
+    return network

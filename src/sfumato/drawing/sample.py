@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.drawing.request import enlarged_size
+from sfumato.drawing.script import Script, script
 from sfumato.sampling import SeededNoise, Step, sampler_named
 from sfumato.sampling.step import continued
 from sfumato.sampling.variation import VariedNoise
@@ -36,18 +37,14 @@ if TYPE_CHECKING:
 
 def sample(
     model: Model,
-    cond: Conditioning,
+    cond: Conditioning | Script,
     seeds: Sequence[int],
     request: Request,
     on_step: Callable[[Step], None] | None = None,
     origin: Origin | None = None,
+    done: int = 0,
 ) -> Tensor:
-    """Noise, or what `origin` begins with, → normalised latents (B, C, 1, H/f, W/f), picture k from seeds[k].
-
-    `request` must be complete, and hold these pictures alone if it asks for a variation. A refiner that takes over
-    is told the request's prompts, and its sampler begins anew: one that remembers earlier answers of the network
-    has none, as in diffusers. Noise is drawn on as if there had been no change.
-    """
+    """Noise, or what `origin` begins with, → normalised latents (B, C, 1, H/f, W/f); see `Model.sample`."""
     assert (
         request.size
         and request.sampler
@@ -71,7 +68,7 @@ def sample(
     if request.eta is not None:
         sampler = functools.partial(sampler, eta=request.eta)
     cells = None
-    for drawer, told, first, last in _legs(model, cond, request, sigmas):
+    for drawer, told, first, last in _legs(model, cond, request, sigmas, done):
         channels = _inpaint_channels(drawer, origin, height, width)
         denoise = drawer.denoiser(told, replace(request, refine_at=None), channels)
         cells = None
@@ -93,7 +90,7 @@ def second_pass(
 ) -> Tensor:
     """Latents of the request's size → of the enlarged size, drawn over. untouched: the picture they were encoded
     from, if nothing has been done to them."""
-    assert request.size
+    assert request.size and request.steps
     width, height = size = enlarged_size(request.size, hires.scale, model.system.config.multiple)
     if pixel_upscaler(hires.upscaler):
         pictures = model.decode(latent) if untouched is None else [untouched] * len(latent)
@@ -111,7 +108,8 @@ def second_pass(
         hires=None,
     )
     origin = Origin(latent, hires.strength)
-    return model.sample(model.condition(second), second.seeds(), second, on_step, origin)
+    done = request.steps
+    return model.sample(model.condition(second, done=done), second.seeds(), second, on_step, origin, done)
 
 
 def origin_of(model: Model, canvas: Canvas, request: Request) -> Origin:
@@ -136,8 +134,8 @@ def noise_of(
 
 
 def _legs(
-    model: Model, cond: Conditioning, request: Request, sigmas: Tensor
-) -> list[tuple[Model, Conditioning, int, int]]:
+    model: Model, cond: Conditioning | Script, request: Request, sigmas: Tensor, done: int
+) -> list[tuple[Model, Conditioning | Script, int, int]]:
     """Who draws which steps: the model, what it is told, its first step, and the step after its last.
 
     A request with a second pass is refined in that pass alone, which draws over what the first had refined.
@@ -147,10 +145,9 @@ def _legs(
     if model.refiner is None or request.refine_at is None or drawn_over:
         return [(model, cond, 0, steps)]
     change = steps_before(sigmas, model.system.levels, request.refine_at)
-    legs = [(model, cond, 0, change)] if change else []
+    legs: list[tuple[Model, Conditioning | Script, int, int]] = [(model, cond, 0, change)] if change else []
     if change < steps:
-        told = model.refiner.told([request.prompt, request.negative], request)
-        legs.append((model.refiner, told, change, steps))
+        legs.append((model.refiner, script(model.refiner, request, done), change, steps))
     return legs
 
 
