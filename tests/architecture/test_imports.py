@@ -17,7 +17,7 @@ LEVELS = [
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes"},
     {"families", "data", "tasks"},
-    {"generate", "planning", "train", "evaluate", "receipts"},
+    {"drawing", "generate", "planning", "train", "evaluate", "receipts"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

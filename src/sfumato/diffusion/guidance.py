@@ -7,6 +7,7 @@ are affine in x0_hat with the same coefficients for both branches); the rescale 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,11 +56,42 @@ def cfg_batched(
         here = _scale_at(scale, interval, sigma, x)
         if here is None:
             return denoise_cond(x, sigma)
-        both = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
-        cond, uncond = denoise_both(torch.cat([x, x]), both).chunk(2)
-        return _guided(cond, uncond, here, rescale)
+        return _guided(*_both(denoise_both, x, sigma), here, rescale)
 
     return denoise
+
+
+def composed_batched(
+    denoise_both: Denoise,
+    denoise_others: Sequence[Denoise],
+    weights: Sequence[float],
+    scale: float | Tensor,
+    interval: tuple[float, float] = ALWAYS,
+    rescale: float = 0.0,
+) -> Denoise:
+    """Conditions that hold together: uncond + scale · Σ w_i (cond_i − uncond)  (Liu et al. 2022, 2206.01714, eq. 11).
+
+    denoise_both: as in `cfg_batched`, for the first condition; denoise_others: one for each of the rest. weights: of
+    all of them. Where nothing is guided the scale is 1.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        first, uncond = _both(denoise_both, x, sigma)
+        conds = [first, *(denoise_other(x, sigma) for denoise_other in denoise_others)]
+        cond = uncond.clone()
+        for weight, each in zip(weights, conds, strict=True):
+            cond += weight * (each - uncond)
+        here = _scale_at(scale, interval, sigma, x)
+        return cond if here is None else _guided(cond, uncond, here, rescale)
+
+    return denoise
+
+
+def _both(denoise_both: Denoise, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """One call for the answers with and without the condition."""
+    levels = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    cond, uncond = denoise_both(torch.cat([x, x]), levels).chunk(2)
+    return cond, uncond
 
 
 def rescaled(guided: Tensor, cond: Tensor, amount: float) -> Tensor:
