@@ -9,7 +9,6 @@ Source: LLM.int8() (Dettmers et al. 2022, 2208.07339), sec. 2, for the scales.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -1,8 +1,8 @@
 """The vocabulary of sentencepiece in its own file, `spiece.model`, as a tokenizer of the `tokenizers` library.
 
-The file is a Protocol Buffers message (google/sentencepiece, src/sentencepiece_model.proto): field 1 of it, repeated, is
-a piece of text (1), its log probability (2) and its kind (3); field 3 are the rules of normalisation, of which field 2
-is a table that the library reads as it is. Only unigram models are read, which is what T5 has.
+The file is a Protocol Buffers message (google/sentencepiece, src/sentencepiece_model.proto): field 1, repeated, is a
+piece of text (1), its log probability (2) and its kind (3); field 3 are the rules of normalisation, of which field 2 is
+a table that the library reads as it is. Only unigram models are read, which is what T5 has.
 """
 
 from __future__ import annotations

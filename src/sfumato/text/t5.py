@@ -1,8 +1,8 @@
 """T5's text encoder: token ids to features (Raffel et al. 2020, 1910.10683; the gated form of T5 v1.1, Shazeer 2020,
 2002.05202). Stable Diffusion 3 reads that of T5 v1.1 XXL, 4.76 billion numbers.
 
-Against CLIP: no mask of what comes later, positions only as a bias of attention by distance, no scale of the scores, norms
-without a mean, and layers without a bias. Names of parameters are the published ones.
+Unlike CLIP: no mask of what comes later, positions only as a bias of attention by distance, no scale of the scores,
+norms without a mean, and layers without a bias. Names of parameters are the published ones.
 
 What the blocks add to is kept in float32 whatever type the weights have: the sum grows to where bfloat16 has steps of
 hundreds and float16 ends, which is why T5 is not run in float16 at all.
@@ -60,7 +60,9 @@ class T5Config:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> T5Config:
         """From a model folder's `config.json`. `CheckpointError` when it is not that of a gated T5 encoder."""
-        missing = [theirs for ours, theirs in _NAMES.items() if ours not in ("distance",) and theirs not in values]
+        missing = [
+            theirs for ours, theirs in _NAMES.items() if ours != "distance" and theirs not in values
+        ]
         if missing or values.get("model_type", "t5") != "t5":
             reason = f"it lacks {', '.join(missing)}" if missing else f"it is of {values['model_type']!r}"
             raise CheckpointError(f"the text encoder's config is not T5's: {reason}")
@@ -172,6 +174,9 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config = T5_XXL):
         super().__init__()
         self.config = config
+        self.device = torch.device(
+            "cpu"
+        )  # where ids are wanted; layers may be read from a file when they are called
         self.shared = nn.Embedding(config.vocabulary, config.width)
         self.encoder = T5Stack(config)
 
@@ -198,7 +203,7 @@ class T5Encoder(nn.Module):
 
 def distance_buckets(offset: Tensor, buckets: int, distance: int) -> Tensor:
     """Offsets j − i → rows of the table of biases: half of them for j > i; in each half single distances first, then
-    logarithmically wider ones up to `distance` (Raffel et al. 2020, sec. 2.1; Mesh TensorFlow, `_relative_position_bucket`).
+    logarithmically wider ones up to `distance` (Raffel et al. 2020, sec. 2.1; Mesh TensorFlow's transformer_layers.py).
     """
     half = buckets // 2
     exact = half // 2  # distances with a row of their own

@@ -1,4 +1,4 @@
-"""T5's tokens: pieces of words, the likeliest cut of a text under a unigram model (Kudo 2018, 1804.10959; sentencepiece).
+"""T5's tokens: pieces of words, the likeliest cut of a text under a unigram model (Kudo 2018, 1804.10959).
 
 The vocabulary is not bundled: it is in `tokenizer.json` (or `spiece.model`) of every repository that has the encoder.
 The `tokenizers` library does the work, by the file's own rules. A text ends in `</s>`; what follows is filled with
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOS, PAD = "</s>", "<pad>"
-LENGTH = 256  # tokens that a prompt is filled up to, as diffusers does; Stability's reference and ComfyUI have 77
+LENGTH = (
+    256  # tokens that a prompt is filled up to, as diffusers does; Stability's reference and ComfyUI have 77
+)
 MOST = 512  # tokens of a prompt, beyond which T5 was not trained
 FILES = ("tokenizer.json", "spiece.model")
 
@@ -58,7 +60,7 @@ class T5Tokenizer:
 
 
 def open_file(path: Path) -> T5Tokenizer:
-    """The tokenizer in a `tokenizer.json` or a sentencepiece model. `CheckpointError` when it is neither, or not T5's."""
+    """The tokenizer of a `tokenizer.json` or `spiece.model`. `CheckpointError` when it is neither, or not T5's."""
     if path.suffix == ".model":
         return T5Tokenizer(read_model(path), str(path))
     from tokenizers import Tokenizer
@@ -94,9 +96,7 @@ def lay_out(
     rows = [_row(sections, tokenizer, most) for sections in prompts]
     size = max(length, *(len(ids) for ids, _ in rows))
     return [
-        Window(
-            (*ids, *[tokenizer.pad] * (size - len(ids))), (*weights, *[1.0] * (size - len(weights)))
-        )
+        Window((*ids, *[tokenizer.pad] * (size - len(ids))), (*weights, *[1.0] * (size - len(weights))))
         for ids, weights in rows
     ]
 
@@ -128,4 +128,3 @@ def describe_missing(name: str, places: Iterable[Path]) -> str:
         f"{name} has T5 but no tokenizer for it: put T5's tokenizer.json (tokenizer_3/ of any Stable Diffusion 3 "
         f"repository) into {where}, name the file by --tokenizer, or leave T5 out by --no-t5"
     )
-

@@ -24,8 +24,7 @@ MAX_WEIGHT = 100.0  # far beyond what still gives a picture
 
 @dataclass(frozen=True)
 class Window:
-    """One row for an encoder. ids and weights: one of each for a place, 77 of CLIP's, with marks and padding, whose weight
-    is 1.
+    """One row for an encoder. ids and weights: one of each for a place, CLIP's 77, with marks and padding, of weight 1.
 
     inversions: where each begins among the 77 positions; the ids below its vectors are placeholders.
     """
