@@ -26,10 +26,21 @@ PARTS = tuple(reader.part for reader in READERS)
 @functools.cache
 def t5_json() -> str:
     """A tokenizer.json with T5's rules and marks, trained on a few words."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
@@ -77,5 +88,7 @@ def theirs(seed: int = 3) -> dict[str, torch.nn.Module]:
             elif "relative_attention_bias" in name:
                 weight.data.normal_(std=1.0)
             elif "embedding" not in name and "shared" not in name and "embed_tokens" not in name:
-                weight.data.normal_(std=0.5 / weight.shape[1] ** 0.5 if "SelfAttention" in name else weight.shape[1] ** -0.5)
+                weight.data.normal_(
+                    std=0.5 / weight.shape[1] ** 0.5 if "SelfAttention" in name else weight.shape[1] ** -0.5
+                )
     return {part: network.eval() for part, network in made.items()}

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
-from sfumato.diffusion.guidance import cfg_batched
-from sfumato.diffusion.schedules import sigmas_for
+from sfumato.diffusion.guidance import Skipping, cfg_batched
+from sfumato.diffusion.schedules import share_interval, sigmas_for
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
 from sfumato.runtime import autocast, batch_invariant, fast_dtype, pick_device
@@ -65,6 +65,9 @@ def load(
     parts: str | Path | Sequence[str | Path] | None = None,
     refiner: str | Path | None = None,
     offload: str | None = None,
+    without: Sequence[str] = (),
+    text_dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
@@ -76,12 +79,14 @@ def load(
     checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
-    is needed; "auto" is for who plans next (`planning.py`). Raises `CheckpointError` that says what is wrong.
+    is needed; "auto" is for who plans next (`planning.py`). without: text encoders to leave out, such as "t5"; text_dtype:
+    what the largest of them is kept in; tokenizer: its file, where the checkpoint has none. Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
     both = {"engine": engine, "embeddings": embeddings or None, "offload": offload}
     options = {"vae": vae, "prediction": prediction, "variant": variant, "parts": parts, **both}
+    options |= {"without": tuple(without) or None, "text_dtype": text_dtype, "tokenizer": tokenizer}
     system = open_model(model, place, dtype, options)
     second = None
     if refiner is not None:
@@ -109,8 +114,11 @@ class Model:
         trace(request, size, batch, encodes, offload) -> the memory that drawing takes (`planning.py`).
         hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
         embeddings: textual inversions by name, with the hashes of their files.
-        reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting" and the
-            fields of `micro` as "micro.crop".
+        reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting",
+            "text_length" and the fields of `micro` as "micro.crop".
+        layers: how many layers its network has of which `network(x, time, cond, skip_layers=(7, 8))` leaves some out.
+        picture_tokens(height, width): how many tokens its network makes of a picture, for schedules that ask.
+        without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
         latent_space: two models with equal ones can draw on each other's latents.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
@@ -157,6 +165,17 @@ class Model:
     def embeddings(self) -> dict[str, str]:
         """The textual inversions that prompts may call, by name, with the hashes of their files."""
         return getattr(self.system, "embeddings", {})
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """The text encoders that were left out."""
+        return tuple(getattr(self.system, "without", ()))
+
+    @property
+    def text_dtype(self) -> str | None:
+        """What the largest text encoder is kept in, where that was asked for."""
+        dtype = getattr(self.system, "text_dtype", None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def _precision(self) -> AbstractContextManager[None]:
         return nullcontext() if hasattr(self.system, "dtype") else autocast(self.device, self.dtype)
@@ -224,13 +243,24 @@ class Model:
         if request.reuse is not None and request.reuse > 1:
             answer = Reuse(self.system.split, request.reuse, getattr(self.system, "reuse_order", 0))
 
-        def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
+        def network(
+            x: Tensor, level: Tensor, given: Conditioning, skip_layers: tuple[int, ...] = ()
+        ) -> Tensor:
             if (each := len(x) // len(given)) > 1:
                 given = given.change(lambda rows: rows.repeat_interleave(each, 0))
             if channels is not None:
                 x = torch.cat([x, channels.expand(len(x), *channels.shape[1:])], 1)  # (B, C + E, T, H, W)
             with self._precision():
+                if skip_layers:
+                    return self.system.network(x, level, given, skip_layers=skip_layers).float()
                 return answer(x, level, given).float()
+
+        skipping = None
+        if request.skip_layers is not None:
+            skip = request.skip_layers
+            lacking = functools.partial(network, skip_layers=skip.layers)
+            interval = share_interval(self._sigmas(request), *skip.interval)
+            skipping = Skipping(parameterization.denoiser(lacking, wanted), skip.scale, interval)
 
         return cfg_batched(
             parameterization.denoiser(network, cond),
@@ -238,6 +268,7 @@ class Model:
             scale,
             request.guidance_interval or self.system.config.preset.interval,
             getattr(self.system.config.preset, "rescale", 0.0),
+            skipping,
         )
 
     def complete(self, request: Request) -> Request:
@@ -253,7 +284,7 @@ class Model:
                 f"sampler {request.sampler} has no eta; leave it out, or use one of {', '.join(eta_samplers())}",
                 argument="eta",
             )
-        sigmas_for(request.schedule, request.steps, self.system.levels)
+        self._sigmas(request)
         if request.strength is not None:
             steps_to_run(request.steps, request.strength)
         if request.hires is not None:
@@ -269,6 +300,7 @@ class Model:
                 argument="clip_skip",
             )
         self._check_read(request)
+        self._check_skipped(request)
         if self.refiner is None and request.refine_at is not None:
             raise InputError("refine_at needs a refiner; open the model with one", argument="refine_at")
         if self.refiner is not None and request.refine_at is None:
@@ -340,7 +372,7 @@ class Model:
         shape = self._latent_shape(height, width)
         noise = self._noise(seeds, shape, request)
         initial = noise.initial()
-        sigmas = sigmas_for(request.schedule, request.steps, self.system.levels)
+        sigmas = self._sigmas(request)
         path = self.system.parameterization.path
         if origin is None:
             x = initial * path.prior_scale(float(sigmas[0]))
@@ -453,6 +485,8 @@ class Model:
             "model": self.name,
             "weights": self.hashes,
             **({"embeddings": self.embeddings} if self.embeddings else {}),
+            **({"without": list(self.without)} if self.without else {}),
+            **({"text_dtype": self.text_dtype} if self.text_dtype else {}),
             **({"refiner": _named(self.refiner)} if self.refiner is not None else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -473,6 +507,29 @@ class Model:
             rule_named(request.prompt_rules)
         if request.weighting is not None:
             weighting_named(request.weighting)
+
+    def _check_skipped(self, request: Request) -> None:
+        """`InputError` for layers that the network does not have, or cannot leave out."""
+        if request.skip_layers is None:
+            return
+        count = getattr(self.system, "layers", 0)
+        if not count:
+            raise InputError(
+                "this model's network leaves no layers out; leave out skip_layers", argument="skip_layers"
+            )
+        for layer in request.skip_layers.layers:
+            if layer >= count:
+                raise InputError(
+                    f"skip_layers names the layer {layer}; this model's network has 0 to {count - 1}",
+                    argument="skip_layers.layers",
+                )
+
+    def _sigmas(self, request: Request) -> Tensor:
+        """The levels of a complete request's schedule."""
+        assert request.size and request.schedule and request.steps
+        told = getattr(self.system, "picture_tokens", None)
+        tokens = None if told is None else told(request.size[1], request.size[0])
+        return sigmas_for(request.schedule, request.steps, self.system.levels, tokens)
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         owner = self.system if hasattr(self.system, "latent_shape") else self.system.autoencoder
@@ -497,7 +554,7 @@ class Model:
                 argument="hires.scale",
             )
         steps = hires.steps or request.steps
-        sigmas_for(request.schedule, steps, self.system.levels)
+        self._sigmas(replace(request, size=size, steps=steps))
         steps_to_run(steps, hires.strength, "hires.strength")
 
 

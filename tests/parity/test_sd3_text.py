@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from sfumato.families.sd3.condition import READERS, TextOptions, TextStack, encode_prompts
@@ -83,6 +88,16 @@ def test_conditioning_is_that_of_the_pipeline(encoders, folder, pipeline, agrees
     want = pipeline.encode_prompt(
         PROMPT, None, None, negative_prompt=NEGATIVE, max_sequence_length=length, clip_skip=skip
     )
+    if skip is not None:  # theirs skips no layer of the negative, ours as many as of the prompt
+        of_negative = pipeline.encode_prompt(
+            NEGATIVE,
+            None,
+            None,
+            max_sequence_length=length,
+            clip_skip=skip,
+            do_classifier_free_guidance=False,
+        )
+        want = want[0], of_negative[0], want[2], of_negative[2]
     options = TextOptions(rule="none", length=length, clip_skip=None if skip is None else skip + 2)
     ours, negative = encode_prompts(stack(encoders, folder), [PROMPT], [NEGATIVE], options)
     assert ours.tokens.shape == (1, 77 + length, SHAPE.joint)

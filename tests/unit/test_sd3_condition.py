@@ -14,8 +14,9 @@ from sfumato.families.sd3.text import open_t5, t5_named, text_openers, tokenizer
 from sfumato.nn.narrow import size_of
 from sfumato.text.clip_tokens import bundled
 from sfumato.text.t5 import T5Config, T5Encoder
-from sfumato.text.t5_tokens import MOST, find, lay_out, open_file
+from sfumato.text.t5_tokens import find, lay_out, open_file
 from sfumato.text.syntax import parse
+from sfumato.types import MAX_TEXT_LENGTH as MOST
 from small_sd3 import CONFIGS, DEEP, SHAPE, t5_tokenizer, theirs
 
 CPU = torch.device("cpu")
@@ -100,9 +101,13 @@ def test_who_reads_is_settled_by_what_is_there_and_what_is_left_out():
     parts = {"text_encoder", "text_encoder_2", "vae"}
     assert readers_of({*parts, "text_encoder_3"}, [], "m") == READERS
     assert readers_of(parts, ["t5"], "m") == (L, G)
-    with pytest.raises(CheckpointError, match=r"m holds no T5; give its file by --parts, or draw without by --no-t5$"):
+    with pytest.raises(
+        CheckpointError, match=r"m holds no T5; give its file by --parts, or draw without by --no-t5$"
+    ):
         readers_of(parts, [], "m")
-    with pytest.raises(CheckpointError, match=r"no CLIP-L and no CLIP-G; give their files .* --no-clip-l --no-clip-g$"):
+    with pytest.raises(
+        CheckpointError, match=r"no CLIP-L and no CLIP-G; give their files .* --no-clip-l --no-clip-g$"
+    ):
         readers_of({"text_encoder_3"}, [], "m")
     with pytest.raises(InputError, match=r"no text encoder 't6' to leave out; it has clip_l, clip_g, t5"):
         readers_of(parts, ["t6"], "m")
@@ -177,7 +182,9 @@ def test_weights_lie_on_the_tokens_of_their_words(words):
 
 
 def test_by_comfys_rule_a_weight_goes_from_the_empty_prompt(stack):
-    empty, one, three = (features(stack(), text, rule="comfy").tokens for text in ("", "(cube:1)", "(cube:3)"))
+    empty, one, three = (
+        features(stack(), text, rule="comfy").tokens for text in ("", "(cube:1)", "(cube:3)")
+    )
     first = slice(77, 78)
     want = empty[:, first] + 3 * (one[:, first] - empty[:, first])
     assert torch.allclose(three[:, first], want, atol=1e-4)
@@ -252,7 +259,9 @@ def test_numbers_that_overflow_name_their_block(weights):
     with pytest.raises(SfumatoError, match="NaN or infinity in its block 1"):
         encoder(torch.arange(30)[None])
     tensors["encoder.block.2.layer.0.layer_norm.weight"][3] = torch.nan
-    with pytest.raises(CheckpointError, match=r"t5: encoder\.block\.2\.layer\.0\.layer_norm\.weight holds NaN"):
+    with pytest.raises(
+        CheckpointError, match=r"t5: encoder\.block\.2\.layer\.0\.layer_norm\.weight holds NaN"
+    ):
         open_t5(DEEP, tensors, "t5", torch.float32, CPU)
 
 
@@ -338,11 +347,19 @@ def test_a_sentencepiece_model_cuts_as_the_json_made_of_it(tmp_path, words):
     data = json.loads(words.read_text(encoding="utf-8"))
     kinds = {"<unk>": 2, "<pad>": 3, "</s>": 3}
     pieces = [
-        (1, 2, message((1, 2, text.encode()), (2, 5, struct.pack("<f", score)), (3, 0, whole(kinds.get(text, 1)))))
+        (
+            1,
+            2,
+            message(
+                (1, 2, text.encode()), (2, 5, struct.pack("<f", score)), (3, 0, whole(kinds.get(text, 1)))
+            ),
+        )
         for text, score in data["model"]["vocab"]
     ]
     path = tmp_path / "spiece.model"
-    path.write_bytes(message(*pieces, (2, 2, message((3, 0, whole(1)))), (3, 2, message((1, 2, b"identity")))))
+    path.write_bytes(
+        message(*pieces, (2, 2, message((3, 0, whole(1)))), (3, 2, message((1, 2, b"identity"))))
+    )
     ours, original = open_file(path), open_file(words)
     for text in (PROMPT, "  an  old house, ", "", "4k!", "</s> cube", "xyz ☃"):
         assert ours.encode(text.strip()) == original.encode(text.strip()), text

@@ -60,9 +60,7 @@ class T5Config:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> T5Config:
         """From a model folder's `config.json`. `CheckpointError` when it is not that of a gated T5 encoder."""
-        missing = [
-            theirs for ours, theirs in _NAMES.items() if ours != "distance" and theirs not in values
-        ]
+        missing = [theirs for ours, theirs in _NAMES.items() if ours != "distance" and theirs not in values]
         if missing or values.get("model_type", "t5") != "t5":
             reason = f"it lacks {', '.join(missing)}" if missing else f"it is of {values['model_type']!r}"
             raise CheckpointError(f"the text encoder's config is not T5's: {reason}")

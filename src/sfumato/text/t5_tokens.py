@@ -15,6 +15,7 @@ from sfumato.errors import CheckpointError, InputError
 from sfumato.text.sentencepiece import read_model
 from sfumato.text.syntax import Sections
 from sfumato.text.windows import Window, check_weight
+from sfumato.types import MAX_TEXT_LENGTH as MOST
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,7 +24,6 @@ EOS, PAD = "</s>", "<pad>"
 LENGTH = (
     256  # tokens that a prompt is filled up to, as diffusers does; Stability's reference and ComfyUI have 77
 )
-MOST = 512  # tokens of a prompt, beyond which T5 was not trained
 FILES = ("tokenizer.json", "spiece.model")
 
 

@@ -30,11 +30,12 @@ from sfumato.errors import CheckpointError, InputError
 from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.syntax import Sections, parse, rule_named
 from sfumato.text.t5 import T5Encoder
-from sfumato.text.t5_tokens import LENGTH, MOST, T5Tokenizer
+from sfumato.text.t5_tokens import LENGTH, T5Tokenizer
 from sfumato.text.t5_tokens import lay_out as lay_out_t5
 from sfumato.text.weighting import Hidden, encode_rows, encode_windows, ids_of, visible_of, weighting_named
 from sfumato.text.windows import BACKTRACK, Window, lay_out, level
 from sfumato.text.windows import LENGTH as WINDOW
+from sfumato.types import MAX_TEXT_LENGTH as MOST
 
 CLIP_SKIP = 2  # the layer before the last
 
@@ -68,7 +69,8 @@ class TextShape:
 @dataclass(frozen=True)
 class TextOptions:
     """How prompts are read. rule, weighting, backtrack: as for Stable Diffusion; clip_skip: the layer read of the
-    CLIPs, 1 the last, None the one before it, which is diffusers' `clip_skip` plus 2. length: T5's tokens, at least.
+    CLIPs, 1 the last, None the one before it; diffusers' `clip_skip` plus 2, which skips none of a negative prompt's.
+    length: T5's tokens, at least.
     """
 
     rule: str = "a1111"
