@@ -79,13 +79,20 @@ def load(
     checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
-    is needed; "auto" is for who plans next (`planning.py`). without: text encoders to leave out, such as "t5"; text_dtype:
-    what the largest of them is kept in; tokenizer: its file, where the checkpoint has none. Raises `CheckpointError` that says what is wrong.
+    is needed; "auto" is for who plans next (`planning.py`). without: text encoders to leave out, such as "t5".
+    text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none. Raises
+    `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
     both = {"engine": engine, "embeddings": embeddings or None, "offload": offload}
-    options = {"vae": vae, "prediction": prediction, "variant": variant, "parts": parts, **both}
+    options: dict[str, Any] = {
+        "vae": vae,
+        "prediction": prediction,
+        "variant": variant,
+        "parts": parts,
+        **both,
+    }
     options |= {"without": tuple(without) or None, "text_dtype": text_dtype, "tokenizer": tokenizer}
     system = open_model(model, place, dtype, options)
     second = None

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's text conditioning against transformers' encoders and diffusers' pipeline, from random weights."""
+"""Stable Diffusion 3's text against transformers' encoders and diffusers' pipeline, from random weights."""
 
 from __future__ import annotations
 

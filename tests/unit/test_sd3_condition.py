@@ -13,9 +13,9 @@ from sfumato.families.sd3.condition import READERS, TextOptions, TextStack, enco
 from sfumato.families.sd3.text import open_t5, t5_named, text_openers, tokenizers_of
 from sfumato.nn.narrow import size_of
 from sfumato.text.clip_tokens import bundled
+from sfumato.text.syntax import parse
 from sfumato.text.t5 import T5Config, T5Encoder
 from sfumato.text.t5_tokens import find, lay_out, open_file
-from sfumato.text.syntax import parse
 from sfumato.types import MAX_TEXT_LENGTH as MOST
 from small_sd3 import CONFIGS, DEEP, SHAPE, t5_tokenizer, theirs
 

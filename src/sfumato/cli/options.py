@@ -286,7 +286,7 @@ NoT5 = Annotated[
     Option(
         "--no-t5",
         rich_help_panel=WEIGHTS,
-        help="Leave out the text encoder T5, the largest of Stable Diffusion 3.",
+        help="Leave out T5, the largest text encoder of Stable Diffusion 3.",
     ),
 ]
 NoClipL = Annotated[

@@ -213,8 +213,8 @@ def flow_shift(steps: int, levels: NoiseLevels, shift: float = 3.0) -> Tensor:
 
 
 def flow_match(steps: int, levels: NoiseLevels) -> Tensor:
-    """sigma spaced evenly between the model's ends, both included, then moved by the model's shift once more: diffusers'
-    FlowMatchEulerDiscreteScheduler, Stability's reference and ComfyUI's `normal` for SD3. FLOW only.
+    """sigma spaced evenly between the model's ends, both included, then moved by the model's shift once more. It is the
+    grid of diffusers' FlowMatchEulerDiscreteScheduler, of Stability's reference, and of ComfyUI's `normal`. FLOW only.
     """
     _flow_only("flow_match", levels)
     even = torch.linspace(levels.sigma_max, levels.sigma_min, steps, dtype=torch.float64)
@@ -275,10 +275,9 @@ def ays(steps: int, levels: NoiseLevels, table: str = "sd") -> Tensor:
 
 
 def share_interval(sigmas: Tensor, start: float, stop: float) -> tuple[float, float]:
-    """(low, high) of the levels low < sigma <= high of a schedule's steps i with start · S < i < stop · S, counted from 0.
+    """(low, high) of the levels low < sigma <= high of a schedule's steps i with start · S < i < stop · S, from 0 on.
 
-    So Stability's reference and diffusers say when skip-layer guidance acts; the first step, i = 0, is never among them.
-    The same two numbers, between which nothing lies, where there is no such step.
+    So Stability's reference and diffusers say when skip-layer guidance acts; step 0 is never among them. The same two numbers, between which nothing lies, where there is no such step.
     """
     steps = len(sigmas) - 1
     first, last = math.floor(start * steps) + 1, math.ceil(stop * steps) - 1

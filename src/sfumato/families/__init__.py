@@ -107,7 +107,7 @@ def open_model(
 def _open_checkpoint(
     module: ModuleType, path: Path, device: torch.device, dtype: torch.dtype, asked: dict[str, Any]
 ) -> Any:
-    """By the module's `open_system`. `InputError` for what that does not know, such as a text encoder of another family."""
+    """By the module's `open_system`. `InputError` for what that does not know: an option of another family."""
     known = inspect.signature(module.open_system).parameters
     for name in asked:
         if name not in known:
