@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's text encoders small, with random weights, for us and for transformers; T5's tokens for a few words."""
+"""Stable Diffusion 3's text encoders small, with random weights, and T5's tokens for a few words."""
 
 from __future__ import annotations
 
@@ -87,8 +87,6 @@ def theirs(seed: int = 3) -> dict[str, torch.nn.Module]:
                 weight.data.normal_(std=0.1).add_("norm" in name and "bias" not in name)
             elif "relative_attention_bias" in name:
                 weight.data.normal_(std=1.0)
-            elif "embedding" not in name and "shared" not in name and "embed_tokens" not in name:
-                weight.data.normal_(
-                    std=0.5 / weight.shape[1] ** 0.5 if "SelfAttention" in name else weight.shape[1] ** -0.5
-                )
+            elif not any(part in name for part in ("embedding", "shared", "embed_tokens")):
+                weight.data.normal_(std=weight.shape[1] ** -0.5 * (0.5 if "SelfAttention" in name else 1))
     return {part: network.eval() for part, network in made.items()}

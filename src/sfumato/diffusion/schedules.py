@@ -277,7 +277,8 @@ def ays(steps: int, levels: NoiseLevels, table: str = "sd") -> Tensor:
 def share_interval(sigmas: Tensor, start: float, stop: float) -> tuple[float, float]:
     """(low, high) of the levels low < sigma <= high of a schedule's steps i with start · S < i < stop · S, from 0 on.
 
-    So Stability's reference and diffusers say when skip-layer guidance acts; step 0 is never among them. The same two numbers, between which nothing lies, where there is no such step.
+    So Stability's reference and diffusers say when skip-layer guidance acts; step 0 is never among them. The same
+    two numbers, between which nothing lies, where there is no such step.
     """
     steps = len(sigmas) - 1
     first, last = math.floor(start * steps) + 1, math.ceil(stop * steps) - 1

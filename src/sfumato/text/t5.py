@@ -165,6 +165,11 @@ class T5Stack(nn.Module):
         self.block = nn.ModuleList([T5Block(config, biased=not number) for number in range(config.layers)])
         self.final_layer_norm = T5Norm(config.width)
 
+    def bias(self, count: int, device: torch.device) -> Tensor:
+        """(1, K, N, N): what is added to the scores in every block."""
+        first: Any = self.block[0]
+        return first.layer[0].SelfAttention.bias(count, device)
+
 
 class T5Encoder(nn.Module):
     """ids (B, N) → features (B, N, D) in the type of the weights."""
@@ -185,7 +190,7 @@ class T5Encoder(nn.Module):
         `SfumatoError` that names the block after which numbers are no longer finite.
         """
         stack = self.encoder
-        bias = stack.block[0].layer[0].SelfAttention.bias(ids.shape[1], ids.device)  # (1, K, N, N)
+        bias = stack.bias(ids.shape[1], ids.device)  # (1, K, N, N)
         if visible is not None:
             bias = bias.masked_fill(~visible[:, None, None, :], -math.inf)  # (B, K, N, N)
         h = self.shared(ids).float()  # (B, N, D)

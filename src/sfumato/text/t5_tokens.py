@@ -34,10 +34,10 @@ class T5Tokenizer:
         """`CheckpointError`, in which `source` stands for the file, when it is not T5's."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        marks = [tokenizer.token_to_id(mark) for mark in (EOS, PAD)]
-        if None in marks:
+        eos, pad = (tokenizer.token_to_id(mark) for mark in (EOS, PAD))
+        if eos is None or pad is None:
             raise CheckpointError(f"{source} is not T5's: its vocabulary has no {EOS} and {PAD}")
-        self.eos, self.pad = marks
+        self.eos, self.pad = eos, pad
         self._tokenizer = tokenizer
         self._size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -102,7 +102,7 @@ def lay_out(
 
 
 def _row(sections: Sections, tokenizer: T5Tokenizer, most: int) -> tuple[list[int], list[float]]:
-    text, weights = "", []  # a weight for each character
+    text, weights = "", list[float]()  # a weight for each character
     for section in sections:
         if text and section:
             text, weights = text + " ", [*weights, 1.0]
