@@ -132,8 +132,8 @@ class Like:
     """What a picture says of its making.
 
     request: fields of a `Request`. model: its name. weights: its hashes, if we drew it; refiner, refiner_weights:
-    the same of a second model. embeddings: names of textual inversions, and hashes or their beginnings. ignored:
-    settings of other programs that were not taken over.
+    the same of a second model. embeddings: names of textual inversions, and hashes or their beginnings. without: names
+    of text encoders that were left out. ignored: settings of other programs that were not taken over.
     """
 
     request: dict[str, Any]
@@ -142,6 +142,7 @@ class Like:
     refiner: str | None = None
     refiner_weights: dict[str, str] | None = None
     embeddings: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     ignored: list[str] = field(default_factory=list)
 
 
@@ -190,6 +191,7 @@ def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Col
         {str(name): str(digest) for name, digest in embeddings.items()}
         if isinstance(embeddings, dict)
         else {},
+        tuple(map(str, without)) if isinstance(without := recipe.get("without"), list) else (),
     )
 
 
