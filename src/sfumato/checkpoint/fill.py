@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.checkpoint.cast import Room, cast
 from sfumato.checkpoint.header import shown
 from sfumato.errors import CheckpointError
 from sfumato.nn.packed import layers, packed
@@ -104,11 +105,13 @@ def fill_layers(
     report = compare(state, tensors)
     report.require(where)
     problems: list[str] = []
+    room = Room() if (pack or stream) and torch.device(device or "cpu").type == "cpu" else None
     for path, parent, name in list(layers(network)):
         layer = getattr(parent, name)
         ready: dict[str, Tensor] = {}
         for inner, expected in layer.state_dict().items():
-            ready[inner], problem = _fitting(tensors[f"{path}.{inner}"], expected, dtype, device, own=True)
+            tensor = tensors[f"{path}.{inner}"]
+            ready[inner], problem = _fitting(tensor, expected, dtype, device, own=True, room=room)
             if problem is not None:
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
         if problems or not ready:
@@ -117,9 +120,15 @@ def fill_layers(
             setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
             continue
         layer.load_state_dict(ready, assign=True)
-        del ready  # or the weights would stand beside the packed ones
         if pack and (twin := packed(layer)) is not None:
             setattr(parent, name, twin)
+        elif room is not None:
+            layer.load_state_dict(
+                {inner: cast(tensor, order=_order(tensor)) for inner, tensor in ready.items()}, assign=True
+            )
+        if room is not None:
+            ready.clear()
+            room.clear()
     _refuse(problems, where)
     _require_all(network, where)
     return report
@@ -176,20 +185,31 @@ def _fitting(
     device: torch.device | str | None,
     *,
     own: bool = False,
+    room: Room | None = None,
 ) -> tuple[Tensor, str | None]:
-    """The tensor as the module takes it, and what is wrong with it. own: in memory of its own, a kernel channels-last;
-    else the very tensor where it is of the type and on the device asked for.
+    """The tensor as the module takes it, and what is wrong with it.
+
+    own: in memory of its own, a kernel channels-last; else the very tensor where it is of the type and on the device
+    asked for. room: instead in what the layers share, or the very tensor, and always contiguous.
     """
     problem = _misfit(tensor, expected)
     if problem is not None:
         return tensor, problem
-    floating = tensor.is_floating_point()
-    order = torch.channels_last if own and tensor.ndim == 4 else torch.contiguous_format
-    cast = tensor.to(device, dtype if floating else None, copy=own, memory_format=order)
-    cast = cast.contiguous(memory_format=order)
-    if floating and not finite(cast):
-        problem = _not_numbers(tensor, cast)
-    return cast, problem
+    wanted = (dtype if tensor.is_floating_point() else None) or tensor.dtype
+    if room is not None:
+        made = tensor.contiguous() if tensor.dtype == wanted else room.cast(tensor, wanted)
+    elif own:
+        made = cast(tensor, wanted, device, _order(tensor))
+    else:
+        made = tensor.to(device, wanted).contiguous()
+    if tensor.is_floating_point() and not finite(made):
+        problem = _not_numbers(tensor, made)
+    return made, problem
+
+
+def _order(tensor: Tensor) -> torch.memory_format:
+    """How a network that works on channels-last maps keeps it."""
+    return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
 
 
 def _refuse(problems: list[str], where: str) -> None:
