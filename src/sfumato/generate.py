@@ -211,8 +211,8 @@ class Model:
         """What the network is told of texts, half of them wanted and half not; `request` has the rest that it may read.
 
         Of a request alone, its prompt is in the first row and its negative in the second. Where its prompts change over
-        the steps, or are several joined by AND, a `Script` holds such rows for each (`text.editing`); texts on their own
-        are read as they stand. done: steps of a pass before this one, which those of the prompts count on from.
+        the steps, or are several joined by AND, a `Script` holds such rows for each (`text.editing`); texts on their
+        own are read as they stand. done: steps of a pass before this one, which those of the prompts count on from.
         """
         if isinstance(prompts, Request):
             return script(self, self.complete(prompts), done)

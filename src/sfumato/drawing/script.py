@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Voice:
 
 
 Script = tuple[Voice, ...]
+T = TypeVar("T")
 
 
 def script(model: Model, request: Request, done: int = 0) -> Conditioning | Script:
@@ -57,7 +58,7 @@ def script(model: Model, request: Request, done: int = 0) -> Conditioning | Scri
     return voices[0].stages[0][1] if alone else tuple(voices)
 
 
-def _at[T](stages: Sequence[tuple[int, T]], step: int) -> T:
+def _at(stages: Sequence[tuple[int, T]], step: int) -> T:
     """What holds at a step, counted from 1."""
     return next((held for end, held in stages if step <= end), stages[-1][1])
 

@@ -8,9 +8,9 @@
 What stands in brackets may hold brackets of all kinds; a backslash before one means the character. A bracket of another
 form is left as it is, for `text.syntax` to read. Pure functions; any text is a prompt.
 
-The rules are those of AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, since its version 1.6. It looks them
-up by a count of the network's calls that begins at 0, and so draws one more before a change than it says, and changes in
-the middle of a sampler's step that has two; here a change is after the step that is named.
+The rules are those of AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, since its version 1.6. It looks
+them up by a count of the network's calls that begins at 0, and so draws one more before a change than it says; here a
+change is after the step that is named.
 """
 
 from __future__ import annotations
