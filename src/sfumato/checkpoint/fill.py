@@ -127,16 +127,21 @@ def fill_layers(
         layer.load_state_dict(ready, assign=True)
         if replaced is not None and (other := replaced(layer)) is not None:
             setattr(parent, name, other)
-        elif room is not None:
-            layer.load_state_dict(
-                {inner: cast(tensor, order=_order(tensor)) for inner, tensor in ready.items()}, assign=True
-            )
         if room is not None:
             ready.clear()
+            _own(getattr(parent, name))
             room.clear()
     _refuse(problems, where)
     _require_all(network, where)
     return report
+
+
+def _own(layer: nn.Module) -> None:
+    """Give a layer copies of the tensors in its state; a packed one may have kept some as they were."""
+    state = layer.state_dict()
+    layer.load_state_dict(
+        {name: cast(tensor, order=_order(tensor)) for name, tensor in state.items()}, assign=True
+    )
 
 
 class Streamed(nn.Module):
