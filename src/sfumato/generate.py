@@ -58,6 +58,7 @@ def load(
     parts: str | Path | Sequence[str | Path] | None = None,
     refiner: str | Path | None = None,
     offload: str | None = None,
+    preset: str | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
@@ -69,12 +70,15 @@ def load(
     checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
-    is needed; "auto" is for who plans next (`planning.py`). Raises `CheckpointError` that says what is wrong.
+    is needed; "auto" is for who plans next (`planning.py`). preset: how a distilled model is drawn that does not say
+    it, "lcm", "turbo" or "lightning", or "plain" against what it says.
+    Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
     both = {"engine": engine, "embeddings": embeddings or None, "offload": offload}
-    options = {"vae": vae, "prediction": prediction, "variant": variant, "parts": parts, **both}
+    said = {"prediction": prediction, "preset": preset}
+    options = {"vae": vae, "variant": variant, "parts": parts, **said, **both}
     system = open_model(model, place, dtype, options)
     second = None
     if refiner is not None:
@@ -104,6 +108,7 @@ class Model:
         embeddings: textual inversions by name, with the hashes of their files.
         reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting" and the
             fields of `micro` as "micro.crop".
+        read_as: what its files may leave open and drawing depends on, by option of `load`, as it was taken.
         latent_space: two models with equal ones can draw on each other's latents.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
@@ -298,6 +303,7 @@ class Model:
             "weights": self.hashes,
             **({"embeddings": self.embeddings} if self.embeddings else {}),
             **({} if self.refiner is None else {"refiner": self.refiner.named()}),
+            **({"read_as": self.system.read_as} if hasattr(self.system, "read_as") else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "engine": getattr(self.system, "engine", "torch"),
