@@ -447,7 +447,7 @@ def test_a_recipe_names_the_weights_of_every_part(places, capsys):
         name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         file = f"{base}/{network}/{name}.safetensors"
         assert recipe["weights"][part] == tensors_hash(load_tensors(file))
-    draw(base, "--vae", f"{other}/vae")
+    draw(base, "--vae", other)
     mixed = read_recipe("out.png")["weights"]
     assert {part for part in parts if mixed[part] != recipe["weights"][part]} == {"autoencoder"}
     assert mixed["autoencoder"] != recipe["weights"]["autoencoder"] and len(mixed) == 4
@@ -455,7 +455,7 @@ def test_a_recipe_names_the_weights_of_every_part(places, capsys):
     again(base)
     line = capsys.readouterr().err
     assert "with other weights of autoencoder" in line and "give it by --vae" in line
-    again(other, "--vae", f"{other}/vae")
+    again(other, "--vae", other)
     assert "by other weights, of the model" in capsys.readouterr().err
 
 
