@@ -59,6 +59,9 @@ def load(
     refiner: str | Path | None = None,
     offload: str | None = None,
     preset: str | None = None,
+    without: Sequence[str] = (),
+    text_dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
@@ -71,14 +74,22 @@ def load(
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
     is needed; "auto" is for who plans next (`planning.py`). preset: how a distilled model is drawn that does not say
-    it, "lcm", "turbo" or "lightning", or "plain" against what it says.
-    Raises `CheckpointError` that says what is wrong.
+    it, "lcm", "turbo" or "lightning", or "plain" against what it says. without: text encoders to leave out, such as
+    "t5". text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none. Raises
+    `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
     both = {"engine": engine, "embeddings": embeddings or None, "offload": offload}
-    said = {"prediction": prediction, "preset": preset}
-    options = {"vae": vae, "variant": variant, "parts": parts, **said, **both}
+    options: dict[str, Any] = {
+        "vae": vae,
+        "prediction": prediction,
+        "preset": preset,
+        "variant": variant,
+        "parts": parts,
+        **both,
+    }
+    options |= {"without": tuple(without) or None, "text_dtype": text_dtype, "tokenizer": tokenizer}
     system = open_model(model, place, dtype, options)
     second = None
     if refiner is not None:
@@ -106,8 +117,11 @@ class Model:
         trace(request, size, batch, encodes, offload) -> the memory that drawing takes (`planning.py`).
         hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
         embeddings: textual inversions by name, with the hashes of their files.
-        reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting" and the
-            fields of `micro` as "micro.crop".
+        reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting",
+            "text_length" and the fields of `micro` as "micro.crop".
+        layers: how many layers its network has of which `network(x, time, cond, skip_layers=(7, 8))` leaves some out.
+        picture_tokens(height, width): how many tokens its network makes of a picture, for schedules that ask.
+        without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
         read_as: what its files may leave open and drawing depends on, by option of `load`, as it was taken.
         latent_space: two models with equal ones can draw on each other's latents.
 
@@ -155,6 +169,17 @@ class Model:
     def embeddings(self) -> dict[str, str]:
         """The textual inversions that prompts may call, by name, with the hashes of their files."""
         return getattr(self.system, "embeddings", {})
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """The text encoders that were left out."""
+        return tuple(getattr(self.system, "without", ()))
+
+    @property
+    def text_dtype(self) -> str | None:
+        """What the largest text encoder is kept in, where that was asked for."""
+        dtype = getattr(self.system, "text_dtype", None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def precision(self) -> AbstractContextManager[None]:
         """Its networks' arithmetic: by the system's own types, or else under autocast."""
@@ -302,6 +327,8 @@ class Model:
             "model": self.name,
             "weights": self.hashes,
             **({"embeddings": self.embeddings} if self.embeddings else {}),
+            **({"without": list(self.without)} if self.without else {}),
+            **({"text_dtype": self.text_dtype} if self.text_dtype else {}),
             **({} if self.refiner is None else {"refiner": self.refiner.named()}),
             **({"read_as": self.system.read_as} if hasattr(self.system, "read_as") else {}),
             "request": request.to_dict(),

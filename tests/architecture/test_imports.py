@@ -18,7 +18,7 @@ LEVELS = [
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes"},
     {"families", "data", "tasks"},
     {"drawing", "generate", "planning", "train", "evaluate", "receipts"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 APART = {"text", "autoencoder", "checkpoint", "diffusion", "sampling", "scenes"}  # do not import each other …

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -63,13 +63,18 @@ def fill_layers(
     *,
     pack: bool = False,
     stream: bool = False,
+    twin: Callable[[nn.Module], nn.Module | None] | None = None,
 ) -> Report:
     """`fill`, one layer after the other, so that beside the network no more than a layer and a window are in memory.
 
     Weights are copied to memory of their own, those of convolutions channels-last. pack: replace each layer by its
     packed twin (`nn/packed.py`) where it has one. stream: check products and convolutions and keep none: their weights
-    are read from the file again whenever the layer is called. It then computes the same, to the bit.
+    are read from the file again whenever the layer is called. It then computes the same, to the bit. twin: makes what
+    to keep of a layer in its place, or None to keep the layer; not together with the other two.
     """
+    if twin is not None and (pack or stream):
+        raise ValueError("a layer has one twin: leave out pack and stream")
+    replaced = packed if pack else twin
     state = network.state_dict()
     report = compare(state, tensors)
     report.require(where)
@@ -89,8 +94,8 @@ def fill_layers(
             setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
             continue
         layer.load_state_dict(ready, assign=True)
-        if pack and (twin := packed(layer)) is not None:
-            setattr(parent, name, twin)
+        if replaced is not None and (other := replaced(layer)) is not None:
+            setattr(parent, name, other)
         elif room is not None:
             layer.load_state_dict(
                 {inner: cast(tensor, order=_order(tensor)) for inner, tensor in ready.items()}, assign=True

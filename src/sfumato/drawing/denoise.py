@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.guidance import cfg_batched, composed_batched
+from sfumato.diffusion.guidance import Skipping, cfg_batched, composed_batched
 from sfumato.diffusion.parameterization import Denoise
-from sfumato.diffusion.schedules import sigmas_for
+from sfumato.diffusion.schedules import share_interval
+from sfumato.drawing.request import levels_of
 from sfumato.drawing.script import Script, Voice, changing
 from sfumato.sampling.reuse import Reuse
 from sfumato.types import Conditioning, Request
@@ -34,9 +36,8 @@ def denoiser(
     how = scale, request.guidance_interval or preset.interval, getattr(preset, "rescale", 0.0)
     voices = (Voice(((0, cond),)),) if isinstance(cond, Conditioning) else cond
     sigmas = torch.empty(0)
-    if any(len(voice.stages) > 1 for voice in voices):
-        assert request.schedule and request.steps
-        sigmas = sigmas_for(request.schedule, request.steps, system.levels)
+    if request.skip_layers is not None or any(len(voice.stages) > 1 for voice in voices):
+        sigmas = levels_of(model, request)
 
     def saying(network: Network, voice: Voice, wanted: bool) -> Denoise:
         """By the network told both rows of a voice, or the wanted one alone."""
@@ -51,19 +52,27 @@ def denoiser(
     first, *others = voices
     network = _network(model, request, channels)
     both = saying(network, first, wanted=False)
+    skipping = None
+    if (skip := request.skip_layers) is not None:
+        lacking = saying(_network(model, request, channels, skip.layers), first, wanted=True)
+        skipping = Skipping(lacking, skip.scale, share_interval(sigmas, *skip.interval))
     if not others:
-        return cfg_batched(both, saying(network, first, wanted=True), *how)
+        return cfg_batched(both, saying(network, first, wanted=True), *how, skipping)
     answers = [saying(_network(model, request, channels), voice, wanted=True) for voice in others]
     weights = [voice.weight for voice in voices]
-    return composed_batched(both, answers, weights, *how)
+    return composed_batched(both, answers, weights, *how, skipping)
 
 
-def _network(model: Model, request: Request, channels: Tensor | None) -> Network:
+def _network(
+    model: Model, request: Request, channels: Tensor | None, skip_layers: tuple[int, ...] = ()
+) -> Network:
     """network(x, time, told): the model's, told 2 rows that serve any batch, or as many rows as x. With `reuse` it
-    remembers its own calls."""
+    remembers its own calls; with `skip_layers` it leaves these out."""
     system = model.system
     answer = system.network
-    if request.reuse is not None and request.reuse > 1:
+    if skip_layers:
+        answer = functools.partial(answer, skip_layers=skip_layers)
+    elif request.reuse is not None and request.reuse > 1:
         answer = Reuse(system.split, request.reuse, getattr(system, "reuse_order", 0))
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:

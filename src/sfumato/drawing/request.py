@@ -6,6 +6,8 @@ import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.errors import InputError
 from sfumato.sampling import SAMPLERS, sampler_named
@@ -36,7 +38,7 @@ def complete(model: Model, request: Request) -> Request:
             f"sampler {request.sampler} has no eta; leave it out, or use one of {', '.join(eta_samplers())}",
             argument="eta",
         )
-    sigmas_for(request.schedule, request.steps, model.system.levels)
+    levels_of(model, request)
     if request.strength is not None:
         steps_to_run(request.steps, request.strength)
     if request.hires is not None:
@@ -52,11 +54,20 @@ def complete(model: Model, request: Request) -> Request:
             argument="clip_skip",
         )
     _check_read(model, request)
+    _check_skipped(model, request)
     if model.refiner is None and request.refine_at is not None:
         raise InputError("refine_at needs a refiner; open the model with one", argument="refine_at")
     if model.refiner is not None and request.refine_at is None:
         request = replace(request, refine_at=REFINE_AT)
     return request
+
+
+def levels_of(model: Model, request: Request) -> Tensor:
+    """The noise levels of a complete request's schedule, (steps + 1,), falling to 0."""
+    assert request.size and request.schedule and request.steps
+    told = getattr(model.system, "picture_tokens", None)
+    tokens = None if told is None else told(request.size[1], request.size[0])
+    return sigmas_for(request.schedule, request.steps, model.system.levels, tokens)
 
 
 def enlarged_size(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
@@ -99,6 +110,23 @@ def _check_read(model: Model, request: Request) -> None:
         weighting_named(request.weighting)
 
 
+def _check_skipped(model: Model, request: Request) -> None:
+    """`InputError` for layers that the network does not have, or cannot leave out."""
+    if request.skip_layers is None:
+        return
+    count = getattr(model.system, "layers", 0)
+    if not count:
+        raise InputError(
+            "this model's network leaves no layers out; leave out skip_layers", argument="skip_layers"
+        )
+    for layer in request.skip_layers.layers:
+        if layer >= count:
+            raise InputError(
+                f"skip_layers names the layer {layer}; this model's network has 0 to {count - 1}",
+                argument="skip_layers.layers",
+            )
+
+
 def _check_hires(model: Model, request: Request, hires: HiRes) -> None:
     assert request.size and request.schedule and request.steps
     pixel_upscaler(hires.upscaler)
@@ -109,5 +137,5 @@ def _check_hires(model: Model, request: Request, hires: HiRes) -> None:
             argument="hires.scale",
         )
     steps = hires.steps or request.steps
-    sigmas_for(request.schedule, steps, model.system.levels)
+    levels_of(model, replace(request, size=size, steps=steps))
     steps_to_run(steps, hires.strength, "hires.strength")

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.diffusion.schedules import sigmas_for
-from sfumato.drawing.request import enlarged_size
+from sfumato.drawing.request import enlarged_size, levels_of
 from sfumato.drawing.script import Script, script
 from sfumato.sampling import SeededNoise, Step, sampler_named
 from sfumato.sampling.step import continued
@@ -56,7 +55,7 @@ def sample(
     shape = model.latent_shape(height, width)
     noise = noise_of(model, seeds, shape, request)
     initial = noise.initial()
-    sigmas = sigmas_for(request.schedule, request.steps, model.system.levels)
+    sigmas = levels_of(model, request)
     path = model.system.parameterization.path
     if origin is None:
         x = initial * path.prior_scale(float(sigmas[0]))

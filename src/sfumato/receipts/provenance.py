@@ -133,7 +133,8 @@ class Like:
 
     request: fields of a `Request`. model: its name. weights: its hashes, if we drew it; refiner, refiner_weights:
     the same of a second model. embeddings: names of textual inversions, and hashes or their beginnings. read_as: how
-    the model's files were read where they leave it open. ignored: settings of other programs that were not taken over.
+    the model's files were read where they leave it open. without: names of text encoders that were left out. ignored:
+    settings of other programs that were not taken over.
     """
 
     request: dict[str, Any]
@@ -143,6 +144,7 @@ class Like:
     refiner_weights: dict[str, str] | None = None
     embeddings: dict[str, str] = field(default_factory=dict)
     read_as: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     ignored: list[str] = field(default_factory=list)
 
 
@@ -190,6 +192,7 @@ def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Col
         refiner["weights"] if isinstance(refiner.get("weights"), dict) else None,
         _texts_of(recipe.get("embeddings")),
         _texts_of(recipe.get("read_as")),
+        tuple(map(str, without)) if isinstance(without := recipe.get("without"), list) else (),
     )
 
 

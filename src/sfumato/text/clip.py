@@ -18,6 +18,7 @@ from sfumato.text.windows import LENGTH
 
 ACTIVATIONS = ("quick_gelu", "gelu")  # x·σ(1.702x) of OpenAI's, exact GELU of OpenCLIP's
 EOS = 49_407
+PROJECTION = "text_projection.weight"
 
 
 @dataclass(frozen=True)

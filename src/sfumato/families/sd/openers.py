@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.autoencoder.kl import AutoencoderKL
 from sfumato.checkpoint.fill import fill_layers
 from sfumato.errors import InputError
+from sfumato.families.clip import load_encoder
 from sfumato.families.sd.condition import Reader, TextStack, plan_of
 from sfumato.families.sd.folder import tokenizer_folder
 from sfumato.families.sd.networks import part_hash
@@ -21,7 +22,6 @@ from sfumato.nn.openvino import PRECISIONS, OpenVINOUNet, plugin
 from sfumato.nn.quantized import quantize, require_eight_bits
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
-from sfumato.text.clip import ClipConfig, ClipTextEncoder
 from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def openers(
 
     def text() -> TextStack:
         encoders = tuple(
-            text_encoder(part.config, parts[part.name], sources[part.name], system.device, system.kept)
+            load_encoder(part.config, parts[part.name], system.kept, sources[part.name], system.device)
             for part in shapes.text
         )
         return TextStack(plan_of(system.config.kind), encoders, system.tokenizers, system.inversions)
@@ -55,20 +55,6 @@ def openers(
         return model.eval().requires_grad_(False)
 
     return {"text": text, "denoiser": unet, "autoencoder": autoencoder}
-
-
-def text_encoder(
-    config: ClipConfig,
-    tensors: Mapping[str, Tensor],
-    where: str,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> ClipTextEncoder:
-    """A text encoder with these weights, under our names. `where` stands for the weights in errors."""
-    with torch.device("meta"):
-        encoder = ClipTextEncoder(config)
-    fill_layers(encoder, tensors, where, dtype, device)
-    return encoder.eval().requires_grad_(False)
 
 
 def denoiser(
