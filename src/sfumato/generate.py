@@ -58,6 +58,7 @@ def load(
     parts: str | Path | Sequence[str | Path] | None = None,
     refiner: str | Path | None = None,
     offload: str | None = None,
+    preset: str | None = None,
     without: Sequence[str] = (),
     text_dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
@@ -72,8 +73,9 @@ def load(
     checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
-    is needed; "auto" is for who plans next (`planning.py`). without: text encoders to leave out, such as "t5".
-    text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none. Raises
+    is needed; "auto" is for who plans next (`planning.py`). preset: how a distilled model is drawn that does not say
+    it, "lcm", "turbo" or "lightning", or "plain" against what it says. without: text encoders to leave out, such as
+    "t5". text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none. Raises
     `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
@@ -82,6 +84,7 @@ def load(
     options: dict[str, Any] = {
         "vae": vae,
         "prediction": prediction,
+        "preset": preset,
         "variant": variant,
         "parts": parts,
         **both,
@@ -119,6 +122,7 @@ class Model:
         layers: how many layers its network has of which `network(x, time, cond, skip_layers=(7, 8))` leaves some out.
         picture_tokens(height, width): how many tokens its network makes of a picture, for schedules that ask.
         without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
+        read_as: what its files may leave open and drawing depends on, by option of `load`, as it was taken.
         latent_space: two models with equal ones can draw on each other's latents.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
@@ -326,6 +330,7 @@ class Model:
             **({"without": list(self.without)} if self.without else {}),
             **({"text_dtype": self.text_dtype} if self.text_dtype else {}),
             **({} if self.refiner is None else {"refiner": self.refiner.named()}),
+            **({"read_as": self.system.read_as} if hasattr(self.system, "read_as") else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "engine": getattr(self.system, "engine", "torch"),

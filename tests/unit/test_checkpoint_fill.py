@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sfumato.checkpoint.fill import LoadReport, compare, fill, fill_layers, finite
+from sfumato.checkpoint.fill import fill, fill_layers, finite
+from sfumato.checkpoint.report import Report, compare
 from sfumato.checkpoint.source import open_weights
 from sfumato.errors import CheckpointError
 from sfumato.nn.unet import Upsample
@@ -45,7 +46,7 @@ def test_a_module_on_meta_gets_the_tensors_themselves():
     given, module = tensors(), meta()
     state = torch.get_rng_state()
     report = fill(module, given, "here")
-    assert report == LoadReport(tuple(sorted(given)))
+    assert report == Report(tuple(sorted(given)))
     assert report.complete
     found = module.state_dict()
     assert found.keys() == given.keys()
@@ -127,20 +128,22 @@ def refused(given: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None)
     with pytest.raises(CheckpointError) as caught:
         fill(meta(), given, "x.safetensors", dtype)
     message = str(caught.value)
-    assert message.startswith("x.safetensors: ") and "\n" not in message
+    assert message.startswith("x.safetensors") and "\n" not in message
     return message
 
 
 def test_missing_and_unexpected_names_are_listed():
     message = refused(tensors(mean=None, layers__1__bias=None, zeta=torch.ones(1)))
-    assert message.endswith("tensors 2 missing (layers.1.bias, mean) and 1 unexpected (zeta)")
-    assert refused({}).startswith("x.safetensors: tensors 6 missing (layers.0.bias, ")
+    assert message.endswith("2 missing: layers.1.bias, mean; 1 unexpected: zeta")
+    assert refused({}).startswith(
+        "x.safetensors does not hold exactly the tensors expected: 6 missing: layers.0.bias, "
+    )
 
 
 def test_of_many_names_the_first_ten_are_listed():
     message = refused(tensors() | {f"more.{i:02d}": torch.ones(1) for i in range(15)})
-    assert "15 unexpected (more.00, " in message
-    assert "more.09)" in message and "more.10" not in message
+    assert "15 unexpected: more.00, " in message
+    assert "more.09 and 5 more" in message and "more.10" not in message
 
 
 def test_hostile_names_are_escaped_and_cut():
@@ -231,9 +234,9 @@ def test_tensors_that_stand_in_no_file_may_not_stay_empty():
 
 def test_compare():
     report = compare(["b", "a", "c"], ["c", "d", "b"])
-    assert report == LoadReport(("b", "c"), ("a",), ("d",))
+    assert report == Report(matched=("b", "c"), missing=("a",), unexpected=("d",))
     assert not report.complete
-    with pytest.raises(CheckpointError, match=r"w: tensors 1 missing \(a\) and 1 unexpected \(d\)"):
+    with pytest.raises(CheckpointError, match=r"^w does not hold .* 1 missing: a; 1 unexpected: d$"):
         report.require("w")
     compare("ab", "ba").require("w")
 

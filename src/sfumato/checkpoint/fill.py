@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -14,39 +13,9 @@ from torch import Tensor, nn
 
 from sfumato.checkpoint.cast import Room, cast
 from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.report import SHOWN, Report, compare
 from sfumato.errors import CheckpointError
 from sfumato.nn.packed import layers, packed
-
-SHOWN = 10  # names that an error lists
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """How the names of a file meet those of a module, each in alphabetical order."""
-
-    matched: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        return not (self.missing or self.unexpected)
-
-    def require(self, where: str) -> None:
-        """`CheckpointError`, with the first ten names of each kind, unless the names are the same."""
-        if not self.complete:
-            parts = [
-                f"{len(names)} {word} ({', '.join(shown(name) for name in names[:SHOWN])})"
-                for word, names in (("missing", self.missing), ("unexpected", self.unexpected))
-                if names
-            ]
-            raise CheckpointError(f"{where}: tensors {' and '.join(parts)}")
-
-
-def compare(expected: Iterable[str], found: Iterable[str]) -> LoadReport:
-    """Names that are wanted against names that are there."""
-    wanted, there = set(expected), set(found)
-    return LoadReport(*(tuple(sorted(names)) for names in (wanted & there, wanted - there, there - wanted)))
 
 
 def fill(
@@ -55,7 +24,7 @@ def fill(
     where: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> LoadReport:
+) -> Report:
     """Make `tensors` the parameters and buffers of a module, best of one built on the meta device.
 
     The tensors themselves become the module's, without a copy, where they are of the type and on the device asked for:
@@ -95,7 +64,7 @@ def fill_layers(
     pack: bool = False,
     stream: bool = False,
     twin: Callable[[nn.Module], nn.Module | None] | None = None,
-) -> LoadReport:
+) -> Report:
     """`fill`, one layer after the other, so that beside the network no more than a layer and a window are in memory.
 
     Weights are copied to memory of their own, those of convolutions channels-last. pack: replace each layer by its

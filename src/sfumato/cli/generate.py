@@ -73,6 +73,7 @@ def generate(
     tokenizer: options.Tokenizer = None,
     engine: options.Engine = None,
     prediction: options.Prediction = None,
+    preset: options.Preset = None,
     variant: options.Variant = None,
     device: options.Device = None,
     plan: options.Plan = False,
@@ -171,10 +172,12 @@ def generate(
         parts=parts or None,
         refiner=second,
         offload="auto",
+        preset=preset,
         without=without,
         text_dtype=None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         tokenizer=tokenizer,
     )
+    _note_guess(loaded)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
         show_plan(found, request, as_json)
@@ -264,12 +267,17 @@ def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
 
 def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
     """Say on standard error what stands between the new picture and the one it is to be like."""
-    if said.weights is not None and said.weights != loaded.hashes:
-        _note(f"{like} was drawn by other weights, of the model {said.model!r}; choose the model by -m")
+    if said.weights is not None:
+        _note_weights(f"{like} was drawn", said.weights, loaded.hashes, f"the model {said.model!r}", "-m")
     elif said.weights is None and said.model is not None:
         _note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
-    if loaded.refiner is not None and said.refiner_weights not in (None, loaded.refiner.hashes):
-        _note(f"{like} was finished by other weights, of the refiner {said.refiner!r}")
+    if loaded.refiner is not None and said.refiner_weights is not None:
+        of = said.refiner_weights, loaded.refiner.hashes
+        _note_weights(f"{like} was finished", *of, f"the refiner {said.refiner!r}", "--refiner")
+    read_as = getattr(loaded.system, "read_as", {})
+    for name, value in said.read_as.items():
+        if (taken := read_as.get(name, value)) != value:
+            _note(f"{like} was drawn with the {name} {value!r} and not {taken!r}; give it by --{name}")
     ours, theirs = set(loaded.without), set(said.without)
     if said.weights is not None and ours != theirs:
         more = [f"with {name}" for name in sorted(ours - theirs)]
@@ -285,6 +293,24 @@ def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
             _note(f"{like} was drawn with another embedding {name!r} than this file's")
     if said.ignored:
         _note(f"not taken over from {like}: {', '.join(said.ignored)}")
+
+
+def _note_guess(loaded: Any) -> None:
+    """Say what a distilled model is drawn as, if that was guessed from what somebody wrote into its file."""
+    config = loaded.system.config
+    if getattr(config, "guessed", ""):
+        calls = f"its file calls it {config.guessed[:80]!r}"
+        _note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
+
+
+def _note_weights(what: str, said: dict[str, str], ours: dict[str, str], model: str, option: str) -> None:
+    """Say whose weights differ: another model's, or a part's of the same. A part that only one side names is none."""
+    other = [part for part, digest in said.items() if ours.get(part, digest) != digest]
+    if not said.keys() & ours.keys() or "denoiser" in other:
+        _note(f"{what} by other weights, of {model}; choose the model by {option}")
+    elif other:
+        by = "; give it by --vae" if "autoencoder" in other else ""
+        _note(f"{what} with other weights of {' and '.join(other)}, by {model}{by}")
 
 
 def _note(message: str) -> None:

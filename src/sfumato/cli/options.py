@@ -322,6 +322,14 @@ Prediction = Annotated[
     str | None,
     Option(metavar="NAME", rich_help_panel=WEIGHTS, help="epsilon or v, where a checkpoint does not say it."),
 ]
+Preset = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+        help="How a distilled checkpoint is drawn that does not say it: lcm, turbo or lightning; plain if it is none.",
+    ),
+]
 Variant = Annotated[
     str | None,
     Option(metavar="NAME", rich_help_panel=WEIGHTS, help="Of a folder's files, such as fp16."),

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.autoencoder.kl import AutoencoderKL
 from sfumato.checkpoint.fill import fill_layers
 from sfumato.errors import InputError
+from sfumato.families.clip import load_encoder
 from sfumato.families.sd.condition import Reader, TextStack, plan_of
 from sfumato.families.sd.folder import tokenizer_folder
 from sfumato.families.sd.networks import part_hash
@@ -21,7 +22,6 @@ from sfumato.nn.openvino import PRECISIONS, OpenVINOUNet, plugin
 from sfumato.nn.quantized import quantize, require_eight_bits
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
-from sfumato.text.clip import load_encoder
 from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
 
 if TYPE_CHECKING:

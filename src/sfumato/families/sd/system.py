@@ -33,6 +33,7 @@ from sfumato.families.sd.condition import (
     plan_of,
     size_vector,
 )
+from sfumato.families.sd.distilled import check_preset, drawn, preset_named
 from sfumato.families.sd.networks import Networks, part_hash
 from sfumato.families.sd.openers import (
     check_engine,
@@ -73,7 +74,7 @@ class Preset:
 @dataclass(frozen=True)
 class Config:
     """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what a picture's sides are multiples of.
-    consistent: it is a latent consistency model.
+    distilled: how it is drawn, a name of `distilled.PRESETS`; guessed: the words that this was guessed from, if it was.
     """
 
     kind: str
@@ -81,7 +82,8 @@ class Config:
     prediction: str
     zero_snr: bool
     multiple: int = 8
-    consistent: bool = False
+    distilled: str = "plain"
+    guessed: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,10 @@ class System:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
-        return {"autoencoder": part_hash(self.parts["vae"]), "denoiser": part_hash(self.parts["unet"])}
+        networks = {"autoencoder": "vae", "denoiser": "unet"} | {
+            part.name: part.name for part in self.shapes.text
+        }
+        return {network: part_hash(self.parts[part]) for network, part in networks.items()}
 
     @property
     def embeddings(self) -> dict[str, str]:
@@ -166,7 +171,9 @@ class System:
     @property
     def parameterization(self) -> Parameterization:
         kind = "v" if self.config.prediction == "v" else "eps"
-        return Parameterization(kind, VE, self.levels.time, consistency if self.config.consistent else None)
+        return Parameterization(
+            kind, VE, self.levels.time, consistency if self.config.distilled == "lcm" else None
+        )
 
     @property
     def clip_layers(self) -> int:
@@ -180,6 +187,11 @@ class System:
         micro = told.get(plan_of(self.config.kind).numbers, ())
         names = [f"micro.{prefix}{name}" for name in micro for prefix in ("", "negative_")]
         return frozenset(["prompt_rules", "weighting", *names])
+
+    @property
+    def read_as(self) -> dict[str, str]:
+        """What its files may leave open, as it was taken or said: `prediction` and `preset`."""
+        return {"prediction": self.config.prediction, "preset": self.config.distilled}
 
     @property
     def latent_space(self) -> tuple[float, ...]:
@@ -302,6 +314,7 @@ def open_system(
     parts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     engine: str = "torch",
     offload: str = "none",
+    preset: str | None = None,
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """The model at `path`, a single file or a diffusers folder, with weights in `dtype` on `device`.
@@ -311,16 +324,18 @@ def open_system(
     what `nn.openvino.plugin` takes. embeddings: files of textual inversions, called in prompts by their names or by
     those they are given here. parts: where to take what a U-Net alone lacks, whole checkpoints or single networks.
     offload: see `Networks`; of any but "none" nothing but headers is read before it is needed, and not every one goes
-    with int8 or an engine. `InputError` where this machine cannot do it.
+    with int8 or an engine. preset: how a distilled model is drawn, a name of `distilled.PRESETS`, over what the
+    checkpoint says. `InputError` where this machine cannot do it.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
+    check_preset(preset)
     found = open_checkpoint(path, variant=variant, prediction=prediction, systems=systems)
     if parts:
         others = [parts] if isinstance(parts, str | os.PathLike) else parts
         found = completed(found, str(path), others, systems)
     if found.system is None or "unet" not in found.parts:
         raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
-    return build(found, str(path), device, dtype, vae, embeddings, engine, offload, systems)
+    return build(found, str(path), device, dtype, vae, embeddings, engine, offload, systems, preset)
 
 
 def build(
@@ -333,6 +348,7 @@ def build(
     engine: str = "torch",
     offload: str = "none",
     systems: Mapping[str, Kind] = SYSTEMS,
+    preset: str | None = None,
 ) -> System:
     """Networks of an opened checkpoint. `name` stands for it in errors."""
     check_engine(engine, device, dtype)
@@ -364,37 +380,25 @@ def build(
         kind = replace(kind, vae=replace(KLConfig.from_diffusers(dict(said)), preview=kind.vae.preview))
     betas = beta_table()
     levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
-    config = Config(
-        found.kind, preset_of(found), found.prediction, found.zero_snr, kind.vae.factor, consistent(found)
-    )
+    name, guess = preset_named(found) if preset is None else (preset, "")
+    like = preset_of(found, name)
+    config = Config(found.kind, like, found.prediction, found.zero_snr, kind.vae.factor, name, guess)
     texts = tokenizers, inversions
     unopened = System(config, kind, Networks({}), levels, dtype, device, parts, sources, *texts, engine)
     return unopened.offloaded(offload)
 
 
-def consistent(found: Checkpoint) -> bool:
-    """Whether it is a latent consistency model: its U-Net is told the guidance, or its scheduler is made for one."""
-    said = found.configs.get("scheduler", {}).get("_class_name")
-    return found.kind.endswith("-lcm") or said == "LCMScheduler"
-
-
-def preset_of(found: Checkpoint) -> Preset:
-    """How a checkpoint draws when the user says nothing: its family's custom, and what its scheduler's JSON tells."""
+def preset_of(found: Checkpoint, name: str = "plain") -> Preset:
+    """How a checkpoint draws when the user says nothing: its family's custom, and that of the preset `name`."""
     kind = found.system
     assert kind is not None
     side = 512 if found.kind.startswith("sd2") and found.prediction == "epsilon" else kind.size
     preset = Preset(size=(side, side))
     if found.kind.startswith("sdxl"):
         preset = replace(preset, guidance=5.0)
-    said, cells = found.configs.get("scheduler", {}), found.configs.get("unet", {}).get("sample_size")
+    cells = found.configs.get("unet", {}).get("sample_size")
     if isinstance(cells, int) and 0 < cells <= 256:  # distilled ones may draw smaller than their parents
         preset = replace(preset, size=(cells * kind.vae.factor,) * 2)
-    if consistent(found):  # what its makers draw with, where it is told the guidance
-        guidance = 8.0 if kind.unet.time_cond else 1.0
-        return replace(preset, steps=4, guidance=guidance, sampler="lcm", schedule="lcm")
     if found.zero_snr:
-        return replace(preset, sampler="euler", schedule="trailing", rescale=0.7)
-    if said.get("timestep_spacing") == "trailing":  # the distilled ones, which draw in one to four steps
-        sampler = "euler_a" if "Ancestral" in said.get("_class_name", "") else "euler"
-        return replace(preset, steps=1, guidance=1.0, sampler=sampler, schedule="trailing")
-    return preset
+        preset = replace(preset, sampler="euler", schedule="trailing", rescale=0.7)
+    return replace(preset, **drawn(name, found))
