@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
+from sfumato.adapters.fold import Adapters
+from sfumato.adapters.lora import Report
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.errors import InputError
@@ -65,6 +67,7 @@ def load(
     parts: str | Path | Sequence[str | Path] | None = None,
     refiner: str | Path | None = None,
     offload: str | None = None,
+    loras: Sequence[str | Path] | Mapping[str, str | Path] = (),
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
@@ -76,7 +79,8 @@ def load(
     checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
-    is needed; "auto" is for who plans next (`planning.py`). Raises `CheckpointError` that says what is wrong.
+    is needed; "auto" is for who plans next (`planning.py`). loras: files to attach at weight 1, by their names or by
+    those given here; `Model.attach` says more of them. Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
@@ -86,7 +90,10 @@ def load(
     second = None
     if refiner is not None:
         second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
-    return Model(system, place, name=str(model), dtype=dtype, refiner=second)
+    opened = Model(system, place, name=str(model), dtype=dtype, refiner=second)
+    for name, file in loras.items() if isinstance(loras, Mapping) else [(None, file) for file in loras]:
+        opened.attach(file, name=name)
+    return opened
 
 
 class Model:
@@ -111,6 +118,7 @@ class Model:
         embeddings: textual inversions by name, with the hashes of their files.
         reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting" and the
             fields of `micro` as "micro.crop".
+        adapters: the LoRAs opened for it (`adapters.fold.Adapters`).
         latent_space: two models with equal ones can draw on each other's latents.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
@@ -142,6 +150,38 @@ class Model:
         """What a request that leaves them open gets: steps, guidance, sampler, schedule, size."""
         preset = self.system.config.preset
         return {name: getattr(preset, name) for name in ("steps", "guidance", "sampler", "schedule", "size")}
+
+    def attach(
+        self,
+        lora: str | Path,
+        weight: float = 1.0,
+        *,
+        name: str | None = None,
+        blocks: Mapping[str, float] | None = None,
+        partial: bool = False,
+    ) -> Report:
+        """Draw with a LoRA from now on, folded into the weights; the report says what of it is used.
+
+        weight, blocks: as of `LoraUse`; a request may ask for others (`Request.loras`), and attaching again changes
+        them. name: what requests call it, the file's name by default. partial: leave what does not fit instead of
+        refusing the file. Errors of `adapters.lora.read_lora`; `InputError` where the model takes none.
+        """
+        return self._adapters("attach").attach(lora, weight, name=name, blocks=blocks or {}, partial=partial)
+
+    def detach(self, name: str | None = None) -> None:
+        """Take a LoRA off, or all: the weights are then the base's to the bit."""
+        self._adapters("detach").detach(name)
+
+    def _adapters(self, argument: str) -> Adapters:
+        found = getattr(self.system, "adapters", None)
+        if found is None:
+            raise InputError(f"{self.name!r} takes no LoRAs", argument=argument)
+        return found
+
+    def _with_loras(self, request: Request) -> AbstractContextManager[None]:
+        """While inside, the networks are those of the request's LoRAs."""
+        found = getattr(self.system, "adapters", None)
+        return nullcontext() if found is None else found.using(request.loras)
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
@@ -198,7 +238,7 @@ class Model:
         return self._condition(prompts, self.complete(Request() if request is None else request))
 
     def _condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
-        with self._precision():
+        with self._precision(), self._with_loras(request):
             cond = self.system.condition(prompts, request)
         return cond.change(lambda tensor: tensor if tensor.dtype == torch.bool else tensor.float())
 
@@ -218,7 +258,8 @@ class Model:
         if getattr(self.system, "told_guidance", False):
             scale = 1.0
         wanted = cond.change(lambda rows: rows[: len(rows) // 2])
-        parameterization = self.system.parameterization
+        with self._with_loras(request):
+            parameterization = self.system.parameterization
 
         answer = self.system.network
         if request.reuse is not None and request.reuse > 1:
@@ -229,7 +270,7 @@ class Model:
                 given = given.change(lambda rows: rows.repeat_interleave(each, 0))
             if channels is not None:
                 x = torch.cat([x, channels.expand(len(x), *channels.shape[1:])], 1)  # (B, C + E, T, H, W)
-            with self._precision():
+            with self._precision(), self._with_loras(request):
                 return answer(x, level, given).float()
 
         return cfg_batched(
@@ -244,7 +285,8 @@ class Model:
         """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
         sizes and steps. Doing it twice changes nothing."""
         request = tasks.settle(request.validate(), self.system.config.multiple, self.preset["size"])
-        request = request.with_defaults(**self.preset).validate()
+        wanted = self._settle_loras(request)
+        request = request.with_defaults(**self.preset | wanted).validate()
         assert request.size and request.sampler and request.schedule and request.steps
         self._check_size(request.size)
         sampler_named(request.sampler)
@@ -275,9 +317,21 @@ class Model:
             request = replace(request, refine_at=REFINE_AT)
         return request
 
+    def _settle_loras(self, request: Request) -> dict[str, Any]:
+        """What the LoRAs of a request make of what it leaves open, and which they are, if any."""
+        if getattr(self.system, "adapters", None) is None and not request.loras:
+            return {}
+        adapters = self._adapters("loras")
+        uses = adapters.settled(request.loras)
+        return adapters.preset(uses) | ({"loras": uses} if uses else {})
+
     def generate(self, request: Request, on_step: Callable[[Step], None] | None = None) -> Result:
         """Draw the request's pictures. `on_step` hears of every step of every batch and may raise to cancel."""
         request = self.complete(request)
+        with self._with_loras(request):
+            return self._generate(request, on_step)
+
+    def _generate(self, request: Request, on_step: Callable[[Step], None] | None) -> Result:
         started = time.perf_counter()
         cond = self.condition(request)
         canvas = tasks.canvas(request)
@@ -453,6 +507,7 @@ class Model:
             "model": self.name,
             "weights": self.hashes,
             **({"embeddings": self.embeddings} if self.embeddings else {}),
+            **({"loras": self._adapters("loras").digests(request.loras)} if request.loras else {}),
             **({"refiner": _named(self.refiner)} if self.refiner is not None else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),

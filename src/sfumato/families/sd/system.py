@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.adapters.fold import Adapters
 from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
 from sfumato.autoencoder.model import check_size
@@ -22,6 +24,7 @@ from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import NoiseLevels, beta_levels, beta_table, zero_terminal_snr
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.sd.adapters import check, few_steps, names_of
 from sfumato.families.sd.checkpoint import Checkpoint, completed, open_checkpoint
 from sfumato.families.sd.condition import (
     TextFeatures,
@@ -39,6 +42,7 @@ from sfumato.families.sd.openers import (
     kept_dtype,
     offloads,
     openers,
+    renewers,
     require_offload,
     tokenizer_of,
 )
@@ -91,7 +95,8 @@ class System:
     shapes: what the networks measure. networks: "text", "denoiser" and "autoencoder", opened when needed. dtype: in
     which the networks work; with int8 that is the U-Net's products alone. parts: the files' tensors, read when asked
     for: "vae", "unet", text encoders. sources: what a part is called in errors. tokenizers: one for each text encoder.
-    inversions: textual ones, as `text.inversion.read_inversion` gives them. engine: what runs the U-Net.
+    inversions: textual ones, as `text.inversion.read_inversion` gives them. engine: what runs the U-Net. loras: those
+    opened for it, and its parts with what they add.
     """
 
     config: Config
@@ -105,6 +110,7 @@ class System:
     tokenizers: tuple[ClipTokenizer, ...] = ()
     inversions: tuple[Mapping[str, Inversion], ...] = ()
     engine: str = "torch"
+    loras: Adapters | None = None
 
     @property
     def autoencoder(self) -> AutoencoderKL:
@@ -135,9 +141,25 @@ class System:
     def offloaded(self, offload: str) -> System:
         """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
         require_offload(offload, self.engine, self.dtype)
-        networks = Networks(openers(self, self.parts, stream=offload == "sequential"), offload)
-        networks.open_all()
-        return replace(self, networks=networks)
+        held: list[Networks] = []
+        loras = self.adapters.moved(lambda touched: held[0].renew(touched) if held else None)
+        make = openers(self, loras.parts, stream=offload == "sequential")
+        held.append(Networks(make, offload, renewers(self, loras.parts)))
+        held[0].open_all()
+        return replace(self, networks=held[0], loras=loras)
+
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRAs opened for it."""
+        if self.loras is not None:
+            return self.loras
+        return Adapters(
+            functools.cache(lambda: names_of(self.config.kind, self.shapes)),
+            self.parts,
+            lambda touched: None,
+            lambda path: check(path, self.config.kind),
+            few_steps,
+        )
 
     def trace(
         self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
@@ -166,7 +188,8 @@ class System:
     @property
     def parameterization(self) -> Parameterization:
         kind = "v" if self.config.prediction == "v" else "eps"
-        return Parameterization(kind, VE, self.levels.time, consistency if self.config.consistent else None)
+        consistent = self.config.consistent or self.adapters.preset(self.adapters.now).get("sampler") == "lcm"
+        return Parameterization(kind, VE, self.levels.time, consistency if consistent else None)
 
     @property
     def clip_layers(self) -> int:
