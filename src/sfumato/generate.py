@@ -321,6 +321,12 @@ class Model:
         """What the LoRAs of a request make of what it leaves open, and which they are, if any."""
         if getattr(self.system, "adapters", None) is None and not request.loras:
             return {}
+        for name, text in (("prompt", request.prompt), ("negative", request.negative or "")):
+            if "<lora:" in text:
+                raise InputError(
+                    f"a LoRA is given by --lora FILE:WEIGHT or Request.loras, not in the {name} as <lora:…>",
+                    argument=name,
+                )
         adapters = self._adapters("loras")
         uses = adapters.settled(request.loras)
         return adapters.preset(uses) | ({"loras": uses} if uses else {})

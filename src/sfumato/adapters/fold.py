@@ -93,6 +93,11 @@ class Adapters:
             return other
 
     @property
+    def base(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The base's tensors, without what is added."""
+        return self._base
+
+    @property
     def shapes(self) -> Shapes:
         return {name: shapes(part) for name, part in self._base.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import NoiseLevels, beta_levels, beta_table, zero_terminal_snr
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd.adapters import check, few_steps, names_of
 from sfumato.families.sd.checkpoint import Checkpoint, completed, open_checkpoint
 from sfumato.families.sd.condition import (
     TextFeatures,
@@ -36,6 +34,7 @@ from sfumato.families.sd.condition import (
     plan_of,
     size_vector,
 )
+from sfumato.families.sd.loras import adapters_of
 from sfumato.families.sd.networks import Networks, part_hash
 from sfumato.families.sd.openers import (
     check_engine,
@@ -153,13 +152,7 @@ class System:
         """The LoRAs opened for it."""
         if self.loras is not None:
             return self.loras
-        return Adapters(
-            functools.cache(lambda: names_of(self.config.kind, self.shapes)),
-            self.parts,
-            lambda touched: None,
-            lambda path: check(path, self.config.kind),
-            few_steps,
-        )
+        return adapters_of(self.config.kind, self.shapes, self.parts, lambda touched: None)
 
     def trace(
         self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
