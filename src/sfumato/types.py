@@ -101,8 +101,8 @@ class Variation:
 class LoraUse:
     """A LoRA that a model has opened, and how much of it.
 
-    name: what it was opened as. weight: 1 is what it was trained for, 0 none, and less its opposite. blocks: pairs, or a
-    dictionary, of parts of the networks and factors of the weight there: ("down.1", 0.5), ("text", 0).
+    name: what it was opened as. weight: 1 is what it was trained for, 0 none, and less its opposite. blocks: pairs, or
+    a dictionary, of parts of the networks and factors of the weight there: ("down.1", 0.5), ("text", 0).
     """
 
     name: str

@@ -1,9 +1,10 @@
 """What an adapter adds to one tensor of a network, whatever format it was written in.
 
-Every kind answers `full(shape)`: ΔW in float32, at weight 1. `folded` adds any number of them to a tensor. Sources of the
-formulas: LoRA (Hu et al. 2021, 2106.09685, eq. 3), LoHa (FedPara, Hyeon-Woo et al. 2021, 2108.06098, prop. 1 and 3),
-LoKr (Edalati et al. 2022, 2212.10650, sec. 3), DoRA (Liu et al. 2024, 2402.09353, eq. 5), and LyCORIS (2309.14859) for
-their forms in files.
+Every kind answers `full(shape)`: ΔW in float32, at weight 1. `folded` adds any number of them to a tensor.
+
+Sources of the formulas: LoRA (Hu et al. 2021, 2106.09685, eq. 3), LoHa (FedPara, Hyeon-Woo et al. 2021, 2108.06098,
+prop. 1 and 3), LoKr (Edalati et al. 2022, 2212.10650, sec. 3), DoRA (Liu et al. 2024, 2402.09353, eq. 5), and LyCORIS
+(2309.14859) for their forms in files.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A matrix or kernel that is written whole, as a product a·b, or with a core: t (r, r, h, w), a (r, O), b (r, I)."""
+    """A matrix or kernel that is written whole, as a product a·b, or with a core: a (r, O), b (r, I)."""
 
     whole: Tensor | None = None
     a: Tensor | None = None
@@ -125,9 +126,12 @@ class Kronecker:
 
     def full(self, shape: Shape) -> Tensor:
         one, two = self.first.full(), self.second.full()
-        one = one.reshape(one.shape + (1,) * (two.ndim - one.ndim))
-        two = two.reshape(two.shape + (1,) * (one.ndim - two.ndim))
-        return torch.kron(one, two).mul_(self.scale).reshape(tuple(shape))
+        sides = max(one.ndim, two.ndim)
+        outer = [(*one.shape, *[1] * sides)[d] for d in range(sides)]
+        inner = [(*two.shape, *[1] * sides)[d] for d in range(sides)]
+        one = one.reshape([n for side in outer for n in (side, 1)])
+        two = two.reshape([n for side in inner for n in (1, side)])
+        return (one * two).mul_(self.scale).reshape(tuple(shape))  # kron, which fails on some kernels of 1×1
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,4 +264,4 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """core (r, s, h, w), a (r, O), b (s, I) → (O, I, h, w)."""
-    return torch.einsum("rshw,ro,si->oihw", core, a, b)
+    return torch.einsum("rshw,ro,si->oihw", core, a, b).contiguous()

@@ -1,4 +1,4 @@
-"""An adapter's file, read strictly: every tensor has its place in the model, or the error names those that have none."""
+"""An adapter's file, read strictly: every tensor has its place in the model, or an error names those that have none."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ def read_lora(
         )
     if left and not partial:
         raise CheckpointError(
-            f"{file}: {len(left)} of {len(weights)} tensors have no place in this {names.family} model: {listed(left)}; "
-            "take the rest with --lora-partial"
+            f"{file}: {len(left)} of {len(weights)} tensors have no place in this {names.family} model: "
+            f"{listed(left)}; take the rest with --lora-partial"
         )
     for key in matched:
         if weights.info(key)[0].is_floating_point and not finite(weights[key]):
@@ -265,11 +265,10 @@ def delta_of(
     bias: Delta | None = Difference(found["diff_b"], factor) if "diff_b" in found else None
     if "up_bias" in found:
         bias = Difference(found["up_bias"], scale(found["down"].shape[0]))
-    magnitude = found.get("dora_scale", found.get("magnitude"))
-    if magnitude is not None:
+    for role in {"dora_scale", "magnitude"} & found.keys():
         if kernel is None:
             raise ValueError("DoRA's magnitude without a LoRA")
-        kernel = _decomposed(kernel, magnitude)
+        kernel = _decomposed(kernel, found[role], peft=role == "magnitude")
     return kernel, bias
 
 
@@ -306,13 +305,13 @@ def _factor(found: Mapping[str, Tensor], whole: str, a: str, b: str, core: str, 
     return Factor(None, one, two, middle)
 
 
-def _decomposed(kernel: Delta, magnitude: Tensor) -> Decomposed:
-    """By the magnitude's shape: (O, 1, …), or (O,) of PEFT, is of outputs; (1, I, …) of inputs."""
+def _decomposed(kernel: Delta, magnitude: Tensor, peft: bool) -> Decomposed:
+    """By the magnitude's shape: (O, 1, …) is of outputs, (1, I, …) of inputs; PEFT's are of outputs."""
     assert not isinstance(kernel, Decomposed | Rows)
     shape, count = tuple(magnitude.shape), magnitude.numel()
     outputs, inputs = kernel.shape[0], kernel.shape[1]
     ahead = shape[0] if shape else 0
-    if len(shape) > 1 and ahead == 1 and count == shape[1] == inputs != 1:
+    if not peft and len(shape) > 1 and ahead == 1 and count == shape[1] == inputs != 1:
         return Decomposed(kernel, magnitude, outputs=False)
     if count == outputs and (ahead == outputs or (len(shape) > 1 and shape[1] == outputs)):
         return Decomposed(kernel, magnitude, outputs=True)

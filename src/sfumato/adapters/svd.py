@@ -1,7 +1,7 @@
 """LoRAs made of differences, and LoRAs of fewer ranks, by the singular values that matter most.
 
-The best approximation of a matrix by one of rank r, in the sum of squares, keeps its r largest singular values (Eckart &
-Young 1936). What they hold of the whole is told as the share of the sum of squares.
+The best approximation of a matrix by one of rank r, in the sum of squares, keeps its r largest singular values (Eckart
+and Young 1936). What they hold of the whole is told as the share of the sum of squares.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def resize(
         first = (unknown or again or ["nothing"])[0]
         kind = refused(first)
         raise CheckpointError(
-            f"{file} is no LoRA that is read here: {shown(first)}" + (f" is of {kind}" if kind else "")
+            f"{file} is no LoRA that is read here: {shown(first)} {f'is of {kind}' if kind else 'is no part of one'}"
         )
     tensors: dict[str, Tensor] = {}
     kept = whole = 0.0

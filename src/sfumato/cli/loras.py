@@ -87,7 +87,8 @@ def requested(
         for name in told:
             if not any(one.name == name for one in loras):
                 raise InputError(
-                    f"{like} was drawn with the LoRA {name!r}; give its file by --lora, or leave all out by --lora none",
+                    f"{like} was drawn with the LoRA {name!r}; give its file by --lora, or leave all out by "
+                    "--lora none",
                     argument="lora",
                 )
     found = [one.request(told.get(one.name, {})) for one in loras]

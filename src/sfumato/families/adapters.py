@@ -1,4 +1,4 @@
-"""LoRAs beside the models they are for, without a model in memory: what a file changes, and one taken from two models."""
+"""LoRAs beside the models they are for, with no model in memory: what a file changes, and one taken from two models."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def convert(
 
     layout: "single" or "folder"; None is a single file where `target` ends in .safetensors, else a folder. variant,
     kind, prediction: see `open_checkpoint`. merge: LoRAs (file, weight, blocks) to put into the weights; partial: of
-    which what fits; `on_report` hears of each what it changes. `on_progress` hears how many tensors are written, and of how many. Errors:
-    those of reading and writing; `InputError` for a target that exists.
+    which what fits; `on_report` hears of each what it changes. `on_progress` hears how many tensors are written, and of
+    how many. Errors: those of reading and writing; `InputError` for a target that exists.
     """
     target = Path(target)
     if layout is None:

@@ -62,7 +62,7 @@ def _text(part: TextPart, number: int, system: System) -> PartNames:
 
 
 def check(path: Path, kind: str) -> None:
-    """`CheckpointError` that says whose LoRA it is, if it is plainly not one for this kind; nothing is read but headers."""
+    """`CheckpointError` that says whose LoRA it is, if it is plainly not one for this kind. Reads the header alone."""
     file = adapter_file(path)
     header = read_header(file)
     found = describe({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)

@@ -42,7 +42,7 @@ def with_loras(
     *,
     partial: bool = False,
 ) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint with LoRAs (file, weight, blocks) in its weights, each tensor in the type it had; and their reports.
+    """The checkpoint with LoRAs (file, weight, blocks) in its weights, each tensor in the type it had; their reports.
 
     What was merged is noted in the metadata. `InputError` for a network that no LoRA changes.
     """
@@ -74,7 +74,7 @@ def extract(
     dtype: torch.dtype | None = torch.float16,
     on_module: Callable[[int, int], None] = lambda done, total: None,
 ) -> Kept:
-    """Write a LoRA, under kohya's names, that makes `base` nearly `tuned`: the nearest of `rank` to each layer's change.
+    """Write a LoRA, under kohya's names, that makes `base` nearly `tuned`: of each change the nearest of `rank`.
 
     Layers that did not change are left out. `CheckpointError` when the two are of different kinds, or are equal.
     """

@@ -79,7 +79,7 @@ class Networks:
 
 
 def part_hash(part: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a part's tensors, read once in a process for each state of its files; folded, also of what is added."""
+    """SHA-256 of a part's tensors, read once in a process for each state of its files; and of what is added to them."""
     if isinstance(part, Folded):
         own = part_hash(part.base)
         return hashlib.sha256(f"{own} {part.key}".encode()).hexdigest() if part.key else own
