@@ -102,6 +102,11 @@ class Adapters:
         return {name: shapes(part) for name, part in self._base.items()}
 
     @property
+    def size(self) -> int:
+        """Bytes of the files that are open: the most memory that they take beside the networks."""
+        return sum(lora.size for lora in self.opened.values())
+
+    @property
     def now(self) -> tuple[LoraUse, ...]:
         """What is folded into the networks now."""
         return self._now

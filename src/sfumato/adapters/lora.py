@@ -73,6 +73,7 @@ class Lora:
     deltas: Mapping[str, Mapping[str, Delta]]
     report: Report
     metadata: Mapping[str, str] = field(default_factory=dict)
+    size: int = 0  # bytes of the file
 
     def relative(self, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
         """‖ΔW‖ / ‖W‖ over the tensors that change, for each part, at weight 1. Reads these tensors of the base."""
@@ -168,7 +169,8 @@ def read_lora(
         (min(ranks), max(ranks)) if ranks else None,
         tuple(formats),
     )
-    return Lora(name or name_of(path), file, data_hash(file), deltas, report, weights.metadata)
+    size = file.stat().st_size
+    return Lora(name or name_of(path), file, data_hash(file), deltas, report, weights.metadata, size)
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
