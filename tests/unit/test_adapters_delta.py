@@ -123,7 +123,10 @@ def test_lokr_in_all_its_forms(first, second):
     if two.ndim == 4:
         one = one[:, :, None, None]
     scale = 1.0 if "lokr_w1" in found and "lokr_w2" in found else 5 / 2
-    agree(delta_of(found, 5.0)[0].full(shape), (torch.kron(one, two) * scale).reshape(shape))
+    agree(
+        delta_of(found, 5.0)[0].full(shape),
+        (torch.kron(one.contiguous(), two.contiguous()) * scale).reshape(shape),
+    )
 
 
 def test_differences_of_weights_and_biases():
