@@ -108,9 +108,8 @@ def measure(system, base: Path, lora: Path, dtype: torch.dtype, options) -> None
         f"{report.describe()}; {changed / 1e6:.0f} M numbers change, in {str(dtype).removeprefix('torch.')}"
     )
     print(f"opening without it                {opening:6.2f} s")
-    print(
-        f"attaching, the file read with it  {statistics.median(attach):6.2f} s, {statistics.median(attach) / changed * 1e9:.2f} s a billion"
-    )
+    each = statistics.median(attach) / changed * 1e9
+    print(f"attaching, the file read with it  {statistics.median(attach):6.2f} s, {each:.1f} s a billion")
     print(f"another weight                    {statistics.median(change):6.2f} s")
     with_it, without = statistics.median(folded), statistics.median(plain)
     print(f"a step without {without:.3f} s, with {with_it:.3f} s: {with_it / without - 1:+.1%}")

@@ -193,7 +193,7 @@ def test_rows_of_a_fused_layer():
         ({"up": numbers(O, R), "down": numbers(R + 1, I)}, "do not go together"),
         ({"up": numbers(O, R), "down": numbers(R, I), "alpha": numbers(2)}, "where one number is right"),
         ({"up": numbers(O, R), "down": numbers(R, I), "alpha": torch.tensor(math.nan)}, "alpha is nan"),
-        ({"up": numbers(O, R), "down": numbers(R, I), "diff": numbers(O, I)}, "LoRA and a whole difference in one module"),
+        ({"up": numbers(O, R), "down": numbers(R, I), "diff": numbers(O, I)}, "LoRA and a whole difference"),
         ({"up": numbers(O, R), "down": numbers(R, I), "mid": numbers(R, R)}, "does not go between"),
         ({"up": torch.zeros(O, 0), "down": torch.zeros(0, I)}, "rank 0"),
         ({"hada_w1_a": numbers(O, R), "hada_w1_b": numbers(R, I)}, "a LoHa without hada_w2_a"),

@@ -1,4 +1,4 @@
-"""LoRA files of every naming on small Stable Diffusions: the same change whatever the names, and refusals of one line."""
+"""LoRA files of every naming on small Stable Diffusions: the same change whatever the names; refusals of one line."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ UNET_NAMES = {  # how each tool spells a module of the U-Net, and the two ending
     "LyCORIS' wrapper, SimpleTuner": (lambda kind, m: f"lycoris_{flat(m)}", KOHYA),
     "diffusers, PEFT": (lambda kind, m: f"unet.{m}", PEFT),
     "PEFT": (lambda kind, m: f"base_model.model.{m}", PEFT),
-    "PEFT with a name": (lambda kind, m: f"base_model.model.unet.{m}", (".lora_B.default.weight", ".lora_A.default.weight")),
+    "PEFT with a name": (
+        lambda kind, m: f"base_model.model.unet.{m}", (".lora_B.default.weight", ".lora_A.default.weight")
+    ),
     "diffusers": (lambda kind, m: f"unet.{m}", (".lora.up.weight", ".lora.down.weight")),
     "original paths": (lambda kind, m: f"diffusion_model.{original(kind)[m]}", PEFT),
     "dotted kohya, OneTrainer": (lambda kind, m: f"lora_unet.{m}", KOHYA),
@@ -333,7 +335,7 @@ def test_a_lora_of_another_family_says_so(bases, tmp_path, ours, theirs):
         ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": (4, 1536)}, "for Stable Diffusion 3"),
         ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}, "for FLUX"),
         ({"dit.blocks.0.attn.qkv.lora_A.weight": (4, 320)}, "for pocket"),
-        ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 1024)}, "for Stable Diffusion 2"),
+        ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 1024)}, "Diffusion 2"),
         ({"model.weight": (4, 4)}, "is no LoRA"),
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Shape = Sequence[int]
+HELD = 2**18  # numbers folded at a time, 1 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +223,29 @@ def folded(base: Tensor, changes: Iterable[Change]) -> Tensor:
         if not _product(total, delta, weight):
             total.add_(change_of(delta, base), alpha=weight)
     return total
+
+
+def folded_to(base: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """`folded`, rounded once to `dtype`. Of plain products some rows at a time, so that float32 stays in the cache."""
+    if base.ndim < 2 or not all(isinstance(delta, LowRank) and delta.mid is None for _, delta in changes):
+        return folded(base, changes).to(dtype)
+    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    factors = [
+        (
+            weight * delta.scale,
+            _wide(delta.up).flatten(1).to(base.device),
+            _wide(delta.down).flatten(1).to(base.device),
+        )
+        for weight, delta in changes
+        if isinstance(delta, LowRank)
+    ]
+    rows = max(HELD // max(base[0].numel(), 1), 1)
+    for start in range(0, len(base), rows):
+        part = base[start : start + rows].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for scale, up, down in factors:
+            part.view(len(part), -1).addmm_(up[start : start + rows], down, alpha=scale)
+        out[start : start + rows] = part
+    return out
 
 
 def change_of(delta: Delta, base: Tensor) -> Tensor:

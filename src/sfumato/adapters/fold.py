@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.adapters.delta import Change, folded
+from sfumato.adapters.delta import Change, folded, folded_to
 from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
 from sfumato.checkpoint.rules import info, shapes
@@ -42,6 +42,16 @@ class Folded(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         changes = self.changes.get(name)
         return folded(self.base[name], changes) if changes else self.base[name]
+
+    def cast(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, bool]:
+        """The tensor for who wants it in `dtype`, and whether it is in memory of its own.
+
+        To bfloat16, which has float32's range, it is rounded as it is folded; other types are the caller's to make.
+        """
+        changes = self.changes.get(name)
+        if not changes:
+            return self.base[name], False
+        return folded_to(self.base[name], changes, dtype) if dtype == torch.bfloat16 else self[name], True
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)

@@ -108,7 +108,8 @@ def fill_layers(
         layer = getattr(parent, name)
         ready: dict[str, Tensor] = {}
         for inner, expected in layer.state_dict().items():
-            ready[inner], problem = _fitting(tensors[f"{path}.{inner}"], expected, dtype, device, own=True)
+            given = _given(tensors, f"{path}.{inner}", dtype)
+            ready[inner], problem = _fitting(given[0], expected, dtype, device, own=True, fresh=given[1])
             if problem is not None:
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
         if problems or not ready:
@@ -181,7 +182,8 @@ def _read_layer(
     layer = _twin_of(blank)
     ready: dict[str, Tensor] = {}
     for name, expected in layer.state_dict().items():
-        ready[name], problem = _fitting(tensors[f"{path}.{name}"], expected, dtype, device, own=True)
+        given = _given(tensors, f"{path}.{name}", dtype)
+        ready[name], problem = _fitting(given[0], expected, dtype, device, own=True, fresh=given[1])
         _refuse([f"{shown(f'{path}.{name}')} {problem}"] if problem else [], where)
     layer.load_state_dict(ready, assign=True)
     return layer.eval().requires_grad_(False)
@@ -222,6 +224,12 @@ def _twin_of(layer: nn.Module) -> nn.Module:
     return twin
 
 
+def _given(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -> tuple[Tensor, bool]:
+    """A tensor for who wants it in `dtype`, and whether it was made for it: by the mapping's `cast`, if any."""
+    cast = getattr(tensors, "cast", None)
+    return (tensors[name], False) if cast is None else cast(name, dtype)
+
+
 def _fitting(
     tensor: Tensor,
     expected: Tensor,
@@ -229,16 +237,17 @@ def _fitting(
     device: torch.device | str | None,
     *,
     own: bool = False,
+    fresh: bool = False,
 ) -> tuple[Tensor, str | None]:
     """The tensor as the module takes it, and what is wrong with it. own: in memory of its own, a kernel channels-last;
-    else the very tensor where it is of the type and on the device asked for.
+    else the very tensor where it is of the type and on the device asked for. fresh: nobody else holds it.
     """
     problem = _misfit(tensor, expected)
     if problem is not None:
         return tensor, problem
     floating = tensor.is_floating_point()
     order = torch.channels_last if own and tensor.ndim == 4 else torch.contiguous_format
-    cast = tensor.to(device, dtype if floating else None, copy=own, memory_format=order)
+    cast = tensor.to(device, dtype if floating else None, copy=own and not fresh, memory_format=order)
     cast = cast.contiguous(memory_format=order)
     if floating and not finite(cast):
         problem = _not_numbers(tensor, cast)

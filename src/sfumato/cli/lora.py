@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from sfumato.cli import parse, show
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 ABOUT = "LoRA files by themselves: extract, resize, inspect."
 
-Out = Annotated[Path, typer.Option("-o", "--output", help="A .safetensors file, which must not exist yet.")]
-Rank = Annotated[str, typer.Option(metavar="R", help="The most ranks that a module gets.")]
-Dtype = Annotated[str | None, typer.Option(metavar="TYPE", help="Of what is written: fp32, fp16 or bf16.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+Out = Annotated[Path, Option("-o", "--output", help="A .safetensors file, which must not exist yet.")]
+Rank = Annotated[str, Option(metavar="R", help="The most ranks that a module gets.")]
+Dtype = Annotated[str | None, Option(metavar="TYPE", help="Of what is written: fp32, fp16 or bf16.")]
+AsJson = Annotated[bool, Option("--json", help="Answer with one JSON object.")]
 
 
 def extract(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model that the other began as.")],
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The model that it was trained to.")],
+    base: Annotated[Path, Argument(metavar="BASE", help="The model that the other began as.")],
+    tuned: Annotated[Path, Argument(metavar="TUNED", help="The model that it was trained to.")],
     output: Out,
     rank: Rank = "32",
     dtype: Dtype = "fp16",
@@ -46,7 +46,7 @@ def extract(
 
 
 def resize(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="A LoRA.")],
     output: Out,
     rank: Rank,
     dtype: Dtype = None,
@@ -69,12 +69,12 @@ def resize(
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="A LoRA.")],
     model: Annotated[
         str | None,
-        typer.Option("-m", "--model", help="The model to look at it on: name, folder or file. Reads both."),
+        Option("-m", "--model", help="The model to look at it on: name, folder or file. Reads both."),
     ] = None,
-    lora_partial: Annotated[bool, typer.Option("--lora-partial", help="Look at what fits.")] = False,
+    lora_partial: Annotated[bool, Option("--lora-partial", help="Look at what fits.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what a LoRA is from its header; on a model also what of it is used, and ‖ΔW‖/‖W‖ of each part."""
