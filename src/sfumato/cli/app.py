@@ -25,7 +25,8 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "models": (models.models, models.EXAMPLE),
 }
 
-GROUPS = {"lora": (lora.ABOUT, lora.VERBS)}  # verbs that have verbs of their own
+# verbs that have verbs of their own
+GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {"lora": (lora.ABOUT, lora.VERBS)}
 
 
 def build() -> typer.Typer:
@@ -36,8 +37,8 @@ def build() -> typer.Typer:
         app.command(name, epilog=f"Example: {example}")(function)
     for group, (about, verbs) in GROUPS.items():
         inner = typer.Typer(help=about, no_args_is_help=True)
-        for name, (function, example) in verbs.items():
-            inner.command(name, epilog=f"Example: {example}")(function)
+        for name, (verb, example) in verbs.items():
+            inner.command(name, epilog=f"Example: {example}")(verb)
         app.add_typer(inner, name=group)
     return app
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,7 +115,7 @@ def _tell(output: Path, kept: Kept, as_json: bool) -> None:
         show.line(f"left out: {len(kept.left)} tensors, such as {first} ({kept.left[first]})")
 
 
-VERBS = {
+VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "extract": (
         extract,
         "sfumato lora extract base.safetensors tuned.safetensors -o style.safetensors --rank 32",
