@@ -63,7 +63,7 @@ def schedule_table() -> str:
 
 def works(name: str, levels: object) -> bool:
     try:
-        sigmas_for(name, STEPS, levels)
+        sigmas_for(name, STEPS, levels, tokens=1024)
     except InputError:
         return False
     return True

@@ -33,6 +33,8 @@ MAX_CLIP_SKIP = 24
 MAX_REUSE = 10  # calls that share deep features; DeepCache goes to 10
 MAX_LEVEL = 1e6  # of noise
 MAX_WEIGHT = 100.0  # of a LoRA
+MAX_LAYERS = 1_000  # of a network
+MAX_TEXT_LENGTH = 512  # tokens of a text encoder without windows; T5 was trained on these
 MAX_TOLD = 2**16  # pixels; of sizes that a network is told
 FITS = ("cover", "contain", "stretch")
 
@@ -172,6 +174,19 @@ class Micro:
 
 
 @dataclass(frozen=True)
+class SkipLayers:
+    """Guidance away from what the network draws without some of its layers (`diffusion.guidance.Skipping`).
+
+    layers: their numbers, counted from 0; 7, 8 and 9 are Stability's for SD 3.5 Medium, and so are the other values.
+    interval: shares of the schedule's steps, of which those between the two have it; the first step never has.
+    """
+
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    interval: tuple[float, float] = (0.01, 0.2)
+
+
+@dataclass(frozen=True)
 class Request:
     """One wish for pictures, shared by Python, the command line and HTTP; `validate` is the only gatekeeper.
 
@@ -200,6 +215,9 @@ class Request:
     prompt_rules: what brackets and signs in prompts mean to a CLIP text encoder, a name of `text.syntax.RULES`; None is
         a1111. weighting: what a weight does to a token's features, one of `text.weighting.WEIGHTINGS`; None is the way
         of those rules.
+    text_length: tokens that a text encoder without windows (T5) reads at least; None is its model's. A longer prompt is
+        read whole.
+    skip_layers: more guidance, away from a network that lacks layers, at the cost of a call in each step that has it.
     micro: what SDXL is told of sizes, crops and aesthetics.
     refine_at: the share of the noise levels, from the noisiest, after which a model's refiner takes over, diffusers'
         denoising_end; None is 0.8 where there is a refiner.
@@ -229,6 +247,8 @@ class Request:
     guidance_interval: tuple[float, float] | None = None
     prompt_rules: str | None = None
     weighting: str | None = None
+    text_length: int | None = None
+    skip_layers: SkipLayers | None = None
     micro: Micro | None = None
     refine_at: float | None = None
     loras: tuple[LoraUse, ...] | None = None
@@ -293,7 +313,9 @@ class Request:
 
     def for_some(self) -> list[str]:
         """The fields given, inner ones as `micro.crop`, that only some families of models read."""
-        given = [name for name in ("prompt_rules", "weighting") if getattr(self, name) is not None]
+        given = [
+            name for name in ("prompt_rules", "weighting", "text_length") if getattr(self, name) is not None
+        ]
         if self.micro is not None:
             given += [
                 f"micro.{f.name}" for f in fields(self.micro) if getattr(self.micro, f.name) is not None
@@ -339,6 +361,8 @@ class Request:
             _loras(self.loras)
         if self.clip_skip is not None:
             _integer("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        if self.text_length is not None:
+            _integer("text_length", self.text_length, 1, MAX_TEXT_LENGTH)
         if self.reuse is not None:
             _integer("reuse", self.reuse, 1, MAX_REUSE)
         if self.guidance_interval is not None:
@@ -409,9 +433,36 @@ class Request:
             _number("variation.strength", self.variation.strength, 0.0, 1.0)
         if self.micro is not None:
             _validate_micro(self.micro)
+        if self.skip_layers is not None:
+            _validate_skip_layers(self.skip_layers)
 
 
-_NESTED: dict[str, type] = {"inpaint": Inpaint, "hires": HiRes, "variation": Variation, "micro": Micro}
+_NESTED: dict[str, type] = {
+    "inpaint": Inpaint,
+    "hires": HiRes,
+    "variation": Variation,
+    "micro": Micro,
+    "skip_layers": SkipLayers,
+}
+
+
+def _validate_skip_layers(skip: SkipLayers) -> None:
+    if not isinstance(skip.layers, tuple) or not skip.layers:
+        raise InputError(
+            f"skip_layers.layers must be some numbers of layers, not {_shown(skip.layers)}",
+            argument="skip_layers.layers",
+        )
+    for layer in skip.layers:
+        _integer("skip_layers.layers", layer, 0, MAX_LAYERS)
+    if len(set(skip.layers)) < len(skip.layers):
+        raise InputError("skip_layers.layers names a layer twice", argument="skip_layers.layers")
+    _number("skip_layers.scale", skip.scale, 0.0, 100.0)
+    _interval("skip_layers.interval", skip.interval)
+    if skip.interval[1] > 1:
+        raise InputError(
+            f"skip_layers.interval has shares of the steps, 0 to 1, not {_shown(skip.interval)}",
+            argument="skip_layers.interval",
+        )
 
 
 def _validate_micro(micro: Micro) -> None:

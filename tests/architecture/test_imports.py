@@ -17,8 +17,8 @@ LEVELS = [
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
-    {"generate", "planning", "train", "evaluate", "receipts"},
-    {"cli"},
+    {"drawing", "generate", "planning", "train", "evaluate", "receipts"},
+    {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 APART = {

@@ -457,3 +457,37 @@ def test_interruption_leaves_the_old_files_and_nothing_else(model, arguments):
     assert interrupted(command, sign=Path("out-preview.png")) == (130, "error: stopped\n")
     assert sorted(os.listdir()) == ["in.png", "out-0.png"]
     assert Path("out-0.png").read_text() == "old"
+
+
+def test_skip_layer_guidance_goes_into_the_recipe_and_comes_back(model, capsys):
+    draw(
+        model,
+        "--skip-layers",
+        "0",
+        "--skip-scale",
+        "3",
+        "--skip-interval",
+        "0:1",
+        "--steps",
+        "4",
+        "-o",
+        "a.png",
+    )
+    said = {"layers": [0], "scale": 3.0, "interval": [0.0, 1.0]}
+    assert request_of("a.png")["skip_layers"] == said
+    assert run(["generate", "--like", "a.png", "-m", model, "--skip-scale", "0.5", "-o", "b.png"]) == 0
+    assert request_of("b.png")["skip_layers"] == said | {"scale": 0.5}
+    assert run(["generate", "--like", "a.png", "-m", model, "--skip-layers", "none", "-o", "c.png"]) == 0
+    assert "skip_layers" not in request_of("c.png")
+    capsys.readouterr()
+    for arguments, message in (
+        (["--skip-scale", "3"], "go with --skip-layers, such as 7,8,9"),
+        (["--skip-layers", "a"], "skip-layers must be a whole number"),
+        (["--skip-layers", "99"], "this model's network has 0 to"),
+        (["--no-t5"], "without is for checkpoints"),
+        (["--text-dtype", "fp16"], "text-dtype must be one of fp32, bf16, int8"),
+        (["--text-length", "77"], "knows nothing of text_length"),
+    ):
+        assert run(["generate", "a cube", "-m", model, *arguments, "-o", "d.png"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -31,15 +31,15 @@ FLOWS = flow_levels()
 @pytest.mark.parametrize("levels", [SD, FLOWS, flow_levels(3.0)], ids=["sd", "flow", "flow3"])
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_every_schedule_descends_to_zero(name, levels, steps):
-    if (name == "ays" and levels.path is FLOW) or (name == "flow_shift" and levels.path is VE):
+    if (name == "ays" and levels.path is FLOW) or (name.startswith("flow_") and levels.path is VE):
         with pytest.raises(InputError, match=name):
-            sigmas_for(name, steps, levels)
+            sigmas_for(name, steps, levels, tokens=1024)
         return
     if name == "lcm" and steps > 50:
         with pytest.raises(InputError, match="50 levels"):
             sigmas_for(name, steps, levels)
         return
-    sigmas = sigmas_for(name, steps, levels)
+    sigmas = sigmas_for(name, steps, levels, tokens=1024)
     assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float64
     assert (sigmas.diff() < 0).all() and sigmas[-1] == 0
     if name == "leading":
@@ -153,3 +153,25 @@ def test_unusable_requests_are_named():
         sigmas_for("karras", 0, SD)
     with pytest.raises(InputError, match="fewer steps"):
         sigmas_for("simple", 1001, SD)
+
+
+def test_a_schedule_that_asks_for_the_picture_s_size_says_so():
+    with pytest.raises(InputError, match="flow_dynamic must know how many tokens"):
+        sigmas_for("flow_dynamic", 10, FLOWS)
+    small, large = (sigmas_for("flow_dynamic", 10, FLOWS, tokens) for tokens in (256, 4096))
+    assert (large[1:-1] > small[1:-1]).all()  # a larger picture stays longer where there is more noise
+
+
+@pytest.mark.parametrize(
+    "share, steps",
+    [
+        ((0.01, 0.2), [1]),
+        ((0.0, 0.5), [1, 2, 3, 4]),
+        ((0.25, 1.0), [3, 4, 5, 6, 7, 8, 9]),
+        ((0.51, 0.55), []),
+    ],
+)
+def test_shares_of_the_steps_as_levels(share, steps):
+    sigmas = sigmas_for("flow_shift", 10, FLOWS)
+    low, high = schedules.share_interval(sigmas, *share)
+    assert [i for i, sigma in enumerate(sigmas[:-1].tolist()) if low < sigma <= high] == steps

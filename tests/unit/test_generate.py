@@ -14,12 +14,13 @@ from PIL import Image
 import sfumato
 from helpers import CPU, PROMPT, TINY, apart, array, tiny_system
 from sfumato.autoencoder import AutoencoderConfig
+from sfumato.drawing.request import levels_of
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.pocket import PocketConfig, System, build, save_folder
 from sfumato.families.pocket.config import DenoiserConfig
 from sfumato.generate import BATCH, Model, load, to_image, to_pixels
 from sfumato.sampling import SeededNoise
-from sfumato.types import MAX_SEED, Conditioning, Request
+from sfumato.types import MAX_SEED, Conditioning, Request, SkipLayers
 
 CONFIG = replace(TINY, preset=replace(TINY.preset, steps=3))
 
@@ -129,6 +130,38 @@ def test_guidance_rests_outside_its_interval():
         level = torch.tensor(sigma, dtype=torch.float64)
         same = torch.equal(resting.denoiser(cond, 4.0)(x, level), resting.denoiser(cond, 1.0)(x, level))
         assert same is not guided, sigma
+
+
+def test_skip_layer_guidance_goes_away_from_a_network_that_lacks_layers(model):
+    request = Request(PROMPT, negative="blue", steps=10, guidance=3.0, schedule="linear", sampler="euler")
+    cond = model.condition(request)
+    x = torch.randn(2, 4, 1, 8, 8)
+    layers = (0,)
+    skip = SkipLayers(layers, 2.5, (0.01, 0.3))
+    plain, pushed = model.denoiser(cond, request), model.denoiser(cond, replace(request, skip_layers=skip))
+    wanted = cond.change(lambda rows: rows[:1].expand(2, *rows.shape[1:]))
+    for sigma, acts in ((1.0, False), (0.9, True), (0.85, True), (0.8, True), (0.7, False), (0.1, False)):
+        level = torch.tensor(sigma, dtype=torch.float64)
+        want = plain(x, level)
+        if acts:
+            lacking = x - sigma * model.system.network(x, level.float(), wanted, layers)
+            want = want + 2.5 * (model.denoiser(cond, 1.0)(x, level) - lacking)
+        torch.testing.assert_close(pushed(x, level), want, atol=1e-4, rtol=1e-4)
+
+
+def test_skip_layers_that_are_not_there_are_refused(model):
+    with pytest.raises(InputError, match="names the layer 99; this model's network has 0 to"):
+        model.complete(Request(PROMPT, skip_layers=SkipLayers((0, 99))))
+    with pytest.raises(InputError, match="knows nothing of text_length"):
+        model.complete(Request(PROMPT, text_length=77))
+
+
+def test_a_schedule_by_the_picture_s_size_knows_it(model):
+    small, large = (
+        levels_of(model, model.complete(Request(PROMPT, schedule="flow_dynamic", steps=4, size=size)))
+        for size in ((32, 32), (256, 256))
+    )
+    assert (large[1:-1] > small[1:-1]).all()
 
 
 # --- requests ------------------------------------------------------------------------------------------------------

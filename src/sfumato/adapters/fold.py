@@ -43,15 +43,14 @@ class Folded(Mapping[str, Tensor]):
         changes = self.changes.get(name)
         return folded(self.base[name], changes) if changes else self.base[name]
 
-    def cast(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, bool]:
-        """The tensor for who wants it in `dtype`, and whether it is in memory of its own.
-
-        To bfloat16, which has float32's range, it is rounded as it is folded; other types are the caller's to make.
+    def cast(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """The tensor for who wants it in `dtype`: to bfloat16, which has float32's range, it is rounded as it is folded;
+        other types are the caller's to make.
         """
         changes = self.changes.get(name)
-        if not changes:
-            return self.base[name], False
-        return folded_to(self.base[name], changes, dtype) if dtype == torch.bfloat16 else self[name], True
+        if changes and dtype == torch.bfloat16:
+            return folded_to(self.base[name], changes, dtype)
+        return self[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)
@@ -166,6 +165,10 @@ class Adapters:
         for use in uses:
             self._check_blocks(use)
         return tuple(uses)
+
+    def known(self, uses: Sequence[LoraUse] | None) -> tuple[LoraUse, ...] | None:
+        """Those of a request's that are opened here: a refiner is told the request of its base."""
+        return None if uses is None else tuple(u for u in uses if u.name in self.opened or u in self._now)
 
     def preset(self, uses: Sequence[LoraUse]) -> dict[str, Any]:
         """What the LoRAs want of a request that leaves things open; the last one that wants something has its way."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.checkpoint.cast import Room, cast
 from sfumato.checkpoint.header import shown
 from sfumato.errors import CheckpointError
 from sfumato.nn.packed import layers, packed
@@ -93,23 +94,29 @@ def fill_layers(
     *,
     pack: bool = False,
     stream: bool = False,
+    twin: Callable[[nn.Module], nn.Module | None] | None = None,
 ) -> LoadReport:
     """`fill`, one layer after the other, so that beside the network no more than a layer and a window are in memory.
 
     Weights are copied to memory of their own, those of convolutions channels-last. pack: replace each layer by its
     packed twin (`nn/packed.py`) where it has one. stream: check products and convolutions and keep none: their weights
-    are read from the file again whenever the layer is called. It then computes the same, to the bit.
+    are read from the file again whenever the layer is called. It then computes the same, to the bit. twin: makes what
+    to keep of a layer in its place, or None to keep the layer; not together with the other two.
     """
+    if twin is not None and (pack or stream):
+        raise ValueError("a layer has one twin: leave out pack and stream")
+    replaced = packed if pack else twin
     state = network.state_dict()
     report = compare(state, tensors)
     report.require(where)
     problems: list[str] = []
+    room = Room() if (pack or stream) and torch.device(device or "cpu").type == "cpu" else None
     for path, parent, name in list(layers(network)):
         layer = getattr(parent, name)
         ready: dict[str, Tensor] = {}
         for inner, expected in layer.state_dict().items():
-            given = _given(tensors, f"{path}.{inner}", dtype)
-            ready[inner], problem = _fitting(given[0], expected, dtype, device, own=True, fresh=given[1])
+            tensor = _given(tensors, f"{path}.{inner}", dtype)
+            ready[inner], problem = _fitting(tensor, expected, dtype, device, own=True, room=room)
             if problem is not None:
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
         if problems or not ready:
@@ -118,9 +125,15 @@ def fill_layers(
             setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
             continue
         layer.load_state_dict(ready, assign=True)
-        del ready  # or the weights would stand beside the packed ones
-        if pack and (twin := packed(layer)) is not None:
-            setattr(parent, name, twin)
+        if replaced is not None and (other := replaced(layer)) is not None:
+            setattr(parent, name, other)
+        elif room is not None:
+            layer.load_state_dict(
+                {inner: cast(tensor, order=_order(tensor)) for inner, tensor in ready.items()}, assign=True
+            )
+        if room is not None:
+            ready.clear()
+            room.clear()
     _refuse(problems, where)
     _require_all(network, where)
     return report
@@ -159,15 +172,22 @@ def refill_layers(
     stay: they read anew in any case. Errors as `fill_layers`; the layers before that of the error are then made.
     """
     touched = set(names)
+    room = Room() if torch.device(device or "cpu").type == "cpu" else None
     for path, _, name in list(units(blank)):
         layer = blank.get_submodule(path)
         inner = [f"{path}.{tensor}" for tensor in layer.state_dict()]
         parent = network.get_submodule(path.rpartition(".")[0])
         if touched.isdisjoint(inner) or isinstance(getattr(parent, name), Streamed):
             continue
-        fresh = _read_layer(layer, tensors, path, where, dtype, device)
-        setattr(parent, name, twin(path, fresh) or fresh)
+        fresh = _read_layer(layer, tensors, path, where, dtype, device, room)
+        other = twin(path, fresh)
+        if other is None and room is not None:
+            own = {inner: cast(tensor, order=_order(tensor)) for inner, tensor in fresh.state_dict().items()}
+            fresh.load_state_dict(own, assign=True)
+        setattr(parent, name, other or fresh.requires_grad_(False))
         del fresh
+        if room is not None:
+            room.clear()
 
 
 def _read_layer(
@@ -177,13 +197,14 @@ def _read_layer(
     where: str,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    room: Room | None = None,
 ) -> nn.Module:
-    """A layer with its weights, in memory of their own, from one on the meta device that stays as it is."""
+    """A layer with its weights, in memory of their own or in `room`, from one on the meta device that stays as it is."""
     layer = _twin_of(blank)
     ready: dict[str, Tensor] = {}
     for name, expected in layer.state_dict().items():
-        given = _given(tensors, f"{path}.{name}", dtype)
-        ready[name], problem = _fitting(given[0], expected, dtype, device, own=True, fresh=given[1])
+        tensor = _given(tensors, f"{path}.{name}", dtype)
+        ready[name], problem = _fitting(tensor, expected, dtype, device, own=True, room=room)
         _refuse([f"{shown(f'{path}.{name}')} {problem}"] if problem else [], where)
     layer.load_state_dict(ready, assign=True)
     return layer.eval().requires_grad_(False)
@@ -224,10 +245,10 @@ def _twin_of(layer: nn.Module) -> nn.Module:
     return twin
 
 
-def _given(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -> tuple[Tensor, bool]:
-    """A tensor for who wants it in `dtype`, and whether it was made for it: by the mapping's `cast`, if any."""
+def _given(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor for who wants it in `dtype`: made so by the mapping\'s `cast`, if it has one."""
     cast = getattr(tensors, "cast", None)
-    return (tensors[name], False) if cast is None else cast(name, dtype)
+    return tensors[name] if cast is None else cast(name, dtype)
 
 
 def _fitting(
@@ -237,21 +258,31 @@ def _fitting(
     device: torch.device | str | None,
     *,
     own: bool = False,
-    fresh: bool = False,
+    room: Room | None = None,
 ) -> tuple[Tensor, str | None]:
-    """The tensor as the module takes it, and what is wrong with it. own: in memory of its own, a kernel channels-last;
-    else the very tensor where it is of the type and on the device asked for. fresh: nobody else holds it.
+    """The tensor as the module takes it, and what is wrong with it.
+
+    own: in memory of its own, a kernel channels-last; else the very tensor where it is of the type and on the device
+    asked for. room: instead in what the layers share, or the very tensor, and always contiguous.
     """
     problem = _misfit(tensor, expected)
     if problem is not None:
         return tensor, problem
-    floating = tensor.is_floating_point()
-    order = torch.channels_last if own and tensor.ndim == 4 else torch.contiguous_format
-    cast = tensor.to(device, dtype if floating else None, copy=own and not fresh, memory_format=order)
-    cast = cast.contiguous(memory_format=order)
-    if floating and not finite(cast):
-        problem = _not_numbers(tensor, cast)
-    return cast, problem
+    wanted = (dtype if tensor.is_floating_point() else None) or tensor.dtype
+    if room is not None:
+        made = tensor.contiguous() if tensor.dtype == wanted else room.cast(tensor, wanted)
+    elif own:
+        made = cast(tensor, wanted, device, _order(tensor))
+    else:
+        made = tensor.to(device, wanted).contiguous()
+    if tensor.is_floating_point() and not finite(made):
+        problem = _not_numbers(tensor, made)
+    return made, problem
+
+
+def _order(tensor: Tensor) -> torch.memory_format:
+    """How a network that works on channels-last maps keeps it."""
+    return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
 
 
 def _refuse(problems: list[str], where: str) -> None:

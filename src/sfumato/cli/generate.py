@@ -55,16 +55,25 @@ def generate(
     clip_skip: options.ClipSkip = None,
     prompt_rules: options.PromptRules = None,
     weighting: options.Weighting = None,
+    text_length: options.TextLength = None,
     micro: options.Micro = None,
     embedding: options.Embedding = None,
     lora: options.Lora = None,
     lora_partial: options.LoraPartial = False,
     variation: options.Variation = None,
     eta: options.Eta = None,
+    skip_layers: options.SkipLayers = None,
+    skip_scale: options.SkipScale = None,
+    skip_interval: options.SkipInterval = None,
     refiner: options.Refiner = None,
     parts: options.Parts = None,
     vae: options.Vae = None,
     dtype: options.Dtype = None,
+    text_dtype: options.TextDtype = None,
+    no_t5: options.NoT5 = False,
+    no_clip_l: options.NoClipL = False,
+    no_clip_g: options.NoClipG = False,
+    tokenizer: options.Tokenizer = None,
     engine: options.Engine = None,
     prediction: options.Prediction = None,
     variant: options.Variant = None,
@@ -109,6 +118,14 @@ def generate(
         "clip_skip": None if clip_skip is None else parse.whole("clip-skip", clip_skip),
         "prompt_rules": prompt_rules,
         "weighting": weighting,
+        "text_length": None if text_length is None else parse.whole("text-length", text_length),
+        "skip_layers.layers": None
+        if skip_layers in (None, "none")
+        else parse.wholes("skip-layers", skip_layers),
+        "skip_layers.scale": None if skip_scale is None else parse.number("skip-scale", skip_scale),
+        "skip_layers.interval": None
+        if skip_interval is None
+        else parse.interval("skip-interval", skip_interval),
         **({} if micro in (None, ["none"]) else parse.micro(micro)),
         "refine_at": refine_at,
     }
@@ -120,7 +137,12 @@ def generate(
         given["image"] = parse.picture("image", image)
     if mask is not None:
         given["mask"] = parse.picture("mask", mask, mask=True)
-    may_drop = {"hires": hires, "variation": variation, "guidance_interval": guidance_interval}
+    may_drop = {
+        "hires": hires,
+        "variation": variation,
+        "guidance_interval": guidance_interval,
+        "skip_layers": skip_layers,
+    }
     dropped = {name for name, text in may_drop.items() if text == "none"}
     if micro == ["none"]:
         dropped.add("micro")
@@ -140,6 +162,8 @@ def generate(
     if model is None:
         # a stranger's picture may name any file or place; only a name that we know is followed
         model = said.model if said is not None and said.model in MODELS else DEFAULT_MODEL
+    left_out = {"t5": no_t5, "clip_l": no_clip_l, "clip_g": no_clip_g}
+    without = [name for name, asked in left_out.items() if asked]
     limit = None if memory is None else parse.size_in_bytes("memory", memory)
     loaded = load(
         model,
@@ -153,6 +177,9 @@ def generate(
         parts=parts or None,
         refiner=second,
         offload="auto",
+        without=without,
+        text_dtype=None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
+        tokenizer=tokenizer,
     )
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
         _note(note)
@@ -236,6 +263,10 @@ def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             "--hires-strength, --hires-steps and --upscaler go with --hires SCALE", argument="hires"
         )
+    if "layers" not in (values.get("skip_layers") or {"layers": ()}):
+        raise InputError(
+            "--skip-scale and --skip-interval go with --skip-layers, such as 7,8,9", argument="skip_layers"
+        )
     return values
 
 
@@ -247,11 +278,18 @@ def _note_differences(like: Path | None, said: Like, loaded: Any, request: Reque
         _note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
     if loaded.refiner is not None and said.refiner_weights not in (None, loaded.refiner.hashes):
         _note(f"{like} was finished by other weights, of the refiner {said.refiner!r}")
+    ours, theirs = set(loaded.without), set(said.without)
+    if said.weights is not None and ours != theirs:
+        more = [f"with {name}" for name in sorted(ours - theirs)]
+        _note(
+            f"{like} was drawn {' and '.join([*more, *(f'without {name}' for name in sorted(theirs - ours))])}; "
+            "which text encoders are read is said by --no-t5, --no-clip-l and --no-clip-g"
+        )
     for name, digest in said.embeddings.items():
-        ours = loaded.embeddings.get(name)
-        if ours is None:
+        digest_here = loaded.embeddings.get(name)
+        if digest_here is None:
             _note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
-        elif not ours.startswith(digest):
+        elif not digest_here.startswith(digest):
             _note(f"{like} was drawn with another embedding {name!r} than this file's")
     ours = {} if request.loras is None else loaded.system.adapters.digests(request.loras)
     for note in loras.differences(like, said.loras, ours):

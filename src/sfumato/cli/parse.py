@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+READ = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}  # what a text encoder can be kept in
 DRAWN = DTYPES | {"int8": "int8"}  # what a network can be drawn with
 UNITS = {
     "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30,
@@ -91,6 +92,11 @@ def interval(name: str, text: str) -> tuple[float, float]:
     return number(name, low), number(name, high)
 
 
+def wholes(name: str, text: str) -> tuple[int, ...]:
+    """`7,8,9` to whole numbers."""
+    return tuple(whole(name, part) for part in text.split(","))
+
+
 def micro(pairs: list[str]) -> dict[str, Any]:
     """`original=4096x4096`, `negative-crop=0,64`, `aesthetic=6` … to fields of a request, as `micro.original`."""
     from dataclasses import fields
@@ -159,10 +165,10 @@ def picture(name: str, path: Path, mask: bool = False) -> Image:
     return (decode_mask if mask else decode)(read_file(path, name), f"{name} {shown(path)}")
 
 
-def dtype(text: str, names: Mapping[str, str] = DTYPES) -> torch.dtype:
+def dtype(text: str, names: Mapping[str, str] = DTYPES, name: str = "dtype") -> torch.dtype:
     """`fp32`, `fp16`, `bf16`, or another of `names`, as PyTorch has it."""
     if text not in names:
-        raise InputError(f"dtype must be one of {', '.join(names)}, not {_quoted(text)}", argument="dtype")
+        raise InputError(f"{name} must be one of {', '.join(names)}, not {_quoted(text)}", argument=name)
     import torch
 
     return getattr(torch, names[text])

@@ -7,6 +7,8 @@ are affine in x0_hat with the same coefficients for both branches); the rescale 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,24 +18,51 @@ from sfumato.diffusion.parameterization import Denoise
 ALWAYS = (0.0, math.inf)
 
 
+@dataclass(frozen=True)
+class Skipping:
+    """Skip-layer guidance: guided + scale · (cond − skipping), away from what the network answers without some of its
+    layers (Hyung et al. 2024, 2411.18664; for SD 3.5 Medium Stability's sd3_impls.py, and diffusers' pipeline).
+
+    denoise: the conditional branch by a network that leaves layers out. interval: act only where low < sigma <= high;
+    elsewhere nothing is called. It comes on top of other guidance, and after its rescaling.
+    """
+
+    denoise: Denoise
+    scale: float
+    interval: tuple[float, float] = ALWAYS
+
+    def added(self, guided: Tensor, cond: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """What the guided estimate becomes; cond: the estimate of the conditional branch by the whole network."""
+        level = torch.as_tensor(sigma)
+        inside = (level > self.interval[0]) & (level <= self.interval[1])
+        if self.scale == 0 or not inside.any():
+            return guided
+        pushed = guided + self.scale * (cond - self.denoise(x, sigma))
+        rows = inside.to(x.device).view(-1, *[1] * (x.ndim - 1))
+        return pushed if inside.all() else torch.where(rows, pushed, guided)
+
+
 def cfg(
     denoise_cond: Denoise,
     denoise_uncond: Denoise,
     scale: float | Tensor,
     interval: tuple[float, float] = ALWAYS,
     rescale: float = 0.0,
+    skipping: Skipping | None = None,
 ) -> Denoise:
     """Classifier-free guidance: uncond + scale · (cond − uncond)  (Ho & Salimans 2022, eq. 6; scale = 1 + w).
 
     scale: 1 is no guidance; a tensor must broadcast against x (a scale per frame, say).
     interval: guide only where low < sigma <= high (Kynkäänniemi et al. 2024, eq. 5); elsewhere one call does.
-    rescale: see `rescaled`.
+    rescale: see `rescaled`. skipping: guidance on top, with one call more.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        cond = denoise_cond(x, sigma)
+        cond = guided = denoise_cond(x, sigma)
         here = _scale_at(scale, interval, sigma, x)
-        return cond if here is None else _guided(cond, denoise_uncond(x, sigma), here, rescale)
+        if here is not None:
+            guided = _guided(cond, denoise_uncond(x, sigma), here, rescale)
+        return guided if skipping is None else skipping.added(guided, cond, x, sigma)
 
     return denoise
 
@@ -44,6 +73,7 @@ def cfg_batched(
     scale: float | Tensor,
     interval: tuple[float, float] = ALWAYS,
     rescale: float = 0.0,
+    skipping: Skipping | None = None,
 ) -> Denoise:
     """`cfg` with one network call for both branches.
 
@@ -54,12 +84,48 @@ def cfg_batched(
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         here = _scale_at(scale, interval, sigma, x)
         if here is None:
-            return denoise_cond(x, sigma)
-        both = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
-        cond, uncond = denoise_both(torch.cat([x, x]), both).chunk(2)
-        return _guided(cond, uncond, here, rescale)
+            cond = guided = denoise_cond(x, sigma)
+        else:
+            cond, uncond = _both(denoise_both, x, sigma)
+            guided = _guided(cond, uncond, here, rescale)
+        return guided if skipping is None else skipping.added(guided, cond, x, sigma)
 
     return denoise
+
+
+def composed_batched(
+    denoise_both: Denoise,
+    denoise_others: Sequence[Denoise],
+    weights: Sequence[float],
+    scale: float | Tensor,
+    interval: tuple[float, float] = ALWAYS,
+    rescale: float = 0.0,
+    skipping: Skipping | None = None,
+) -> Denoise:
+    """Conditions that hold together: uncond + scale · Σ w_i (cond_i − uncond)  (Liu et al. 2022, 2206.01714, eq. 11).
+
+    denoise_both: as in `cfg_batched`, for the first condition; denoise_others: one for each of the rest. weights: of
+    all of them. Where nothing is guided the scale is 1. skipping: about the first condition.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        first, uncond = _both(denoise_both, x, sigma)
+        conds = [first, *(denoise_other(x, sigma) for denoise_other in denoise_others)]
+        cond = uncond.clone()
+        for weight, each in zip(weights, conds, strict=True):
+            cond += weight * (each - uncond)
+        here = _scale_at(scale, interval, sigma, x)
+        guided = cond if here is None else _guided(cond, uncond, here, rescale)
+        return guided if skipping is None else skipping.added(guided, first, x, sigma)
+
+    return denoise
+
+
+def _both(denoise_both: Denoise, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """One call for the answers with and without the condition."""
+    levels = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    cond, uncond = denoise_both(torch.cat([x, x]), levels).chunk(2)
+    return cond, uncond
 
 
 def rescaled(guided: Tensor, cond: Tensor, amount: float) -> Tensor:

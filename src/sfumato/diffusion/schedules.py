@@ -23,13 +23,15 @@ class NoiseLevels:
     """The levels a model was trained on.
 
     sigmas: (N,) float64, increasing. path: where they lie. offset: the time step of sigmas[0], 1 on FLOW.
-    log: interpolate between time steps in log sigma (k-diffusion) or in sigma (diffusers).
+    log: interpolate between time steps in log sigma (k-diffusion) or in sigma (diffusers). shift: by which levels of
+    FLOW that are spaced evenly were moved to be these.
     """
 
     sigmas: Tensor
     path: Path = VE
     offset: int = 0
     log: bool = field(default=True)
+    shift: float = 1.0
 
     @property
     def sigma_min(self) -> float:
@@ -64,7 +66,7 @@ class NoiseLevels:
 def flow_levels(shift: float = 1.0, steps: int = 1000) -> NoiseLevels:
     """FLOW levels 1/steps … 1, moved by `shift` (SD3: 3). A flow network is told sigma, not the place."""
     sigmas = shift_sigma(torch.arange(1, steps + 1, dtype=torch.float64) / steps, shift)
-    return NoiseLevels(sigmas, FLOW, offset=1, log=False)
+    return NoiseLevels(sigmas, FLOW, offset=1, log=False, shift=shift)
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -206,9 +208,48 @@ def linear(steps: int, levels: NoiseLevels) -> Tensor:
 
 def flow_shift(steps: int, levels: NoiseLevels, shift: float = 3.0) -> Tensor:
     """`linear` moved towards noise by `shift` (Esser et al. 2024, eq. 23; SD3 uses 3). FLOW only."""
-    if levels.path is not FLOW:
-        raise InputError("schedule flow_shift needs a flow model; use karras or normal", argument="schedule")
+    _flow_only("flow_shift", levels)
     return shift_sigma(linear(steps, levels), shift)
+
+
+def flow_match(steps: int, levels: NoiseLevels) -> Tensor:
+    """sigma spaced evenly between the model's ends, both included, then moved by the model's shift once more. It is the
+    grid of diffusers' FlowMatchEulerDiscreteScheduler, of Stability's reference, and of ComfyUI's `normal`. FLOW only.
+    """
+    _flow_only("flow_match", levels)
+    even = torch.linspace(levels.sigma_max, levels.sigma_min, steps, dtype=torch.float64)
+    return _ending(shift_sigma(even, levels.shift))
+
+
+def flow_dynamic(
+    steps: int,
+    levels: NoiseLevels,
+    tokens: int | None = None,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+) -> Tensor:
+    """sigma spaced evenly from 1, moved by exp(mu), where mu grows with the picture from 0.5 at 256 tokens to 1.15 at
+    4096: diffusers' `use_dynamic_shifting`. FLOW only.
+
+    tokens: of the picture, as the network cuts it. The model's own shift does not count.
+    """
+    _flow_only("flow_dynamic", levels)
+    if tokens is None:
+        raise InputError(
+            "schedule flow_dynamic must know how many tokens the picture has, which this model does not tell; use "
+            "flow_shift",
+            argument="schedule",
+        )
+    mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+    even = torch.linspace(1, 1 / len(levels.sigmas), steps, dtype=torch.float64)
+    return _ending(shift_sigma(even, math.exp(mu)))
+
+
+def _flow_only(name: str, levels: NoiseLevels) -> None:
+    if levels.path is not FLOW:
+        raise InputError(f"schedule {name} needs a flow model; use karras or normal", argument="schedule")
 
 
 AYS = {  # Sabour et al. 2024, Align Your Steps: the authors' published levels for ten steps
@@ -233,6 +274,19 @@ def ays(steps: int, levels: NoiseLevels, table: str = "sd") -> Tensor:
     return _ending((known[low] + (place - low) * (known[low + 1] - known[low])).exp())
 
 
+def share_interval(sigmas: Tensor, start: float, stop: float) -> tuple[float, float]:
+    """(low, high) of the levels low < sigma <= high of a schedule's steps i with start · S < i < stop · S, from 0 on.
+
+    So Stability's reference and diffusers say when skip-layer guidance acts; step 0 is never among them. The same
+    two numbers, between which nothing lies, where there is no such step.
+    """
+    steps = len(sigmas) - 1
+    first, last = math.floor(start * steps) + 1, math.ceil(stop * steps) - 1
+    if first > last or first > steps - 1:
+        return 0.0, 0.0
+    return float(sigmas[min(last, steps - 1) + 1]), float(sigmas[first])
+
+
 def _ending(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
@@ -254,18 +308,24 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "ays": ays,
     "linear": linear,
     "flow_shift": flow_shift,
+    "flow_match": flow_match,
+    "flow_dynamic": flow_dynamic,
 }
+SIZED = {"flow_dynamic"}  # schedules that depend on how large the picture is
 
 
-def sigmas_for(name: str, steps: int, levels: NoiseLevels) -> Tensor:
-    """The named schedule with its default options: (steps + 1,) float64, strictly decreasing to 0."""
+def sigmas_for(name: str, steps: int, levels: NoiseLevels, tokens: int | None = None) -> Tensor:
+    """The named schedule with its default options: (steps + 1,) float64, strictly decreasing to 0.
+
+    tokens: how many of them a network makes of the picture, for the schedules that ask.
+    """
     if name not in SCHEDULES:
         raise InputError(
             f"schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}", argument="schedule"
         )
     if steps < 1:
         raise InputError(f"steps must be at least 1, not {steps}", argument="steps")
-    sigmas = SCHEDULES[name](steps, levels)
+    sigmas = SCHEDULES[name](steps, levels, **({"tokens": tokens} if name in SIZED else {}))
     if not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise InputError(
             f"schedule {name} cannot make {steps} different levels for this model; use fewer steps",

@@ -18,6 +18,7 @@ others made are opened by `CHECKPOINTS`, which tells their families apart by nam
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def open_model(
         path.is_dir() and any((path / n).is_file() for n in ("model_index.json", "config.json"))
     ):
         asked |= {"offload": "model"} if lazy else {}
-        return importlib.import_module(CHECKPOINTS).open_system(path, device, dtype, **asked)
+        return _open_checkpoint(importlib.import_module(CHECKPOINTS), path, device, dtype, asked)
     family = family_of(path)
     if asked:
         raise InputError(
@@ -101,3 +102,17 @@ def open_model(
             argument=next(iter(asked)),
         )
     return family.open_folder(model_folder(path), device)
+
+
+def _open_checkpoint(
+    module: ModuleType, path: Path, device: torch.device, dtype: torch.dtype, asked: dict[str, Any]
+) -> Any:
+    """By the module's `open_system`. `InputError` for what that does not know: an option of another family."""
+    known = inspect.signature(module.open_system).parameters
+    for name in asked:
+        if name not in known:
+            raise InputError(
+                f"{name} is for checkpoints of another family than that of {str(path)!r}; leave it out",
+                argument=name,
+            )
+    return module.open_system(path, device, dtype, **asked)

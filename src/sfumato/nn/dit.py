@@ -6,6 +6,7 @@ all blocks plus a learned offset each; DiT-Air (2503.10618) for the single strea
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +65,16 @@ class DiT(nn.Module):
         """Number of blocks before the label head reads the latent tokens."""
         return max(1, self.config.depth // 2)
 
-    def forward(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        """x: (B, C, T, H, W); time: (B,) or scalar in [0, 1]; returns (B, C, T, H, W)."""
-        return self.forward_with_labels(x, time, cond)[0]
+    def forward(
+        self, x: Tensor, time: Tensor, cond: Conditioning, skip_layers: Collection[int] = ()
+    ) -> Tensor:
+        """x: (B, C, T, H, W); time: (B,) or scalar in [0, 1]; returns (B, C, T, H, W).
+
+        skip_layers: blocks to leave out, counted from 0.
+        """
+        h, c, positions = self._enter(x, time, cond)
+        h, _ = self._run_blocks(h, c, positions, cond, skip_layers)
+        return self._leave(h, c, x)
 
     def forward_with_labels(
         self, x: Tensor, time: Tensor, cond: Conditioning
@@ -113,9 +121,9 @@ class DiT(nn.Module):
         return (cond.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def _run_blocks(
-        self, h: Tensor, c: Tensor, positions: Tensor, cond: Conditioning
+        self, h: Tensor, c: Tensor, positions: Tensor, cond: Conditioning, skipped: Collection[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, M + N, D) → the same after all blocks, and the label head's logits."""
+        """(B, M + N, D) → the same after all blocks but the `skipped`, and the label head's logits."""
         B, M, N = len(h), h.shape[1] - len(positions), len(positions)
         angles = rope_angles(positions, self.config.width // self.config.heads)
         angles = torch.cat([angles.new_zeros(M, angles.shape[1]), angles])  # words do not turn
@@ -125,7 +133,8 @@ class DiT(nn.Module):
 
         labels = None
         for i, block in enumerate(self.blocks):
-            h = block(h, cos, sin, mask, shared + self.offsets[i])
+            if i not in skipped:
+                h = block(h, cos, sin, mask, shared + self.offsets[i])
             if self.label_out is not None and i + 1 == self.label_depth:
                 labels = self.label_out(rms_norm(h[:, M:]))
         return h, labels

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sfumato.nn.attention import products_are_fast
 from sfumato.nn.spatial import GEGLU
@@ -20,7 +19,7 @@ from sfumato.nn.unet import Upsample
 
 ROWS = 2048  # tokens, and
 CELLS = 32  # cells per side, for which oneDNN picks its tiles; any other number gives the same answers
-SLICE = 128  # output channels of a kernel that are worked on at a time
+SLICE = 128  # input channels of a kernel that are worked on at a time
 
 
 def pack(network: nn.Module) -> int:
@@ -124,8 +123,7 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.form = (list(padding), list(stride), list(dilation), groups)
         shape = [1, weight.shape[1] * groups, *cells]
-        weight = weight.detach().contiguous(memory_format=torch.channels_last)
-        self.tiles = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.form, shape)
+        self.tiles = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.form, shape)
         self.bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,15 +160,14 @@ class PackedUpsample(nn.Module):
 def shared_kernel(weight: Tensor) -> Tensor:
     """(O, C, 3, 3) of a convolution → (C, O, 4, 4) of the transposed one that also doubles the sides, channels last.
 
-    Along each side (a, b, c) becomes (c, b + c, a + b, a): what neighbouring outputs take from one input cell.
+    Along each side (a, b, c) becomes (c, b + c, a + b, a): what neighbouring outputs take from one input cell. Both
+    sides at once are a product with a matrix of zeros and ones, in float32.
     """
     O, C = weight.shape[:2]
-    shared = weight.new_empty(C, O, 4, 4).contiguous(memory_format=torch.channels_last)
-    for o in range(
-        0, O, SLICE
-    ):  # in float32, which of a large layer would take hundreds of megabytes at once
-        kernel = functional.pad(weight[o : o + SLICE].float().flip(2, 3), (1, 1, 1, 1))
-        kernel = kernel[:, :, :-1] + kernel[:, :, 1:]
-        kernel = kernel[..., :-1] + kernel[..., 1:]
-        shared[:, o : o + SLICE] = kernel.transpose(0, 1)
-    return shared
+    side = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
+    both = torch.kron(side, side)  # (16, 9)
+    shared = weight.new_empty(C, 4, 4, O)
+    for c in range(0, C, SLICE):  # a large layer would take hundreds of megabytes at once
+        kernels = weight[:, c : c + SLICE].flatten(2).permute(1, 2, 0).float()
+        shared[c : c + SLICE] = (both @ kernels).unflatten(1, (4, 4))
+    return shared.permute(0, 3, 1, 2)

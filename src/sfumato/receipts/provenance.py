@@ -133,7 +133,8 @@ class Like:
 
     request: fields of a `Request`. model: its name. weights: its hashes, if we drew it; refiner, refiner_weights:
     the same of a second model. embeddings, loras: names of textual inversions and of LoRAs, and hashes or their
-    beginnings. ignored: settings of other programs that were not taken over.
+    beginnings. without: names of text encoders that were left out. ignored: settings of other programs that were not
+    taken over.
     """
 
     request: dict[str, Any]
@@ -142,6 +143,7 @@ class Like:
     refiner: str | None = None
     refiner_weights: dict[str, str] | None = None
     embeddings: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     loras: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
@@ -190,6 +192,7 @@ def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Col
         refiner["model"] if isinstance(refiner.get("model"), str) else None,
         refiner["weights"] if isinstance(refiner.get("weights"), dict) else None,
         _hashes(recipe.get("embeddings")),
+        tuple(map(str, without)) if isinstance(without := recipe.get("without"), list) else (),
         _hashes(recipe.get("loras")),
     )
 

@@ -18,7 +18,7 @@ in any of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from sfumato.text.windows import Window, empty_window
 
 WEIGHTINGS = ("a1111", "a1111_no_norm", "comfy", "compel", "none")
 LEAST = 1e-5  # compel's floor for a weight, where tan is still finite
+Hidden = Sequence[tuple[int, int]]  # for each row, from where to where no token may look
+Encode = Callable[[Sequence[Window], Hidden], tuple[Tensor, Tensor | None]]
 
 
 def encode_windows(
@@ -46,6 +48,27 @@ def encode_windows(
     clip_skip and final_norm as in `ClipTextEncoder`. Windows that occur several times are encoded once. `InputError`
     for an unknown weighting, and for prompts of different numbers of windows (`windows.level` evens them).
     """
+
+    def encode(rows: Sequence[Window], hidden: Hidden) -> tuple[Tensor, Tensor | None]:
+        device = encoder.text_model.embeddings.token_embedding.weight.device
+        placed = [
+            (row, start, inversion.vectors)
+            for row, window in enumerate(rows)
+            for start, inversion in window.inversions
+        ]
+        ids, visible = ids_of(rows, device), visible_of(rows, hidden, device)
+        return encoder(ids, placed, visible, clip_skip, final_norm)
+
+    return encode_rows(encode, empty_window(tokenizer), prompts, weighting)
+
+
+def encode_rows(
+    encode: Encode, nothing: Window, prompts: Sequence[Sequence[Window]], weighting: str = "a1111"
+) -> tuple[Tensor, Tensor | None]:
+    """`encode_windows` with any encoder of windows of any one size N: features (B, N·k, D), and pooled.
+
+    nothing: the window of an empty prompt.
+    """
     weighting_named(weighting)
     if len({len(windows) for windows in prompts}) != 1:
         raise InputError("prompts encoded together must have one number of windows", argument="prompts")
@@ -54,11 +77,11 @@ def encode_windows(
     weighted = [] if weighting == "none" else [window for window in rows if window.weighted]
 
     # rows: the windows, then an empty one, then the windows without one of their weak stretches
-    hidden: list[tuple[int, int]] = [(0, 0)] * len(rows)
+    hidden = [(0, 0)] * len(rows)
     stretches: dict[Window, list[tuple[float, int]]] = {}  # weight of the stretch, row without it
     empty = len(rows)
     if weighted and weighting in ("comfy", "compel"):
-        rows.append(empty_window(tokenizer))
+        rows.append(nothing)
         hidden.append((0, 0))
     if weighting == "compel":
         for window in weighted:
@@ -67,7 +90,7 @@ def encode_windows(
                 rows.append(window)
                 hidden.append((start, stop))
 
-    z, pooled = _encode(encoder, rows, hidden, clip_skip, final_norm)
+    z, pooled = encode(rows, hidden)
     out = z.clone()
     for window in weighted:
         place = places[window]
@@ -80,7 +103,7 @@ def encode_windows(
             parts = [(w, from_empty(z[row], weights, z[empty])) for w, row in stretches[window]]
             out[place] = blended(out[place], parts)
     index = torch.tensor([[places[window] for window in windows] for windows in prompts], device=z.device)
-    features = out[index].flatten(1, 2)  # (B, k, 77, D) → (B, 77·k, D)
+    features = out[index].flatten(1, 2)  # (B, k, N, D) → (B, N·k, D)
     return features, None if pooled is None else pooled[index[:, 0]]
 
 
@@ -94,7 +117,7 @@ def weighting_named(name: str) -> str:
 
 
 def scaled(z: Tensor, weights: Tensor, keep_mean: bool = True) -> Tensor:
-    """z·w, and with keep_mean brought back to z's mean. z: (77, D); weights: (77, 1)."""
+    """z·w, and with keep_mean brought back to z's mean. z: (N, D); weights: (N, 1)."""
     weighed = z.float() * weights
     if keep_mean:
         weighed = weighed * (z.float().mean() / weighed.mean())
@@ -102,7 +125,7 @@ def scaled(z: Tensor, weights: Tensor, keep_mean: bool = True) -> Tensor:
 
 
 def from_empty(z: Tensor, weights: Tensor, empty: Tensor) -> Tensor:
-    """e + (z − e)·w; z itself where w is 1. z and empty: (77, D); weights: (77, 1)."""
+    """e + (z − e)·w; z itself where w is 1. z and empty: (N, D); weights: (N, 1)."""
     base = empty.float()
     return torch.where(weights == 1, z, (base + (z.float() - base) * weights).to(z.dtype))
 
@@ -116,27 +139,19 @@ def blended(z: Tensor, without: Sequence[tuple[float, Tensor]]) -> Tensor:
     return (total / (1 + sum(shares))).to(z.dtype)
 
 
-def _encode(
-    encoder: ClipTextEncoder,
-    rows: Sequence[Window],
-    hidden: Sequence[tuple[int, int]],
-    clip_skip: int,
-    final_norm: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(R, 77, D) and pooled; `hidden` gives for each row the places no token may look at."""
-    device = encoder.text_model.embeddings.token_embedding.weight.device
-    ids = torch.tensor([window.ids for window in rows], device=device)  # (R, 77)
-    visible = None
-    if any(stop for _, stop in hidden):
-        visible = torch.ones_like(ids, dtype=torch.bool)
-        for row, (start, stop) in zip(visible, hidden, strict=True):
-            row[start:stop] = False
-    placed = [
-        (row, start, inversion.vectors)
-        for row, window in enumerate(rows)
-        for start, inversion in window.inversions
-    ]
-    return encoder(ids, placed, visible, clip_skip, final_norm)
+def ids_of(rows: Sequence[Window], device: torch.device) -> Tensor:
+    """(R, N) int64."""
+    return torch.tensor([window.ids for window in rows], device=device)
+
+
+def visible_of(rows: Sequence[Window], hidden: Hidden, device: torch.device) -> Tensor | None:
+    """(R, N) bool, False where no token may look; None where every one may everywhere."""
+    if not any(stop for _, stop in hidden):
+        return None
+    visible = torch.ones(len(rows), len(rows[0].ids), dtype=torch.bool, device=device)
+    for row, (start, stop) in zip(visible, hidden, strict=True):
+        row[start:stop] = False
+    return visible
 
 
 def _weak(weights: Sequence[float]) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ MAX_WEIGHT = 100.0  # far beyond what still gives a picture
 
 @dataclass(frozen=True)
 class Window:
-    """One row for the encoder. ids and weights: 77 each, with bos, eos and padding, whose weight is 1.
+    """One row for an encoder. ids and weights: one of each for a place, CLIP's 77, with marks and padding, of weight 1.
 
     inversions: where each begins among the 77 positions; the ids below its vectors are placeholders.
     """
@@ -78,17 +78,20 @@ def empty_window(tokenizer: ClipTokenizer) -> Window:
     return _window([], tokenizer)
 
 
-def level(rows: Sequence[Sequence[Window]], tokenizer: ClipTokenizer) -> list[tuple[Window, ...]]:
-    """Give every prompt the number of windows of the longest by empty ones at its end, as A1111 does.
+def level(
+    rows: Sequence[Sequence[Window]], tokenizer: ClipTokenizer, least: int = 1
+) -> list[tuple[Window, ...]]:
+    """Give every prompt the number of windows of the longest, or `least`, by empty ones at its end, as A1111 does.
 
     Features of prompts that a denoiser reads side by side must be of one length. The empty windows are read too, so a
     picture's prompt and its negative belong in one call and prompts of different pictures better do not.
     """
-    longest = max(map(len, rows))
+    longest = max(least, *map(len, rows))
     return [(*row, *[empty_window(tokenizer)] * (longest - len(row))) for row in rows]
 
 
-def _units(piece: Piece, tokenizer: ClipTokenizer, triggers: Triggers) -> list[_Unit]:
+def check_weight(piece: Piece) -> None:
+    """`InputError` for a weight that is no number, or beyond ±100."""
     if not math.isfinite(piece.weight) or abs(piece.weight) > MAX_WEIGHT:
         shown = piece.text if len(piece.text) <= 40 else piece.text[:37] + "..."
         raise InputError(
@@ -96,6 +99,10 @@ def _units(piece: Piece, tokenizer: ClipTokenizer, triggers: Triggers) -> list[_
             f"{MAX_WEIGHT:g}",
             argument="prompt",
         )
+
+
+def _units(piece: Piece, tokenizer: ClipTokenizer, triggers: Triggers) -> list[_Unit]:
+    check_weight(piece)
     ids = tokenizer.encode(piece.text)
     units, place = [], 0
     while place < len(ids):

@@ -39,7 +39,7 @@ class Preset:
             size=self.size,
         ).validate()
         sampler_named(self.sampler)
-        sigmas_for(self.schedule, self.steps, flow_levels())
+        sigmas_for(self.schedule, self.steps, flow_levels(), tokens=1)
         numbers = isinstance(self.interval, tuple) and all(isinstance(v, int | float) for v in self.interval)
         if not (numbers and len(self.interval) == 2 and self.interval[0] <= self.interval[1]):
             raise InputError(f"interval must be (low, high), not {self.interval!r}", argument="interval")

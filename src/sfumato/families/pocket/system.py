@@ -104,8 +104,20 @@ class System:
         ids, mask = ids.to(device), mask.to(device)
         return Conditioning(self.denoiser.text(ids, mask), mask)
 
-    def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        return self.denoiser.dit(x, time, cond)
+    def network(
+        self, x: Tensor, time: Tensor, cond: Conditioning, skip_layers: tuple[int, ...] = ()
+    ) -> Tensor:
+        return self.denoiser.dit(x, time, cond, skip_layers)
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the DiT, of which `network` can leave some out."""
+        return self.config.denoiser.depth
+
+    def picture_tokens(self, height: int, width: int) -> int:
+        """Tokens that the DiT makes of a picture in pixels."""
+        side = self.config.autoencoder.factor * self.config.denoiser.patch
+        return (height // side) * (width // side)
 
     @property
     def reuse_order(self) -> int:

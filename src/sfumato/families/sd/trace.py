@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sfumato.autoencoder.memory import peak_bytes
 from sfumato.autoencoder.model import PIXEL_CHANNELS
+from sfumato.checkpoint.cast import copy_bytes, copy_into
 from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.families.sd.networks import Networks
 from sfumato.families.sd.openers import openers, require_offload
 from sfumato.families.sd.system import System
-from sfumato.memory import LiveBytes, Stage, tracing
+from sfumato.memory import LiveBytes, Stage, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
 
 # Holes that freed blocks leave in the C library's memory, as a share of what a pass holds. Not traced but measured, 0.5
 # to 2 (benchmarks/memory.py); who offloads leaves none (`memory.leave_no_holes`).
 HOLES = 1
+WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
+    attention: lambda q, *more: (attention_bytes(q, *more), lambda: torch.empty_like(q)),
+    copy_into: lambda out, tensor: (copy_bytes(out, tensor), None),
+}
 
 
 class Numberless(Mapping[str, Tensor]):
@@ -53,7 +58,7 @@ def trace(
     parts = {name: Numberless(part) for name, part in system.adapters.parts.items()}
     cpu, keeps = system.device.type == "cpu", offload == "none"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
-    with tracing({attention: attention_bytes}) as tracer:
+    with tracing(WHOLE) as tracer:
         networks, weights, loading = {}, {}, []
         for name, opener in openers(system, parts, stream=offload == "sequential").items():
             before = tracer.now

@@ -1,0 +1,244 @@
+"""Prompts to what Stable Diffusion 3's transformer is told (Esser et al. 2024, 2403.03206, sec. 4 and app. B.3).
+
+    clip_l   CLIP-L            the layer before the last, no norm   (B, 77·k, 768)    pooled, projected (B, 768)
+    clip_g   OpenCLIP-bigG     the layer before the last, no norm   (B, 77·k, 1280)   pooled, projected (B, 1280)
+    t5       T5 v1.1 XXL       the last layer, final norm           (B, n, 4096)
+
+    tokens (B, 77·k + n, 4096): CLIP's features side by side, filled up with zeros; after them T5's.
+    pooled (B, 2048): both embeddings side by side.
+
+n is 256, as in diffusers, unless a request says otherwise; padding is read, no mask is told (diffusers,
+pipeline_stable_diffusion_3.py, `encode_prompt`). A longer prompt gets the CLIP windows and the T5 tokens that it needs.
+"No negative prompt" is the empty one.
+
+An encoder that is left out leaves zeros in its place: so training dropped each of the three, with probability 0.463.
+For T5 that is what diffusers does, with n tokens of zeros; for one of the CLIPs what ComfyUI does. Where they part:
+ComfyUI tells no T5 tokens at all without T5, and no CLIP tokens without both CLIPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sfumato.errors import CheckpointError, InputError
+from sfumato.text.clip_tokens import ClipTokenizer
+from sfumato.text.syntax import Sections, parse, rule_named
+from sfumato.text.t5 import T5Encoder
+from sfumato.text.t5_tokens import LENGTH, T5Tokenizer
+from sfumato.text.t5_tokens import lay_out as lay_out_t5
+from sfumato.text.weighting import Hidden, encode_rows, encode_windows, ids_of, visible_of, weighting_named
+from sfumato.text.windows import BACKTRACK, Window, lay_out, level
+from sfumato.text.windows import LENGTH as WINDOW
+from sfumato.types import MAX_TEXT_LENGTH as MOST
+
+CLIP_SKIP = 2  # the layer before the last
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder. name: users' for it; part: its folder's; title: in messages; pad: as for `ClipTokenizer`."""
+
+    name: str
+    part: str
+    title: str
+    pad: int | None = None
+
+
+READERS = (
+    Reader("clip_l", "text_encoder", "CLIP-L"),
+    Reader("clip_g", "text_encoder_2", "CLIP-G", pad=0),
+    Reader("t5", "text_encoder_3", "T5"),
+)
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """What the encoders' features measure, there or left out. joint: of a token that the transformer reads."""
+
+    clip: tuple[int, int] = (768, 1280)
+    pooled: tuple[int, int] = (768, 1280)
+    joint: int = 4096
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How prompts are read. rule, weighting, backtrack: as for Stable Diffusion; clip_skip: the layer read of the
+    CLIPs, 1 the last, None the one before it; diffusers' `clip_skip` plus 2, which skips none of a negative prompt's.
+    length: T5's tokens, at least.
+    """
+
+    rule: str = "a1111"
+    weighting: str | None = None
+    clip_skip: int | None = None
+    backtrack: int = BACKTRACK
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        rule_named(self.rule)
+        if self.weighting is not None:
+            weighting_named(self.weighting)
+        if self.length is not None and not 1 <= self.length <= MOST:
+            raise InputError(
+                f"text_length must be from 1 to {MOST} tokens of T5, not {self.length}",
+                argument="text_length",
+            )
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """tokens: (B, N, 4096). pooled: (B, 2048)."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class TextStack:
+    """The text encoders that are read, by their parts' names.
+
+    encoders: a part's encoder, opened when it is asked for. One is asked for when the one before has answered and is
+    not held here any more, so that a mapping which keeps the last alone has no two in memory. tokenizers: of the parts
+    that are read; for the others there are zeros.
+    """
+
+    encoders: Mapping[str, Any]
+    tokenizers: Mapping[str, ClipTokenizer | T5Tokenizer]
+    shape: TextShape = TextShape()
+
+    def __post_init__(self) -> None:
+        known = {reader.part for reader in READERS}
+        if not self.tokenizers or not self.tokenizers.keys() <= known:
+            raise InputError(f"text encoders are some of {', '.join(sorted(known))}")
+
+
+def readers_of(there: Collection[str], without: Iterable[str], name: str) -> tuple[Reader, ...]:
+    """The encoders to read of a checkpoint `name` that has the parts `there`, without those that a user leaves out.
+
+    `InputError` for the name of no encoder, and where none is left; `CheckpointError` for one that is missing and not
+    left out, which says how to do either.
+    """
+    without = tuple(without)
+    known = [reader.name for reader in READERS]
+    for other in without:
+        if other not in known:
+            raise InputError(
+                f"this model has no text encoder {other!r} to leave out; it has {', '.join(known)}",
+                argument="without",
+            )
+    wanted = tuple(reader for reader in READERS if reader.name not in without)
+    if not wanted:
+        raise InputError("all text encoders are left out; leave one in", argument="without")
+    missing = [reader for reader in wanted if reader.part not in there]
+    if missing:
+        flags = " ".join(f"--no-{reader.name.replace('_', '-')}" for reader in missing)
+        raise CheckpointError(
+            f"{name} holds no {' and no '.join(reader.title for reader in missing)}; give "
+            f"{'its file' if len(missing) == 1 else 'their files'} by --parts, or draw without by {flags}"
+        )
+    return wanted
+
+
+def encode_prompts(
+    stack: TextStack,
+    prompts: Sequence[str],
+    negatives: Sequence[str | None] | None = None,
+    options: TextOptions | None = None,
+) -> tuple[TextFeatures, TextFeatures | None]:
+    """Features of the prompts and of their negatives, all of one number of tokens.
+
+    negatives: one for each prompt, None within it for the empty text; None altogether where nothing guides away from
+    them, and then no negative features come back. Prompts of one call should belong together, since a shorter one is
+    filled up to the longest. Deterministic; float32, on the encoders' device.
+    """
+    options = TextOptions() if options is None else options
+    if not prompts:
+        raise InputError("give at least one prompt", argument="prompts")
+    if negatives is not None and len(negatives) != len(prompts):
+        raise InputError(
+            f"{len(prompts)} prompts need as many negatives, not {len(negatives)}", argument="negatives"
+        )
+    texts = [*prompts, *(text or "" for text in negatives or ())]
+    sections = [parse(text, options.rule) for text in texts]
+    features = _encode(stack, sections, options)
+    count = len(prompts)
+    if negatives is None:
+        return features, None
+    return (
+        TextFeatures(features.tokens[:count], features.pooled[:count]),
+        TextFeatures(features.tokens[count:], features.pooled[count:]),
+    )
+
+
+def _encode(stack: TextStack, sections: Sequence[Sections], options: TextOptions) -> TextFeatures:
+    *clips, t5 = READERS
+    # every window is laid out before an encoder is opened: a prompt that cannot be read costs nothing
+    rows = {
+        clip.part: [lay_out(prompt, tokenizer, (), options.backtrack) for prompt in sections]
+        for clip in clips
+        if (tokenizer := stack.tokenizers.get(clip.part)) is not None
+    }
+    length = LENGTH if options.length is None else options.length
+    t5_tokenizer = stack.tokenizers.get(t5.part)
+    t5_rows = [] if t5_tokenizer is None else lay_out_t5(sections, t5_tokenizer, length)
+    windows = max((len(row) for part in rows.values() for row in part), default=1)
+
+    found: list[Tensor | None] = []
+    pooled: list[Tensor | None] = []
+    for clip in clips:
+        tokenizer = stack.tokenizers.get(clip.part)
+        if tokenizer is None:
+            found.append(None)
+            pooled.append(None)
+            continue
+        features, embedding = encode_windows(
+            stack.encoders[clip.part],
+            tokenizer,
+            level(rows[clip.part], tokenizer, windows),
+            clip_skip=CLIP_SKIP if options.clip_skip is None else options.clip_skip,
+            final_norm=False,
+            weighting=_weighting(options),
+        )
+        found.append(features)  # (B, 77·k, D of this encoder)
+        pooled.append(embedding)
+    last = (
+        None if t5_tokenizer is None else _encode_t5(stack.encoders[t5.part], t5_tokenizer, t5_rows, options)
+    )
+
+    there = next(tensor for tensor in (*found, last) if tensor is not None)
+    count, shape = len(sections), stack.shape
+
+    def filled(tensor: Tensor | None, *size: int) -> Tensor:
+        if tensor is None:
+            return torch.zeros(count, *size, device=there.device)
+        return tensor.float().to(there.device)
+
+    side_by_side = torch.cat(
+        [filled(one, WINDOW * windows, width) for one, width in zip(found, shape.clip, strict=True)], dim=-1
+    )
+    of_clip = functional.pad(side_by_side, (0, shape.joint - side_by_side.shape[-1]))  # (B, 77·k, 4096)
+    tokens = torch.cat([of_clip, filled(last, length, shape.joint)], dim=1)  # (B, 77·k + n, 4096)
+    vectors = [filled(one, width) for one, width in zip(pooled, shape.pooled, strict=True)]
+    return TextFeatures(tokens, torch.cat(vectors, dim=-1))
+
+
+def _encode_t5(
+    encoder: T5Encoder, tokenizer: T5Tokenizer, rows: Sequence[Window], options: TextOptions
+) -> Tensor:
+    """(B, n, 4096)."""
+
+    def encode(rows: Sequence[Window], hidden: Hidden) -> tuple[Tensor, None]:
+        device = encoder.device
+        return encoder(ids_of(rows, device), visible_of(rows, hidden, device)), None
+
+    nothing = lay_out_t5([((),)], tokenizer, len(rows[0].ids))[0]
+    return encode_rows(encode, nothing, [(row,) for row in rows], _weighting(options))[0]
+
+
+def _weighting(options: TextOptions) -> str:
+    return options.rule if options.weighting is None else options.weighting
