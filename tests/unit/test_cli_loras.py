@@ -157,6 +157,20 @@ def test_a_part_is_taken_only_when_asked_for(model, capsys):
     assert (drawn == draw(model, "--lora", "ink.safetensors")).all()
 
 
+def test_a_refiner_is_drawn_with_as_it_is(tmp_path_factory, capsys):
+    """A LoRA is the base's: the refiner neither needs it nor minds it."""
+    base, refiner = (
+        str(write(kind, tmp_path_factory.mktemp(kind) / "model")) for kind in ("sdxl", "sdxl-refiner")
+    )
+    with_refiner = ["--refiner", f"{refiner}:0.5"]
+    module = KEY.replace("attn1_to_q", "attn1_to_out_0")
+    save_file({f"{module}.diff": torch.eye(64)}, "eye.safetensors")
+    plain = draw(base, *with_refiner)
+    drawn = draw(base, *with_refiner, "--lora", "eye.safetensors:0.5")
+    assert (drawn != plain).any() and list(read_recipe("out.png")["loras"]) == ["eye"]
+    assert (draw(base, *with_refiner, "--lora", "eye.safetensors:0") == plain).all()
+
+
 def test_a_plan_with_a_lora_draws_nothing(model, capsys):
     assert run(["generate", "x", "-m", model, *LIGHT, "--lora", "ink.safetensors", "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"] and not Path("out.png").exists()

@@ -44,8 +44,8 @@ class Folded(Mapping[str, Tensor]):
         return folded(self.base[name], changes) if changes else self.base[name]
 
     def cast(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        """The tensor for who wants it in `dtype`: to bfloat16, which has float32's range, it is rounded as it is folded;
-        other types are the caller's to make.
+        """The tensor for who wants it in `dtype`: rounded as it is folded to bfloat16, which has float32's range; other
+        types are the caller's to make.
         """
         changes = self.changes.get(name)
         if changes and dtype == torch.bfloat16:

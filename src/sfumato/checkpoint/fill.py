@@ -199,7 +199,7 @@ def _read_layer(
     device: torch.device | str | None,
     room: Room | None = None,
 ) -> nn.Module:
-    """A layer with its weights, in memory of their own or in `room`, from one on the meta device that stays as it is."""
+    """A layer with its weights, in memory of their own or in `room`, from one on the meta device that stays so."""
     layer = _twin_of(blank)
     ready: dict[str, Tensor] = {}
     for name, expected in layer.state_dict().items():
