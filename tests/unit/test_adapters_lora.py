@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sfumato.adapters.delta import change_of
 from sfumato.adapters.lora import Lora, read_lora
-from sfumato.checkpoint.rules import shapes
+from sfumato.adapters.names import Names, PartNames, modules
+from sfumato.checkpoint.rules import KeyMap, Rename, Split, shapes
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.sd.adapters import few_steps, names_of
 from sfumato.families.sd.checkpoint import open_checkpoint
@@ -388,3 +389,23 @@ def test_how_much_it_changes(bases, tmp_path):
     up, down = factors(parts["unet"], module)
     right = float((up.double() @ down.double()).norm() / parts["unet"][f"{module}.weight"].double().norm())
     assert found.relative(parts) == {"unet": pytest.approx(right, rel=1e-5)}
+
+
+def test_a_fused_layer_of_theirs_is_three_of_ours(tmp_path):
+    """As in Stable Diffusion 3, whose original names have one layer for q, k and v: a table says it all."""
+    table = KeyMap(
+        (
+            Split(
+                "joint_blocks.0.qkv.weight", ("block.to_q.weight", "block.to_k.weight", "block.to_v.weight")
+            ),
+            Rename("joint_blocks.0.proj.weight", "block.to_out.weight"),
+        )
+    )
+    names = Names("sd3", (PartNames("transformer", (modules(table),), ("transformer.",), ("lora_unet_",)),))
+    up, down = torch.randn(3 * 8, 2), torch.randn(2, 8)
+    sizes = {"transformer": {f"block.to_{x}.weight": (8, 8) for x in ("q", "k", "v", "out")}}
+    for key, ends in (("lora_unet_joint_blocks_0_qkv", KOHYA), ("transformer.joint_blocks.0.qkv", PEFT)):
+        save_file({key + ends[0]: up, key + ends[1]: down}, tmp_path / "ink.safetensors")
+        deltas = read_lora(tmp_path / "ink.safetensors", names, sizes).deltas["transformer"]
+        found = [change_of(deltas[f"block.to_{x}.weight"], torch.zeros(8, 8)) for x in "qkv"]
+        assert torch.allclose(torch.cat(found), up @ down, atol=1e-5)
