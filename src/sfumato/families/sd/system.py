@@ -48,6 +48,7 @@ from sfumato.families.sd.openers import (
 )
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
+from sfumato.families.trainee import Trainee
 from sfumato.memory import Stage
 from sfumato.nn.embed import sinusoid
 from sfumato.nn.openvino import OpenVINOUNet
@@ -163,6 +164,12 @@ class System:
         from sfumato.families.sd.trace import trace  # which needs this module
 
         return trace(self, request, size, batch, encodes=encodes, offload=offload)
+
+    def trainee(self, text: bool) -> Trainee:
+        """Itself as a model that a LoRA is trained for, its text encoders too with `text`; see `training.trainee`."""
+        from sfumato.families.sd.training import trainee  # which needs this module
+
+        return trainee(self, text)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
