@@ -43,13 +43,14 @@ NOTES = {  # sources: Stability-AI/ModelSpec, architectures; kohya-ss/sd-scripts
 def trainee(system: System, text: bool) -> Trainee:
     """The U-Net, and with `text` the text encoders, in plain layers of the system's own precision.
 
-    `InputError` for kinds that are not trained here: inpainting, refiners, and those that few steps were distilled into.
+    `InputError` for kinds that are not trained here: inpainting, refiners, latent consistency models.
     """
     kind = system.config.kind
-    if kind not in TRAINED or system.config.consistent:
+    lcm = system.config.distilled == "lcm"
+    if kind not in TRAINED or lcm:
         raise InputError(
             f"LoRAs are trained for {', '.join(TRAINED)}, not for {kind}"
-            + (" distilled into few steps" if system.config.consistent else ""),
+            + (" as a latent consistency model" if lcm else ""),
             argument="lora.base",
         )
     if system.dtype == torch.int8 or system.engine != "torch":
@@ -86,7 +87,7 @@ def trainee(system: System, text: bool) -> Trainee:
         repeated=tuple(m for m in unet.modules() if isinstance(m, TransformerBlock | Resnet)),
         parameterization=own.parameterization,
         levels=own.levels,
-        reader=functools.partial(_reader, own),
+        reader=functools.partial(reader, own),
         sized=functools.partial(_sized, bool(system.shapes.unet.vector)),
         predict=own.network,
         spell=functools.partial(_spell, kind, system.shapes),
@@ -95,8 +96,8 @@ def trainee(system: System, text: bool) -> Trainee:
     )
 
 
-def _reader(system: System, captions: Iterable[str]) -> Read:
-    """Captions are read as they stand: brackets in them are no weights."""
+def reader(system: System, captions: Iterable[str]) -> Read:
+    """What reads any of these captions with a system's encoders. As they stand: brackets in them are no weights."""
     tokenizers, inversions = system.tokenizers, system.text.fitted
     places = tuple(zip(tokenizers, inversions, strict=True))
 
