@@ -90,9 +90,7 @@ def test_a_step_s_gradients(kind, prediction, weighting, dora, tmp_path):
         r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_k", "to_v", "to_out.0"], use_dora=dora
     )
     unet.add_adapter(config)
-    theirs = {
-        name.replace(".default", ""): p for name, p in unet.named_parameters() if "lora_" in name
-    }
+    theirs = {name.replace(".default", ""): p for name, p in unet.named_parameters() if "lora_" in name}
     for path, own in lora.named_factors():
         module = path.removeprefix("unet.")
         theirs[f"{module}.lora_A.weight"].data.copy_(own.down)
@@ -183,9 +181,9 @@ def test_diffusers_loads_the_file(agrees, kind, layout, dora, tmp_path):
         tokens, _ = pipeline.encode_prompt(list(CAPTIONS), "cpu", 1, False)
         added = {}
     with torch.no_grad():
-        theirs = pipeline.unet(
-            batch.latents[:, :, 0], torch.tensor([40.0, 700.0]), tokens, **added
-        ).sample[:, :, None]
+        theirs = pipeline.unet(batch.latents[:, :, 0], torch.tensor([40.0, 700.0]), tokens, **added).sample[
+            :, :, None
+        ]
     agrees("LoRA trained here, one call", f"{kind}, {layout}{', DoRA' if dora else ''}", with_it, theirs, 1e-5,
            "diffusers load_lora_weights, peft")  # fmt: skip
 

@@ -17,8 +17,8 @@ from sfumato.data.scenes import SceneSource
 from sfumato.errors import InputError
 from sfumato.train import stages
 from sfumato.train.recipe import Recipe, parse_recipe
-from sfumato.train.state import tensorboard
 from sfumato.train.stages import Run, multiple_of, source_of, training_pictures, with_data
+from sfumato.train.state import tensorboard
 
 SCENES = {"kind": "scenes", "count": 8, "size": 32}
 SMALL = {"encoder_width": 32, "decoder_width": 32, "max_width": 32}

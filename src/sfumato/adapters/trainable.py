@@ -4,7 +4,8 @@ The network stays as it is. A hook on each chosen layer adds to its output what 
 taking the hooks off leaves the base, to the bit.
 
 Sources: LoRA (Hu et al. 2021, 2106.09685, sec. 4.1), of convolutions as LyCORIS (2309.14859, sec. 3.1) has it: a kernel
-of the layer's size to r channels, then 1×1. DoRA (Liu et al. 2024, 2402.09353, eq. 5; the norm has no gradient, eq. 11).
+of the layer's size to r channels, then 1×1. DoRA (Liu et al. 2024, 2402.09353, eq. 5; the norm has no gradient, eq.
+11).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a training step keeps of its forward pass, and how to keep less: blocks computed a second time (Chen et al. 2016,
-1604.06174) where memory is short.
+"""What a training step keeps of its forward pass, and how to keep less: blocks computed a second time where memory is
+short (Chen et al. 2016, 1604.06174).
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def kept_bytes(loss: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
-    """Bytes that the forward pass `loss()` keeps for the backward one, beside `weights`. Nothing is computed: tensors
-    have shapes and no numbers.
+def kept_bytes(call: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """Bytes that the forward pass `call()` keeps for the backward one, beside `weights`. Nothing is computed: tensors
+    have shapes and no numbers, so the call may ask for none.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    known = {tuple(weight.shape) for weight in weights}
+    known = {tuple(sorted(weight.shape)) for weight in weights}  # also transposed, as products have them
     kept: dict[int, tuple[Tensor, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and tuple(tensor.shape) not in known:
+        if not isinstance(tensor, nn.Parameter) and tuple(sorted(tensor.shape)) not in known:
             kept[storage._cdata] = tensor, storage.nbytes()  # held, so that no other gets its number
         return tensor
 
@@ -55,5 +55,5 @@ def kept_bytes(loss: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        loss()
+        call()
     return sum(size for _, size in kept.values())

@@ -85,7 +85,9 @@ class LoraRun:
         has_state(place / "state", identity)
         trainee.spell(next(iter(layers)), own.layout)
         source = self.source("train")
-        self.note(f"{len(source):,} pictures in {len(source.buckets())} sizes; {len(layers)} layers of {own.base}")
+        self.note(
+            f"{len(source):,} pictures in {len(source.buckets())} sizes; {len(layers)} layers of {own.base}"
+        )
         for problem in getattr(source, "problems", ())[:1]:
             self.note(f"{len(source.problems):,} set aside, the first {problem.path}: {problem.reason}")  # type: ignore[attr-defined]
         pictures = Pictures(source, self.latents(source), self.caption)
@@ -169,11 +171,14 @@ class LoraRun:
         twice = self.own.recompute == "on"
         if self.own.recompute == "auto":
             one = examples.part(1, 0)
-            whole = max(len(examples.own.cache.shape(size)) and size[0] * size[1] for size in examples.own.cache.buckets())
-            factor = len(one.latents) * whole / (one.size[0] * one.size[1])
+            largest = max(height * width for height, width in examples.own.cache.buckets())
+            factor = len(one.latents) * largest / (one.size[0] * one.size[1])
             with self.model.precision():
+                with torch.no_grad():
+                    cond = subject.sized(subject.told(one.captions[:1]), *one.size)
+                time = torch.full((1,), 0.5, device=self.device)
                 kept = kept_bytes(
-                    lambda: adapter_loss(lora, one.first(), subject, self.own.loss, seeded("cpu", 0))[0],
+                    lambda: lora(subject.predict, one.latents[:1], time, cond),
                     [p for network in self.trainee.networks.values() for p in network.parameters()],
                 )
             twice = kept * factor > SHARE * available(self.device)
@@ -227,7 +232,9 @@ class LoraRun:
             place = self.folder / "prior"
             if self.world.leads:
                 seed = self.recipe.seed
-                draw_class(self.model, own, place, d.size, seed, self.trainee.identity(), self.progress("prior"))
+                draw_class(
+                    self.model, own, place, d.size, seed, self.trainee.identity(), self.progress("prior")
+                )
             self.world.wait()
         multiple = self.model.system.config.multiple
         source = FolderSource(place, d.size, multiple=multiple, seed=d.seed, cache=self.folder / "pictures")

@@ -15,7 +15,7 @@ MULTIPLE = 8  # of tokens in a row
 
 
 def trainee(system: System, text: bool) -> Trainee:
-    """The system's own networks: in float32, and frozen, they are already. Its text encoder is a part of the denoiser."""
+    """The system's own networks, in float32 and frozen. Its text encoder is a part of the denoiser."""
     denoiser, tokenizer = system.denoiser.requires_grad_(False), system.tokenizer
     device = next(denoiser.parameters()).device
 
