@@ -118,7 +118,7 @@ def fill_layers(
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
         if problems or not ready:
             continue
-        if stream and not isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+        if stream and not isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
             setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
             continue
         layer.load_state_dict(ready, assign=True)
