@@ -47,7 +47,12 @@ def ours_of(config: MMDiTConfig, theirs: torch.nn.Module) -> MMDiT:
 def inputs_of(config: MMDiTConfig, height: int, width: int, batch: int = 2, tokens: int = 11):
     torch.manual_seed(1)
     x = torch.randn(batch, config.channels, height, width)
-    return x, torch.linspace(900, 30, batch), torch.randn(batch, tokens, config.context), torch.randn(batch, config.pooled)
+    return (
+        x,
+        torch.linspace(900, 30, batch),
+        torch.randn(batch, tokens, config.context),
+        torch.randn(batch, config.pooled),
+    )
 
 
 def answers(config, height, width, skip=(), theirs=None, **sizes):

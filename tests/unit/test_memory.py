@@ -20,7 +20,8 @@ from sfumato.checkpoint.rules import shapes
 from sfumato.cli.app import run
 from sfumato.cli.parse import size_in_bytes
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd import keys, networks
+from sfumato.families.published import networks
+from sfumato.families.sd import keys
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model

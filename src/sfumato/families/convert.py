@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from sfumato.errors import InputError
-from sfumato.families.sd.checkpoint import open_checkpoint
-from sfumato.families.sd.convert import Written, write_file, write_folder
+from sfumato.families import checkpoint_families
+from sfumato.families.published.checkpoint import open_checkpoint
+from sfumato.families.published.convert import Written, write_file, write_folder
 
 LAYOUTS = ("single", "folder")
 SUFFIX = ".safetensors"
@@ -45,6 +46,8 @@ def convert(
         raise InputError(
             f"the target {str(target)!r} exists; give another name, or remove it first", argument="target"
         )
-    checkpoint = open_checkpoint(source, variant=variant, kind=kind, prediction=prediction)
+    checkpoint = open_checkpoint(
+        source, checkpoint_families(), variant=variant, kind=kind, prediction=prediction
+    )
     write = write_file if layout == "single" else write_folder
     return write(checkpoint, target, dtype=dtype, on_progress=on_progress)

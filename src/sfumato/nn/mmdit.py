@@ -1,9 +1,9 @@
 """The multimodal diffusion transformer: two streams of tokens, picture and text, that meet in every attention.
 
-Sources: Esser et al. 2024 (arXiv 2403.03206), sec. 4 and fig. 2, for the joint blocks and their modulation; Henry et al.
-2020 (arXiv 2010.04245) for norms of queries and keys; Stability-AI/sd3.5, mmditx.py, for the second attention of the
-picture alone (MMDiT-X). Names of parameters are those of diffusers' `SD3Transformer2DModel`, so that its files load
-without renaming; the original files hold the same numbers under other names (families/sd3/keys.py).
+Sources: Esser et al. 2024 (arXiv 2403.03206), sec. 4 and fig. 2, for the joint blocks and their modulation; Henry et
+al. 2020 (arXiv 2010.04245) for norms of queries and keys; Stability-AI/sd3.5, mmditx.py, for the second attention of
+the picture alone (MMDiT-X). Names of parameters are those of diffusers' `SD3Transformer2DModel`, so that its files load
+without renaming; the original files hold the same numbers under other names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sfumato.nn.spatial import FeedForward, TanhGELU
 
 EPS = 1e-6  # of every norm here
 TIME_WIDTH = 256  # sinusoids of the time
-KEPT = (  # parts of names whose layers stay in the network's type in eight bits: what enters and leaves, and modulations
+KEPT = (  # parts of names whose layers stay as they are in eight bits: what enters and leaves, and modulations
     "pos_embed",
     "time_text_embed",
     "context_embedder",
@@ -45,7 +45,9 @@ class MMDiTConfig:
     head_width: int = 64  # channels of a head
     context: int = 4096  # width of the text's tokens
     pooled: int = 2048  # width of the pooled text
-    positions: int = 192  # tokens per side of the stored table of positions, of which a picture takes the middle
+    positions: int = (
+        192  # tokens per side of the stored table of positions, of which a picture takes the middle
+    )
     qk_norm: bool = False  # queries and keys are divided by their root mean square, with a gain
     dual: tuple[int, ...] = ()  # numbers of the blocks where the picture attends once more, to itself alone
 
@@ -56,10 +58,13 @@ class MMDiTConfig:
                 raise InputError(f"{name} must be a whole number of at least 1, not {value!r}", argument=name)
         if not isinstance(self.qk_norm, bool):
             raise InputError(f"qk_norm must be true or false, not {self.qk_norm!r}", argument="qk_norm")
-        known = isinstance(self.dual, tuple) and all(type(n) is int and 0 <= n < self.layers for n in self.dual)
+        known = isinstance(self.dual, tuple) and all(
+            type(n) is int and 0 <= n < self.layers for n in self.dual
+        )
         if not known or len(set(self.dual)) < len(self.dual):
             raise InputError(
-                f"dual must list blocks from 0 to {self.layers - 1}, each once, not {self.dual!r}", argument="dual"
+                f"dual must list blocks from 0 to {self.layers - 1}, each once, not {self.dual!r}",
+                argument="dual",
             )
 
     @property
@@ -116,7 +121,7 @@ class TimeTextEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """(B, D), after its activation, → `count` vectors (B, 1, D): shifts, scales and gates (Peebles & Xie 2023, sec. 3.2)."""
+    """(B, D), after its activation, → `count` vectors (B, 1, D): adaLN's (Peebles & Xie 2023, sec. 3.2)."""
 
     def __init__(self, width: int, count: int):
         super().__init__()
@@ -137,8 +142,8 @@ def modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class JointAttention(nn.Module):
-    """Attention of picture and text to both together, each with projections of its own; or, without text, of the picture
-    to itself.
+    """Attention of picture and text to both together, each with projections of its own; or, without text, of the
+    picture to itself.
 
     joint: there is text. answers: the text's tokens get an answer; in the last block they are only looked at.
     """
@@ -205,7 +210,9 @@ class JointBlock(nn.Module):
         else:
             shift_text, scale_text, gate_text, *rest = self.norm1_context(told)
         normed = norm(x)
-        answer, of_text = self.attn(modulated(normed, shift, scale), modulated(norm(text), shift_text, scale_text))
+        answer, of_text = self.attn(
+            modulated(normed, shift, scale), modulated(norm(text), shift_text, scale_text)
+        )
         x = torch.addcmul(x, gate, answer)
         if self.attn2 is not None:
             shift, scale, gate = second
@@ -233,7 +240,10 @@ class MMDiT(nn.Module):
         self.time_text_embed = TimeTextEmbedding(config)
         self.context_embedder = nn.Linear(config.context, D)
         self.transformer_blocks = nn.ModuleList(
-            [JointBlock(config, last=n == config.layers - 1, dual=n in config.dual) for n in range(config.layers)]
+            [
+                JointBlock(config, last=n == config.layers - 1, dual=n in config.dual)
+                for n in range(config.layers)
+            ]
         )
         self.norm_out = Modulation(D, 2)
         self.proj_out = nn.Linear(D, config.patch**2 * config.channels)
@@ -280,7 +290,9 @@ class MMDiT(nn.Module):
         """The vector, once all shapes are those of the config."""
         config, B = self.config, len(x)
         if x.ndim != 4 or x.shape[1] != config.channels:
-            raise InputError(f"x must have shape (B, {config.channels}, H, W), not {tuple(x.shape)}", argument="x")
+            raise InputError(
+                f"x must have shape (B, {config.channels}, H, W), not {tuple(x.shape)}", argument="x"
+            )
         check_cells(config, *x.shape[-2:])
         if context.ndim != 3 or context.shape[::2] != (B, config.context):
             raise InputError(

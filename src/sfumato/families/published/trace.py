@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from sfumato.autoencoder.memory import peak_bytes
 from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.rules import View, info
 from sfumato.diffusion.guidance import cfg_batched
-from sfumato.families.sd.networks import Networks
-from sfumato.families.sd.openers import openers, require_offload
-from sfumato.families.sd.system import System
+from sfumato.families.published.networks import Networks
+from sfumato.families.published.openers import require_offload
+from sfumato.families.published.system import PublishedSystem
 from sfumato.memory import LiveBytes, Stage, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
@@ -43,7 +43,13 @@ class Numberless(Mapping[str, Tensor]):
 
 
 def trace(
-    system: System, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+    system: PublishedSystem,
+    request: Request,
+    size: tuple[int, int],
+    batch: int,
+    *,
+    encodes: bool,
+    offload: str,
 ) -> tuple[Stage, ...]:
     """The stages of drawing `batch` pictures of a complete request, at `size`, its largest; `encodes`: from a picture.
 
@@ -55,12 +61,14 @@ def trace(
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
     with tracing({attention: attention_bytes}) as tracer:
         networks, weights, loading = {}, {}, []
-        for name, opener in openers(system, parts, stream=offload == "sequential").items():
+        for name, opener in system.openers(parts, stream=offload == "sequential").items():
             before = tracer.now
             networks[name], most = tracer.worst(opener)
             weights[name] = tracer.now - before
             loading.append(Stage("load", before if keeps else 0, most + window))
-        ghost = replace(system, networks=Networks({name: lambda n=name: networks[n] for name in networks}))
+        ghost: Any = replace(
+            system, networks=Networks({name: lambda n=name: networks[n] for name in networks})
+        )
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
         denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch)
     if cpu and keeps:
@@ -69,7 +77,7 @@ def trace(
     resident = {name: sum(weights.values()) if keeps else own for name, own in weights.items()}
     stages = [
         Stage("load", resident[max(weights, key=weights.__getitem__)], 0),
-        Stage("text", resident["text"], text),
+        Stage("text", max(resident[name] for name in system.texts), text),
         Stage("denoise", resident["denoiser"], denoise + (window if offload == "sequential" else 0)),
         Stage("decode", resident["autoencoder"], _autoencoder_bytes(system, "decode", size, batch)),
     ]
@@ -83,7 +91,7 @@ def trace(
 
 
 def _autoencoder_bytes(
-    system: System, task: Literal["decode", "encode"], size: tuple[int, int], batch: int
+    system: PublishedSystem, task: Literal["decode", "encode"], size: tuple[int, int], batch: int
 ) -> int:
     """Of a pass in bands, and its pixels once more: they are clamped, or moved."""
     width, height = size
@@ -94,7 +102,7 @@ def _autoencoder_bytes(
 
 
 def _denoise_bytes(
-    ghost: System, tracer: LiveBytes, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
+    ghost: Any, tracer: LiveBytes, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
