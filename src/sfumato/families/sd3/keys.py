@@ -17,6 +17,7 @@ from sfumato.families.published.keys import AVERAGES, CONTRASTIVE, WB
 from sfumato.families.sd3.shapes import System
 from sfumato.nn.mmdit import MMDiTConfig
 
+PREFIX = shared.DENOISER_PREFIX
 ENDS = (
     Rename("x_embedder.proj.{p}", "pos_embed.proj.{p}"),
     Rename("context_embedder.{p}", "context_embedder.{p}"),
