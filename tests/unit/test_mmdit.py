@@ -149,9 +149,8 @@ def test_layers_read_when_they_are_called_answer_the_same(network, pack_it):
     assert torch.equal(answer(made[0]), answer(made[1]))
     streamed = [module for module in made[1].modules() if isinstance(module, Streamed)]
     assert len(streamed) > 30
-    assert sum(weight.numel() for weight in made[1].parameters()) < 0.01 * sum(
-        map(torch.numel, tensors.values())
-    )
+    held = sum(weight.numel() for weight in made[1].parameters())
+    assert held < 0.03 * sum(map(torch.numel, tensors.values()))
 
 
 @pytest.mark.skipif(

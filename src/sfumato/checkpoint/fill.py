@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from sfumato.checkpoint.header import shown
 from sfumato.errors import CheckpointError
+from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.packed import layers, packed
 
+ALWAYS_KEPT = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    PatchEmbed,
+)  # never streamed: small, or a table to look up
 SHOWN = 10  # names that an error lists
 
 
@@ -118,7 +125,7 @@ def fill_layers(
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
         if problems or not ready:
             continue
-        if stream and not isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+        if stream and not isinstance(layer, ALWAYS_KEPT):
             setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
             continue
         layer.load_state_dict(ready, assign=True)
