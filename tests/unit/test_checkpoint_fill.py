@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from sfumato.checkpoint.fill import fill, finite
+from sfumato.checkpoint.fill import fill, fill_layers, finite
 from sfumato.checkpoint.report import Report, compare
 from sfumato.checkpoint.source import open_weights
 from sfumato.errors import CheckpointError
+from sfumato.nn.unet import Upsample
 
 
 class Net(nn.Module):
@@ -247,7 +248,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 import torch
-from torch import nn
+from torch import Tensor, nn
 from sfumato.checkpoint.fill import fill
 from sfumato.checkpoint.source import open_weights
 
@@ -288,3 +289,32 @@ def test_the_peak_is_the_weights_and_little_more(tmp_path, dtype):
     wanted = count * place if dtype == "none" else count * place // 2
     assert wanted * 0.9 < held
     assert peak < wanted + 90 * 2**20
+
+
+class Grown(nn.Module):
+    """Layers that have packed twins, one of which keeps tensors of the layer, and smaller ones after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.up, self.leave = nn.Conv2d(4, 64, 3, padding=1), Upsample(64), nn.Conv2d(64, 32, 3)
+        self.norm, self.out = nn.GroupNorm(2, 32), nn.Linear(32, 24)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = self.norm(self.leave(self.up(self.enter(x), torch.Size(size))))
+        return self.out(x.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(12, 16), (11, 15)], ids=["doubled", "odd"])
+@torch.inference_mode()
+def test_layers_keep_nothing_of_the_memory_that_they_share(stored, size):
+    torch.manual_seed(0)
+    weights = {name: tensor.to(stored) for name, tensor in Grown().state_dict().items()}
+    with torch.device("meta"):
+        plain, made = Grown(), Grown()
+    fill(plain, weights, "weights", torch.float32)
+    fill_layers(made, weights, "weights", torch.float32, pack=True)
+    x = torch.randn(1, 4, 6, 8).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(made(x, size), plain(x, size), atol=1e-5, rtol=1e-5)
+    addresses = {tensor.data_ptr() for tensor in weights.values()}
+    assert not any(tensor.data_ptr() in addresses for tensor in made.state_dict().values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -84,7 +84,7 @@ def fill_layers(
         layer = getattr(parent, name)
         ready: dict[str, Tensor] = {}
         for inner, expected in layer.state_dict().items():
-            tensor = tensors[f"{path}.{inner}"]
+            tensor = _given(tensors, f"{path}.{inner}", dtype)
             ready[inner], problem = _fitting(tensor, expected, dtype, device, own=True, room=room)
             if problem is not None:
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
@@ -96,16 +96,90 @@ def fill_layers(
         layer.load_state_dict(ready, assign=True)
         if replaced is not None and (other := replaced(layer)) is not None:
             setattr(parent, name, other)
-        elif room is not None:
-            layer.load_state_dict(
-                {inner: cast(tensor, order=_order(tensor)) for inner, tensor in ready.items()}, assign=True
-            )
         if room is not None:
             ready.clear()
+            _own(getattr(parent, name))
             room.clear()
     _refuse(problems, where)
     _require_all(network, where)
     return report
+
+
+def _own(layer: nn.Module) -> None:
+    """Give a layer copies of the tensors in its state; a packed one may have kept some as they were."""
+    state = layer.state_dict()
+    layer.load_state_dict(
+        {name: cast(tensor, order=_order(tensor)) for name, tensor in state.items()}, assign=True
+    )
+
+
+def refill(module: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> None:
+    """Put `tensors` of these names anew into a module that `fill` has filled, in the type and place of those there.
+
+    The old ones are let go, not written over: who holds them keeps what they were. Errors as `fill`.
+    """
+    for name in names:
+        path, _, own = name.rpartition(".")
+        owner = module.get_submodule(path)
+        old = getattr(owner, own)
+        tensor, problem = _fitting(tensors[name], old, old.dtype, old.device)
+        _refuse([f"{shown(name)} {problem}"] if problem else [], where)
+        setattr(owner, own, nn.Parameter(tensor, requires_grad=False))
+
+
+def refill_layers(
+    network: nn.Module,
+    blank: nn.Module,
+    tensors: Mapping[str, Tensor],
+    names: Iterable[str],
+    where: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    units: Callable[[nn.Module], Iterable[tuple[str, nn.Module, str]]] = layers,
+    twin: Callable[[str, nn.Module], nn.Module | None] = lambda path, layer: None,
+) -> None:
+    """Make those layers of `network` anew, as `fill_layers` did, that hold one of the tensors `names`.
+
+    blank: the network on the meta device, before anything was filled or packed. units: what is made as one, as
+    `nn.packed.layers` tells it. twin: what stands in a layer's place, or None for the layer itself. Streamed layers
+    stay: they read anew in any case. Errors as `fill_layers`; the layers before that of the error are then made.
+    """
+    touched = set(names)
+    room = Room() if torch.device(device or "cpu").type == "cpu" else None
+    for path, _, name in list(units(blank)):
+        layer = blank.get_submodule(path)
+        inner = [f"{path}.{tensor}" for tensor in layer.state_dict()]
+        parent = network.get_submodule(path.rpartition(".")[0])
+        if touched.isdisjoint(inner) or isinstance(getattr(parent, name), Streamed):
+            continue
+        fresh = _read_layer(layer, tensors, path, where, dtype, device, room)
+        other = twin(path, fresh)
+        setattr(parent, name, other or fresh.requires_grad_(False))
+        del fresh
+        if room is not None:
+            _own(getattr(parent, name))
+            room.clear()
+
+
+def _read_layer(
+    blank: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: str,
+    where: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    room: Room | None = None,
+) -> nn.Module:
+    """A layer with its weights, in memory of their own or in `room`, from one on the meta device that stays so."""
+    layer = _twin_of(blank)
+    ready: dict[str, Tensor] = {}
+    for name, expected in layer.state_dict().items():
+        tensor = _given(tensors, f"{path}.{name}", dtype)
+        ready[name], problem = _fitting(tensor, expected, dtype, device, own=True, room=room)
+        _refuse([f"{shown(f'{path}.{name}')} {problem}"] if problem else [], where)
+    layer.load_state_dict(ready, assign=True)
+    return layer.eval().requires_grad_(False)
 
 
 class Streamed(nn.Module):
@@ -128,16 +202,7 @@ class Streamed(nn.Module):
 
     def read(self) -> nn.Module:
         """The layer in memory. `CheckpointError` if the file has changed to what is no weight."""
-        layer = _twin_of(self._empty[0])
-        ready: dict[str, Tensor] = {}
-        for name, expected in layer.state_dict().items():
-            ready[name], problem = _fitting(
-                self._tensors[f"{self._path}.{name}"], expected, *self._form, own=True
-            )
-            _refuse([f"{shown(f'{self._path}.{name}')} {problem}"] if problem else [], self._where)
-        layer.load_state_dict(ready, assign=True)
-        del ready
-        layer.eval().requires_grad_(False)
+        layer = _read_layer(self._empty[0], self._tensors, self._path, self._where, *self._form)
         return (packed(layer) if self._pack else None) or layer
 
     def forward(self, *inputs: Any) -> Tensor:
@@ -150,6 +215,12 @@ def _twin_of(layer: nn.Module) -> nn.Module:
     twin._parameters = dict(layer._parameters)
     twin._modules = {name: module and _twin_of(module) for name, module in layer._modules.items()}
     return twin
+
+
+def _given(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor for who wants it in `dtype`: made so by the mapping\'s `cast`, if it has one."""
+    cast = getattr(tensors, "cast", None)
+    return tensors[name] if cast is None else cast(name, dtype)
 
 
 def _fitting(

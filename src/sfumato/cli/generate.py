@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sfumato.cli import options, parse, show
+from sfumato.cli import loras, options, parse, show
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from sfumato.receipts.provenance import Like
+    from sfumato.types import Request
 
 MUCH_LARGER = 2.25  # in pixels: 1.5 times the sides
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
@@ -58,6 +59,8 @@ def generate(
     text_length: options.TextLength = None,
     micro: options.Micro = None,
     embedding: options.Embedding = None,
+    lora: options.Lora = None,
+    lora_partial: options.LoraPartial = False,
     variation: options.Variation = None,
     eta: options.Eta = None,
     skip_layers: options.SkipLayers = None,
@@ -129,6 +132,7 @@ def generate(
         "refine_at": refine_at,
     }
     embeddings = parse.embeddings(embedding or [])
+    adapters = loras.given([] if lora in (None, loras.NONE) else lora)
     default = {name for name in given if _left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
     if image is not None:
@@ -147,7 +151,9 @@ def generate(
     if refiner == "none":
         dropped.add("refine_at")
     said = None if like is None else _said(like, given, dropped, second)
-    request = Request.from_dict(_merged(given, {} if said is None else said.request))
+    told = {} if said is None else said.request
+    given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
+    request = Request.from_dict(_merged(given, told))
     check_output(output, request.count, request)
     if preview:
         _check_preview(output)
@@ -178,13 +184,15 @@ def generate(
         text_dtype=None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         tokenizer=tokenizer,
     )
+    for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
+        _note(note)
     _note_guess(loaded)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
         show_plan(found, request, as_json)
         return
     if said is not None:
-        _note_differences(like, said, loaded)
+        _note_differences(like, said, loaded, request)
     _note_size(loaded, request)
     with show.progress() as bar:
         watch, clean = _watcher(bar, loaded, output if preview else None)
@@ -267,7 +275,7 @@ def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
+def _note_differences(like: Path | None, said: Like, loaded: Any, request: Request) -> None:
     """Say on standard error what stands between the new picture and the one it is to be like."""
     if said.weights is not None:
         _note_weights(f"{like} was drawn", said.weights, loaded.hashes, f"the model {said.model!r}", "-m")
@@ -293,6 +301,9 @@ def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
             _note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
         elif not digest_here.startswith(digest):
             _note(f"{like} was drawn with another embedding {name!r} than this file's")
+    ours = {} if request.loras is None else loaded.system.adapters.digests(request.loras)
+    for note in loras.differences(like, said.loras, ours):
+        _note(note)
     if said.ignored:
         _note(f"not taken over from {like}: {', '.join(said.ignored)}")
 

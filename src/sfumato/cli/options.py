@@ -252,6 +252,23 @@ Embedding = Annotated[
         "may be repeated.",
     ),
 ]
+Lora = Annotated[
+    list[str] | None,
+    Option(
+        metavar="FILE[:X]",
+        rich_help_panel=TUNING,
+        help="A LoRA and its weight, 1 by default; FILE:0.8:down.1=0.5,mid=0,text=0 weighs parts of the networks, and "
+        "NAME=FILE names it. May be repeated. `none` takes them out of --like.",
+    ),
+]
+LoraPartial = Annotated[
+    bool,
+    Option(
+        "--lora-partial",
+        rich_help_panel=TUNING,
+        help="Use what fits of a LoRA and say what is left, instead of refusing it.",
+    ),
+]
 Refiner = Annotated[
     str | None,
     Option(

@@ -69,7 +69,8 @@ def sample(
     cells = None
     for drawer, told, first, last in _legs(model, cond, request, sigmas, done):
         channels = _inpaint_channels(drawer, origin, height, width)
-        denoise = drawer.denoiser(told, replace(request, refine_at=None), channels)
+        own = request.loras if drawer is model else None  # a refiner has its own
+        denoise = drawer.denoiser(told, replace(request, refine_at=None, loras=own), channels)
         cells = None
         if origin is not None and origin.mask is not None and channels is None:
             cells = cells_to_paint(origin.mask, *shape[-2:])

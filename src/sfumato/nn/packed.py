@@ -43,10 +43,15 @@ def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
     children, in the network's order.
     """
     for name, child in network.named_children():
-        if isinstance(child, GEGLU | Upsample) or not any(True for _ in child.children()):
+        if is_layer(child):
             yield f"{prefix}{name}", network, name
         else:
             yield from layers(child, f"{prefix}{name}.")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is packed as one: a module without children, or one whose few layers go together."""
+    return isinstance(module, GEGLU | Upsample) or not any(True for _ in module.children())
 
 
 def packed(layer: nn.Module) -> nn.Module | None:

@@ -132,9 +132,9 @@ class Like:
     """What a picture says of its making.
 
     request: fields of a `Request`. model: its name. weights: its hashes, if we drew it; refiner, refiner_weights:
-    the same of a second model. embeddings: names of textual inversions, and hashes or their beginnings. read_as: how
-    the model's files were read where they leave it open. without: names of text encoders that were left out. ignored:
-    settings of other programs that were not taken over.
+    the same of a second model. embeddings, loras: names of textual inversions and of LoRAs, and hashes or their
+    beginnings. read_as: how the model's files were read where they leave it open. without: names of text encoders that
+    were left out. ignored: settings of other programs that were not taken over.
     """
 
     request: dict[str, Any]
@@ -145,6 +145,7 @@ class Like:
     embeddings: dict[str, str] = field(default_factory=dict)
     read_as: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    loras: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
 
@@ -173,6 +174,7 @@ def read_like(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Like:
         settings.get("Model"),
         refiner=settings.get("Refiner"),
         embeddings=embeddings,
+        loras=webui.hashes(settings.get("Lora hashes", "")),
         ignored=ignored,
     )
 
@@ -193,6 +195,7 @@ def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Col
         _texts_of(recipe.get("embeddings")),
         _texts_of(recipe.get("read_as")),
         tuple(map(str, without)) if isinstance(without := recipe.get("without"), list) else (),
+        _texts_of(recipe.get("loras")),
     )
 
 

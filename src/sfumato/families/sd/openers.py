@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sfumato.adapters.fold import Touched
 from sfumato.autoencoder.kl import AutoencoderKL
-from sfumato.checkpoint.fill import fill_layers
+from sfumato.checkpoint.fill import fill_layers, refill, refill_layers
 from sfumato.errors import InputError
 from sfumato.families.clip import load_encoder
 from sfumato.families.sd.condition import Reader, TextStack, plan_of
@@ -19,7 +20,8 @@ from sfumato.families.sd.folder import tokenizer_folder
 from sfumato.families.sd.networks import part_hash
 from sfumato.memory import OFFLOADS, check_offload
 from sfumato.nn.openvino import PRECISIONS, OpenVINOUNet, plugin
-from sfumato.nn.quantized import quantize, require_eight_bits
+from sfumato.nn.packed import packed
+from sfumato.nn.quantized import quantize, require_eight_bits, stand_in, units
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
 from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
@@ -55,6 +57,34 @@ def openers(
         return model.eval().requires_grad_(False)
 
     return {"text": text, "denoiser": unet, "autoencoder": autoencoder}
+
+
+def renewers(
+    system: System, parts: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Callable[[Any, Touched], bool]]:
+    """How each network takes over tensors of its parts that have changed; False where it must be opened again."""
+    shapes, sources = system.shapes, system.sources
+
+    def text(stack: TextStack, touched: Touched) -> bool:
+        for part, encoder in zip(shapes.text, stack.encoders, strict=True):
+            refill(encoder, parts[part.name], touched.get(part.name, ()), sources[part.name])
+        return True
+
+    def unet(network: UNet | OpenVINOUNet, touched: Touched) -> bool:
+        if "unet" not in touched:
+            return True
+        if not isinstance(network, UNet):
+            return False  # it is compiled as a whole
+        eight_bits, form = system.dtype == torch.int8, (system.kept, system.device)
+        with torch.device("meta"):
+            blank = UNet(shapes.unet)
+        ways: dict[str, Any] = (
+            {"units": units, "twin": stand_in} if eight_bits else {"twin": lambda _, layer: packed(layer)}
+        )
+        refill_layers(network, blank, parts["unet"], touched["unet"], sources["unet"], *form, **ways)
+        return True
+
+    return {"text": text, "denoiser": unet, "autoencoder": lambda network, touched: "vae" not in touched}
 
 
 def denoiser(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.adapters.fold import Adapters
 from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
 from sfumato.autoencoder.model import check_size
@@ -34,12 +35,14 @@ from sfumato.families.sd.condition import (
     size_vector,
 )
 from sfumato.families.sd.distilled import check_preset, drawn, preset_named
+from sfumato.families.sd.loras import adapters_of
 from sfumato.families.sd.networks import Networks, part_hash
 from sfumato.families.sd.openers import (
     check_engine,
     kept_dtype,
     offloads,
     openers,
+    renewers,
     require_offload,
     tokenizer_of,
 )
@@ -93,7 +96,8 @@ class System:
     shapes: what the networks measure. networks: "text", "denoiser" and "autoencoder", opened when needed. dtype: in
     which the networks work; with int8 that is the U-Net's products alone. parts: the files' tensors, read when asked
     for: "vae", "unet", text encoders. sources: what a part is called in errors. tokenizers: one for each text encoder.
-    inversions: textual ones, as `text.inversion.read_inversion` gives them. engine: what runs the U-Net.
+    inversions: textual ones, as `text.inversion.read_inversion` gives them. engine: what runs the U-Net. loras: those
+    opened for it, and its parts with what they add.
     """
 
     config: Config
@@ -107,6 +111,7 @@ class System:
     tokenizers: tuple[ClipTokenizer, ...] = ()
     inversions: tuple[Mapping[str, Inversion], ...] = ()
     engine: str = "torch"
+    loras: Adapters | None = None
 
     @property
     def autoencoder(self) -> AutoencoderKL:
@@ -137,9 +142,19 @@ class System:
     def offloaded(self, offload: str) -> System:
         """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
         require_offload(offload, self.engine, self.dtype)
-        networks = Networks(openers(self, self.parts, stream=offload == "sequential"), offload)
-        networks.open_all()
-        return replace(self, networks=networks)
+        held: list[Networks] = []
+        loras = self.adapters.moved(lambda touched: held[0].renew(touched) if held else None)
+        make = openers(self, loras.parts, stream=offload == "sequential")
+        held.append(Networks(make, offload, renewers(self, loras.parts)))
+        held[0].open_all()
+        return replace(self, networks=held[0], loras=loras)
+
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRAs opened for it."""
+        if self.loras is not None:
+            return self.loras
+        return adapters_of(self.config.kind, self.shapes, self.parts, lambda touched: None)
 
     def trace(
         self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
@@ -171,9 +186,8 @@ class System:
     @property
     def parameterization(self) -> Parameterization:
         kind = "v" if self.config.prediction == "v" else "eps"
-        return Parameterization(
-            kind, VE, self.levels.time, consistency if self.config.distilled == "lcm" else None
-        )
+        lcm = "lcm" in (self.config.distilled, self.adapters.preset(self.adapters.now).get("sampler"))
+        return Parameterization(kind, VE, self.levels.time, consistency if lcm else None)
 
     @property
     def clip_layers(self) -> int:

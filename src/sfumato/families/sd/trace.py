@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.autoencoder.memory import peak_bytes
 from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
-from sfumato.checkpoint.rules import View, info
+from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.families.sd.networks import Networks
 from sfumato.families.sd.openers import openers, require_offload
@@ -33,7 +33,7 @@ WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
 class Numberless(Mapping[str, Tensor]):
     """The tensors of a part as the header tells them, made anew at each asking. Under `tracing` they hold nothing."""
 
-    def __init__(self, part: View):
+    def __init__(self, part: Mapping[str, Tensor]):
         self.forms = {name: info(part, name) for name in part}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -55,7 +55,7 @@ def trace(
     The prompts are read and the U-Net is called as they are when drawing. The sampler's own latents are not counted.
     """
     require_offload(offload, system.engine, system.dtype)
-    parts = {name: Numberless(part) for name, part in system.parts.items()}
+    parts = {name: Numberless(part) for name, part in system.adapters.parts.items()}
     cpu, keeps = system.device.type == "cpu", offload == "none"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
     with tracing(WHOLE) as tracer:
@@ -84,7 +84,8 @@ def trace(
         stages.insert(
             2, Stage("encode", resident["autoencoder"], _autoencoder_bytes(system, "encode", size, batch))
         )
-    return tuple(stages)
+    added = system.adapters.size if cpu else 0  # LoRAs stay as their files' pages
+    return tuple(replace(stage, weights=stage.weights + added) for stage in stages)
 
 
 def _autoencoder_bytes(
