@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 import sfumato
-from sfumato.diffusion.guidance import Skipping, cfg_batched
-from sfumato.diffusion.schedules import share_interval, sigmas_for
+from sfumato.adapters.fold import Adapters
+from sfumato.adapters.lora import Report
+from sfumato.drawing.denoise import denoiser
+from sfumato.drawing.request import check_size, complete, enlarged_size, eta_samplers
+from sfumato.drawing.sample import origin_of, sample, second_pass
+from sfumato.drawing.script import Script, script
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
-from sfumato.runtime import autocast, batch_invariant, fast_dtype, pick_device
-from sfumato.sampling import SAMPLERS, SeededNoise, Step, sampler_named
-from sfumato.sampling.reuse import Reuse
-from sfumato.sampling.step import continued
-from sfumato.sampling.variation import VariedNoise
+from sfumato.runtime import autocast, drawing_dtype, pick_device
+from sfumato.sampling import Step
 from sfumato.storage import tensors_hash
 from sfumato.tasks import canvas as tasks
-from sfumato.tasks.canvas import Canvas, by, nearest_size
-from sfumato.tasks.latent import (
-    Origin,
-    begin,
-    cells_to_paint,
-    enlarged,
-    keeping,
-    pixel_upscaler,
-    steps_before,
-    steps_to_run,
-)
-from sfumato.text.syntax import rule_named
-from sfumato.text.weighting import weighting_named
-from sfumato.types import MAX_SIDE, Conditioning, HiRes, Request, Result
+from sfumato.tasks.latent import Origin
+from sfumato.tasks.pixels import to_image, to_pixels
+from sfumato.types import Conditioning, Request, Result
 
 MODELS = tuple(PACKAGED)
-REFINE_AT = (
-    0.8  # of the noise levels; SDXL's refiner was trained on the last fifth (Podell et al. 2023, sec. 2.5)
-)
 BATCH = 8  # pictures denoised together; with more, a CPU works outside its caches
-__all__ = ["BATCH", "DEFAULT_MODEL", "MODELS", "Model", "load"]
+__all__ = [
+    "BATCH",
+    "DEFAULT_MODEL",
+    "MODELS",
+    "Model",
+    "drawing_dtype",
+    "enlarged_size",
+    "eta_samplers",
+    "load",
+    "to_image",
+    "to_pixels",
+]
 
 
 def load(
@@ -65,6 +60,8 @@ def load(
     parts: str | Path | Sequence[str | Path] | None = None,
     refiner: str | Path | None = None,
     offload: str | None = None,
+    preset: str | None = None,
+    loras: Sequence[str | Path] | Mapping[str, str | Path] = (),
     without: Sequence[str] = (),
     text_dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
@@ -79,7 +76,9 @@ def load(
     checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
-    is needed; "auto" is for who plans next (`planning.py`). without: text encoders to leave out, such as "t5".
+    is needed; "auto" is for who plans next (`planning.py`). preset: how a distilled model is drawn that does not say
+    it, "lcm", "turbo" or "lightning", or "plain" against what it says. loras: files to attach at weight 1, by their
+    names or by those given here; `Model.attach` says more of them. without: text encoders to leave out, such as "t5".
     text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none. Raises
     `CheckpointError` that says what is wrong.
     """
@@ -89,6 +88,7 @@ def load(
     options: dict[str, Any] = {
         "vae": vae,
         "prediction": prediction,
+        "preset": preset,
         "variant": variant,
         "parts": parts,
         **both,
@@ -98,7 +98,10 @@ def load(
     second = None
     if refiner is not None:
         second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
-    return Model(system, place, name=str(model), dtype=dtype, refiner=second)
+    opened = Model(system, place, name=str(model), dtype=dtype, refiner=second)
+    for name, file in loras.items() if isinstance(loras, Mapping) else [(None, file) for file in loras]:
+        opened.attach(file, name=name)
+    return opened
 
 
 class Model:
@@ -121,11 +124,13 @@ class Model:
         trace(request, size, batch, encodes, offload) -> the memory that drawing takes (`planning.py`).
         hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
         embeddings: textual inversions by name, with the hashes of their files.
+        adapters: the LoRAs opened for it (`adapters.fold.Adapters`).
         reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting",
             "text_length" and the fields of `micro` as "micro.crop".
         layers: how many layers its network has of which `network(x, time, cond, skip_layers=(7, 8))` leaves some out.
         picture_tokens(height, width): how many tokens its network makes of a picture, for schedules that ask.
         without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
+        read_as: what its files may leave open and drawing depends on, by option of `load`, as it was taken.
         latent_space: two models with equal ones can draw on each other's latents.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
@@ -158,6 +163,38 @@ class Model:
         preset = self.system.config.preset
         return {name: getattr(preset, name) for name in ("steps", "guidance", "sampler", "schedule", "size")}
 
+    def attach(
+        self,
+        lora: str | Path,
+        weight: float = 1.0,
+        *,
+        name: str | None = None,
+        blocks: Mapping[str, float] | None = None,
+        partial: bool = False,
+    ) -> Report:
+        """Draw with a LoRA from now on, folded into the weights; the report says what of it is used.
+
+        weight, blocks: as of `LoraUse`; a request may ask for others (`Request.loras`), and attaching again changes
+        them. name: what requests call it, the file's name by default. partial: leave what does not fit instead of
+        refusing the file. Errors of `adapters.lora.read_lora`; `InputError` where the model takes none.
+        """
+        return self._adapters("attach").attach(lora, weight, name=name, blocks=blocks or {}, partial=partial)
+
+    def detach(self, name: str | None = None) -> None:
+        """Take a LoRA off, or all: the weights are then the base's to the bit."""
+        self._adapters("detach").detach(name)
+
+    def _adapters(self, argument: str) -> Adapters:
+        found = getattr(self.system, "adapters", None)
+        if found is None:
+            raise InputError(f"{self.name!r} takes no LoRAs", argument=argument)
+        return found
+
+    def with_loras(self, request: Request) -> AbstractContextManager[None]:
+        """While inside, the networks are those of the request's LoRAs; of those opened here, should it be another's."""
+        found = getattr(self.system, "adapters", None)
+        return nullcontext() if found is None else found.using(found.known(request.loras))
+
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's weights: by the system if it has `hashes`, whose networks may hold them otherwise."""
@@ -184,7 +221,8 @@ class Model:
         dtype = getattr(self.system, "text_dtype", None)
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
-    def _precision(self) -> AbstractContextManager[None]:
+    def precision(self) -> AbstractContextManager[None]:
+        """Its networks' arithmetic: by the system's own types, or else under autocast."""
         return nullcontext() if hasattr(self.system, "dtype") else autocast(self.device, self.dtype)
 
     @torch.inference_mode()
@@ -195,15 +233,15 @@ class Model:
             raise InputError("give at least one picture to encode", argument="images")
         if len({image.size for image in images}) > 1:
             raise InputError("the pictures to encode together must have one size", argument="images")
-        self._check_size(images[0].size)
+        check_size(images[0].size, self.system.config.multiple)
         pixels = torch.stack([to_pixels(image) for image in images]).to(self.device)
-        with self._precision():
+        with self.precision():
             return self.system.encode(pixels).float()
 
     @torch.inference_mode()
     def decode_pixels(self, latent: Tensor) -> Tensor:
         """Normalised latents (B, C, T, H, W) → pixels (B, 3, T, H·f, W·f) in [-1, 1]."""
-        with self._precision():
+        with self.precision():
             return self.system.decode(latent.to(self.device)).float().clamp(-1, 1)
 
     def decode(self, latent: Tensor) -> list[Image.Image]:
@@ -212,122 +250,67 @@ class Model:
 
     @torch.inference_mode()
     def condition(
-        self, prompts: Request | Sequence[str | None], request: Request | None = None
-    ) -> Conditioning:
+        self, prompts: Request | Sequence[str | None], request: Request | None = None, *, done: int = 0
+    ) -> Conditioning | Script:
         """What the network is told of texts, half of them wanted and half not; `request` has the rest that it may read.
 
-        Of a request alone, its prompt is in the first row and its negative in the second.
+        Of a request alone, its prompt is in the first row and its negative in the second. Where its prompts change over
+        the steps, or are several joined by AND, a `Script` holds such rows for each (`text.editing`); texts on their
+        own are read as they stand. done: steps of a pass before this one, which those of the prompts count on from.
         """
         if isinstance(prompts, Request):
-            request = prompts
-            prompts = [request.prompt, request.negative]
-        return self._condition(prompts, self.complete(Request() if request is None else request))
+            return script(self, self.complete(prompts), done)
+        return self.told(prompts, self.complete(Request() if request is None else request))
 
-    def _condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
-        with self._precision():
+    def told(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
+        """`condition`, of a request that is complete already, if by another model."""
+        with self.precision(), self.with_loras(request):
             cond = self.system.condition(prompts, request)
         return cond.change(lambda tensor: tensor if tensor.dtype == torch.bool else tensor.float())
 
     def denoiser(
-        self, cond: Conditioning, guidance: float | Request, channels: Tensor | None = None
+        self, cond: Conditioning | Script, guidance: float | Request, channels: Tensor | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """denoise(x, sigma) → x0_hat for (B, C, T, H, W).
 
-        cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B.
-        guidance: its scale, or a request, whose `guidance_interval` and `reuse` count too. With `reuse` the answer
+        cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B; or a script.
+        guidance: its scale, or a request, whose `guidance_interval` and `reuse` count too, as do the steps and schedule
+        that a script is for. With `reuse` the answer
         depends on the calls before: take a new denoiser for each run of a sampler.
         channels: (1, E, T, H, W), more input for the network beside each sample.
         """
+        if not isinstance(guidance, Request) and not isinstance(cond, Conditioning):
+            raise InputError(
+                "prompts that change over the steps, or are several, need the request; give it in place of guidance",
+                argument="guidance",
+            )
         request = self.complete(guidance) if isinstance(guidance, Request) else Request(guidance=guidance)
-        scale = request.guidance
-        assert scale is not None
-        if getattr(self.system, "told_guidance", False):
-            scale = 1.0
-        wanted = cond.change(lambda rows: rows[: len(rows) // 2])
-        parameterization = self.system.parameterization
-
-        answer = self.system.network
-        if request.reuse is not None and request.reuse > 1:
-            answer = Reuse(self.system.split, request.reuse, getattr(self.system, "reuse_order", 0))
-
-        def network(
-            x: Tensor, level: Tensor, given: Conditioning, skip_layers: tuple[int, ...] = ()
-        ) -> Tensor:
-            if (each := len(x) // len(given)) > 1:
-                given = given.change(lambda rows: rows.repeat_interleave(each, 0))
-            if channels is not None:
-                x = torch.cat([x, channels.expand(len(x), *channels.shape[1:])], 1)  # (B, C + E, T, H, W)
-            with self._precision():
-                if skip_layers:
-                    return self.system.network(x, level, given, skip_layers=skip_layers).float()
-                return answer(x, level, given).float()
-
-        skipping = None
-        if request.skip_layers is not None:
-            skip = request.skip_layers
-            lacking = functools.partial(network, skip_layers=skip.layers)
-            interval = share_interval(self._sigmas(request), *skip.interval)
-            skipping = Skipping(parameterization.denoiser(lacking, wanted), skip.scale, interval)
-
-        return cfg_batched(
-            parameterization.denoiser(network, cond),
-            parameterization.denoiser(network, wanted),
-            scale,
-            request.guidance_interval or self.system.config.preset.interval,
-            getattr(self.system.config.preset, "rescale", 0.0),
-            skipping,
-        )
+        with self.with_loras(request):
+            return denoiser(self, cond, request, channels)
 
     def complete(self, request: Request) -> Request:
         """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
         sizes and steps. Doing it twice changes nothing."""
-        request = tasks.settle(request.validate(), self.system.config.multiple, self.preset["size"])
-        request = request.with_defaults(**self.preset).validate()
-        assert request.size and request.sampler and request.schedule and request.steps
-        self._check_size(request.size)
-        sampler_named(request.sampler)
-        if request.eta is not None and request.sampler not in eta_samplers():
-            raise InputError(
-                f"sampler {request.sampler} has no eta; leave it out, or use one of {', '.join(eta_samplers())}",
-                argument="eta",
-            )
-        self._sigmas(request)
-        if request.strength is not None:
-            steps_to_run(request.steps, request.strength)
-        if request.hires is not None:
-            self._check_hires(request, request.hires)
-        if (request.reuse or 1) > 1 and getattr(self.system, "split", None) is None:
-            raise InputError(
-                "this model's network keeps no deep features to reuse; leave out reuse", argument="reuse"
-            )
-        layers = getattr(self.system, "clip_layers", 1)
-        if request.clip_skip is not None and request.clip_skip > layers:
-            raise InputError(
-                f"clip_skip {request.clip_skip} is more than this model's text encoder allows, {layers}",
-                argument="clip_skip",
-            )
-        self._check_read(request)
-        self._check_skipped(request)
-        if self.refiner is None and request.refine_at is not None:
-            raise InputError("refine_at needs a refiner; open the model with one", argument="refine_at")
-        if self.refiner is not None and request.refine_at is None:
-            request = replace(request, refine_at=REFINE_AT)
-        return request
+        return complete(self, request)
 
     def generate(self, request: Request, on_step: Callable[[Step], None] | None = None) -> Result:
         """Draw the request's pictures. `on_step` hears of every step of every batch and may raise to cancel."""
         request = self.complete(request)
+        with self.with_loras(request):
+            return self._generate(request, on_step)
+
+    def _generate(self, request: Request, on_step: Callable[[Step], None] | None) -> Result:
         started = time.perf_counter()
         cond = self.condition(request)
         canvas = tasks.canvas(request)
-        origin = None if canvas is None else self._origin(canvas, request)
+        origin = None if canvas is None else origin_of(self, canvas, request)
         images: list[Image.Image] = []
         for start in range(0, request.count, BATCH):
             part = request.part(start, min(BATCH, request.count - start))
             latent = self.sample(cond, part.seeds(), part, on_step, origin)
             if part.hires is not None:
                 untouched = canvas.picture if canvas is not None and request.strength == 0 else None
-                latent = self._second_pass(latent, part, part.hires, on_step, untouched)
+                latent = second_pass(self, latent, part, part.hires, on_step, untouched)
             images += self.decode(latent)
         if canvas is not None:
             images = [canvas.finish(image) for image in images]
@@ -356,69 +339,20 @@ class Model:
     @torch.inference_mode()
     def sample(
         self,
-        cond: Conditioning,
+        cond: Conditioning | Script,
         seeds: Sequence[int],
         request: Request,
         on_step: Callable[[Step], None] | None = None,
         origin: Origin | None = None,
+        done: int = 0,
     ) -> Tensor:
         """Noise, or what `origin` begins with, → normalised latents (B, C, 1, H/f, W/f), picture k from seeds[k].
 
         `request` must be complete, and hold these pictures alone if it asks for a variation. A refiner that takes over
         is told the request's prompts, and its sampler begins anew: one that remembers earlier answers of the network
-        has none, as in diffusers. Noise is drawn on as if there had been no change.
+        has none, as in diffusers. Noise is drawn on as if there had been no change. done: as of `condition`.
         """
-        assert (
-            request.size
-            and request.sampler
-            and request.schedule
-            and request.steps
-            and request.guidance is not None
-        )
-        width, height = request.size
-        shape = self._latent_shape(height, width)
-        noise = self._noise(seeds, shape, request)
-        initial = noise.initial()
-        sigmas = self._sigmas(request)
-        path = self.system.parameterization.path
-        if origin is None:
-            x = initial * path.prior_scale(float(sigmas[0]))
-        else:
-            sigmas, x = begin(sigmas, origin, initial, path)
-        if len(sigmas) == 1:
-            return x
-        sampler = sampler_named(request.sampler)
-        if request.eta is not None:
-            sampler = functools.partial(sampler, eta=request.eta)
-        cells = None
-        for model, told, first, last in self._legs(cond, request, sigmas):
-            channels = model._inpaint_channels(origin, height, width)
-            denoise = model.denoiser(told, replace(request, refine_at=None), channels)
-            cells = None
-            if origin is not None and origin.mask is not None and channels is None:
-                cells = cells_to_paint(origin.mask, *shape[-2:])
-                denoise = keeping(denoise, origin.latent, cells, initial, path)
-            more, hear = continued(noise, on_step, first, len(sigmas) - 1)
-            x = sampler(denoise, x, sigmas[first : last + 1], path=path, noise=more, on_step=hear)
-        return x if origin is None or cells is None else torch.where(cells, x, origin.latent)
-
-    def _legs(
-        self, cond: Conditioning, request: Request, sigmas: Tensor
-    ) -> list[tuple[Model, Conditioning, int, int]]:
-        """Who draws which steps: the model, what it is told, its first step, and the step after its last.
-
-        A request with a second pass is refined in that pass alone, which draws over what the first had refined.
-        """
-        steps = len(sigmas) - 1
-        drawn_over = request.hires is not None and request.hires.strength > 0
-        if self.refiner is None or request.refine_at is None or drawn_over:
-            return [(self, cond, 0, steps)]
-        change = steps_before(sigmas, self.system.levels, request.refine_at)
-        legs = [(self, cond, 0, change)] if change else []
-        if change < steps:
-            told = self.refiner._condition([request.prompt, request.negative], request)
-            legs.append((self.refiner, told, change, steps))
-        return legs
+        return sample(self, cond, seeds, request, on_step, origin, done)
 
     @torch.inference_mode()
     def preview(self, latent: Tensor) -> Image.Image:
@@ -427,63 +361,9 @@ class Model:
             return self.decode(latent[:1])[0]
         return to_image(self.system.preview(latent[:1].to(self.device))[0])
 
-    def _noise(
-        self, seeds: Sequence[int], shape: Sequence[int], request: Request
-    ) -> SeededNoise | VariedNoise:
-        if request.variation is None:
-            return SeededNoise(seeds, shape, self.device, torch.float32)
-        others = [request.variation.seed + k for k in range(len(seeds))]
-        return VariedNoise(seeds, others, request.variation.strength, shape, self.device, torch.float32)
-
-    def _origin(self, canvas: Canvas, request: Request) -> Origin:
-        assert request.strength is not None
-        latent = self.encode(canvas.picture)
-        if canvas.mask is None:
-            return Origin(latent, request.strength)
-        pixels = to_pixels(canvas.picture)[None].to(self.device)  # (1, 3, 1, H, W)
-        mask = torch.from_numpy(np.asarray(canvas.mask) > 0).float()[None, None, None]  # (1, 1, 1, H, W)
-        return Origin(latent, request.strength, pixels, mask.to(self.device))
-
-    def _inpaint_channels(self, origin: Origin | None, height: int, width: int) -> Tensor | None:
-        if getattr(self.system, "inpaint_channels", None) is None:
-            return None
-        if origin is None or origin.mask is None or origin.pixels is None:
-            pixels = torch.zeros(1, 3, 1, height, width, device=self.device)
-            mask = torch.ones(1, 1, 1, height, width, device=self.device)
-        else:
-            pixels, mask = origin.pixels * (1 - origin.mask), origin.mask
-        with self._precision():
-            return self.system.inpaint_channels(pixels, mask).float()
-
-    def _second_pass(
-        self,
-        latent: Tensor,
-        request: Request,
-        hires: HiRes,
-        on_step: Callable[[Step], None] | None,
-        untouched: Image.Image | None,
-    ) -> Tensor:
-        """Latents of the request's size → of the enlarged size, drawn over. untouched: the picture they were encoded
-        from, if nothing has been done to them."""
-        assert request.size
-        width, height = size = enlarged_size(request.size, hires.scale, self.system.config.multiple)
-        if pixel_upscaler(hires.upscaler):
-            pictures = self.decode(latent) if untouched is None else [untouched] * len(latent)
-            latent = self.encode([picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures])
-        else:
-            shape = self._latent_shape(height, width)
-            latent = enlarged(latent, shape[-2], shape[-1], hires.upscaler)
-        second = replace(
-            request,
-            size=size,
-            steps=hires.steps or request.steps,
-            image=None,  # the first pass has used it, and it is of the first pass's size
-            strength=None,
-            fit=None,
-            hires=None,
-        )
-        origin = Origin(latent, hires.strength)
-        return self.sample(self.condition(second), second.seeds(), second, on_step, origin)
+    def named(self) -> dict[str, Any]:
+        """Its name and the hashes of its weights."""
+        return {"model": self.name, "weights": self.hashes}
 
     def recipe(self, request: Request, seconds: float) -> dict[str, Any]:
         """Everything needed to draw the same pictures again."""
@@ -492,9 +372,11 @@ class Model:
             "model": self.name,
             "weights": self.hashes,
             **({"embeddings": self.embeddings} if self.embeddings else {}),
+            **({"loras": self._adapters("loras").digests(request.loras)} if request.loras else {}),
             **({"without": list(self.without)} if self.without else {}),
             **({"text_dtype": self.text_dtype} if self.text_dtype else {}),
-            **({"refiner": _named(self.refiner)} if self.refiner is not None else {}),
+            **({} if self.refiner is None else {"refiner": self.refiner.named()}),
+            **({"read_as": self.system.read_as} if hasattr(self.system, "read_as") else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "engine": getattr(self.system, "engine", "torch"),
@@ -504,104 +386,7 @@ class Model:
             "seconds": round(seconds, 3),
         }
 
-    def _check_read(self, request: Request) -> None:
-        """`InputError` for what this model would not be told, and for rules of prompts that do not exist."""
-        models = [self] if self.refiner is None else [self, self.refiner]
-        for name in request.for_some():
-            if not any(name in getattr(model.system, "reads", ()) for model in models):
-                raise InputError(f"this model knows nothing of {name}; leave it out", argument=name)
-        if request.prompt_rules is not None:
-            rule_named(request.prompt_rules)
-        if request.weighting is not None:
-            weighting_named(request.weighting)
-
-    def _check_skipped(self, request: Request) -> None:
-        """`InputError` for layers that the network does not have, or cannot leave out."""
-        if request.skip_layers is None:
-            return
-        count = getattr(self.system, "layers", 0)
-        if not count:
-            raise InputError(
-                "this model's network leaves no layers out; leave out skip_layers", argument="skip_layers"
-            )
-        for layer in request.skip_layers.layers:
-            if layer >= count:
-                raise InputError(
-                    f"skip_layers names the layer {layer}; this model's network has 0 to {count - 1}",
-                    argument="skip_layers.layers",
-                )
-
-    def _sigmas(self, request: Request) -> Tensor:
-        """The levels of a complete request's schedule."""
-        assert request.size and request.schedule and request.steps
-        told = getattr(self.system, "picture_tokens", None)
-        tokens = None if told is None else told(request.size[1], request.size[0])
-        return sigmas_for(request.schedule, request.steps, self.system.levels, tokens)
-
-    def _latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(C, 1, H/f, W/f) of a picture of so many pixels."""
         owner = self.system if hasattr(self.system, "latent_shape") else self.system.autoencoder
         return owner.latent_shape(1, height, width)
-
-    def _check_size(self, size: tuple[int, int]) -> None:
-        multiple = self.system.config.multiple
-        nearest = nearest_size(size, multiple)
-        if tuple(size) != nearest:
-            raise InputError(
-                f"size {by(size)} is not a multiple of {multiple} pixels; the nearest legal size is {by(nearest)}",
-                argument="size",
-            )
-
-    def _check_hires(self, request: Request, hires: HiRes) -> None:
-        assert request.size and request.schedule and request.steps
-        pixel_upscaler(hires.upscaler)
-        size = enlarged_size(request.size, hires.scale, self.system.config.multiple)
-        if max(size) > MAX_SIDE:
-            raise InputError(
-                f"hires.scale {hires.scale:g} makes {by(size)}; at most {MAX_SIDE} pixels on a side are drawn",
-                argument="hires.scale",
-            )
-        steps = hires.steps or request.steps
-        self._sigmas(replace(request, size=size, steps=steps))
-        steps_to_run(steps, hires.strength, "hires.strength")
-
-
-def enlarged_size(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
-    """`size` times `scale`, where that is legal; else an `InputError` names the nearest size that is."""
-    wanted = (size[0] * scale, size[1] * scale)
-    nearest = nearest_size((round(wanted[0]), round(wanted[1])), multiple)
-    if any(abs(a - b) > 1e-6 * b for a, b in zip(wanted, nearest, strict=True)):
-        raise InputError(
-            f"hires.scale {scale:g} makes {wanted[0]:g}x{wanted[1]:g} of {by(size)}, not a multiple of {multiple} "
-            f"pixels; the nearest legal size is {by(nearest)}",
-            argument="hires.scale",
-        )
-    return nearest
-
-
-def _named(model: Model) -> dict[str, Any]:
-    return {"model": model.name, "weights": model.hashes}
-
-
-def eta_samplers() -> list[str]:
-    """The samplers with an option eta."""
-    return [name for name, sampler in SAMPLERS.items() if "eta" in inspect.signature(sampler).parameters]
-
-
-def drawing_dtype(device: torch.device) -> torch.dtype:
-    """What the hardware is fast in, but on a CPU only where a picture does not depend on its batch. Elsewhere float32,
-    in which picture k of a batch is the picture made alone but for a few values that fall to the other side of .5.
-    """
-    fast = fast_dtype(device)
-    return fast if device.type != "cpu" or batch_invariant(fast) else torch.float32
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """A picture → float32 (3, 1, H, W) in [-1, 1]."""
-    array = np.asarray(image.convert("RGB"), dtype=np.float32)  # (H, W, 3)
-    return torch.from_numpy(array).permute(2, 0, 1)[:, None] / 127.5 - 1
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, 1, H, W) in [-1, 1] → a picture."""
-    array = (pixels[:, 0].float() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())

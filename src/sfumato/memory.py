@@ -106,6 +106,11 @@ class MemoryPlan:
 # --- work on tensors without memory --------------------------------------------------------------------------------
 
 
+Whole = Callable[
+    ..., tuple[int, Callable[[], Any] | None]
+]  # of a call's arguments: its bytes, and its answer
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operations inside it made and that still live: `now`, and at most `peak`."""
 
@@ -179,7 +184,7 @@ class _OfFakes(LiveBytes):
 class _Whole(TorchFunctionMode):
     """Takes functions as one operation whose bytes are known, instead of going through their loops."""
 
-    def __init__(self, tracer: LiveBytes, known: Mapping[Callable[..., Any], Callable[..., int]]):
+    def __init__(self, tracer: LiveBytes, known: Mapping[Callable[..., Any], Whole]):
         super().__init__()
         self.tracer, self.known = tracer, known
 
@@ -188,16 +193,17 @@ class _Whole(TorchFunctionMode):
     ) -> Any:
         if func not in self.known:
             return func(*args, **(kwargs or {}))
-        self.tracer.take(self.known[func](*args, **(kwargs or {})))
-        return torch.empty_like(args[0])
+        count, answer = self.known[func](*args, **(kwargs or {}))
+        self.tracer.take(count)
+        return answer() if answer else None
 
 
 @contextmanager
-def tracing(known: Mapping[Callable[..., Any], Callable[..., int]]) -> Iterator[LiveBytes]:
+def tracing(known: Mapping[Callable[..., Any], Whole]) -> Iterator[LiveBytes]:
     """Within it every new tensor is fake, and the tracer counts. Without gradients.
 
-    known: functions that are overridable (`torch.overrides`), whose answer is like their first argument, to what tells
-    the most bytes that a call allocates, its answer among them.
+    known: functions that are overridable (`torch.overrides`), to what tells of a call the most bytes that it allocates,
+    its answer among them, and how an answer of that form is made, or None if it gives none.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from sfumato.drawing.request import enlarged_size
 from sfumato.errors import InputError
-from sfumato.generate import BATCH, Model, enlarged_size
+from sfumato.generate import BATCH, Model
 from sfumato.memory import OFFLOADS, MemoryPlan, Stage, available, check_offload, resident
 from sfumato.tasks.canvas import by, nearest_size
 from sfumato.types import Request

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,56 +9,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from helpers import relative_error
+from sd_reference import EULER, drawn, euler, names_of, part_of, theirs_drawn, tokenizer, write_jsons
 from sfumato.diffusion.schedules import sigmas_for
-from sfumato.families.sd import folder
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
-from sfumato.text.clip import ClipConfig
-from sfumato.text.clip_tokens import MERGES, bundled
-from sfumato.text.windows import LENGTH
 from sfumato.types import Request
 from small_sd import SIDE, SMALL
 
 STEPS = 20
 PICTURE, NETWORK = 1e-4, 1e-5  # bounds of 20 steps, and of one call
-EULER = {**folder.BETAS, "timestep_spacing": "trailing", "steps_offset": 1}
-
-
-def tokenizer(pad: str) -> CLIPTokenizer:
-    """transformers' own, of the vocabulary that comes with the package."""
-    merges = [tuple(line.split(" ")) for line in MERGES.read_text(encoding="utf-8").split("\n")[1:] if line]
-    vocabulary = bundled()._tokenizer.get_vocab()
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=LENGTH)
-
-
-def text_module(config: ClipConfig) -> torch.nn.Module:
-    settings = folder.text_config(config)
-    settings.pop("architectures")
-    kind = CLIPTextModelWithProjection if config.projection else CLIPTextModel
-    return kind(CLIPTextConfig(**settings)).eval()
-
-
-def parts_of(kind: str) -> dict[str, torch.nn.Module]:
-    """Random networks of the small kind, as diffusers and transformers make them."""
-    system = SMALL[kind]
-    torch.manual_seed(5)
-    parts: dict[str, torch.nn.Module] = {
-        "unet": UNet2DConditionModel.from_config(folder.unet_config(system.unet, SIDE // 4)).eval(),
-        "vae": AutoencoderKL.from_config(folder.vae_config(system.vae, SIDE)).eval(),
-    }
-    return parts | {part.name: text_module(part.config) for part in system.text}
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +35,12 @@ def made(tmp_path_factory):
 
     def make(kind: str, prediction: str = "epsilon"):
         if (kind, prediction) not in known:
-            parts, place = parts_of(kind), tmp_path_factory.mktemp(kind)
+            place = tmp_path_factory.mktemp(kind)
+            torch.manual_seed(5)
+            parts = {name: part_of(SMALL[kind], name) for name in names_of(SMALL[kind])}
             for name, part in parts.items():
                 part.save_pretrained(place / name)
-            (place / "scheduler").mkdir()
-            scheduler = folder.scheduler_config(kind, prediction)
-            (place / folder.SCHEDULER).write_text(json.dumps(scheduler))
-            index = folder.model_index(kind, SMALL[kind], scheduler["_class_name"])
-            (place / folder.INDEX).write_text(json.dumps(index))
+            write_jsons(place, kind, SMALL[kind], prediction)
             system = open_system(place, torch.device("cpu"), torch.float32, systems=SMALL)
             known[kind, prediction] = parts, Model(system, torch.device("cpu"), kind)
         return known[kind, prediction]
@@ -84,46 +48,10 @@ def made(tmp_path_factory):
     return make
 
 
-def euler(prediction: str = "epsilon") -> EulerDiscreteScheduler:
-    kind = "v_prediction" if prediction == "v" else "epsilon"
-    return EulerDiscreteScheduler(**EULER, prediction_type=kind)
-
-
 REQUEST = Request("a (small) red fox, 4k", negative="blurry", seed=3, steps=STEPS, guidance=6.0, sampler="euler",
                   schedule="trailing", size=(SIDE, SIDE + 32))  # fmt: skip
 # brackets are text to diffusers, so its prompt goes without the weight that they give in ours
 PLAIN = replace(REQUEST, prompt="a small red fox, 4k")
-
-
-def drawn(model: Model, request: Request) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(initial noise, latents, pixels) of ours."""
-    from sfumato.sampling import SeededNoise
-
-    request = model.complete(request)
-    shape = model.system.autoencoder.latent_shape(1, request.size[1], request.size[0])
-    noise = SeededNoise(request.seeds(), shape).initial()
-    latent = model.sample(model.condition(request), request.seeds(), request)
-    return noise[:, :, 0], latent[:, :, 0], model.decode_pixels(latent)[:, :, 0]
-
-
-def theirs_drawn(
-    pipeline, request: Request, noise: torch.Tensor, **more
-) -> tuple[torch.Tensor, torch.Tensor]:
-    pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
-        request.prompt,
-        negative_prompt=request.negative,
-        width=request.size[0],
-        height=request.size[1],
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        latents=noise.clone(),
-        output_type="latent",
-        **more,
-    ).images
-    with torch.no_grad():
-        pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
-    return latents, pixels
 
 
 @pytest.mark.parametrize(("kind", "prediction"), [("sd1", "epsilon"), ("sd2", "epsilon"), ("sd2", "v")])

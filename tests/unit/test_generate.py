@@ -14,6 +14,7 @@ from PIL import Image
 import sfumato
 from helpers import CPU, PROMPT, TINY, apart, array, tiny_system
 from sfumato.autoencoder import AutoencoderConfig
+from sfumato.drawing.request import levels_of
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.pocket import PocketConfig, System, build, save_folder
 from sfumato.families.pocket.config import DenoiserConfig
@@ -157,7 +158,7 @@ def test_skip_layers_that_are_not_there_are_refused(model):
 
 def test_a_schedule_by_the_picture_s_size_knows_it(model):
     small, large = (
-        model._sigmas(model.complete(Request(PROMPT, schedule="flow_dynamic", steps=4, size=size)))
+        levels_of(model, model.complete(Request(PROMPT, schedule="flow_dynamic", steps=4, size=size)))
         for size in ((32, 32), (256, 256))
     )
     assert (large[1:-1] > small[1:-1]).all()

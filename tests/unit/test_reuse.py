@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from helpers import CPU, PROMPT, TINY, apart, tiny_system
+from sfumato.drawing.sample import noise_of
 from sfumato.errors import InputError
 from sfumato.generate import Model
 from sfumato.nn.dit import DiT, DiTConfig
@@ -301,7 +302,7 @@ def test_reuse_by_hand(model):
     request = model.complete(Request(PROMPT, seed=4, sampler="euler", steps=4, guidance=1.0, reuse=2))
     cond = model.condition(request)
     wanted = cond.change(lambda rows: rows[:1])
-    net, x = model.system.denoiser.dit, model._noise([4], (4, 1, 8, 8), request).initial()
+    net, x = model.system.denoiser.dit, noise_of(model, [4], (4, 1, 8, 8), request).initial()
     past: list[Tensor] = []
     with torch.no_grad():
         for step, sigma in enumerate((1.0, 0.75, 0.5, 0.25)):

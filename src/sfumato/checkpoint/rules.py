@@ -14,20 +14,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.report import Report
 from sfumato.errors import CheckpointError
 
 if TYPE_CHECKING:  # names and shapes are told without torch, whose import takes longer than that
     import torch
     from torch import Tensor
-
-SHOWN = 5  # names that an error lists before it says how many more there are
 
 
 @dataclass(frozen=True)
@@ -230,38 +228,6 @@ def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Report:
-    """How the names of a file meet a map.
-
-    matched: names that a rule uses. dropped: names left by a rule, with its reason. missing: names that would be
-    needed. unexpected: names that no rule knows. doubled: names of ours that a file gives more than once.
-    """
-
-    matched: tuple[str, ...] = ()
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    doubled: tuple[str, ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        return not (self.missing or self.unexpected or self.doubled)
-
-    def describe(self) -> str:
-        """What keeps it from being complete, in one line."""
-        told = [
-            f"{len(names)} {kind}: {some(names)}"
-            for kind, names in (
-                ("missing", self.missing),
-                ("unexpected", self.unexpected),
-                ("given twice", self.doubled),
-            )
-            if names
-        ]
-        return "; ".join(told) or f"all {len(self.matched)} tensors have their place"
-
-
-@dataclass(frozen=True)
 class KeyMap:
     """A finite table from one layout to another.
 
@@ -358,8 +324,7 @@ class KeyMap:
         has its place and every place its name.
         """
         report = self.match(weights)
-        if not report.complete:
-            raise CheckpointError(f"{source} does not hold exactly the tensors expected: {report.describe()}")
+        report.require(source)
         entries: dict[str, tuple[Rule, int]] = {}
         for rule in self.rules:
             if all(name in weights for name in _tuple(rule.theirs)):
@@ -462,9 +427,3 @@ def info(weights: Mapping[str, Tensor], name: str) -> Info:
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Name to shape for all tensors: what detection needs."""
     return {name: info(weights, name)[1] for name in weights}
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - SHOWN
-    return ", ".join(map(shown, names[:SHOWN])) + (f" and {more} more" if more > 0 else "")

@@ -7,6 +7,7 @@ are affine in x0_hat with the same coefficients for both branches); the rescale 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,12 +86,46 @@ def cfg_batched(
         if here is None:
             cond = guided = denoise_cond(x, sigma)
         else:
-            both = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
-            cond, uncond = denoise_both(torch.cat([x, x]), both).chunk(2)
+            cond, uncond = _both(denoise_both, x, sigma)
             guided = _guided(cond, uncond, here, rescale)
         return guided if skipping is None else skipping.added(guided, cond, x, sigma)
 
     return denoise
+
+
+def composed_batched(
+    denoise_both: Denoise,
+    denoise_others: Sequence[Denoise],
+    weights: Sequence[float],
+    scale: float | Tensor,
+    interval: tuple[float, float] = ALWAYS,
+    rescale: float = 0.0,
+    skipping: Skipping | None = None,
+) -> Denoise:
+    """Conditions that hold together: uncond + scale · Σ w_i (cond_i − uncond)  (Liu et al. 2022, 2206.01714, eq. 11).
+
+    denoise_both: as in `cfg_batched`, for the first condition; denoise_others: one for each of the rest. weights: of
+    all of them. Where nothing is guided the scale is 1. skipping: about the first condition.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        first, uncond = _both(denoise_both, x, sigma)
+        conds = [first, *(denoise_other(x, sigma) for denoise_other in denoise_others)]
+        cond = uncond.clone()
+        for weight, each in zip(weights, conds, strict=True):
+            cond += weight * (each - uncond)
+        here = _scale_at(scale, interval, sigma, x)
+        guided = cond if here is None else _guided(cond, uncond, here, rescale)
+        return guided if skipping is None else skipping.added(guided, first, x, sigma)
+
+    return denoise
+
+
+def _both(denoise_both: Denoise, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """One call for the answers with and without the condition."""
+    levels = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    cond, uncond = denoise_both(torch.cat([x, x]), levels).chunk(2)
+    return cond, uncond
 
 
 def rescaled(guided: Tensor, cond: Tensor, amount: float) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sfumato.nn.attention import products_are_fast
 from sfumato.nn.mmdit import PatchEmbed
@@ -22,7 +21,7 @@ from sfumato.nn.unet import Upsample
 ROWS = 2048  # tokens, and
 CELLS = 32  # cells per side, for which oneDNN picks its tiles; any other number gives the same answers
 WHOLE = (GEGLU, TanhGELU, Upsample, PatchEmbed)  # modules that are one layer although they have children
-SLICE = 128  # output channels of a kernel that are worked on at a time
+SLICE = 128  # input channels of a kernel that are worked on at a time
 
 
 def pack(network: nn.Module) -> int:
@@ -46,10 +45,15 @@ def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
     children, in the network's order.
     """
     for name, child in network.named_children():
-        if isinstance(child, WHOLE) or not any(True for _ in child.children()):
+        if is_layer(child):
             yield f"{prefix}{name}", network, name
         else:
             yield from layers(child, f"{prefix}{name}.")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is packed as one: a module without children, or one whose few layers go together."""
+    return isinstance(module, GEGLU | Upsample) or not any(True for _ in module.children())
 
 
 def packed(layer: nn.Module) -> nn.Module | None:
@@ -122,8 +126,7 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.form = (list(padding), list(stride), list(dilation), groups)
         shape = [1, weight.shape[1] * groups, *cells]
-        weight = weight.detach().contiguous(memory_format=torch.channels_last)
-        self.tiles = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.form, shape)
+        self.tiles = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.form, shape)
         self.bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,15 +163,14 @@ class PackedUpsample(nn.Module):
 def shared_kernel(weight: Tensor) -> Tensor:
     """(O, C, 3, 3) of a convolution → (C, O, 4, 4) of the transposed one that also doubles the sides, channels last.
 
-    Along each side (a, b, c) becomes (c, b + c, a + b, a): what neighbouring outputs take from one input cell.
+    Along each side (a, b, c) becomes (c, b + c, a + b, a): what neighbouring outputs take from one input cell. Both
+    sides at once are a product with a matrix of zeros and ones, in float32.
     """
     O, C = weight.shape[:2]
-    shared = weight.new_empty(C, O, 4, 4).contiguous(memory_format=torch.channels_last)
-    for o in range(
-        0, O, SLICE
-    ):  # in float32, which of a large layer would take hundreds of megabytes at once
-        kernel = functional.pad(weight[o : o + SLICE].float().flip(2, 3), (1, 1, 1, 1))
-        kernel = kernel[:, :, :-1] + kernel[:, :, 1:]
-        kernel = kernel[..., :-1] + kernel[..., 1:]
-        shared[:, o : o + SLICE] = kernel.transpose(0, 1)
-    return shared
+    side = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
+    both = torch.kron(side, side)  # (16, 9)
+    shared = weight.new_empty(C, 4, 4, O)
+    for c in range(0, C, SLICE):  # a large layer would take hundreds of megabytes at once
+        kernels = weight[:, c : c + SLICE].flatten(2).permute(1, 2, 0).float()
+        shared[c : c + SLICE] = (both @ kernels).unflatten(1, (4, 4))
+    return shared.permute(0, 3, 1, 2)

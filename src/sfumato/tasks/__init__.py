@@ -2,6 +2,7 @@
 
     canvas.py   in pixels: sizes, masks, what is drawn on, and the finished picture put together
     latent.py   in latents: where on the schedule to begin, what to keep, how to enlarge
+    pixels.py   between pictures and what networks see
 
-No model is known here; `generate.py` composes these with the stages.
+No model is known here; `drawing/` composes these with the stages.
 """

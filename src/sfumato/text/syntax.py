@@ -12,8 +12,9 @@
 
 Deviations, all in what the originals get wrong or leave open: BREAK starts a window inside brackets too, where A1111
 reads it as a word of negative weight; a number it would stumble over, as in (a:1.2.3), is text; for comfy and compel a
-bracket without its partner is text and the rest of the prompt keeps its meaning. Not covered: A1111's prompt editing
-`[from:to:when]`, alternation `[a|b]` and AND, which are read as text; compel's methods, which are refused by name.
+bracket without its partner is text and the rest of the prompt keeps its meaning. A1111's prompt editing
+`[from:to:when]`, alternation `[a|b]` and AND are resolved before, by `text.editing`. Not covered: compel's methods,
+which are refused by name.
 """
 
 from __future__ import annotations

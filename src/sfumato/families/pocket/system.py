@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.adapters.fold import Adapters, Touched
 from sfumato.autoencoder import Autoencoder
-from sfumato.checkpoint.fill import fill
+from sfumato.checkpoint.fill import fill, refill
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels, flow_levels
 from sfumato.errors import CheckpointError
+from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.nn.dit import DiT, DiTConfig
-from sfumato.storage import load_sharded, read_json, save_sharded, write_json
+from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
 from sfumato.text import TextConfig, TextEncoder, Tokenizer
 from sfumato.types import Conditioning, Request
 
@@ -58,6 +61,25 @@ class System:
     autoencoder: Autoencoder
     denoiser: TextDenoiser
     tokenizer: Tokenizer
+
+    @functools.cached_property
+    def adapters(self) -> Adapters:
+        """The LoRAs opened for it. The weights that it has when this is first asked for are the base."""
+        base = dict(self.denoiser.state_dict())
+
+        def renew(touched: Touched) -> None:
+            refill(self.denoiser, folds.parts["denoiser"], touched.get("denoiser", ()), "pocket (denoiser)")
+
+        names = functools.cache(lambda: names_of(base))
+        folds = Adapters(names, {"denoiser": base}, renew, check)
+        return folds
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each part's weights, without what LoRAs add."""
+        return {
+            "autoencoder": tensors_hash(self.autoencoder.state_dict()),
+            "denoiser": tensors_hash(self.adapters.parts["denoiser"].base),
+        }
 
     @property
     def parameterization(self) -> Parameterization:

@@ -89,6 +89,16 @@ class PublishedSystem:
         """Names of the networks that read prompts."""
 
     @property
+    def drawn_from(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What the networks are made from: the tensors of `parts`, and what adapters add to them."""
+        return self.parts
+
+    @property
+    def added(self) -> int:
+        """Bytes of what adapters add, which stay in memory beside the networks."""
+        return 0
+
+    @property
     def autoencoder(self) -> AutoencoderKL:
         return self.networks["autoencoder"]
 
@@ -127,7 +137,13 @@ class PublishedSystem:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
-        return {"autoencoder": part_hash(self.parts["vae"]), "denoiser": part_hash(self.parts[self.part])}
+        read = {"autoencoder": "vae", "denoiser": self.part} | {name: name for name in self.text_parts}
+        return {network: part_hash(self.parts[part]) for network, part in read.items()}
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """The text encoders that are read."""
+        return tuple(part.name for part in self.shapes.text)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """(C, T, H/f, W/f) of a picture in pixels."""

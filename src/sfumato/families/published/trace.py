@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,24 +11,29 @@ from torch import Tensor
 
 from sfumato.autoencoder.memory import peak_bytes
 from sfumato.autoencoder.model import PIXEL_CHANNELS
-from sfumato.checkpoint.rules import View, info
+from sfumato.checkpoint.cast import copy_bytes, copy_into
+from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import require_offload
 from sfumato.families.published.system import PublishedSystem
-from sfumato.memory import LiveBytes, Stage, tracing
+from sfumato.memory import LiveBytes, Stage, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
 
 # Holes that freed blocks leave in the C library's memory, as a share of what a pass holds. Not traced but measured, 0.5
 # to 2 (benchmarks/memory.py); who offloads leaves none (`memory.leave_no_holes`).
 HOLES = 1
+WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
+    attention: lambda q, *more: (attention_bytes(q, *more), lambda: torch.empty_like(q)),
+    copy_into: lambda out, tensor: (copy_bytes(out, tensor), None),
+}
 
 
 class Numberless(Mapping[str, Tensor]):
     """The tensors of a part as the header tells them, made anew at each asking. Under `tracing` they hold nothing."""
 
-    def __init__(self, part: View):
+    def __init__(self, part: Mapping[str, Tensor]):
         self.forms = {name: info(part, name) for name in part}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -56,10 +61,10 @@ def trace(
     The prompts are read and the U-Net is called as they are when drawing. The sampler's own latents are not counted.
     """
     require_offload(offload, system.engine, system.dtype)
-    parts = {name: Numberless(part) for name, part in system.parts.items()}
+    parts = {name: Numberless(part) for name, part in system.drawn_from.items()}
     cpu, keeps = system.device.type == "cpu", offload == "none"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
-    with tracing({attention: attention_bytes}) as tracer:
+    with tracing(WHOLE) as tracer:
         networks, weights, loading = {}, {}, []
         for name, opener in system.openers(parts, stream=offload == "sequential").items():
             before = tracer.now
@@ -87,7 +92,8 @@ def trace(
         stages.insert(
             2, Stage("encode", resident["autoencoder"], _autoencoder_bytes(system, "encode", size, batch))
         )
-    return tuple(stages)
+    added = system.added if cpu else 0  # LoRAs stay as their files' pages
+    return tuple(replace(stage, weights=stage.weights + added) for stage in stages)
 
 
 def _autoencoder_bytes(

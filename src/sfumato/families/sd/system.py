@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.adapters.fold import Adapters
 from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import beta_levels, beta_table, zero_terminal_snr
 from sfumato.families.published.checkpoint import Checkpoint, Families
-from sfumato.families.published.folder import tokenizer_folder
 from sfumato.families.published.networks import Networks
-from sfumato.families.published.openers import autoencoder, check_engine, denoiser, require_offload
+from sfumato.families.published.openers import check_engine, require_offload
 from sfumato.families.published.system import Preset, PublishedSystem, opened, ready
 from sfumato.families.sd.condition import (
-    Reader,
     TextFeatures,
     TextOptions,
     TextStack,
@@ -30,14 +29,16 @@ from sfumato.families.sd.condition import (
     plan_of,
     size_vector,
 )
+from sfumato.families.sd.distilled import check_preset, drawn, preset_named
 from sfumato.families.sd.family import FAMILY
+from sfumato.families.sd.loras import adapters_of
+from sfumato.families.sd.openers import openers, renewers, tokenizer_of
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.nn.embed import sinusoid
 from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
-from sfumato.text.clip import load_encoder
-from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
+from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.inversion import Inversion, read_inversions
 from sfumato.types import Conditioning, Micro, Request
 
@@ -47,7 +48,7 @@ Embeddings = Iterable[str | Path] | Mapping[str, str | Path]  # files of textual
 @dataclass(frozen=True)
 class Config:
     """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what a picture's sides are multiples of.
-    consistent: it is a latent consistency model.
+    distilled: how it is drawn, a name of `distilled.PRESETS`; guessed: the words that this was guessed from, if it was.
     """
 
     kind: str
@@ -55,7 +56,8 @@ class Config:
     prediction: str
     zero_snr: bool
     multiple: int = 8
-    consistent: bool = False
+    distilled: str = "plain"
+    guessed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,14 @@ class System(PublishedSystem):
     """Networks of a Stable Diffusion, ready to draw.
 
     networks: "text" has all text encoders. tokenizers: one for each of them. inversions: textual ones, as
-    `text.inversion.read_inversion` gives them.
+    `text.inversion.read_inversion` gives them. loras: those opened for it, and its parts with what they add.
     """
 
     config: Config
     shapes: Kind
     tokenizers: tuple[ClipTokenizer, ...] = ()
     inversions: tuple[Mapping[str, Inversion], ...] = ()
+    loras: Adapters | None = None
 
     part = "unet"
     texts = ("text",)
@@ -77,25 +80,36 @@ class System(PublishedSystem):
     def openers(
         self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
     ) -> dict[str, Callable[[], Any]]:
-        shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
-
-        def text() -> TextStack:
-            encoders = tuple(
-                load_encoder(part.config, parts[part.name], self.kept, sources[part.name], self.device)
-                for part in shapes.text
-            )
-            return TextStack(plan_of(self.config.kind), encoders, self.tokenizers, self.inversions)
-
-        of = (self.device, self.dtype, self.engine)
-        return {
-            "text": text,
-            "denoiser": lambda: denoiser(shapes.unet, parts["unet"], sources["unet"], *of, stream=stream),
-            "autoencoder": lambda: autoencoder(shapes.vae, parts["vae"], sources["vae"], *form),
-        }
+        return openers(self, parts, stream=stream)
 
     @property
     def text(self) -> TextStack:
         return self.networks["text"]
+
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRAs opened for it."""
+        if self.loras is not None:
+            return self.loras
+        return adapters_of(self.config.kind, self.shapes, self.parts, lambda touched: None)
+
+    @property
+    def drawn_from(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return self.adapters.parts
+
+    @property
+    def added(self) -> int:
+        return self.adapters.size
+
+    def offloaded(self, offload: str) -> System:
+        """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
+        require_offload(offload, self.engine, self.dtype)
+        held: list[Networks] = []
+        loras = self.adapters.moved(lambda touched: held[0].renew(touched) if held else None)
+        make = self.openers(loras.parts, stream=offload == "sequential")
+        held.append(Networks(make, offload, renewers(self, loras.parts)))
+        held[0].open_all()
+        return replace(self, networks=held[0], loras=loras)
 
     @property
     def embeddings(self) -> dict[str, str]:
@@ -106,7 +120,8 @@ class System(PublishedSystem):
     @property
     def parameterization(self) -> Parameterization:
         kind = "v" if self.config.prediction == "v" else "eps"
-        return Parameterization(kind, VE, self.levels.time, consistency if self.config.consistent else None)
+        lcm = "lcm" in (self.config.distilled, self.adapters.preset(self.adapters.now).get("sampler"))
+        return Parameterization(kind, VE, self.levels.time, consistency if lcm else None)
 
     @property
     def clip_layers(self) -> int:
@@ -120,6 +135,11 @@ class System(PublishedSystem):
         micro = told.get(plan_of(self.config.kind).numbers, ())
         names = [f"micro.{prefix}{name}" for name in micro for prefix in ("", "negative_")]
         return frozenset(["prompt_rules", "weighting", *names])
+
+    @property
+    def read_as(self) -> dict[str, str]:
+        """What its files may leave open, as it was taken or said: `prediction` and `preset`."""
+        return {"prediction": self.config.prediction, "preset": self.config.distilled}
 
     @property
     def told_guidance(self) -> bool:
@@ -211,6 +231,7 @@ def open_system(
     parts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     engine: str = "torch",
     offload: str = "none",
+    preset: str | None = None,
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """The model at `path`, a single file or a diffusers folder, with weights in `dtype` on `device`.
@@ -220,7 +241,8 @@ def open_system(
     what `nn.openvino.plugin` takes. embeddings: files of textual inversions, called in prompts by their names or by
     those they are given here. parts: where to take what a U-Net alone lacks, whole checkpoints or single networks.
     offload: see `Networks`; of any but "none" nothing but headers is read before it is needed, and not every one goes
-    with int8 or an engine. `InputError` where this machine cannot do it.
+    with int8 or an engine. preset: how a distilled model is drawn, a name of `distilled.PRESETS`, over what the
+    checkpoint says. `InputError` where this machine cannot do it.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
     families = (replace(FAMILY, systems=systems),)
@@ -235,6 +257,7 @@ def open_system(
         embeddings=embeddings,
         engine=engine,
         offload=offload,
+        preset=preset,
     )
 
 
@@ -249,8 +272,10 @@ def build(
     embeddings: Embeddings = (),
     engine: str = "torch",
     offload: str = "none",
+    preset: str | None = None,
 ) -> System:
     """Networks of an opened checkpoint. `name` stands for it in errors; the rest as for `open_system`."""
+    check_preset(preset)
     check_engine(engine, device, dtype)
     require_offload(offload, engine, dtype)
     text = found.system.text
@@ -261,9 +286,10 @@ def build(
     fit(plan, [part.config for part in text], tokenizers, inversions)
     betas = beta_table()
     levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
-    preset, factor = preset_of(found), found.system.vae.factor
+    how, guess = preset_named(found) if preset is None else (preset, "")
+    like, factor = preset_of(found, how), found.system.vae.factor
     unopened = System(
-        config=Config(found.kind, preset, found.prediction, found.zero_snr, factor, consistent(found)),
+        config=Config(found.kind, like, found.prediction, found.zero_snr, factor, how, guess),
         shapes=made.shapes,
         networks=Networks({}),
         levels=levels,
@@ -278,37 +304,17 @@ def build(
     return unopened.offloaded(offload)
 
 
-def tokenizer_of(folder: Path | None, reader: Reader) -> ClipTokenizer:
-    """The folder's own for this text encoder, or else the bundled one."""
-    place = None if folder is None else folder / tokenizer_folder(reader.part)
-    if place is None or not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        return bundled(reader.pad)
-    return open_folder(place)
-
-
-def consistent(found: Checkpoint) -> bool:
-    """Whether it is a latent consistency model: its U-Net is told the guidance, or its scheduler is made for one."""
-    said = found.configs.get("scheduler", {}).get("_class_name")
-    return found.kind.endswith("-lcm") or said == "LCMScheduler"
-
-
-def preset_of(found: Checkpoint) -> Preset:
-    """How a checkpoint draws when the user says nothing: its family's custom, and what its scheduler's JSON tells."""
+def preset_of(found: Checkpoint, name: str = "plain") -> Preset:
+    """How a checkpoint draws when the user says nothing: its family's custom, and that of the preset `name`."""
     kind = found.system
     assert kind is not None
     side = 512 if found.kind.startswith("sd2") and found.prediction == "epsilon" else kind.size
     preset = Preset(25, 7.0, "dpmpp_2m", "karras", (side, side))
     if found.kind.startswith("sdxl"):
         preset = replace(preset, guidance=5.0)
-    said, cells = found.configs.get("scheduler", {}), found.configs.get("unet", {}).get("sample_size")
+    cells = found.configs.get("unet", {}).get("sample_size")
     if isinstance(cells, int) and 0 < cells <= 256:  # distilled ones may draw smaller than their parents
         preset = replace(preset, size=(cells * kind.vae.factor,) * 2)
-    if consistent(found):  # what its makers draw with, where it is told the guidance
-        guidance = 8.0 if kind.unet.time_cond else 1.0
-        return replace(preset, steps=4, guidance=guidance, sampler="lcm", schedule="lcm")
     if found.zero_snr:
-        return replace(preset, sampler="euler", schedule="trailing", rescale=0.7)
-    if said.get("timestep_spacing") == "trailing":  # the distilled ones, which draw in one to four steps
-        sampler = "euler_a" if "Ancestral" in said.get("_class_name", "") else "euler"
-        return replace(preset, steps=1, guidance=1.0, sampler=sampler, schedule="trailing")
-    return preset
+        preset = replace(preset, sampler="euler", schedule="trailing", rescale=0.7)
+    return replace(preset, **drawn(name, found))

@@ -25,10 +25,15 @@ NOTES = ("modelspec.title", "modelspec.architecture")
 def settled(found: Checkpoint, source: str) -> Checkpoint:
     """As the distilled one if its name or the notes in it say so: its tensors are those of the one it was made from."""
     turbo = f"{found.kind}-turbo"
-    told = [Path(source).absolute().name, *(found.metadata.get(note, "") for note in NOTES)]
-    if SAME_TENSORS.get(turbo) == found.kind and any(TURBO.search(text) for text in told):
+    if SAME_TENSORS.get(turbo) == found.kind and distilled_by(found, source):
         return replace(found, kind=turbo)
     return found
+
+
+def distilled_by(found: Checkpoint, source: str) -> str:
+    """The name or the note that calls a checkpoint distilled, "" where nothing does."""
+    told = [Path(source).absolute().name, *(found.metadata.get(note, "") for note in NOTES)]
+    return next((text for text in told if TURBO.search(text)), "")
 
 
 def unsayable(found: Checkpoint) -> str:

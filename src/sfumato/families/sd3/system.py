@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import flow_levels
-from sfumato.errors import CheckpointError
+from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.checkpoint import Checkpoint, Families
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import autoencoder, check_engine, denoiser, require_offload
@@ -27,9 +27,9 @@ from sfumato.families.sd3.condition import (
     encode_prompts,
     readers_of,
 )
-from sfumato.families.sd3.family import FAMILY
+from sfumato.families.sd3.family import FAMILY, distilled_by
 from sfumato.families.sd3.folder import SHIFT
-from sfumato.families.sd3.shapes import SYSTEMS
+from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
 from sfumato.families.sd3.shapes import System as Kind
 from sfumato.families.sd3.text import text_openers, tokenizers_of
 from sfumato.nn.mmdit import check_cells
@@ -49,11 +49,15 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Config:
-    """kind: a key of `SYSTEMS`. multiple: what a picture's sides are multiples of."""
+    """kind: a key of `SYSTEMS`. multiple: what a picture's sides are multiples of. distilled: how it is drawn, "turbo"
+    or "plain"; guessed: the words that this was guessed from, if it was.
+    """
 
     kind: str
     preset: Preset
     multiple: int = 16
+    distilled: str = "plain"
+    guessed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,15 @@ class System(PublishedSystem):
     @property
     def texts(self) -> tuple[str, ...]:
         return tuple(reader.part for reader in self.readers)
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        return self.texts
+
+    @property
+    def read_as(self) -> dict[str, str]:
+        """What its files may leave open, as it was taken or said: `preset`."""
+        return {"preset": self.config.distilled}
 
     @property
     def text(self) -> TextStack:
@@ -203,14 +216,17 @@ def build(
     without: Sequence[str] = (),
     text_dtype: torch.dtype | None = None,
     tokenizer: Place | None = None,
+    preset: str | None = None,
 ) -> System:
     """Networks of an opened checkpoint, with weights in `dtype` on `device`. `name` stands for it in errors.
 
     dtype: int8 makes the transformer's products in eight bits, and leaves the rest in what the CPU is fast in. vae:
     another autoencoder, a file or a folder. engine: "torch", or what `nn.openvino.plugin` takes. offload: see
     `Networks`. without: text encoders to leave out, of clip_l, clip_g and t5. text_dtype: of T5's weights, float32,
-    bfloat16 or int8. tokenizer: T5's, where the checkpoint has none.
+    bfloat16 or int8. tokenizer: T5's, where the checkpoint has none. preset: "turbo" or "plain", over what name and
+    notes of a large one say.
     """
+    found, guess = as_preset(found, name, preset)
     check_engine(engine, device, dtype)
     require_offload(offload, engine, dtype)
     made = ready(found, name, (), vae, families)
@@ -226,7 +242,7 @@ def build(
     )
     side = made.shapes.vae.factor * made.shapes.transformer.patch
     unopened = System(
-        config=Config(found.kind, preset_of(found), side),
+        config=Config(found.kind, preset_of(found), side, preset_named(found), guess),
         shapes=made.shapes,
         networks=Networks({}),
         levels=flow_levels(shift_of(found, name)),
@@ -241,6 +257,27 @@ def build(
         text_dtype=text_dtype,
     )
     return unopened.offloaded(offload)
+
+
+def as_preset(found: Checkpoint, name: str, preset: str | None) -> tuple[Checkpoint, str]:
+    """The checkpoint as the distilled kind or the plain one, and the words by which it is taken for distilled.
+
+    `InputError` for a preset that a checkpoint of its shapes does not have.
+    """
+    turbo = {plain: distilled for distilled, plain in SAME_TENSORS.items()}
+    plain = SAME_TENSORS.get(found.kind, found.kind)
+    if preset is None:
+        return found, distilled_by(found, name) if found.kind in SAME_TENSORS else ""
+    kinds = {"plain": plain} | ({"turbo": turbo[plain]} if plain in turbo else {})
+    if preset not in kinds:
+        raise InputError(
+            f"{name} is of {plain}, whose presets are {', '.join(kinds)}, not {preset!r}", argument="preset"
+        )
+    return replace(found, kind=kinds[preset]), ""
+
+
+def preset_named(found: Checkpoint) -> str:
+    return "turbo" if found.kind in SAME_TENSORS else "plain"
 
 
 def shift_of(found: Checkpoint, name: str) -> float:

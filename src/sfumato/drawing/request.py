@@ -1,0 +1,158 @@
+"""A request made whole: what it leaves open filled in, and what only a model can know checked."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sfumato.diffusion.schedules import sigmas_for
+from sfumato.errors import InputError
+from sfumato.sampling import SAMPLERS, sampler_named
+from sfumato.tasks.canvas import by, nearest_size, settle
+from sfumato.tasks.latent import pixel_upscaler, steps_to_run
+from sfumato.text.syntax import rule_named
+from sfumato.text.weighting import weighting_named
+from sfumato.types import MAX_SIDE, HiRes, Request
+
+if TYPE_CHECKING:
+    from sfumato.generate import Model
+
+REFINE_AT = (
+    0.8  # of the noise levels; SDXL's refiner was trained on the last fifth (Podell et al. 2023, sec. 2.5)
+)
+
+
+def complete(model: Model, request: Request) -> Request:
+    """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
+    sizes and steps. Doing it twice changes nothing."""
+    request = settle(request.validate(), model.system.config.multiple, model.preset["size"])
+    request = request.with_defaults(**model.preset | _loras(model, request)).validate()
+    assert request.size and request.sampler and request.schedule and request.steps
+    check_size(request.size, model.system.config.multiple)
+    sampler_named(request.sampler)
+    if request.eta is not None and request.sampler not in eta_samplers():
+        raise InputError(
+            f"sampler {request.sampler} has no eta; leave it out, or use one of {', '.join(eta_samplers())}",
+            argument="eta",
+        )
+    levels_of(model, request)
+    if request.strength is not None:
+        steps_to_run(request.steps, request.strength)
+    if request.hires is not None:
+        _check_hires(model, request, request.hires)
+    if (request.reuse or 1) > 1 and getattr(model.system, "split", None) is None:
+        raise InputError(
+            "this model's network keeps no deep features to reuse; leave out reuse", argument="reuse"
+        )
+    layers = getattr(model.system, "clip_layers", 1)
+    if request.clip_skip is not None and request.clip_skip > layers:
+        raise InputError(
+            f"clip_skip {request.clip_skip} is more than this model's text encoder allows, {layers}",
+            argument="clip_skip",
+        )
+    _check_read(model, request)
+    _check_skipped(model, request)
+    if model.refiner is None and request.refine_at is not None:
+        raise InputError("refine_at needs a refiner; open the model with one", argument="refine_at")
+    if model.refiner is not None and request.refine_at is None:
+        request = replace(request, refine_at=REFINE_AT)
+    return request
+
+
+def _loras(model: Model, request: Request) -> dict[str, Any]:
+    """The LoRAs to draw with, if any, and what they make of that which a request leaves open."""
+    adapters = getattr(model.system, "adapters", None)
+    if adapters is None:
+        if request.loras:
+            raise InputError(f"{model.name!r} takes no LoRAs; leave out loras", argument="loras")
+        return {}
+    for name, text in (("prompt", request.prompt), ("negative", request.negative or "")):
+        if "<lora:" in text:
+            raise InputError(
+                f"a LoRA is given by --lora FILE:WEIGHT or Request.loras, not in the {name} as <lora:…>",
+                argument=name,
+            )
+    uses = adapters.settled(request.loras)
+    return adapters.preset(uses) | ({"loras": uses} if uses else {})
+
+
+def levels_of(model: Model, request: Request) -> Tensor:
+    """The noise levels of a complete request's schedule, (steps + 1,), falling to 0."""
+    assert request.size and request.schedule and request.steps
+    told = getattr(model.system, "picture_tokens", None)
+    tokens = None if told is None else told(request.size[1], request.size[0])
+    return sigmas_for(request.schedule, request.steps, model.system.levels, tokens)
+
+
+def enlarged_size(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
+    """`size` times `scale`, where that is legal; else an `InputError` names the nearest size that is."""
+    wanted = (size[0] * scale, size[1] * scale)
+    nearest = nearest_size((round(wanted[0]), round(wanted[1])), multiple)
+    if any(abs(a - b) > 1e-6 * b for a, b in zip(wanted, nearest, strict=True)):
+        raise InputError(
+            f"hires.scale {scale:g} makes {wanted[0]:g}x{wanted[1]:g} of {by(size)}, not a multiple of {multiple} "
+            f"pixels; the nearest legal size is {by(nearest)}",
+            argument="hires.scale",
+        )
+    return nearest
+
+
+def eta_samplers() -> list[str]:
+    """The samplers with an option eta."""
+    return [name for name, sampler in SAMPLERS.items() if "eta" in inspect.signature(sampler).parameters]
+
+
+def check_size(size: tuple[int, int], multiple: int) -> None:
+    """`InputError`, with the nearest that is, for sides that are no multiples of `multiple` pixels."""
+    nearest = nearest_size(size, multiple)
+    if tuple(size) != nearest:
+        raise InputError(
+            f"size {by(size)} is not a multiple of {multiple} pixels; the nearest legal size is {by(nearest)}",
+            argument="size",
+        )
+
+
+def _check_read(model: Model, request: Request) -> None:
+    """`InputError` for what this model would not be told, and for rules of prompts that do not exist."""
+    models = [model] if model.refiner is None else [model, model.refiner]
+    for name in request.for_some():
+        if not any(name in getattr(each.system, "reads", ()) for each in models):
+            raise InputError(f"this model knows nothing of {name}; leave it out", argument=name)
+    if request.prompt_rules is not None:
+        rule_named(request.prompt_rules)
+    if request.weighting is not None:
+        weighting_named(request.weighting)
+
+
+def _check_skipped(model: Model, request: Request) -> None:
+    """`InputError` for layers that the network does not have, or cannot leave out."""
+    if request.skip_layers is None:
+        return
+    count = getattr(model.system, "layers", 0)
+    if not count:
+        raise InputError(
+            "this model's network leaves no layers out; leave out skip_layers", argument="skip_layers"
+        )
+    for layer in request.skip_layers.layers:
+        if layer >= count:
+            raise InputError(
+                f"skip_layers names the layer {layer}; this model's network has 0 to {count - 1}",
+                argument="skip_layers.layers",
+            )
+
+
+def _check_hires(model: Model, request: Request, hires: HiRes) -> None:
+    assert request.size and request.schedule and request.steps
+    pixel_upscaler(hires.upscaler)
+    size = enlarged_size(request.size, hires.scale, model.system.config.multiple)
+    if max(size) > MAX_SIDE:
+        raise InputError(
+            f"hires.scale {hires.scale:g} makes {by(size)}; at most {MAX_SIDE} pixels on a side are drawn",
+            argument="hires.scale",
+        )
+    steps = hires.steps or request.steps
+    levels_of(model, replace(request, size=size, steps=steps))
+    steps_to_run(steps, hires.strength, "hires.strength")

@@ -1,0 +1,83 @@
+"""How the networks of a Stable Diffusion are made from their tensors, and take over tensors that have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sfumato.adapters.fold import Touched
+from sfumato.checkpoint.fill import refill, refill_layers
+from sfumato.families.clip import load_encoder
+from sfumato.families.published.folder import tokenizer_folder
+from sfumato.families.published.openers import autoencoder, blank, denoiser
+from sfumato.families.sd.condition import Reader, TextStack, plan_of
+from sfumato.nn.packed import packed
+from sfumato.nn.quantized import stand_in, units
+from sfumato.nn.unet import UNet
+from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
+
+if TYPE_CHECKING:
+    from sfumato.families.sd.system import System
+
+
+def openers(
+    system: System, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+) -> dict[str, Callable[[], Any]]:
+    """How each network of a system is made from the tensors of its part, in the order in which drawing needs them.
+
+    stream: the U-Net's layers are read whenever they are called.
+    """
+    shapes, sources, form = system.shapes, system.sources, (system.kept, system.device)
+
+    def text() -> TextStack:
+        encoders = tuple(
+            load_encoder(part.config, parts[part.name], system.kept, sources[part.name], system.device)
+            for part in shapes.text
+        )
+        return TextStack(plan_of(system.config.kind), encoders, system.tokenizers, system.inversions)
+
+    of = (system.device, system.dtype, system.engine)
+    return {
+        "text": text,
+        "denoiser": lambda: denoiser(shapes.unet, parts["unet"], sources["unet"], *of, stream=stream),
+        "autoencoder": lambda: autoencoder(shapes.vae, parts["vae"], sources["vae"], *form),
+    }
+
+
+def renewers(
+    system: System, parts: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Callable[[Any, Touched], bool]]:
+    """How each network takes over tensors of its parts that have changed; False where it must be opened again."""
+    shapes, sources = system.shapes, system.sources
+
+    def text(stack: TextStack, touched: Touched) -> bool:
+        for part, encoder in zip(shapes.text, stack.encoders, strict=True):
+            refill(encoder, parts[part.name], touched.get(part.name, ()), sources[part.name])
+        return True
+
+    def unet(network: Any, touched: Touched) -> bool:
+        if "unet" not in touched:
+            return True
+        if not isinstance(network, UNet):
+            return False  # it is compiled as a whole
+        eight_bits, form = system.dtype == torch.int8, (system.kept, system.device)
+        ways: dict[str, Any] = (
+            {"units": units, "twin": stand_in} if eight_bits else {"twin": lambda _, layer: packed(layer)}
+        )
+        empty = blank(shapes.unet)
+        refill_layers(network, empty, parts["unet"], touched["unet"], sources["unet"], *form, **ways)
+        return True
+
+    return {"text": text, "denoiser": unet, "autoencoder": lambda network, touched: "vae" not in touched}
+
+
+def tokenizer_of(folder: Path | None, reader: Reader) -> ClipTokenizer:
+    """The folder's own for this text encoder, or else the bundled one."""
+    place = None if folder is None else folder / tokenizer_folder(reader.part)
+    if place is None or not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        return bundled(reader.pad)
+    return open_folder(place)
