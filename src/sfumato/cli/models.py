@@ -38,10 +38,10 @@ def models(
         return
     show.line("models, in the package: what they draw with when nothing is said")
     for name, preset in ours.items():
-        show.line(f"  {name:14}{_told(preset)}{' (default)' if name == DEFAULT_MODEL else ''}")
+        show.line(f"  {name:19}{_told(preset)}{' (default)' if name == DEFAULT_MODEL else ''}")
     show.line("checkpoints, opened by -m FILE, DIR or org/name; distilled ones differ")
     for name in kinds():
-        show.line(f"  {name:14}{_told(checkpoints[name]) if name in checkpoints else ''}".rstrip())
+        show.line(f"  {name:19}{_told(checkpoints[name]) if name in checkpoints else ''}".rstrip())
     everyone = ours | checkpoints
     show.line("samplers: what web UIs call them, and whose preset they are")
     for name in SAMPLERS:

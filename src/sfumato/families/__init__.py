@@ -17,6 +17,7 @@ A family of checkpoints that others made is a folder in `CHECKPOINTS` with two m
 
     family.FAMILY                                 its tables for the shared rooms (`published/kinds.py`)
     system.build(found, name, device, dtype, families, **options) -> System
+    system.usual_preset(found) -> Preset          of a kind of which nothing more is known
 
 Which of them a checkpoint is of, names and shapes of its tensors tell, over all families together.
 """
@@ -119,6 +120,11 @@ def checkpoint_families() -> tuple[Family, ...]:
     return tuple(importlib.import_module(name).FAMILY for name in names)
 
 
+def system_module(family: Family) -> ModuleType:
+    """The module in which a family's checkpoints become systems."""
+    return importlib.import_module(f"sfumato.families.{family.name}.system")
+
+
 def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype, asked: dict[str, Any]) -> Any:
     """By the `build` of the family that it is of."""
     from sfumato.families.published.system import opened
@@ -127,7 +133,7 @@ def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype, asked
     first = {name: asked.pop(name) for name in ("variant", "prediction", "parts") if name in asked}
     found = opened(path, families, **first)
     assert found.family is not None  # or it could not draw
-    build = importlib.import_module(f"sfumato.families.{found.family.name}.system").build
+    build = system_module(found.family).build
     known = inspect.signature(build).parameters
     for name in asked:
         if name not in known:

@@ -53,7 +53,7 @@ def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 def is_layer(module: nn.Module) -> bool:
     """Whether it is packed as one: a module without children, or one whose few layers go together."""
-    return isinstance(module, GEGLU | Upsample) or not any(True for _ in module.children())
+    return isinstance(module, WHOLE) or not any(True for _ in module.children())
 
 
 def packed(layer: nn.Module) -> nn.Module | None:

@@ -304,6 +304,11 @@ def build(
     return unopened.offloaded(offload)
 
 
+def usual_preset(found: Checkpoint) -> Preset:
+    """How a checkpoint draws of which nothing but the kind is known."""
+    return preset_of(found, preset_named(found)[0])
+
+
 def preset_of(found: Checkpoint, name: str = "plain") -> Preset:
     """How a checkpoint draws when the user says nothing: its family's custom, and that of the preset `name`."""
     kind = found.system

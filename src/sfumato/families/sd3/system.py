@@ -288,6 +288,11 @@ def shift_of(found: Checkpoint, name: str) -> float:
     return float(shift)
 
 
+def usual_preset(found: Checkpoint) -> Preset:
+    """How a checkpoint draws of which nothing but the kind is known."""
+    return preset_of(found)
+
+
 def preset_of(found: Checkpoint) -> Preset:
     """How a checkpoint draws when the user says nothing. A folder's transformer may name another size."""
     steps, guidance = PRESETS[found.kind]
