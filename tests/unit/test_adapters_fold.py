@@ -14,7 +14,7 @@ from sfumato import load
 from sfumato.adapters.fold import Folded
 from sfumato.checkpoint.fill import Streamed
 from sfumato.errors import CheckpointError, InputError, SfumatoError
-from sfumato.families.sd.networks import part_hash
+from sfumato.families.published.networks import part_hash
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
 from sfumato.nn.quantized import can_quantize

@@ -16,9 +16,9 @@ from sfumato import load
 from sfumato.cli import parse
 from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.convert import write_file
 from sfumato.families.sd import folder
 from sfumato.families.sd.checkpoint import Checkpoint, completed, open_checkpoint
-from sfumato.families.sd.convert import write_file
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts import webui
 from sfumato.receipts.provenance import read_recipe

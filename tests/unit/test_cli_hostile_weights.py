@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from hostile_weights import HOSTILE, entry, file_of
 from sfumato.cli.app import run
+from sfumato.families.published.convert import write_file
 from sfumato.families.sd.checkpoint import open_checkpoint
-from sfumato.families.sd.convert import write_file
 from sfumato.families.sd.shapes import SYSTEMS
 from small_sd import SMALL, write
 

@@ -40,12 +40,12 @@ def kept_for_real(call, weights: list[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def test_what_is_kept_is_what_a_real_step_keeps(step) -> None:
+def test_what_is_kept_is_told_within_a_quarter_and_not_too_low(step) -> None:
     trainee, lora, call = step
     weights = [*trainee.networks["unet"].parameters(), *lora.parameters()]
     real = kept_for_real(call, weights)
     assert real > 2**20
-    assert kept_bytes(call, weights) == pytest.approx(real, rel=0.1)
+    assert 0.95 * real < kept_bytes(call, weights) < 1.25 * real
 
 
 def test_blocks_computed_twice_keep_less_and_give_the_same(step) -> None:

@@ -15,7 +15,15 @@ from sfumato.checkpoint.cast import Room, cast
 from sfumato.checkpoint.header import shown
 from sfumato.checkpoint.report import SHOWN, Report, compare
 from sfumato.errors import CheckpointError
+from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.packed import layers, packed
+
+ALWAYS_KEPT = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    PatchEmbed,
+)  # never streamed: small, or a table to look up
 
 
 def fill(
@@ -90,7 +98,7 @@ def fill_layers(
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
         if problems or not ready:
             continue
-        if stream and not isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+        if stream and not isinstance(layer, ALWAYS_KEPT):
             setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
             continue
         layer.load_state_dict(ready, assign=True)

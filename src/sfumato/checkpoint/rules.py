@@ -1,9 +1,9 @@
 """How the tensor names of a file become ours, and ours theirs again: finite tables of small invertible rules.
 
-A rule names tensors of two layouts and what lies between them: `Rename`, `Transpose`, `Squeeze`, `Split`, and their
-inverses. `Drop` names what a file may hold beside its weights, with the reason for leaving it. Rules are written as
-templates such as `input_blocks.{i}.0.{part}` and `expand`ed, by the numbers of an architecture, into the table of a
-`KeyMap`, which is read from left to right by `to_ours` and from right to left by `to_theirs`.
+A rule names tensors of two layouts and what lies between them: `Rename`, `Transpose`, `Squeeze`, `Split`,
+`SwapHalves`, and their inverses. `Drop` names what a file may hold beside its weights, with the reason for leaving it.
+Rules are written as templates such as `input_blocks.{i}.0.{part}` and `expand`ed, by the numbers of an architecture,
+into the table of a `KeyMap`, which is read from left to right by `to_ours` and from right to left by `to_theirs`.
 
 Nothing is computed before a tensor is asked for, and a map that does not fit a file exactly is refused by name: no
 tensor of a file is left out without a rule that says so.
@@ -133,6 +133,41 @@ class Concat:
 
 
 @dataclass(frozen=True)
+class SwapHalves:
+    """A tensor whose halves along the first axis stand in the other order on the other side (shift and scale)."""
+
+    theirs: str
+    ours: str
+
+    @property
+    def inverse(self) -> SwapHalves:
+        return SwapHalves(self.ours, self.theirs)
+
+    def apply(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        shape = tuple(tensors[0].shape)
+        if not shape or shape[0] % 2:
+            raise ValueError(f"the shape {shape} does not fall into halves")
+        import torch
+
+        first, second = tensors[0].chunk(2)
+        return [torch.cat([second, first])]
+
+
+@dataclass(frozen=True)
+class Eye:
+    """A matrix of ours that changes nothing, where a file has none. It is read from no tensor, and has no inverse."""
+
+    ours: str
+    width: int
+    theirs: tuple[str, ...] = ()
+
+    def apply(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        import torch
+
+        return [torch.eye(self.width)]
+
+
+@dataclass(frozen=True)
 class Drop:
     """A name that may stand in a file and is left there; `*` is any run of characters. The reason is for people."""
 
@@ -140,7 +175,7 @@ class Drop:
     reason: str
 
 
-Rule = Rename | Transpose | Squeeze | Unsqueeze | Split | Concat
+Rule = Rename | Transpose | Squeeze | Unsqueeze | Split | Concat | SwapHalves | Eye
 Info = tuple["torch.dtype", tuple[int, ...]]
 
 
@@ -170,7 +205,12 @@ def expand(rules: Iterable[Any], **choices: Iterable[Any]) -> tuple[Any, ...]:
             return template
 
         return replace(
-            rule, **{f.name: _each(getattr(rule, f.name), fill) for f in fields(rule) if f.name != "reason"}
+            rule,
+            **{
+                f.name: _each(getattr(rule, f.name), fill)
+                for f in fields(rule)
+                if f.name in ("theirs", "ours")
+            },
         )
 
     rules = tuple(rules)
@@ -233,7 +273,7 @@ class KeyMap:
     @cached_property
     def inverse(self) -> KeyMap:
         """The map read from right to left. Drops and other spellings have no inverse."""
-        return KeyMap(tuple(rule.inverse for rule in self._canonical))
+        return KeyMap(tuple(rule.inverse for rule in self._canonical if not isinstance(rule, Eye)))
 
     @cached_property
     def _canonical(self) -> tuple[Rule, ...]:

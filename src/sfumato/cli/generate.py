@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sfumato.receipts.provenance import Like
     from sfumato.types import Request
 
+MUCH_LARGER = 2.25  # in pixels: 1.5 times the sides
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
 
 
@@ -192,6 +193,7 @@ def generate(
         return
     if said is not None:
         _note_differences(like, said, loaded, request)
+    _note_size(loaded, request)
     with show.progress() as bar:
         watch, clean = _watcher(bar, loaded, output if preview else None)
         try:
@@ -304,6 +306,17 @@ def _note_differences(like: Path | None, said: Like, loaded: Any, request: Reque
         _note(note)
     if said.ignored:
         _note(f"not taken over from {like}: {', '.join(said.ignored)}")
+
+
+def _note_size(loaded: Any, request: Any) -> None:
+    """Say that a picture is much larger than those the model usually draws, where things begin to repeat."""
+    size, usual = loaded.complete(request).size, loaded.preset["size"]
+    if size[0] * size[1] > MUCH_LARGER * usual[0] * usual[1]:
+        shown, known = (f"{side[0]}x{side[1]}" for side in (size, usual))
+        _note(
+            f"{shown} is much larger than the {known} this model is made for, and things may stand there twice; "
+            "--hires enlarges a picture of its own size"
+        )
 
 
 def _note_guess(loaded: Any) -> None:

@@ -88,7 +88,7 @@ def _folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], dict[str
     """The report on a model folder, ours or in the layout of diffusers; and its files by their names in it."""
     from sfumato.checkpoint.header import read_header
     from sfumato.families import CARD
-    from sfumato.families.describe import describe
+    from sfumato.families.describe import describe, kinds
 
     own = any((place / CARD).is_file() for place in (folder, folder / "model"))
     report, weights = _own_folder(folder) if own else _diffusers_folder(folder, variant)
@@ -100,7 +100,7 @@ def _folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], dict[str
             shapes = {name: shape for header in headers for name, shape in _shapes(header).items()}
             found = describe(shapes, str(paths[0].parent))
             counted["kind"] = found.kind
-            if "unet" in found.parts or len(weights) == 1:
+            if found.kind in kinds() or len(weights) == 1:
                 report |= {"family": found.kind} | ({"why": found.why} if found.why else {})
         report["parts"][part] = counted
         report["bytes"] += sum(header.size for header in headers)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoint.fill import fill_layers
-from sfumato.families.sd.keys import clip_map
+from sfumato.families.published.keys import clip_map
 from sfumato.text.clip import ClipConfig, ClipTextEncoder
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from sfumato.errors import InputError
-from sfumato.families.sd.checkpoint import open_checkpoint
-from sfumato.families.sd.convert import Written, write_file, write_folder
+from sfumato.families import checkpoint_families
+from sfumato.families.published.checkpoint import open_checkpoint
+from sfumato.families.published.convert import Written, write_file, write_folder
 from sfumato.families.sd.loras import with_loras
 
 LAYOUTS = ("single", "folder")
@@ -51,7 +52,9 @@ def convert(
         raise InputError(
             f"the target {str(target)!r} exists; give another name, or remove it first", argument="target"
         )
-    checkpoint = open_checkpoint(source, variant=variant, kind=kind, prediction=prediction)
+    checkpoint = open_checkpoint(
+        source, checkpoint_families(), variant=variant, kind=kind, prediction=prediction
+    )
     if merge:
         checkpoint, reports = with_loras(checkpoint, str(source), merge, partial=partial)
         for report in reports:

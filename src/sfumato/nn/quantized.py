@@ -24,7 +24,7 @@ from torch.nn import functional
 from sfumato.errors import InputError
 from sfumato.nn.attention import attention
 from sfumato.nn.packed import CELLS, ROWS, can_pack, is_layer, packed
-from sfumato.nn.spatial import GEGLU, CrossAttention, TransformerBlock
+from sfumato.nn.spatial import GEGLU, CrossAttention, TanhGELU, TransformerBlock
 
 KEPT = (  # parts of names whose layers stay in the network's type: what enters and leaves, times, texts
     "conv_in",
@@ -106,6 +106,8 @@ def quantized(layer: nn.Module) -> nn.Module | None:
     """The eight-bit twin of one layer, or None where there is none."""
     if isinstance(layer, GEGLU):
         return QuantizedGEGLU(layer)
+    if isinstance(layer, TanhGELU):
+        return QuantizedTanhGELU(layer)
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(layer.weight, layer.bias)
     if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -207,6 +209,14 @@ class QuantizedGEGLU(nn.Module):
         codes = token_codes(x)
         gate = functional.gelu(self.gate.product(*codes))
         return gate.mul_(self.value.product(*codes))
+
+
+class QuantizedTanhGELU(QuantizedLinear):
+    def __init__(self, layer: TanhGELU):
+        super().__init__(layer.proj.weight, layer.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(super().forward(x), approximate="tanh")
 
 
 class QuantizedAttention(nn.Module):

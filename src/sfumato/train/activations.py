@@ -40,20 +40,19 @@ def kept_bytes(call: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
     """Bytes that the forward pass `call()` keeps for the backward one, beside `weights`. Nothing is computed: tensors
     have shapes and no numbers, so the call may ask for none.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    known = {tuple(sorted(weight.shape)) for weight in weights}  # also transposed, as products have them
     kept: dict[int, tuple[Tensor, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and tuple(sorted(tensor.shape)) not in known:
+        if isinstance(tensor, FakeTensor) and storage._cdata not in own:  # a real one is a weight
             kept[storage._cdata] = tensor, storage.nbytes()  # held, so that no other gets its number
         return tensor
 
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        call()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        held = [mode.from_tensor(weight) for weight in weights]  # those that the call is given too
+        own = {weight.untyped_storage()._cdata for weight in held}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            call()
     return sum(size for _, size in kept.values())

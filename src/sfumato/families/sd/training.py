@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from sfumato.adapters.names import modules
 from sfumato.checkpoint.fill import fill_layers
 from sfumato.errors import InputError
+from sfumato.families.published.networks import Networks, part_hash
 from sfumato.families.sd.condition import TextStack, size_numbers, size_vector
 from sfumato.families.sd.keys import unet_map
 from sfumato.families.sd.loras import kohya_parts
-from sfumato.families.sd.networks import Networks, part_hash
 from sfumato.families.sd.openers import openers
 from sfumato.families.sd.system import System
 from sfumato.families.trainee import Read, Trainee

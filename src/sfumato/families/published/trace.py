@@ -14,9 +14,9 @@ from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
 from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
-from sfumato.families.sd.networks import Networks
-from sfumato.families.sd.openers import openers, require_offload
-from sfumato.families.sd.system import System
+from sfumato.families.published.networks import Networks
+from sfumato.families.published.openers import require_offload
+from sfumato.families.published.system import PublishedSystem
 from sfumato.memory import LiveBytes, Stage, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
@@ -48,24 +48,32 @@ class Numberless(Mapping[str, Tensor]):
 
 
 def trace(
-    system: System, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+    system: PublishedSystem,
+    request: Request,
+    size: tuple[int, int],
+    batch: int,
+    *,
+    encodes: bool,
+    offload: str,
 ) -> tuple[Stage, ...]:
     """The stages of drawing `batch` pictures of a complete request, at `size`, its largest; `encodes`: from a picture.
 
     The prompts are read and the U-Net is called as they are when drawing. The sampler's own latents are not counted.
     """
     require_offload(offload, system.engine, system.dtype)
-    parts = {name: Numberless(part) for name, part in system.adapters.parts.items()}
+    parts = {name: Numberless(part) for name, part in system.drawn_from.items()}
     cpu, keeps = system.device.type == "cpu", offload == "none"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
     with tracing(WHOLE) as tracer:
         networks, weights, loading = {}, {}, []
-        for name, opener in openers(system, parts, stream=offload == "sequential").items():
+        for name, opener in system.openers(parts, stream=offload == "sequential").items():
             before = tracer.now
             networks[name], most = tracer.worst(opener)
             weights[name] = tracer.now - before
             loading.append(Stage("load", before if keeps else 0, most + window))
-        ghost = replace(system, networks=Networks({name: lambda n=name: networks[n] for name in networks}))
+        ghost: Any = replace(
+            system, networks=Networks({name: lambda n=name: networks[n] for name in networks})
+        )
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
         denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch)
     if cpu and keeps:
@@ -74,7 +82,7 @@ def trace(
     resident = {name: sum(weights.values()) if keeps else own for name, own in weights.items()}
     stages = [
         Stage("load", resident[max(weights, key=weights.__getitem__)], 0),
-        Stage("text", resident["text"], text),
+        Stage("text", max(resident[name] for name in system.texts), text),
         Stage("denoise", resident["denoiser"], denoise + (window if offload == "sequential" else 0)),
         Stage("decode", resident["autoencoder"], _autoencoder_bytes(system, "decode", size, batch)),
     ]
@@ -84,12 +92,12 @@ def trace(
         stages.insert(
             2, Stage("encode", resident["autoencoder"], _autoencoder_bytes(system, "encode", size, batch))
         )
-    added = system.adapters.size if cpu else 0  # LoRAs stay as their files' pages
+    added = system.added if cpu else 0  # LoRAs stay as their files' pages
     return tuple(replace(stage, weights=stage.weights + added) for stage in stages)
 
 
 def _autoencoder_bytes(
-    system: System, task: Literal["decode", "encode"], size: tuple[int, int], batch: int
+    system: PublishedSystem, task: Literal["decode", "encode"], size: tuple[int, int], batch: int
 ) -> int:
     """Of a pass in bands, and its pixels once more: they are clamped, or moved."""
     width, height = size
@@ -100,7 +108,7 @@ def _autoencoder_bytes(
 
 
 def _denoise_bytes(
-    ghost: System, tracer: LiveBytes, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
+    ghost: Any, tracer: LiveBytes, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
