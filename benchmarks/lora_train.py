@@ -1,14 +1,13 @@
 """A training step beside a LoRA against the same step without one, and what the LoRA's own products would take.
 
-The U-Net of Stable Diffusion 1, with random weights; batch 1; backward as far as the first layer with factors. "Without"
-is the same step with the gradient flowing through the frozen network to its input, so that both do the same products of
-the network. The LoRA's own share is its FLOPs, counted, over the network's. Target: with ≤ 1.10 × (without + own share).
+The U-Net of Stable Diffusion 1, with random weights; batch 1. "Without" is the same step with the gradient flowing
+through the frozen network to its input, so that both do the same products of the network. The LoRA's own share is its
+FLOPs, counted, over the network's. Target: with ≤ 1.10 × (without + own share).
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,10 @@ def main() -> None:
     unet = unet.to(memory_format=torch.channels_last)
     cells = args.size // 8
     x = torch.randn(1, 4, cells, cells, device=device, requires_grad=True)
-    time, context = torch.tensor([500.0], device=device), torch.randn(1, TOKENS, config.context, device=device)
+    time, context = (
+        torch.tensor([500.0], device=device),
+        torch.randn(1, TOKENS, config.context, device=device),
+    )
     layers = chosen(dict(layers_of(unet)), args.targets)
     lora = TrainedLora(layers, args.rank, float(args.rank)).to(device)
 
@@ -57,7 +59,11 @@ def main() -> None:
     bound = times["without"] * (1 + own)
     rate = flops["without"] / times["without"] / 1e9
     rows = [
-        ("step without", f"{times['without']:.2f} s", f"{flops['without'] / 1e12:.2f} TFLOP, {rate:.0f} GFLOP/s"),
+        (
+            "step without",
+            f"{times['without']:.2f} s",
+            f"{flops['without'] / 1e12:.2f} TFLOP, {rate:.0f} GFLOP/s",
+        ),
         ("step with", f"{times['with']:.2f} s", f"{len(layers)} layers of rank {args.rank}"),
         ("own share of FLOPs", f"{own:.1%}", ""),
         ("with ÷ (without + own share)", f"{times['with'] / bound:.3f}", "target ≤ 1.10"),

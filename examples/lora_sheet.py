@@ -2,8 +2,8 @@
 
     python examples/lora_sheet.py runs/mine/lora.safetensors held-out sheet.png
 
-Rows: the pictures, the model alone, the model with the LoRA. The distance is the mean absolute difference of all values,
-in steps of 255, over `SEEDS` seeds; beside it that of the colour of the middle and of the corners.
+Rows: the pictures, the model alone, the model with the LoRA. The distance is the mean absolute difference of all
+values, in steps of 255, over `SEEDS` seeds; beside it that of the colour of the middle and of the corners.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from sfumato.diffusion.loss import (
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels
+from sfumato.receipts.flops import count_flops
 from sfumato.train.loop import Loss, seeded
 from sfumato.train.recipe import LoraLoss, TrainRecipe
 from sfumato.types import Conditioning
@@ -149,7 +149,14 @@ def denoising_error(batch: Batch, subject: Subject, loss: LoraLoss, generator: t
 
 @torch.no_grad()
 def held_out_error(
-    net: Call, pictures: Pictures, subject: Subject, loss: LoraLoss, seed: int, batch: int, rounds: int
+    net: Call,
+    pictures: Pictures,
+    subject: Subject,
+    loss: LoraLoss,
+    seed: int,
+    batch: int,
+    rounds: int,
+    device: torch.device,
 ) -> float:
     """Mean unweighted error over all pictures, `rounds` times with other noise; the same noise whoever is measured."""
     plain, total, count = replace(loss, weighting="plain"), 0.0, 0
@@ -158,7 +165,6 @@ def held_out_error(
             for start in range(0, len(members), batch):
                 some = members[start : start + batch]
                 captions = tuple(pictures.caption(pictures.source.caption(i, 0)) for i in some)
-                device = subject_device(subject, captions)
                 generator = seeded("cpu", seed, "held out", number, *size, start)
                 one = Batch(pictures.cache.batch(some).to(device), captions, size)
                 total += float(net(denoising_error, one, subject, plain, generator).sum())
@@ -166,15 +172,11 @@ def held_out_error(
     return total / count
 
 
-def subject_device(subject: Subject, captions: tuple[str, ...]) -> torch.device:
-    """Where the model works, as its features tell."""
-    return subject.told(captions[:1]).tokens.device
+def picture_flops(net: Call, batch: Batch, subject: Subject, loss: LoraLoss) -> float:
+    """FLOPs of one picture of `batch`, forward and backward. The gradients are the caller's to clear."""
+    one = batch.first()
 
+    def there_and_back() -> None:
+        adapter_loss(net, one, subject, loss, seeded("cpu", 0))[0].backward()
 
-def picture_flops(net: Call, batch: Batch, subject: Subject, loss: LoraLoss) -> Callable[[], None]:
-    """A call that does one picture's forward and backward pass, for counting."""
-    return functools.partial(_there_and_back, net, batch.first(), subject, loss)
-
-
-def _there_and_back(net: Call, batch: Batch, subject: Subject, loss: LoraLoss) -> None:
-    adapter_loss(net, batch, subject, loss, seeded("cpu", 0))[0].backward()
+    return float(count_flops(there_and_back))

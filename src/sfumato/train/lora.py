@@ -24,7 +24,6 @@ from sfumato.families import open_model
 from sfumato.families.trainee import Trainee
 from sfumato.generate import Model, to_image
 from sfumato.memory import available
-from sfumato.receipts.flops import count_flops
 from sfumato.receipts.probe import matmul_peak
 from sfumato.runtime import DTYPES, fast_dtype
 from sfumato.storage import data_hash, write_json
@@ -293,11 +292,11 @@ class LoraRun:
 
     def measure(self, lora: TrainedLora, unseen: Pictures, subject: Subject) -> None:
         """Write the error on held-out pictures with the LoRA and without it."""
-        seed, batch, loss = self.recipe.seed, max(1, self.own.train.batch), self.own.loss
+        chance = self.recipe.seed, max(1, self.own.train.batch), HELD_OUT_ROUNDS, self.device
         with self.model.precision():
-            after = held_out_error(lora, unseen, subject, loss, seed, batch, HELD_OUT_ROUNDS)
+            after = held_out_error(lora, unseen, subject, self.own.loss, *chance)
             with lora.aside():
-                before = held_out_error(lora, unseen, subject, loss, seed, batch, HELD_OUT_ROUNDS)
+                before = held_out_error(lora, unseen, subject, self.own.loss, *chance)
         count = len(unseen.source)
         write_json(
             self.folder / "lora" / "held-out.json",
@@ -322,7 +321,7 @@ class LoraTask:
             return adapter_loss(net, batch, subject, loss_recipe, seeded("cpu", seed, "noise", step, part))
 
         self.players = [Player("lora", lora, self.recipe, examples.part, loss)]
-        self.flops = float(count_flops(picture_flops(lora, examples.part(1, 0), subject, loss_recipe)))
+        self.flops = picture_flops(lora, examples.part(1, 0), subject, loss_recipe)
         lora.zero_grad(set_to_none=True)
 
     def sheet(self, average: dict[str, Tensor], step: int) -> str:
