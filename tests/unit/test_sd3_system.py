@@ -289,3 +289,28 @@ def test_damage_is_one_line_that_names_it(places, tmp_path):
         opened(place)
     with pytest.raises(CheckpointError, match="shift must be a positive number, not 'x'"):
         opened(write("sd3-medium", tmp_path / "shift", shift="x"))
+
+
+def test_loras_are_not_for_it_yet(small, places, capsys):
+    place = places("sd3-medium")
+    save_file(
+        {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 48)}, "lora.safetensors"
+    )
+    line = refused(capsys, "generate", "a", "-m", place, "--lora", "lora.safetensors")
+    assert "takes no LoRAs" in line
+    line = refused(capsys, "convert", place, "merged.safetensors", "--merge", "lora.safetensors")
+    assert "without a U-Net; a LoRA is merged into a model with one" in line
+
+
+def test_a_preset_is_over_what_the_name_says(places, tmp_path):
+    turbo = places("sd3.5-large-turbo")
+    assert opened(turbo).system.read_as == {"preset": "turbo"}
+    assert opened(turbo).system.config.guessed == "sd3.5-large-turbo"
+    plain = opened(turbo, preset="plain")
+    assert plain.preset["steps"] == 28 and plain.system.config.kind == "sd3.5-large"
+    other = opened(places("sd3.5-large"), preset="turbo")
+    assert other.preset["guidance"] == 1.0 and other.system.config.guessed == ""
+    with pytest.raises(InputError, match="whose presets are plain, not 'turbo'"):
+        opened(places("sd3-medium"), preset="turbo")
+    with pytest.raises(InputError, match="whose presets are plain, turbo, not 'lcm'"):
+        opened(turbo, preset="lcm")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sfumato.adapters.svd import Kept
+from sfumato.errors import InputError
 
 __all__ = ["extract", "strengths"]
 
@@ -35,6 +36,8 @@ def strengths(
     from sfumato.families import open_model
 
     system = open_model(model, torch.device("cpu"), torch.float32, {"offload": "auto"})
-    adapters = system.adapters
+    adapters = getattr(system, "adapters", None)
+    if adapters is None:
+        raise InputError(f"{str(model)!r} takes no LoRAs", argument="model")
     report = adapters.attach(lora, 0.0, name="it", partial=partial)
     return report.describe(), adapters.opened["it"].relative(adapters.base)

@@ -54,7 +54,8 @@ def with_loras(
     """
     if checkpoint.system is None or "unet" not in checkpoint.parts:
         raise InputError(
-            f"{source} is {checkpoint.kind} alone; a LoRA is merged into a model", argument="merge"
+            f"{source} is of {checkpoint.kind}, without a U-Net; a LoRA is merged into a model with one",
+            argument="merge",
         )
     adapters = adapters_of(checkpoint.kind, checkpoint.system, checkpoint.parts, lambda touched: None)
     reports, notes = [], []
