@@ -199,7 +199,89 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](x, context), time)
 
 
-class UNet(nn.Module):
+class WayDown(nn.Module):
+    """The half of a U-Net that a ControlNet has a copy of: entrance, embedded time, levels of the way down, middle."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        levels = range(len(config.channels))
+        self.conv_in = nn.Conv2d(config.in_channels, config.channels[0], 3, padding=1)
+        self.time_embedding = Embedding(config.channels[0], config.time_width, config.time_cond)
+        if config.vector:
+            self.add_embedding = Embedding(config.vector, config.time_width)
+        self.down_blocks = nn.ModuleList()
+        for level in levels:
+            inputs = [config.channels[max(level - 1, 0)], *[config.channels[level]] * (config.resnets - 1)]
+            self.down_blocks.append(Level(config, level, inputs, down=level != levels[-1]))
+        self.mid_block = Middle(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.down_blocks[0].resnets[0].norm1.weight.dtype
+
+    def way_down(self, h: Tensor, embedded: Tensor, context: Tensor) -> Iterator[Tensor]:
+        """The skips in the order of `config.skips`, each computed when it is asked for; h: what `conv_in` gave."""
+        yield h  # (B, channels[0], H, W)
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                h = level.block(i, h, embedded, context)  # (B, channels[l], H/2ˡ, W/2ˡ)
+                yield h
+            for downsample in level.downsamplers:
+                h = downsample(h)
+                yield h
+
+    def embed_time(self, time: Tensor, vector: Tensor | None, time_cond: Tensor | None) -> Tensor:
+        """(B, time_width): time and vector together, with the activation that every residual block begins with."""
+        dtype = self.dtype
+        waves = sinusoid(time, self.config.channels[0]).to(dtype)  # made in float32
+        embedded = self.time_embedding(waves, None if time_cond is None else time_cond.to(dtype))
+        if vector is not None:
+            embedded = embedded + self.add_embedding(vector.to(dtype))
+        return functional.silu(embedded)
+
+    def check(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor,
+        vector: Tensor | None,
+        time_cond: Tensor | None,
+    ) -> None:
+        """`InputError` where a shape is not the config's."""
+        config, B = self.config, len(x)
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise InputError(
+                f"x must have shape (B, {config.in_channels}, H, W), not {tuple(x.shape)}", argument="x"
+            )
+        if time.shape not in ((), (1,), (B,)):
+            raise InputError(
+                f"time must be one number or have shape ({B},), not {tuple(time.shape)}", argument="time"
+            )
+        if context.ndim != 3 or len(context) != B or context.shape[2] != config.context:
+            raise InputError(
+                f"context must have shape ({B}, N, {config.context}), not {tuple(context.shape)}",
+                argument="context",
+            )
+        for name, value, width in (
+            ("vector", vector, config.vector),
+            ("time_cond", time_cond, config.time_cond),
+        ):
+            if value is not None and not width:
+                raise InputError(f"this network takes no {name}; leave it out", argument=name)
+            if value is not None and value.shape != (B, width):
+                raise InputError(
+                    f"{name} must have shape ({B}, {width}), not {tuple(value.shape)}", argument=name
+                )
+        if config.vector and vector is None:
+            raise InputError(
+                f"this network needs a vector of shape ({B}, {config.vector}): pooled text and sizes",
+                argument="vector",
+            )
+
+
+class UNet(WayDown):
     """Network of a denoiser: (noisy latent, time, text) → a field shaped like the latent (noise or v).
 
     Build it under `torch.device("meta")` when the weights are about to be read: nothing is allocated or drawn. Its
@@ -209,20 +291,9 @@ class UNet(nn.Module):
     """
 
     def __init__(self, config: UNetConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         levels = range(len(config.channels))
         first, last = levels[0], levels[-1]
-        self.conv_in = nn.Conv2d(config.in_channels, config.channels[0], 3, padding=1)
-        self.time_embedding = Embedding(config.channels[0], config.time_width, config.time_cond)
-        if config.vector:
-            self.add_embedding = Embedding(config.vector, config.time_width)
-
-        self.down_blocks = nn.ModuleList()
-        for level in levels:
-            inputs = [config.channels[max(level - 1, 0)], *[config.channels[level]] * (config.resnets - 1)]
-            self.down_blocks.append(Level(config, level, inputs, down=level != last))
-        self.mid_block = Middle(config)
         skips = [width for width, _ in config.skips]
         self.up_blocks = nn.ModuleList()
         for level in reversed(levels):
@@ -232,11 +303,6 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.groups, config.channels[0], EPS)
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return self.conv_norm_out.weight.dtype
 
     def forward(
         self,
@@ -283,13 +349,18 @@ class UNet(nn.Module):
         deep: such features of another call, to take instead of this call's. Then what lies below is not computed, and
         of the skips only the first `SHALLOW` are: DeepCache (Ma et al. 2023, 2312.00858, sec. 3.2).
         """
-        self._check(x, time, context, vector, time_cond, down_residuals)
+        self.check(x, time, context, vector, time_cond)
+        if down_residuals is not None and len(down_residuals) != len(self.config.skips):
+            raise InputError(
+                f"down_residuals must be {len(self.config.skips)} tensors, one per skip, not {len(down_residuals)}",
+                argument="down_residuals",
+            )
         dtype = self.dtype
-        embedded = self._embed_time(time.expand(len(x)), vector, time_cond)
+        embedded = self.embed_time(time.expand(len(x)), vector, time_cond)
         context = context.to(dtype)
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
         needed = len(self.config.skips) if deep is None else SHALLOW
-        skips = list(islice(self._way_down(h, embedded, context), needed))
+        skips = list(islice(self.way_down(self.conv_in(h), embedded, context), needed))
         h = skips[-1]
         if deep is None:
             h = self.mid_block(h, embedded, context)
@@ -311,18 +382,6 @@ class UNet(nn.Module):
         h = functional.silu(self.conv_norm_out(h), inplace=True)
         return self.conv_out(h).to(x.dtype), deep
 
-    def _way_down(self, x: Tensor, embedded: Tensor, context: Tensor) -> Iterator[Tensor]:
-        """The skips in the order of `config.skips`, each computed when it is asked for."""
-        h = self.conv_in(x)  # (B, channels[0], H, W)
-        yield h
-        for level in self.down_blocks:
-            for i in range(len(level.resnets)):
-                h = level.block(i, h, embedded, context)  # (B, channels[l], H/2ˡ, W/2ˡ)
-                yield h
-            for downsample in level.downsamplers:
-                h = downsample(h)
-                yield h
-
     def _up(
         self, level: Level, index: int, h: Tensor, skips: list[Tensor], embedded: Tensor, context: Tensor
     ) -> Tensor:
@@ -333,59 +392,6 @@ class UNet(nn.Module):
             for upsample in level.upsamplers:
                 h = upsample(h, skips[-1].shape[-2:])
         return h
-
-    def _embed_time(self, time: Tensor, vector: Tensor | None, time_cond: Tensor | None) -> Tensor:
-        """(B, time_width): time and vector together, with the activation that every residual block begins with."""
-        dtype = self.dtype
-        waves = sinusoid(time, self.config.channels[0]).to(dtype)  # made in float32
-        embedded = self.time_embedding(waves, None if time_cond is None else time_cond.to(dtype))
-        if vector is not None:
-            embedded = embedded + self.add_embedding(vector.to(dtype))
-        return functional.silu(embedded)
-
-    def _check(
-        self,
-        x: Tensor,
-        time: Tensor,
-        context: Tensor,
-        vector: Tensor | None,
-        time_cond: Tensor | None,
-        down_residuals: Sequence[Tensor] | None,
-    ) -> None:
-        config, B = self.config, len(x)
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise InputError(
-                f"x must have shape (B, {config.in_channels}, H, W), not {tuple(x.shape)}", argument="x"
-            )
-        if time.shape not in ((), (1,), (B,)):
-            raise InputError(
-                f"time must be one number or have shape ({B},), not {tuple(time.shape)}", argument="time"
-            )
-        if context.ndim != 3 or len(context) != B or context.shape[2] != config.context:
-            raise InputError(
-                f"context must have shape ({B}, N, {config.context}), not {tuple(context.shape)}",
-                argument="context",
-            )
-        for name, value, width in (
-            ("vector", vector, config.vector),
-            ("time_cond", time_cond, config.time_cond),
-        ):
-            if value is not None and not width:
-                raise InputError(f"this U-Net takes no {name}; leave it out", argument=name)
-            if value is not None and value.shape != (B, width):
-                raise InputError(
-                    f"{name} must have shape ({B}, {width}), not {tuple(value.shape)}", argument=name
-                )
-        if config.vector and vector is None:
-            raise InputError(
-                f"this U-Net needs a vector of shape ({B}, {config.vector}): pooled text and sizes",
-                argument="vector",
-            )
-        if down_residuals is not None and len(down_residuals) != len(config.skips):
-            raise InputError(
-                f"down_residuals must be {len(config.skips)} tensors, one per skip, not {len(down_residuals)}",
-                argument="down_residuals",
-            )
 
 
 def _transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransformer:
