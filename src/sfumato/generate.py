@@ -25,6 +25,7 @@ from sfumato.runtime import autocast, drawing_dtype, pick_device
 from sfumato.sampling import Step
 from sfumato.storage import tensors_hash
 from sfumato.tasks import canvas as tasks
+from sfumato.tasks.hints import cropped
 from sfumato.tasks.latent import Origin
 from sfumato.tasks.pixels import to_image, to_pixels
 from sfumato.types import Conditioning, Request, Result
@@ -61,6 +62,7 @@ def load(
     without: Sequence[str] = (),
     text_dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    controlnets: Mapping[str, str | Path] | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
@@ -73,8 +75,9 @@ def load(
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
     is needed; "auto" is for who plans next (`planning.py`). without: text encoders to leave out, such as "t5".
-    text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none. Raises
-    `CheckpointError` that says what is wrong.
+    text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none.
+    controlnets: files or folders of ControlNets by the names that `Request.controls` calls them; for models of our own
+    too. Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
@@ -88,10 +91,19 @@ def load(
     }
     options |= {"without": tuple(without) or None, "text_dtype": text_dtype, "tokenizer": tokenizer}
     system = open_model(model, place, dtype, options)
+    if controlnets:
+        system = with_controls(system, str(model), controlnets)
     second = None
     if refiner is not None:
         second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
     return Model(system, place, name=str(model), dtype=dtype, refiner=second)
+
+
+def with_controls(system: Any, name: str, files: Mapping[str, str | Path]) -> Any:
+    """The system with the ControlNets in these files, by name. `InputError` if it takes none."""
+    if not hasattr(system, "with_controls"):
+        raise InputError(f"{name!r} takes no ControlNets", argument="controlnets")
+    return system.with_controls(files)
 
 
 class Model:
@@ -120,6 +132,10 @@ class Model:
         picture_tokens(height, width): how many tokens its network makes of a picture, for schedules that ask.
         without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
         latent_space: two models with equal ones can draw on each other's latents.
+        controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
+            -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
+            the tensors that one adds, shown a picture (1, 3, H, W) in [0, 1]. `network(x, time, cond, control=…)`
+            takes these.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
     """
@@ -256,8 +272,11 @@ class Model:
         canvas = tasks.canvas(request)
         origin = None if canvas is None else origin_of(self, canvas, request)
         images: list[Image.Image] = []
+        shown = request
+        if canvas is not None and request.inpaint is not None and request.inpaint.padding is not None:
+            shown = cropped(request, canvas.box, canvas.original.size, self.system.config.multiple)
         for start in range(0, request.count, BATCH):
-            part = request.part(start, min(BATCH, request.count - start))
+            part = shown.part(start, min(BATCH, request.count - start))
             latent = self.sample(cond, part.seeds(), part, on_step, origin)
             if part.hires is not None:
                 untouched = canvas.picture if canvas is not None and request.strength == 0 else None
@@ -323,6 +342,7 @@ class Model:
             "model": self.name,
             "weights": self.hashes,
             **({"embeddings": self.embeddings} if self.embeddings else {}),
+            **self._controls_drawn(request),
             **({"without": list(self.without)} if self.without else {}),
             **({"text_dtype": self.text_dtype} if self.text_dtype else {}),
             **({} if self.refiner is None else {"refiner": self.refiner.named()}),
@@ -334,6 +354,13 @@ class Model:
             "python": platform.python_version(),
             "seconds": round(seconds, 3),
         }
+
+    def _controls_drawn(self, request: Request) -> dict[str, Any]:
+        """The ControlNets that a request names, with the hashes of their weights, for the recipe."""
+        names = {control.name for control in request.controls or ()}
+        if not names:
+            return {}
+        return {"controlnets": {k: v for k, v in self.system.control_hashes().items() if k in names}}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(C, 1, H/f, W/f) of a picture of so many pixels."""

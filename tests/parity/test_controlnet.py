@@ -1,4 +1,4 @@
-"""ControlNets against diffusers' ControlNetModel with the same weights: tiny ones always, the published size in full."""
+"""ControlNets against diffusers' ControlNetModel with the same weights: tiny ones, and the published size."""
 
 from __future__ import annotations
 

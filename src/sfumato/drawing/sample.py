@@ -103,7 +103,7 @@ def second_pass(
         steps=hires.steps or request.steps,
         image=None,  # the first pass has used it, and it is of the first pass's size
         strength=None,
-        fit=None,
+        fit=request.fit if request.controls else None,
         hires=None,
     )
     origin = Origin(latent, hires.strength)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch.nn import functional
 from sfumato.errors import InputError
 from sfumato.nn.unet import UNet, UNetConfig, WayDown
 
-GUESSED = 0.1  # weight of the finest residual when the network must guess without a prompt; the coarsest has 1
+GUESSED = (
+    0.1  # weight of the finest residual when the network must guess without a prompt; the coarsest has 1
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,12 @@ class ControlNetConfig:
     """unet: the shape of the U-Net that it controls, of which it has the way down; its own depths may be others."""
 
     unet: UNetConfig
-    hint_channels: tuple[int, ...] = (16, 32, 96, 256)  # of the picture's features; each next halves the sides
+    hint_channels: tuple[int, ...] = (
+        16,
+        32,
+        96,
+        256,
+    )  # of the picture's features; each next halves the sides
     pooled: bool = False  # residuals are averaged over the picture (the one for shuffled content)
     bgr: bool = False  # the picture is read blue first
 
@@ -49,7 +57,7 @@ class HintEmbedding(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for narrow, wide in zip(channels[:-1], channels[1:], strict=True):
+        for narrow, wide in pairwise(channels):
             self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             self.blocks.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
         self.conv_out = nn.Conv2d(channels[-1], out, 3, padding=1)
@@ -93,7 +101,9 @@ class ControlNet(WayDown):
         made = cls(ControlNetConfig(shape, hint_channels)).begin()
         theirs, own = unet.state_dict(), made.state_dict()
         for name, tensor in own.items():
-            if name in theirs:  # an inpainting U-Net reads more channels than the noisy latent's, which come first
+            if (
+                name in theirs
+            ):  # an inpainting U-Net reads more channels than the noisy latent's, which come first
                 tensor.copy_(theirs[name][:, : tensor.shape[1]] if name == "conv_in.weight" else theirs[name])
         return made.to(unet.dtype)
 

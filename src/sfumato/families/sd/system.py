@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from sfumato.families.sd.condition import (
     plan_of,
     size_vector,
 )
+from sfumato.families.sd.controls import Controller, Controls, controller, opened
 from sfumato.families.sd.networks import Networks, part_hash
 from sfumato.families.sd.openers import (
     check_engine,
@@ -105,6 +106,7 @@ class System:
     tokenizers: tuple[ClipTokenizer, ...] = ()
     inversions: tuple[Mapping[str, Inversion], ...] = ()
     engine: str = "torch"
+    controlnets: Controls = field(default_factory=lambda: Controls({}, torch.device("cpu"), torch.float32))
 
     @property
     def autoencoder(self) -> AutoencoderKL:
@@ -137,7 +139,7 @@ class System:
         require_offload(offload, self.engine, self.dtype)
         networks = Networks(openers(self, self.parts, stream=offload == "sequential"), offload)
         networks.open_all()
-        return replace(self, networks=networks)
+        return replace(self, networks=networks, controlnets=replace(self.controlnets, offload=offload))
 
     def trace(
         self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
@@ -156,6 +158,35 @@ class System:
         """Textual inversions by the names that call them, with the hashes of their files."""
         found = [next(iter(inversions.values())) for inversions in self.inversions]
         return {inversion.name: inversion.digest for inversion in found}
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the ControlNets that it has opened."""
+        return tuple(self.controlnets.files)
+
+    def control_hashes(self) -> dict[str, str]:
+        """SHA-256 of the tensors of each ControlNet, by name."""
+        return self.controlnets.digests()
+
+    def with_controls(
+        self, files: Mapping[str, str | os.PathLike[str]], systems: Mapping[str, Kind] | None = None
+    ) -> System:
+        """The same with the ControlNets in these files, by name, besides its own. Nothing is read but headers.
+
+        `InputError` for one of another family; `CheckpointError` for what is none.
+        """
+        if self.engine != "torch":
+            raise InputError(
+                f"ControlNets go with the engine torch; {self.engine} runs the U-Net as it is",
+                argument="engine",
+            )
+        found = opened(files, self.shapes.unet, self.config.kind, None, systems)
+        files_ = {**self.controlnets.files, **found}
+        return replace(self, controlnets=Controls(files_, self.device, self.dtype, self.offload))
+
+    def controller(self, name: str, pixels: Tensor) -> Controller:
+        """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
+        return controller(self.controlnets[name], pixels)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """(C, T, H/f, W/f) of a picture in pixels."""
@@ -250,9 +281,16 @@ class System:
             told = guidance_waves(request.guidance, self.shapes.unet.time_cond).expand(len(tokens), -1)
         return Conditioning(tokens, None, vector, told)
 
-    def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        """(B, C, 1, H, W) → (B, 4, 1, H, W); the U-Net works on pictures and in the type of its weights."""
-        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance)
+    def network(
+        self, x: Tensor, time: Tensor, cond: Conditioning, control: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """(B, C, 1, H, W) → (B, 4, 1, H, W); the U-Net works on pictures and in the type of its weights.
+
+        control: what ControlNets add to its skips and, the last, to its middle.
+        """
+        *down, middle = control or (None,)
+        more = {"down_residuals": down, "mid_residual": middle} if control else {}
+        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance, **more)
         return out[:, :, None]
 
     def _split(

@@ -14,11 +14,13 @@ from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
 from sfumato.checkpoint.rules import View, info
 from sfumato.diffusion.guidance import cfg_batched
+from sfumato.families.sd.controls import controller
 from sfumato.families.sd.networks import Networks
 from sfumato.families.sd.openers import openers, require_offload
 from sfumato.families.sd.system import System
 from sfumato.memory import LiveBytes, Stage, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
+from sfumato.nn.controlnet import ControlNet
 from sfumato.types import Conditioning, Request
 
 # Holes that freed blocks leave in the C library's memory, as a share of what a pass holds. Not traced but measured, 0.5
@@ -65,9 +67,21 @@ def trace(
             networks[name], most = tracer.worst(opener)
             weights[name] = tracer.now - before
             loading.append(Stage("load", before if keeps else 0, most + window))
+        names = {control.name for control in request.controls or ()}
+        controls, control_weights = {}, 0
+        for name in names & set(system.controls):
+            file = system.controlnets.files[name]
+            file = replace(file, tensors=Numberless(file.tensors))
+            before = tracer.now
+            controls[name], most = tracer.worst(
+                lambda f=file: f.network(system.device, system.dtype, stream=offload == "sequential")
+            )
+            control_weights += tracer.now - before
+            loading.append(Stage("load", before if keeps else weights["denoiser"], most + window))
+        weights["denoiser"] += control_weights  # they work together, however the others are kept
         ghost = replace(system, networks=Networks({name: lambda n=name: networks[n] for name in networks}))
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
-        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch)
+        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
     if cpu and keeps:
         denoise += HOLES * denoise
     load = max(loading, key=lambda stage: stage.bytes)
@@ -99,7 +113,13 @@ def _autoencoder_bytes(
 
 
 def _denoise_bytes(
-    ghost: System, tracer: LiveBytes, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
+    ghost: System,
+    tracer: LiveBytes,
+    cond: Conditioning,
+    request: Request,
+    size: tuple[int, int],
+    batch: int,
+    controls: Mapping[str, ControlNet],
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
@@ -108,10 +128,17 @@ def _denoise_bytes(
     told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 
+    picture = torch.empty(1, 3, height, width, device=ghost.device)
+    shown = [controller(control, picture) for control in controls.values()]
+
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if ghost.inpaint_channels is not None:
             x = torch.cat([x, x.new_empty(len(x), 5, *x.shape[2:])], 1)
-        return ghost.network(x, level, given).float()
+        control: tuple[Tensor, ...] = ()
+        for adds in shown:
+            added = adds(x, level, given, False)
+            control = tuple(a + b for a, b in zip(control, added, strict=True)) if control else added
+        return ghost.network(x, level, given, control).float()
 
     kind = ghost.parameterization
     preset = ghost.config.preset
