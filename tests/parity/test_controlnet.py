@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from helpers import relative_error
-
-diffusers = pytest.importorskip("diffusers")
-
-from sfumato.nn.controlnet import ControlNet, ControlNetConfig  # noqa: E402
-from sfumato.nn.embed import sinusoid  # noqa: E402
-from sfumato.nn.packed import can_pack, pack  # noqa: E402
-from sfumato.nn.unet import UNetConfig  # noqa: E402
+from sd_reference import control_reference
+from sfumato.nn.controlnet import ControlNet, ControlNetConfig
+from sfumato.nn.embed import sinusoid
+from sfumato.nn.packed import can_pack, pack
+from sfumato.nn.unet import UNetConfig
 
 CLOSE = 1e-5
 THEIRS = "diffusers ControlNetModel"
@@ -36,38 +34,10 @@ FULL = {
 PARAMETERS = {"sd1": 361_279_120, "sdxl": 1_251_014_160}
 
 
-def reference(config: ControlNetConfig) -> torch.nn.Module:
-    """diffusers' network of that shape."""
-    unet = config.unet
-    extra: dict[str, Any] = {}
-    if unet.vector:
-        each = 256 if unet.vector > 1000 else 8
-        extra = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": each,
-            "projection_class_embeddings_input_dim": unet.vector,
-        }
-    return diffusers.ControlNetModel(
-        in_channels=unet.in_channels,
-        block_out_channels=unet.channels,
-        layers_per_block=unet.resnets,
-        down_block_types=tuple("CrossAttnDownBlock2D" if d else "DownBlock2D" for d in unet.depths),
-        transformer_layers_per_block=(*(d or 1 for d in unet.depths[:-1]), unet.mid_depth),
-        attention_head_dim=unet.heads,
-        cross_attention_dim=unet.context,
-        use_linear_projection=unet.linear,
-        norm_num_groups=unet.groups,
-        conditioning_embedding_out_channels=config.hint_channels,
-        global_pool_conditions=config.pooled,
-        controlnet_conditioning_channel_order="bgr" if config.bgr else "rgb",
-        **extra,
-    ).eval()
-
-
 def pair(config: ControlNetConfig, assign: bool = False) -> tuple[ControlNet, torch.nn.Module]:
     """Ours and theirs with equal weights, none of them zero throughout."""
     torch.manual_seed(0)
-    theirs = reference(config)
+    theirs = control_reference(config)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if parameter.ndim == 1:
@@ -160,7 +130,7 @@ def test_bfloat16_is_as_near_to_float32_as_theirs():
 @pytest.mark.parametrize("name", FULL)
 def test_names_and_shapes_of_the_published_networks(name):
     with torch.device("meta"):
-        ours, theirs = (make(ControlNetConfig(FULL[name])) for make in (ControlNet, reference))
+        ours, theirs = (make(ControlNetConfig(FULL[name])) for make in (ControlNet, control_reference))
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in theirs.state_dict().items()
     }

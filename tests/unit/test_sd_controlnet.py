@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import small_control as small
-from small_sd import SMALL, write
 from helpers import noise
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.sd.controlnet import control_map, open_control
@@ -17,6 +16,7 @@ from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.planning import one
 from sfumato.storage import save_tensors
 from sfumato.types import Control, Request
+from small_sd import SMALL, write
 
 CPU = torch.device("cpu")
 KINDS = ("sd1", "sd2", "sdxl")
@@ -43,9 +43,8 @@ def test_every_layout_gives_the_same_tensors(tmp_path, kind, layout):
 
 
 def test_names_of_real_files_stand_in_the_table():
-    pairs = dict(
-        zip(*(getattr(control_map(ControlNetConfig(SYSTEMS["sd1"].unet)), s) for s in ("theirs", "ours")))
-    )
+    table = control_map(ControlNetConfig(SYSTEMS["sd1"].unet))
+    pairs = dict(zip(table.theirs, table.ours, strict=True))
     assert pairs["input_hint_block.14.weight"] == "controlnet_cond_embedding.conv_out.weight"
     assert pairs["input_hint_block.2.bias"] == "controlnet_cond_embedding.blocks.0.bias"
     assert pairs["zero_convs.11.0.weight"] == "controlnet_down_blocks.11.weight"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sfumato.cli import options, parse, show
+from sfumato.cli import controls, options, parse, show
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
 
@@ -45,6 +45,10 @@ def generate(
     mask_blur: options.MaskBlur = None,
     only_masked: options.OnlyMasked = None,
     paste: options.Paste = None,
+    control: options.Control = None,
+    controlnet: options.ControlNet = None,
+    control_ready: options.ControlReady = None,
+    guess: options.Guess = None,
     hires: options.Hires = None,
     hires_strength: options.HiresStrength = None,
     hires_steps: options.HiresSteps = None,
@@ -127,6 +131,8 @@ def generate(
         "refine_at": refine_at,
     }
     embeddings = parse.embeddings(embedding or [])
+    shown = controls.given([] if control in (None, controls.NONE) else control)
+    networks = controls.files(controlnet or [])
     default = {name for name in given if _left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
     if image is not None:
@@ -145,7 +151,12 @@ def generate(
     if refiner == "none":
         dropped.add("refine_at")
     said = None if like is None else _said(like, given, dropped, second)
-    request = Request.from_dict(_merged(given, {} if said is None else said.request))
+    told = {} if said is None else dict(said.request)
+    drop = control == controls.NONE
+    pictured = controls.requested(shown, control_ready or [], guess, told.pop("controls", None), like, drop)
+    if pictured is not None:
+        given["controls"] = pictured
+    request = Request.from_dict(_merged(given, told))
     check_output(output, request.count, request)
     if preview:
         _check_preview(output)
@@ -174,6 +185,7 @@ def generate(
         without=without,
         text_dtype=None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         tokenizer=tokenizer,
+        controlnets=networks,
     )
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
@@ -283,6 +295,13 @@ def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
             _note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
         elif not digest_here.startswith(digest):
             _note(f"{like} was drawn with another embedding {name!r} than this file's")
+    drawn = (
+        loaded.system.control_hashes()
+        if said.controlnets and hasattr(loaded.system, "control_hashes")
+        else {}
+    )
+    for note in controls.differences(like, said.controlnets, drawn):
+        _note(note)
     if said.ignored:
         _note(f"not taken over from {like}: {', '.join(said.ignored)}")
 

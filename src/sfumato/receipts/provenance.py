@@ -133,7 +133,8 @@ class Like:
 
     request: fields of a `Request`. model: its name. weights: its hashes, if we drew it; refiner, refiner_weights:
     the same of a second model. embeddings: names of textual inversions, and hashes or their beginnings. without: names
-    of text encoders that were left out. ignored: settings of other programs that were not taken over.
+    of text encoders that were left out. controlnets: names and hashes. ignored: settings of other programs that were
+    not taken over.
     """
 
     request: dict[str, Any]
@@ -143,6 +144,7 @@ class Like:
     refiner_weights: dict[str, str] | None = None
     embeddings: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    controlnets: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
 
@@ -192,6 +194,9 @@ def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Col
         if isinstance(embeddings, dict)
         else {},
         tuple(map(str, without)) if isinstance(without := recipe.get("without"), list) else (),
+        controlnets={str(name): str(digest) for name, digest in nets.items()}
+        if isinstance(nets := recipe.get("controlnets"), dict)
+        else {},
     )
 
 

@@ -189,7 +189,7 @@ def _neighbours() -> list[Signature]:
             *({f"{prefix}decoder.conv_in.weight": (512, 16, 3, 3)} for prefix in (VAE_PREFIX, "vae.", "")),
         ),
         *_refused(
-            f"a ControlNet, {later}",
+            "a ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one",
             "control_model.time_embed.0.weight",
             "input_hint_block.0.weight",
             "controlnet_cond_embedding.conv_in.weight",
