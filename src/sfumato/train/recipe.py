@@ -117,6 +117,11 @@ class Recipe:
 
 def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read and check a recipe. `overrides` are dotted keys, such as {"denoiser.train.steps": 100}."""
+    return parse_recipe(read_tables(path, overrides))
+
+
+def read_tables(path: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The tables of a recipe file with the overrides laid over them, not checked yet; a name if there is none."""
     path = Path(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -138,7 +143,14 @@ def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         table[last] = value
     values.setdefault("name", path.stem)
     values.setdefault("data", {})
-    return parse_recipe(values)
+    return values
+
+
+def checked(kind: type, values: dict[str, Any], stage: str) -> Any:
+    """A recipe of another kind, with one table `stage` that has a table `train`; errors as of `parse_recipe`."""
+    recipe = _build(kind, values, "")
+    _check_train(stage, getattr(recipe, stage).train)
+    return recipe
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
@@ -175,21 +187,7 @@ def _check(recipe: Recipe) -> None:
         part = getattr(recipe, stage)
         if part is None:
             continue
-        train = part.train
-        _within(f"{stage}.train", train, RANGES)
-        _above_zero(f"{stage}.train.clip", train.clip)
-        if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-            raise InputError(
-                f"{stage}.train.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
-                argument=f"{stage}.train.betas",
-            )
-        if train.microbatch and train.batch % train.microbatch:
-            raise InputError(
-                f"{stage}.train.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
-                argument=f"{stage}.train.microbatch",
-            )
-        _one_of(f"{stage}.train.optimizer", train.optimizer, ("adamw", "muon"))
-        _one_of(f"{stage}.train.precision", train.precision, ("auto", "float32", "bfloat16"))
+        _check_train(stage, part.train)
     if recipe.autoencoder:
         _check_autoencoder(recipe.autoencoder)
     if recipe.denoiser:
@@ -203,6 +201,23 @@ def _check(recipe: Recipe) -> None:
                 "denoiser.loss.labels needs denoiser.label_classes, the number of classes of each attribute",
                 argument="denoiser.label_classes",
             )
+
+
+def _check_train(stage: str, train: TrainRecipe) -> None:
+    _within(f"{stage}.train", train, RANGES)
+    _above_zero(f"{stage}.train.clip", train.clip)
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise InputError(
+            f"{stage}.train.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
+            argument=f"{stage}.train.betas",
+        )
+    if train.microbatch and train.batch % train.microbatch:
+        raise InputError(
+            f"{stage}.train.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
+            argument=f"{stage}.train.microbatch",
+        )
+    _one_of(f"{stage}.train.optimizer", train.optimizer, ("adamw", "muon"))
+    _one_of(f"{stage}.train.precision", train.precision, ("auto", "float32", "bfloat16"))
 
 
 def _check_autoencoder(recipe: AutoencoderRecipe) -> None:

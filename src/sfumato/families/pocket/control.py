@@ -94,3 +94,33 @@ def digests(files: Mapping[str, Path]) -> dict[str, str]:
         state = path.stat()
         found[name] = digest(path, state.st_mtime_ns, state.st_size)
     return found
+
+
+class Trainee:
+    """What training asks of a ControlNet and its frozen base. `encodes`: control pictures are encoded once."""
+
+    encodes = True
+
+    def __init__(self, system: Any, blocks: int, outputs: int):
+        self.system, self.base = system, system.denoiser.dit
+        self.network = DiTControl.of(self.base, blocks, outputs)
+
+    def hint(self, pixels: Tensor) -> Tensor:
+        """Control pictures (B, 3, H, W) in [0, 1] → what the network reads of them."""
+        return self.system.encode(2 * pixels[:, :, None] - 1)
+
+    def adds(
+        self, network: DiTControl, x: Tensor, time: Tensor, cond: Conditioning, hints: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What it adds at a step."""
+        return network(self.base, x, time, cond, hints)
+
+    def answer(self, x: Tensor, time: Tensor, cond: Conditioning, control: tuple[Tensor, ...]) -> Tensor:
+        """What the base answers with that."""
+        return self.system.network(x, time, cond, control=control)
+
+    def save(self, state: Mapping[str, Tensor], path: Path) -> Path:
+        """Write these weights of the network as a file that `open_file` reads."""
+        made = DiTControl(self.network.config)
+        made.load_state_dict(dict(state))
+        return save(made, path)

@@ -121,6 +121,10 @@ class System:
         hint = self.encode(2 * pixels[:, :, None] - 1)
         return nets.controller(control, self.denoiser.dit, hint)
 
+    def control_trainee(self, blocks: int, outputs: int) -> nets.Trainee:
+        """A fresh ControlNet beside this model, as training wants it."""
+        return nets.Trainee(self, blocks, outputs)
+
     @property
     def layers(self) -> int:
         """Blocks of the DiT, of which `network` can leave some out."""
