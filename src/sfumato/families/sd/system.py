@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,9 @@ from sfumato.sampling.reuse import Split
 from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.inversion import Inversion, read_inversions
 from sfumato.types import Conditioning, Micro, Request
+
+if TYPE_CHECKING:
+    from sfumato.families.sd.control_training import Trainee
 
 PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
 Embeddings = Iterable[str | Path] | Mapping[str, str | Path]  # files of textual inversions, perhaps by name
@@ -183,6 +186,12 @@ class System:
         found = opened(files, self.shapes.unet, self.config.kind, None, systems)
         files_ = {**self.controlnets.files, **found}
         return replace(self, controlnets=Controls(files_, self.device, self.dtype, self.offload))
+
+    def control_trainee(self, blocks: int, outputs: int) -> Trainee:
+        """A fresh ControlNet beside this model, as training wants it; blocks and outputs are those of the U-Net."""
+        from sfumato.families.sd.control_training import Trainee
+
+        return Trainee(self)
 
     def controller(self, name: str, pixels: Tensor) -> Controller:
         """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
