@@ -229,6 +229,15 @@ def test_from_a_picture_and_in_the_second_pass(models):
     assert apart(drawn, model.generate(replace(twice, controls=None)).images[0]) > 0
 
 
+def test_a_refiner_draws_on_without(models, tmp_path):
+    base = models("sdxl")
+    system = open_system(write("sdxl-refiner", tmp_path / "r"), CPU, torch.float32, systems=SMALL)
+    model = Model(base.system, CPU, "sdxl", refiner=Model(system, CPU, "refiner"))
+    request = asking(square(), refine_at=0.5, fit="cover")
+    drawn = model.generate(request).images[0]
+    assert apart(drawn, model.generate(replace(request, controls=None, fit=None)).images[0]) > 0
+
+
 def test_a_request_is_refused_that_the_model_cannot_draw(models):
     model = models("sd1")
     with pytest.raises(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -140,6 +142,14 @@ def test_one_of_another_family_is_refused_with_both_widths(tmp_path, system, kin
     ) as told:
         system.with_controls({"canny": place}, SMALL)
     assert told.value.argument == "controlnet"
+
+
+def test_another_engine_takes_none(tmp_path, system):
+    place = small.file(tmp_path / "c.safetensors", "sd1")
+    with pytest.raises(
+        InputError, match="ControlNets go with the engine torch; openvino runs the U-Net as it is"
+    ):
+        replace(system, engine="openvino").with_controls({"canny": place}, SMALL)
 
 
 def drawn(model: Model, **changes) -> torch.Tensor:

@@ -69,7 +69,10 @@ def sample(
     cells = None
     for drawer, told, first, last in _legs(model, cond, request, sigmas, done):
         channels = _inpaint_channels(drawer, origin, height, width)
-        denoise = drawer.denoiser(told, replace(request, refine_at=None), channels)
+        asked = replace(request, refine_at=None)
+        if drawer is not model:  # a refiner draws without ControlNets
+            asked = replace(asked, controls=None, fit=None if request.image is None else request.fit)
+        denoise = drawer.denoiser(told, asked, channels)
         cells = None
         if origin is not None and origin.mask is not None and channels is None:
             cells = cells_to_paint(origin.mask, *shape[-2:])
