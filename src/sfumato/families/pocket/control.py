@@ -22,6 +22,7 @@ from sfumato.storage import save_tensors, tensors_hash
 from sfumato.types import Conditioning
 
 FORMAT = "sfumato control 1"
+CARD = "control"  # the one entry of a file's metadata, since the library writes several in no fixed order
 HEAD = "control-"
 Controller = Callable[[Tensor, Tensor, Conditioning, bool], tuple[Tensor, ...]]
 
@@ -31,10 +32,10 @@ def beside(directory: Path) -> dict[str, Path]:
     return {file.stem.removeprefix(HEAD): file for file in sorted(directory.glob(f"{HEAD}*.safetensors"))}
 
 
-def save(control: DiTControl, path: Path, extra: Mapping[str, str] | None = None) -> Path:
-    """Write its weights in bfloat16, with its shape in the file's metadata. extra: more of that."""
-    said = {"format": FORMAT, "config": json.dumps(asdict(control.config)), **(extra or {})}
-    save_tensors(path, {k: v.to(torch.bfloat16) for k, v in control.state_dict().items()}, said)
+def save(control: DiTControl, path: Path) -> Path:
+    """Write its weights in bfloat16, with its shape in the file's metadata."""
+    said = json.dumps({"format": FORMAT, **asdict(control.config)})
+    save_tensors(path, {k: v.to(torch.bfloat16) for k, v in control.state_dict().items()}, {CARD: said})
     return path
 
 
@@ -43,11 +44,7 @@ def open_file(path: Path, base: DiT, device: torch.device) -> DiTControl:
     `InputError` when it is for another shape of model.
     """
     weights = open_weights(path)
-    if weights.metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is no ControlNet of a model of our own: its metadata has no {FORMAT!r}"
-        )
-    config = _config(weights.metadata.get("config", ""), path)
+    config = _config(weights.metadata.get(CARD, "{}"), path)
     shape = base.config
     wanted = shape.latent_channels * shape.patch**2, shape.width, shape.heads
     if (config.hint, config.width, config.heads) != wanted or max(
@@ -67,7 +64,13 @@ def open_file(path: Path, base: DiT, device: torch.device) -> DiTControl:
 def _config(text: str, path: Path) -> DiTControlConfig:
     try:
         said: Any = strict_json(text)
+        if not isinstance(said, dict) or said.pop("format", None) != FORMAT:
+            raise CheckpointError(
+                f"{path} is no ControlNet of a model of our own: its metadata does not say {FORMAT!r}"
+            )
         return DiTControlConfig(**said)
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, InputError, RecursionError) as error:
         raise CheckpointError(f"{path} does not say its shape: {error}") from None
 
