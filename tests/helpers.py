@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +95,22 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 def spelled(options: dict) -> str:
     """Options of a sampler as a table can name them."""
     return ", ".join(f"{name} {value}" for name, value in options.items()) or "as it stands"
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def hollow(tensors: Mapping[str, Tensor], path: Path) -> Path:
+    """A file with the header of the real size, before a hole in place of numbers; extents and places are checked."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return path
 
 
 # --- processes -----------------------------------------------------------------------------------------------------

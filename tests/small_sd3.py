@@ -1,14 +1,23 @@
-"""Stable Diffusion 3's text encoders small, with random weights, and T5's tokens for a few words."""
+"""Stable Diffusion 3 small, with random weights: its text encoders, T5's tokens for a few words, and whole folders."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from sfumato.autoencoder.kl import AutoencoderKL
+from sfumato.families.published import folder as published
+from sfumato.families.sd3 import folder
 from sfumato.families.sd3.condition import READERS, TextShape
-from sfumato.text.clip import ClipConfig
+from sfumato.families.sd3.shapes import SYSTEMS, System
+from sfumato.nn.mmdit import MMDiT, MMDiTConfig
+from sfumato.storage import save_tensors, write_json
+from sfumato.text.clip import PROJECTION, ClipConfig
+from sfumato.text.clip_tokens import bundled, save_folder
 from sfumato.text.t5 import T5Config
 
 WORDS = (
@@ -90,3 +99,67 @@ def theirs(seed: int = 3) -> dict[str, torch.nn.Module]:
             elif not any(part in name for part in ("embedding", "shared", "embed_tokens")):
                 weight.data.normal_(std=weight.shape[1] ** -0.5 * (0.5 if "SelfAttention" in name else 1))
     return {part: network.eval() for part, network in made.items()}
+
+
+# --- whole models --------------------------------------------------------------------------------------------------
+
+SIDE = 64  # pixels; the small autoencoders have a factor of 4
+PLAIN = MMDiTConfig(layers=3, heads=3, head_width=16, context=96, pooled=72, positions=12)
+TRANSFORMERS = {
+    "sd3-medium": PLAIN,
+    "sd3.5-medium": replace(PLAIN, positions=24, qk_norm=True, dual=(0, 1)),
+    "sd3.5-large": replace(PLAIN, layers=4, heads=4, qk_norm=True),
+}
+TRANSFORMERS["sd3.5-large-turbo"] = TRANSFORMERS["sd3.5-large"]
+
+
+def small(kind: str) -> System:
+    system = SYSTEMS[kind]
+    text = tuple(replace(part, config=CONFIGS[part.name]) for part in system.text)
+    vae = replace(system.vae, widths=(32, 64, 64))
+    return System(TRANSFORMERS[kind], vae, text, SIDE)
+
+
+SMALL = {kind: small(kind) for kind in TRANSFORMERS}
+
+
+def tensors_of(kind: str, seed: int = 5) -> dict[str, dict[str, torch.Tensor]]:
+    """Part to its tensors, random, under the names of a diffusers folder."""
+    torch.manual_seed(seed)
+    transformer = MMDiT(SMALL[kind].transformer)
+    for name, weight in transformer.named_parameters():
+        if weight.ndim == 1:
+            weight.data.normal_(std=0.1).add_("norm_" in name and name.endswith("weight"))
+    transformer.pos_embed.pos_embed.normal_(std=0.5)
+    parts = {"transformer": transformer.state_dict(), "vae": AutoencoderKL(SMALL[kind].vae).state_dict()}
+    texts = {name: dict(network.state_dict()) for name, network in theirs(seed).items()}
+    texts["text_encoder"][PROJECTION] = torch.eye(NARROW.width)  # as it is published
+    texts["text_encoder_3"].pop("encoder.embed_tokens.weight", None)
+    return parts | {
+        part: {name: tensor.contiguous() for name, tensor in named.items() if "position_ids" not in name}
+        for part, named in texts.items()
+    }
+
+
+def write(kind: str, place: Path, seed: int = 5, without: Collection[str] = (), **scheduler: object) -> Path:
+    """A diffusers folder of the small kind. without: parts to leave out; `scheduler`: more of its scheduler's JSON."""
+    system = SMALL[kind]
+    configs = {
+        "transformer": folder.transformer_config(system.transformer, SIDE // 4),
+        "vae": published.vae_config(system.vae, SIDE),
+    } | {part.name: published.text_config(part.config) for part in system.text}
+    there = {name: tensors for name, tensors in tensors_of(kind, seed).items() if name not in without}
+    for name, tensors in there.items():
+        save_tensors(place / name / f"{published.WEIGHTS[name]}.safetensors", tensors)
+        write_json(place / name / published.CONFIG, configs[name])
+    for reader in READERS:
+        if reader.part in there:
+            tokenizer = place / published.tokenizer_folder(reader.part)
+            if reader.part == READERS[-1].part:
+                t5_tokenizer(tokenizer)
+            else:
+                save_folder(bundled(reader.pad), tokenizer)
+    config = folder.scheduler_config() | scheduler
+    write_json(place / published.SCHEDULER, config)
+    write_json(place / published.INDEX, folder.model_index(system, folder.SCHEDULER, there))
+    return place

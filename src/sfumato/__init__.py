@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "sfumato.generate",
     "Model": "sfumato.generate",
+    "LoraUse": "sfumato.types",
     "Request": "sfumato.types",
     "Result": "sfumato.types",
     "Conditioning": "sfumato.types",

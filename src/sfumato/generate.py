@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
+from sfumato.adapters.fold import Adapters
+from sfumato.adapters.lora import Report
 from sfumato.drawing.denoise import denoiser
 from sfumato.drawing.request import check_size, complete, enlarged_size, eta_samplers
 from sfumato.drawing.sample import origin_of, sample, second_pass
@@ -59,6 +61,8 @@ def load(
     parts: str | Path | Sequence[str | Path] | None = None,
     refiner: str | Path | None = None,
     offload: str | None = None,
+    preset: str | None = None,
+    loras: Sequence[str | Path] | Mapping[str, str | Path] = (),
     without: Sequence[str] = (),
     text_dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
@@ -74,7 +78,9 @@ def load(
     checkpoints with what a U-Net alone lacks. refiner: a second model that draws the last part of the noise levels
     (`Request.refine_at`). offload: "none", the default, keeps all networks in memory, "model" the one at work of each
     model, "sequential" of its denoiser a layer; pictures are the same, and with the last two nothing is read before it
-    is needed; "auto" is for who plans next (`planning.py`). without: text encoders to leave out, such as "t5".
+    is needed; "auto" is for who plans next (`planning.py`). preset: how a distilled model is drawn that does not say
+    it, "lcm", "turbo" or "lightning", or "plain" against what it says. loras: files to attach at weight 1, by their
+    names or by those given here; `Model.attach` says more of them. without: text encoders to leave out, such as "t5".
     text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none.
     controlnets: files or folders of ControlNets by the names that `Request.controls` calls them; for models of our own
     too. Raises `CheckpointError` that says what is wrong.
@@ -85,6 +91,7 @@ def load(
     options: dict[str, Any] = {
         "vae": vae,
         "prediction": prediction,
+        "preset": preset,
         "variant": variant,
         "parts": parts,
         **both,
@@ -96,7 +103,10 @@ def load(
     second = None
     if refiner is not None:
         second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
-    return Model(system, place, name=str(model), dtype=dtype, refiner=second)
+    opened = Model(system, place, name=str(model), dtype=dtype, refiner=second)
+    for name, file in loras.items() if isinstance(loras, Mapping) else [(None, file) for file in loras]:
+        opened.attach(file, name=name)
+    return opened
 
 
 def with_controls(system: Any, name: str, files: Mapping[str, str | Path]) -> Any:
@@ -126,11 +136,13 @@ class Model:
         trace(request, size, batch, encodes, offload) -> the memory that drawing takes (`planning.py`).
         hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
         embeddings: textual inversions by name, with the hashes of their files.
+        adapters: the LoRAs opened for it (`adapters.fold.Adapters`).
         reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting",
             "text_length" and the fields of `micro` as "micro.crop".
         layers: how many layers its network has of which `network(x, time, cond, skip_layers=(7, 8))` leaves some out.
         picture_tokens(height, width): how many tokens its network makes of a picture, for schedules that ask.
         without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
+        read_as: what its files may leave open and drawing depends on, by option of `load`, as it was taken.
         latent_space: two models with equal ones can draw on each other's latents.
         controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
             -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
@@ -166,6 +178,38 @@ class Model:
         """What a request that leaves them open gets: steps, guidance, sampler, schedule, size."""
         preset = self.system.config.preset
         return {name: getattr(preset, name) for name in ("steps", "guidance", "sampler", "schedule", "size")}
+
+    def attach(
+        self,
+        lora: str | Path,
+        weight: float = 1.0,
+        *,
+        name: str | None = None,
+        blocks: Mapping[str, float] | None = None,
+        partial: bool = False,
+    ) -> Report:
+        """Draw with a LoRA from now on, folded into the weights; the report says what of it is used.
+
+        weight, blocks: as of `LoraUse`; a request may ask for others (`Request.loras`), and attaching again changes
+        them. name: what requests call it, the file's name by default. partial: leave what does not fit instead of
+        refusing the file. Errors of `adapters.lora.read_lora`; `InputError` where the model takes none.
+        """
+        return self._adapters("attach").attach(lora, weight, name=name, blocks=blocks or {}, partial=partial)
+
+    def detach(self, name: str | None = None) -> None:
+        """Take a LoRA off, or all: the weights are then the base's to the bit."""
+        self._adapters("detach").detach(name)
+
+    def _adapters(self, argument: str) -> Adapters:
+        found = getattr(self.system, "adapters", None)
+        if found is None:
+            raise InputError(f"{self.name!r} takes no LoRAs", argument=argument)
+        return found
+
+    def with_loras(self, request: Request) -> AbstractContextManager[None]:
+        """While inside, the networks are those of the request's LoRAs; of those opened here, should it be another's."""
+        found = getattr(self.system, "adapters", None)
+        return nullcontext() if found is None else found.using(found.known(request.loras))
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
@@ -236,7 +280,7 @@ class Model:
 
     def told(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """`condition`, of a request that is complete already, if by another model."""
-        with self.precision():
+        with self.precision(), self.with_loras(request):
             cond = self.system.condition(prompts, request)
         return cond.change(lambda tensor: tensor if tensor.dtype == torch.bool else tensor.float())
 
@@ -257,7 +301,8 @@ class Model:
                 argument="guidance",
             )
         request = self.complete(guidance) if isinstance(guidance, Request) else Request(guidance=guidance)
-        return denoiser(self, cond, request, channels)
+        with self.with_loras(request):
+            return denoiser(self, cond, request, channels)
 
     def complete(self, request: Request) -> Request:
         """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
@@ -267,6 +312,10 @@ class Model:
     def generate(self, request: Request, on_step: Callable[[Step], None] | None = None) -> Result:
         """Draw the request's pictures. `on_step` hears of every step of every batch and may raise to cancel."""
         request = self.complete(request)
+        with self.with_loras(request):
+            return self._generate(request, on_step)
+
+    def _generate(self, request: Request, on_step: Callable[[Step], None] | None) -> Result:
         started = time.perf_counter()
         cond = self.condition(request)
         canvas = tasks.canvas(request)
@@ -343,9 +392,11 @@ class Model:
             "weights": self.hashes,
             **({"embeddings": self.embeddings} if self.embeddings else {}),
             **self._controls_drawn(request),
+            **({"loras": self._adapters("loras").digests(request.loras)} if request.loras else {}),
             **({"without": list(self.without)} if self.without else {}),
             **({"text_dtype": self.text_dtype} if self.text_dtype else {}),
             **({} if self.refiner is None else {"refiner": self.refiner.named()}),
+            **({"read_as": self.system.read_as} if hasattr(self.system, "read_as") else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "engine": getattr(self.system, "engine", "torch"),

@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from sfumato.errors import CheckpointError
 
@@ -136,10 +136,13 @@ def load_tensors(path: str | os.PathLike[str], device: str = "cpu") -> dict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    check_safetensors(path)
+    with open_safetensors(path) as stream:
+        length = header_length(stream, path)
+        text = stream.read(length)
     try:
+        strict_json(text.decode())  # the library takes the last of two tensors of one name
         return load_file(path, device=device)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
@@ -147,6 +150,33 @@ def check_safetensors(path: str | os.PathLike[str]) -> None:
     """Refuse what is not a safetensors file before any parser sees it, and say how to convert a pickled one."""
     with open_safetensors(path) as stream:
         header_length(stream, path)
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON; `ValueError` or `RecursionError` for what is none, and for what readers take differently: a key that
+    stands twice, NaN and infinities.
+    """
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+
+
+def shown(name: str) -> str:
+    """A name as an error or a table shows it: as it is when it is short and printable, else escaped and cut."""
+    if len(name) <= 120 and name.isprintable():
+        return name
+    return ascii(name if len(name) <= 120 else name[:100] + "…")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} stands twice in its JSON")
+    return table
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} stands in its JSON, which has no such number")
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> BinaryIO:

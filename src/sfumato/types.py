@@ -11,7 +11,7 @@ zero mean and unit variance per channel over its training data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ MAX_BLUR = 256  # pixels
 MAX_CLIP_SKIP = 24
 MAX_REUSE = 10  # calls that share deep features; DeepCache goes to 10
 MAX_LEVEL = 1e6  # of noise
+MAX_WEIGHT = 100.0  # of a LoRA
 MAX_LAYERS = 1_000  # of a network
 MAX_TEXT_LENGTH = 512  # tokens of a text encoder without windows; T5 was trained on these
 MAX_CONTROL = 10.0  # weight of a control picture
@@ -169,6 +170,59 @@ class Control:
 
 
 @dataclass(frozen=True)
+class LoraUse:
+    """A LoRA that a model has opened, and how much of it.
+
+    name: what it was opened as. weight: 1 is what it was trained for, 0 none, and less its opposite. blocks: pairs, or
+    a dictionary, of parts of the networks and factors of the weight there: ("down.1", 0.5), ("text", 0).
+    """
+
+    name: str
+    weight: float = 1.0
+    blocks: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks, Mapping):
+            object.__setattr__(self, "blocks", tuple(self.blocks.items()))
+
+    def validate(self) -> LoraUse:
+        """`InputError` for a name that is none and for numbers that are none or too large."""
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"a LoRA's name must be text, not {_shown(self.name)}", argument="loras")
+        _number(f"the weight of LoRA {_shown(self.name)}", self.weight, -MAX_WEIGHT, MAX_WEIGHT, "loras")
+        pairs = self.blocks if isinstance(self.blocks, tuple) else None
+        if pairs is None or not all(
+            isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
+        ):
+            raise InputError(
+                f"the blocks of LoRA {_shown(self.name)} must be names with factors, not {_shown(self.blocks)}",
+                argument="loras",
+            )
+        for block, factor in pairs:
+            _number(f"the factor of {_shown(block)} in a LoRA", factor, -MAX_WEIGHT, MAX_WEIGHT, "loras")
+        return self
+
+    @classmethod
+    def from_json(cls, value: object) -> LoraUse:
+        """From an object such as {"name": "ink", "weight": 0.8, "blocks": {"down.1": 0.5}}, or from a name."""
+        if isinstance(value, LoraUse):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, dict) or "name" not in value or value.keys() - {"name", "weight", "blocks"}:
+            raise InputError(
+                f"a LoRA must be an object of name, weight and blocks, not {_shown(value)}", argument="loras"
+            )
+        if not isinstance(value.get("blocks", {}), dict):
+            raise InputError("a LoRA's blocks must be an object of names and factors", argument="loras")
+        return cls(**value)
+
+    def to_json(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"name": self.name, "weight": self.weight}
+        return values | ({"blocks": dict(self.blocks)} if self.blocks else {})
+
+
+@dataclass(frozen=True)
 class Micro:
     """What SDXL is told of a picture beside the prompt: its micro-conditioning (Podell et al. 2023, sec. 2.2).
 
@@ -237,6 +291,7 @@ class Request:
     micro: what SDXL is told of sizes, crops and aesthetics.
     refine_at: the share of the noise levels, from the noisiest, after which a model's refiner takes over, diffusers'
         denoising_end; None is 0.8 where there is a refiner.
+    loras: which of the LoRAs that the model has opened to draw with, and how much; None is as they were attached.
     controls: pictures that ControlNets of the model read. Then `fit` brings these to the size that is drawn, too.
     """
 
@@ -267,6 +322,7 @@ class Request:
     skip_layers: SkipLayers | None = None
     micro: Micro | None = None
     refine_at: float | None = None
+    loras: tuple[LoraUse, ...] | None = None
     controls: tuple[Control, ...] | None = None
 
     @classmethod
@@ -287,6 +343,8 @@ class Request:
         for name in ("size", "outpaint", "guidance_interval"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
+        if isinstance(values.get("loras"), list | tuple):
+            values["loras"] = tuple(LoraUse.from_json(value) for value in values["loras"])
         for name, kind in _NESTED.items():
             if values.get(name) is not None:
                 values[name] = _nested(kind, name, values[name])
@@ -316,6 +374,8 @@ class Request:
                 value = _fingerprint(value)
             elif f.name == "mask":
                 value = _mask_fingerprint(value)
+            elif f.name == "loras":
+                value = [use.to_json() for use in value]
             elif f.name == "controls":
                 value = [control.to_json() for control in value]
             elif is_dataclass(value):
@@ -374,6 +434,8 @@ class Request:
             _number("eta", self.eta, 0.0, 1.0)
         if self.refine_at is not None:
             _number("refine_at", self.refine_at, 0.0, 1.0)
+        if self.loras is not None:
+            _loras(self.loras)
         if self.clip_skip is not None:
             _integer("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         if self.text_length is not None:
@@ -548,11 +610,24 @@ def _integer(name: str, value: object, low: int, high: int, argument: str | None
         raise InputError(f"{name} must be between {low} and {high}, not {_shown(value)}", argument=argument)
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
+def _number(name: str, value: object, low: float, high: float, argument: str | None = None) -> None:
+    argument = argument or name
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{name} must be a number, not {_shown(value)}", argument=name)
+        raise InputError(f"{name} must be a number, not {_shown(value)}", argument=argument)
     if not low <= value <= high:  # false for NaN too
-        raise InputError(f"{name} must be between {low:g} and {high:g}, not {_shown(value)}", argument=name)
+        raise InputError(
+            f"{name} must be between {low:g} and {high:g}, not {_shown(value)}", argument=argument
+        )
+
+
+def _loras(value: object) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(use, LoraUse) for use in value):
+        raise InputError(f"loras must be a tuple of LoraUse, not {_shown(value)}", argument="loras")
+    for use in value:
+        use.validate()
+    names = [use.name for use in value]
+    if len(set(names)) < len(names):
+        raise InputError("loras names one twice; add up its weights", argument="loras")
 
 
 def _interval(name: str, value: object) -> None:

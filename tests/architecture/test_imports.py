@@ -15,14 +15,22 @@ ROOT = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 LEVELS = [
     {"errors", "types", "storage", "runtime", "pictures", "memory"},
     {"nn"},
-    {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes"},
+    {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
     {"drawing", "generate", "planning", "train", "evaluate", "receipts"},
     {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-APART = {"text", "autoencoder", "checkpoint", "diffusion", "sampling", "scenes"}  # do not import each other …
-MAY = {("sampling", "diffusion")}  # … except here
+APART = {
+    "adapters",
+    "text",
+    "autoencoder",
+    "checkpoint",
+    "diffusion",
+    "sampling",
+    "scenes",
+}  # do not import each other …
+MAY = {("sampling", "diffusion"), ("adapters", "checkpoint")}  # … except here
 TORCH_ONLY = {"nn", "diffusion", "sampling", "autoencoder", "scenes", "train", "text"}
 LIGHT = {"torch", "numpy", "safetensors", "PIL", "sfumato", *sys.stdlib_module_names}
 OPTIONAL = {  # imported inside functions: by a recipe that asks for its logs, by an engine or encoder when it is made

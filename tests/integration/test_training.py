@@ -233,6 +233,20 @@ def test_more_steps_continue_a_finished_run(
         overrides={"denoiser.train.steps": 5},
     )
     assert [event.step for event in events if event.kind == "step" and event.stage == "denoiser"] == [4, 5]
+    events.clear()
+    run(
+        recipe,
+        data=pictures,
+        out=out,
+        device="cpu",
+        on_event=events.append,
+        overrides={"denoiser.train.steps": 5},
+    )
+    told = [(event.stage, event.text) for event in events if event.kind == "note"]
+    assert ("denoiser", "finished, after 5 steps") in told and not any(
+        event.kind == "step" for event in events
+    )
+    assert any(stage == "autoencoder" and text.startswith("finished, after") for stage, text in told)
 
 
 def test_another_recipe_does_not_continue_a_run(recipe: Path, pictures: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sfumato.checkpoint.source import open_weights
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.convert import write_file, write_folder
 from sfumato.families.sd import folder
 from sfumato.families.sd.checkpoint import open_checkpoint
-from sfumato.families.sd.convert import write_file, write_folder
 from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.nn.unet import UNetConfig
 from sfumato.text.clip import ClipConfig

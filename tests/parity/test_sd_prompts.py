@@ -15,9 +15,9 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 
+from sfumato.families.published.convert import write_file, write_folder
 from sfumato.families.sd import folder
 from sfumato.families.sd.checkpoint import open_checkpoint
-from sfumato.families.sd.convert import write_file, write_folder
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
 from sfumato.sampling import SeededNoise

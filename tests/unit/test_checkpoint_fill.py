@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from sfumato.checkpoint.fill import LoadReport, compare, fill, finite
+from sfumato.checkpoint.fill import fill, fill_layers, finite
+from sfumato.checkpoint.report import Report, compare
 from sfumato.checkpoint.source import open_weights
 from sfumato.errors import CheckpointError
+from sfumato.nn.unet import Upsample
 
 
 class Net(nn.Module):
@@ -44,7 +46,7 @@ def test_a_module_on_meta_gets_the_tensors_themselves():
     given, module = tensors(), meta()
     state = torch.get_rng_state()
     report = fill(module, given, "here")
-    assert report == LoadReport(tuple(sorted(given)))
+    assert report == Report(tuple(sorted(given)))
     assert report.complete
     found = module.state_dict()
     assert found.keys() == given.keys()
@@ -126,20 +128,22 @@ def refused(given: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None)
     with pytest.raises(CheckpointError) as caught:
         fill(meta(), given, "x.safetensors", dtype)
     message = str(caught.value)
-    assert message.startswith("x.safetensors: ") and "\n" not in message
+    assert message.startswith("x.safetensors") and "\n" not in message
     return message
 
 
 def test_missing_and_unexpected_names_are_listed():
     message = refused(tensors(mean=None, layers__1__bias=None, zeta=torch.ones(1)))
-    assert message.endswith("tensors 2 missing (layers.1.bias, mean) and 1 unexpected (zeta)")
-    assert refused({}).startswith("x.safetensors: tensors 6 missing (layers.0.bias, ")
+    assert message.endswith("2 missing: layers.1.bias, mean; 1 unexpected: zeta")
+    assert refused({}).startswith(
+        "x.safetensors does not hold exactly the tensors expected: 6 missing: layers.0.bias, "
+    )
 
 
 def test_of_many_names_the_first_ten_are_listed():
     message = refused(tensors() | {f"more.{i:02d}": torch.ones(1) for i in range(15)})
-    assert "15 unexpected (more.00, " in message
-    assert "more.09)" in message and "more.10" not in message
+    assert "15 unexpected: more.00, " in message
+    assert "more.09 and 5 more" in message and "more.10" not in message
 
 
 def test_hostile_names_are_escaped_and_cut():
@@ -230,9 +234,9 @@ def test_tensors_that_stand_in_no_file_may_not_stay_empty():
 
 def test_compare():
     report = compare(["b", "a", "c"], ["c", "d", "b"])
-    assert report == LoadReport(("b", "c"), ("a",), ("d",))
+    assert report == Report(matched=("b", "c"), missing=("a",), unexpected=("d",))
     assert not report.complete
-    with pytest.raises(CheckpointError, match=r"w: tensors 1 missing \(a\) and 1 unexpected \(d\)"):
+    with pytest.raises(CheckpointError, match=r"^w does not hold .* 1 missing: a; 1 unexpected: d$"):
         report.require("w")
     compare("ab", "ba").require("w")
 
@@ -244,7 +248,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 import torch
-from torch import nn
+from torch import Tensor, nn
 from sfumato.checkpoint.fill import fill
 from sfumato.checkpoint.source import open_weights
 
@@ -285,3 +289,32 @@ def test_the_peak_is_the_weights_and_little_more(tmp_path, dtype):
     wanted = count * place if dtype == "none" else count * place // 2
     assert wanted * 0.9 < held
     assert peak < wanted + 90 * 2**20
+
+
+class Grown(nn.Module):
+    """Layers that have packed twins, one of which keeps tensors of the layer, and smaller ones after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.up, self.leave = nn.Conv2d(4, 64, 3, padding=1), Upsample(64), nn.Conv2d(64, 32, 3)
+        self.norm, self.out = nn.GroupNorm(2, 32), nn.Linear(32, 24)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = self.norm(self.leave(self.up(self.enter(x), torch.Size(size))))
+        return self.out(x.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(12, 16), (11, 15)], ids=["doubled", "odd"])
+@torch.inference_mode()
+def test_layers_keep_nothing_of_the_memory_that_they_share(stored, size):
+    torch.manual_seed(0)
+    weights = {name: tensor.to(stored) for name, tensor in Grown().state_dict().items()}
+    with torch.device("meta"):
+        plain, made = Grown(), Grown()
+    fill(plain, weights, "weights", torch.float32)
+    fill_layers(made, weights, "weights", torch.float32, pack=True)
+    x = torch.randn(1, 4, 6, 8).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(made(x, size), plain(x, size), atol=1e-5, rtol=1e-5)
+    addresses = {tensor.data_ptr() for tensor in weights.values()}
+    assert not any(tensor.data_ptr() in addresses for tensor in made.state_dict().values())

@@ -146,7 +146,7 @@ def test_nothing_is_left_out_without_a_rule():
 
 def test_an_error_shows_the_first_names_and_counts_the_rest():
     fits = KeyMap(expand([Rename("a{i}", "b{i}")], i=range(30)))
-    with pytest.raises(CheckpointError, match=r"30 missing: a0, a1, a2, a3, a4 and 25 more$"):
+    with pytest.raises(CheckpointError, match=r"30 missing: a0, a1, .*, a9 and 20 more$"):
         fits.to_ours({})
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from helpers import interrupted, tiny_folder
+from sfumato import load
 from sfumato.cli import parse, show
 from sfumato.cli.app import VERBS, run
 from sfumato.errors import InputError
@@ -295,7 +296,8 @@ def test_an_unexpected_failure_is_one_line_and_debug_shows_where(capsys, monkeyp
 def test_interruption_leaves_the_old_file_and_exits_130(model):
     Path("out.png").write_text("old")
     command = ["generate", "a", "-m", model, "--steps", "1000", "--size", "256", "--preview"]
-    assert interrupted(command, sign=Path("out-preview.png")) == (130, "error: stopped\n")
+    code, err = interrupted(command, sign=Path("out-preview.png"))
+    assert code == 130 and err.splitlines()[-1] == "error: stopped" and "Traceback" not in err
     assert os.listdir() == ["out.png"]
     assert Path("out.png").read_text() == "old"
 
@@ -335,8 +337,34 @@ def test_models_lists_what_can_be_asked_for(capsys):
     assert listed["default"] in listed["models"]
     assert {"euler", "dpmpp_2m", "unipc", "lcm"} <= set(listed["samplers"])
     assert {"karras", "linear"} <= set(listed["schedules"])
+    assert set(listed["presets"]) >= {"pocket", *listed["checkpoints"]}
     assert run(["models"]) == 0
-    assert "karras" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    preset = load("pocket", "cpu").preset
+    (pocket,) = [line for line in lines if line.startswith("  pocket ")]
+    assert f"{preset['steps']} steps, guidance {preset['guidance']:g}, {preset['sampler']}" in pocket
+    assert "(default)" in pocket
+    assert any(line.startswith("  dpmpp_2m ") and "DPM++ 2M" in line and "sd1" in line for line in lines)
+
+
+def test_a_picture_much_larger_than_the_model_s_is_told_of(model, capsys):
+    usual = load(model).preset["size"][0]
+    for factor, told in ((1, False), (3, True)):
+        size = str(usual * factor)
+        assert run(["generate", "a", "-m", model, "--steps", "1", "--size", size, "-o", "out.png"]) == 0
+        err = capsys.readouterr().err
+        assert err.count("\n") == told and (f"{size}x{size} is much larger" in err) == told
+
+
+@pytest.mark.parametrize(("width", "parts"), [("40", 2), ("200", 1)])
+def test_a_table_too_wide_comes_in_parts(capsys, monkeypatch, width, parts):
+    monkeypatch.setenv("COLUMNS", width)
+    columns = ["group", "detector", *(f"column {n}" for n in range(2))]
+    show.table("a [title]", columns, [["one", "two", "[0.25]", "0.75"]], keys=2)
+    out = capsys.readouterr().out
+    assert "a [title]" in out and "[0.25]" in out and "0.75" in out and "…" not in out
+    assert out.count("detector") == parts and max(map(len, out.splitlines())) <= int(width)
 
 
 def test_cost_compares_latents_with_pixels(model, capsys):

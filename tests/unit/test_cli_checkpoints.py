@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from sfumato import load
 from sfumato.cli import parse
 from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.convert import write_file
 from sfumato.families.sd import folder
-from sfumato.families.sd.checkpoint import Checkpoint, completed
+from sfumato.families.sd.checkpoint import Checkpoint, completed, open_checkpoint
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts import webui
 from sfumato.receipts.provenance import read_recipe
-from sfumato.storage import data_hash, read_json, write_json
+from sfumato.storage import data_hash, load_tensors, read_json, tensors_hash, write_json
 from sfumato.types import Micro, Request
 from small_sd import SMALL, write
 
@@ -374,7 +376,7 @@ def test_how_distilled_models_draw_when_nothing_is_said(tmp_path):
 
     told = preset("lcm", "sd1-lcm")
     assert told.preset == {"steps": 4, "guidance": 8.0, "sampler": "lcm", "schedule": "lcm", "size": (64, 64)}
-    assert told.system.config.consistent and told.system.parameterization.boundary is not None
+    assert told.system.config.distilled == "lcm" and told.system.parameterization.boundary is not None
     fused = preset("fused", "sd1", _class_name="LCMScheduler")
     assert fused.preset["guidance"] == 1.0 and fused.preset["schedule"] == "lcm"
     turbo = preset(
@@ -385,6 +387,76 @@ def test_how_distilled_models_draw_when_nothing_is_said(tmp_path):
     }  # fmt: skip
     plain = preset("plain", "sd1")
     assert plain.preset["steps"] == 25 and plain.system.parameterization.boundary is None
+
+
+def single(place: Path | str, to: Path, **metadata: str) -> str:
+    """The folder at `place` as a single file with these notes in its header."""
+    found = open_checkpoint(place)
+    write_file(replace(found, metadata=metadata), to)
+    return str(to)
+
+
+def test_a_file_is_drawn_as_its_notes_call_it(places, tmp_path, capsys):
+    notes = {
+        "lcm": {"modelspec.title": "Some Model (LCM merged)"},
+        "turbo": {"modelspec.title": "sd_xl_turbo_1.0"},
+        "lightning": {"modelspec.title": "A Model", "modelspec.tags": "photo, Lightning"},
+    }
+    for name, metadata in notes.items():
+        model = load(single(places("sdxl"), tmp_path / f"{name}.safetensors", **metadata))
+        assert model.preset["guidance"] == 1.0 and model.preset["steps"] == (1 if name == "turbo" else 4)
+        assert model.system.read_as["preset"] == name
+        assert (model.system.parameterization.boundary is not None) == (name == "lcm")
+    assert model.preset["sampler"] == "euler" and model.preset["schedule"] == "trailing"
+    for metadata in ({"modelspec.title": "Turbine"}, {"modelspec.title": "Turbo, not Lightning"}, {}):
+        model = load(single(places("sdxl"), tmp_path / "plain.safetensors", **metadata))
+        assert model.preset["steps"] == 25 and model.system.read_as["preset"] == "plain"
+        (tmp_path / "plain.safetensors").unlink()
+    file = str(tmp_path / "lcm.safetensors")
+    draw(file)
+    assert "drawn as lcm, for its file calls it 'Some Model (LCM merged)'" in capsys.readouterr().err
+    draw(file, "--preset", "plain")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_preset_is_said_and_comes_back(places, capsys):
+    model = places("sd1")
+    plain = draw(model)
+    said = draw(model, "--preset", "lcm")
+    recipe = read_recipe("out.png")
+    assert (recipe["request"]["sampler"], recipe["request"]["schedule"]) == ("lcm", "lcm")
+    assert recipe["read_as"] == {"prediction": "epsilon", "preset": "lcm"} and (said != plain).any()
+    assert (again(model, "--preset", "lcm") == said).all() and capsys.readouterr().err == ""
+    again(model)
+    assert "with the preset 'lcm' and not 'plain'; give it by --preset" in capsys.readouterr().err
+    assert "known are plain, lcm, turbo, lightning" in refused(capsys, "a", "-m", model, "--preset", "fast")
+    assert "preset is for checkpoints" in refused(capsys, "a", "-m", "pocket", "--preset", "lcm")
+
+
+# --- what the recipe says of the weights ---------------------------------------------------------------------------
+
+
+def test_a_recipe_names_the_weights_of_every_part(places, capsys):
+    base, other, refiner = places("sdxl"), places("sdxl", 6), places("sdxl-refiner")
+    draw(base, "--refiner", refiner)
+    recipe = read_recipe("out.png")
+    parts = {"autoencoder", "denoiser", "text_encoder", "text_encoder_2"}
+    assert set(recipe["weights"]) == parts and len(set(recipe["weights"].values())) == 4
+    assert set(recipe["refiner"]["weights"]) == parts - {"text_encoder"}
+    for part, network in (("text_encoder", "text_encoder"), ("autoencoder", "vae")):
+        name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        file = f"{base}/{network}/{name}.safetensors"
+        assert recipe["weights"][part] == tensors_hash(load_tensors(file))
+    draw(base, "--vae", other)
+    mixed = read_recipe("out.png")["weights"]
+    assert {part for part in parts if mixed[part] != recipe["weights"][part]} == {"autoencoder"}
+    assert mixed["autoencoder"] != recipe["weights"]["autoencoder"] and len(mixed) == 4
+    capsys.readouterr()
+    again(base)
+    line = capsys.readouterr().err
+    assert "with other weights of autoencoder" in line and "give it by --vae" in line
+    again(other, "--vae", other)
+    assert "by other weights, of the model" in capsys.readouterr().err
 
 
 def test_an_lcm_is_told_the_guidance_it_is_asked_for(places):

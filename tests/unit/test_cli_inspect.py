@@ -124,11 +124,8 @@ def test_what_is_recognised_and_refused_says_why(tmp_path, capsys):
     )
     told = report(capsys, tmp_path / "l.safetensors")
     assert told["family"] == "unknown"
-    assert "LoRA" in told["why"]
-    assert told["parts"] == {
-        "a": {"tensors": 1, "parameters": 4, "dtypes": {"F32": 4}},
-        "b": {"tensors": 1, "parameters": 2, "dtypes": {"F32": 2}},
-    }
+    assert told["adapter"] == "LoRA" and told["layout"] == "kohya"
+    assert told["parts"] == {"denoiser": {"modules": 2}} and told["ranks"] == {"2": 1}
 
 
 def test_mixed_types_and_a_file_of_nothing(tmp_path, capsys):

@@ -14,13 +14,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sfumato import planning
+from sfumato import load, planning
 from sfumato.autoencoder.kl import AutoencoderKL
 from sfumato.checkpoint.rules import shapes
 from sfumato.cli.app import run
 from sfumato.cli.parse import size_in_bytes
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd import keys, networks
+from sfumato.families.published import networks
+from sfumato.families.sd import keys
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
@@ -31,6 +32,8 @@ from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.storage import load_tensors, save_tensors
 from sfumato.text.clip import ClipConfig, ClipTextEncoder
 from sfumato.types import Request
+from small_sd import SMALL as TINY
+from small_sd import write
 
 CPU = torch.device("cpu")
 SD1 = SYSTEMS["sd1"]
@@ -267,6 +270,32 @@ def test_the_first_level_that_fits_is_taken(file):
     assert (
         followed.generate(REQUEST).images[0].tobytes() == opened(file).generate(REQUEST).images[0].tobytes()
     )
+
+
+def test_a_refiner_is_counted(tmp_path, monkeypatch):
+    """Everything is kept, so while one model works the other's networks are beside it; and no stage is forgotten."""
+    for kind in ("sdxl", "sdxl-refiner"):
+        monkeypatch.setitem(SYSTEMS, kind, TINY[kind])
+    base, refiner = (str(write(kind, tmp_path / kind)) for kind in ("sdxl", "sdxl-refiner"))
+    request = Request("a cat", size=(32, 32), steps=2)
+
+    def stages(*arguments, offload, **options):
+        found = planning.plan(load(*arguments, "cpu", dtype=torch.float32, **options), request, offload)
+        return {stage.name: stage for stage in found.stages}
+
+    for offload in ("none", "model"):
+        alone, other = stages(base, offload=offload), stages(refiner, offload=offload)
+        both = stages(base, offload=offload, refiner=refiner)
+        assert set(both) == {*alone, "refiner load", "refiner text", "refiner denoise"}
+        most = {
+            name: max(s.weights for s in of.values()) for name, of in (("base", alone), ("refiner", other))
+        }
+        assert both["denoise"].weights == alone["denoise"].weights + most["refiner"]
+        assert both["refiner denoise"].weights == other["denoise"].weights + most["base"]
+        assert both["refiner denoise"].activations == other["denoise"].activations
+    models = [load(model, "cpu", dtype=torch.float32) for model in (base, refiner)]
+    denoisers = sum(p.numel() * 4 for model in models for p in model.system.denoiser.parameters())
+    assert stages(base, offload="none", refiner=refiner)["denoise"].weights > denoisers
 
 
 def test_a_plan_adds_up():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sfumato.errors import InputError
-from sfumato.nn.openvino import OpenVINOUNet, plugin
+from sfumato.nn.openvino import OpenVINONetwork, plugin
 from sfumato.nn.unet import UNet, UNetConfig
 
 installed = importlib.util.find_spec("openvino") is not None
@@ -43,7 +43,7 @@ def test_it_answers_as_the_network(tmp_path, kind, dtype, bound):
     config = CONFIGS[kind]
     with torch.inference_mode(False):
         network = UNet(config).eval()
-    engine = OpenVINOUNet(config, lambda: copy.deepcopy(network), "w", dtype, cache=tmp_path)
+    engine = OpenVINONetwork(config, lambda: copy.deepcopy(network), "w", dtype, cache=tmp_path)
     for size in ((16, 24), (8, 11)):
         given, named = inputs_of(config, size)
         answer = engine(*given, **named)
@@ -64,12 +64,12 @@ def test_what_was_compiled_is_read_the_next_time(tmp_path):
         networks = [UNet(config).eval() for _ in range(2)]
     asked = []
 
-    def engine(weights: int) -> OpenVINOUNet:
+    def engine(weights: int) -> OpenVINONetwork:
         def network() -> UNet:
             asked.append(weights)
             return networks[weights]
 
-        return OpenVINOUNet(config, network, str(weights), torch.float32, cache=tmp_path)
+        return OpenVINONetwork(config, network, str(weights), torch.float32, cache=tmp_path)
 
     given, _ = inputs_of(config)
     first = engine(0)(*given)

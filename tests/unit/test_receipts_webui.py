@@ -202,7 +202,8 @@ def like(**fields):
         (
             A1111_110,
             {
-                "prompt": "masterpiece, (a lighthouse:1.2) at dusk, <lora:detail:0.8>\nBREAK waves",
+                "prompt": "masterpiece, (a lighthouse:1.2) at dusk,\nBREAK waves",
+                "loras": [{"name": "detail", "weight": 0.8}],
                 "negative": "lowres, bad anatomy,\nwatermark",
                 "steps": 28, "sampler": "dpmpp_2m_sde", "schedule": "karras", "guidance": 6.5, "seed": 3814829106,
                 "size": (832, 1216), "clip_skip": 2,

@@ -9,7 +9,7 @@ import torch
 
 from sfumato.cli import parse
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd.openers import check_engine, denoiser
+from sfumato.families.published.openers import check_engine, denoiser
 from sfumato.nn.quantized import QuantizedConv2d, can_quantize
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype

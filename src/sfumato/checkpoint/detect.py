@@ -13,8 +13,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from sfumato.checkpoint.header import shown
-from sfumato.checkpoint.rules import SHOWN, some
+from sfumato.checkpoint.report import some
 from sfumato.errors import CheckpointError
+
+DIFFERENCES = 5  # tensors that an error compares with those of the nearest kind
 
 Shape = tuple[int | None, ...]  # None is any extent
 
@@ -106,4 +108,4 @@ def _nearest(shapes: Mapping[str, Sequence[int]], signatures: Sequence[Signature
             best, highest, differences = signature, score, told
     if best is None:
         return f"none of its {len(shapes)} tensors is one we look for; the first are {some(sorted(shapes))}"
-    return f"the nearest is {best.title}, but {'; '.join(differences[:SHOWN])}"
+    return f"the nearest is {best.title}, but {'; '.join(differences[:DIFFERENCES])}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -14,39 +13,17 @@ from torch import Tensor, nn
 
 from sfumato.checkpoint.cast import Room, cast
 from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.report import SHOWN, Report, compare
 from sfumato.errors import CheckpointError
+from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.packed import layers, packed
 
-SHOWN = 10  # names that an error lists
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """How the names of a file meet those of a module, each in alphabetical order."""
-
-    matched: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        return not (self.missing or self.unexpected)
-
-    def require(self, where: str) -> None:
-        """`CheckpointError`, with the first ten names of each kind, unless the names are the same."""
-        if not self.complete:
-            parts = [
-                f"{len(names)} {word} ({', '.join(shown(name) for name in names[:SHOWN])})"
-                for word, names in (("missing", self.missing), ("unexpected", self.unexpected))
-                if names
-            ]
-            raise CheckpointError(f"{where}: tensors {' and '.join(parts)}")
-
-
-def compare(expected: Iterable[str], found: Iterable[str]) -> LoadReport:
-    """Names that are wanted against names that are there."""
-    wanted, there = set(expected), set(found)
-    return LoadReport(*(tuple(sorted(names)) for names in (wanted & there, wanted - there, there - wanted)))
+ALWAYS_KEPT = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    PatchEmbed,
+)  # never streamed: small, or a table to look up
 
 
 def fill(
@@ -55,7 +32,7 @@ def fill(
     where: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> LoadReport:
+) -> Report:
     """Make `tensors` the parameters and buffers of a module, best of one built on the meta device.
 
     The tensors themselves become the module's, without a copy, where they are of the type and on the device asked for:
@@ -95,7 +72,7 @@ def fill_layers(
     pack: bool = False,
     stream: bool = False,
     twin: Callable[[nn.Module], nn.Module | None] | None = None,
-) -> LoadReport:
+) -> Report:
     """`fill`, one layer after the other, so that beside the network no more than a layer and a window are in memory.
 
     Weights are copied to memory of their own, those of convolutions channels-last. pack: replace each layer by its
@@ -115,28 +92,102 @@ def fill_layers(
         layer = getattr(parent, name)
         ready: dict[str, Tensor] = {}
         for inner, expected in layer.state_dict().items():
-            tensor = tensors[f"{path}.{inner}"]
+            tensor = _given(tensors, f"{path}.{inner}", dtype)
             ready[inner], problem = _fitting(tensor, expected, dtype, device, own=True, room=room)
             if problem is not None:
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
         if problems or not ready:
             continue
-        if stream and not isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+        if stream and not isinstance(layer, ALWAYS_KEPT):
             setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
             continue
         layer.load_state_dict(ready, assign=True)
         if replaced is not None and (other := replaced(layer)) is not None:
             setattr(parent, name, other)
-        elif room is not None:
-            layer.load_state_dict(
-                {inner: cast(tensor, order=_order(tensor)) for inner, tensor in ready.items()}, assign=True
-            )
         if room is not None:
             ready.clear()
+            _own(getattr(parent, name))
             room.clear()
     _refuse(problems, where)
     _require_all(network, where)
     return report
+
+
+def _own(layer: nn.Module) -> None:
+    """Give a layer copies of the tensors in its state; a packed one may have kept some as they were."""
+    state = layer.state_dict()
+    layer.load_state_dict(
+        {name: cast(tensor, order=_order(tensor)) for name, tensor in state.items()}, assign=True
+    )
+
+
+def refill(module: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> None:
+    """Put `tensors` of these names anew into a module that `fill` has filled, in the type and place of those there.
+
+    The old ones are let go, not written over: who holds them keeps what they were. Errors as `fill`.
+    """
+    for name in names:
+        path, _, own = name.rpartition(".")
+        owner = module.get_submodule(path)
+        old = getattr(owner, own)
+        tensor, problem = _fitting(tensors[name], old, old.dtype, old.device)
+        _refuse([f"{shown(name)} {problem}"] if problem else [], where)
+        setattr(owner, own, nn.Parameter(tensor, requires_grad=False))
+
+
+def refill_layers(
+    network: nn.Module,
+    blank: nn.Module,
+    tensors: Mapping[str, Tensor],
+    names: Iterable[str],
+    where: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    units: Callable[[nn.Module], Iterable[tuple[str, nn.Module, str]]] = layers,
+    twin: Callable[[str, nn.Module], nn.Module | None] = lambda path, layer: None,
+) -> None:
+    """Make those layers of `network` anew, as `fill_layers` did, that hold one of the tensors `names`.
+
+    blank: the network on the meta device, before anything was filled or packed. units: what is made as one, as
+    `nn.packed.layers` tells it. twin: what stands in a layer's place, or None for the layer itself. Streamed layers
+    stay: they read anew in any case. Errors as `fill_layers`; the layers before that of the error are then made.
+    """
+    touched = set(names)
+    room = Room() if torch.device(device or "cpu").type == "cpu" else None
+    for path, _, name in list(units(blank)):
+        layer = blank.get_submodule(path)
+        inner = [f"{path}.{tensor}" for tensor in layer.state_dict()]
+        parent = network.get_submodule(path.rpartition(".")[0])
+        if touched.isdisjoint(inner) or isinstance(getattr(parent, name), Streamed):
+            continue
+        fresh = _read_layer(layer, tensors, path, where, dtype, device, room)
+        other = twin(path, fresh)
+        setattr(parent, name, other or fresh.requires_grad_(False))
+        del fresh
+        if room is not None:
+            _own(getattr(parent, name))
+            room.clear()
+
+
+def _read_layer(
+    blank: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: str,
+    where: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    room: Room | None = None,
+) -> nn.Module:
+    """A layer with its weights, in memory of their own or in `room`, from one on the meta device that stays so."""
+    layer = _twin_of(blank)
+    ready: dict[str, Tensor] = {}
+    for name, expected in layer.state_dict().items():
+        tensor = _given(tensors, f"{path}.{name}", dtype)
+        ready[name], problem = _fitting(tensor, expected, dtype, device, own=True, room=room)
+        _refuse([f"{shown(f'{path}.{name}')} {problem}"] if problem else [], where)
+    layer.load_state_dict(ready, assign=True)
+    return layer.eval().requires_grad_(False)
 
 
 class Streamed(nn.Module):
@@ -159,16 +210,7 @@ class Streamed(nn.Module):
 
     def read(self) -> nn.Module:
         """The layer in memory. `CheckpointError` if the file has changed to what is no weight."""
-        layer = _twin_of(self._empty[0])
-        ready: dict[str, Tensor] = {}
-        for name, expected in layer.state_dict().items():
-            ready[name], problem = _fitting(
-                self._tensors[f"{self._path}.{name}"], expected, *self._form, own=True
-            )
-            _refuse([f"{shown(f'{self._path}.{name}')} {problem}"] if problem else [], self._where)
-        layer.load_state_dict(ready, assign=True)
-        del ready
-        layer.eval().requires_grad_(False)
+        layer = _read_layer(self._empty[0], self._tensors, self._path, self._where, *self._form)
         return (packed(layer) if self._pack else None) or layer
 
     def forward(self, *inputs: Any) -> Tensor:
@@ -181,6 +223,12 @@ def _twin_of(layer: nn.Module) -> nn.Module:
     twin._parameters = dict(layer._parameters)
     twin._modules = {name: module and _twin_of(module) for name, module in layer._modules.items()}
     return twin
+
+
+def _given(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor for who wants it in `dtype`: made so by the mapping\'s `cast`, if it has one."""
+    cast = getattr(tensors, "cast", None)
+    return tensors[name] if cast is None else cast(name, dtype)
 
 
 def _fitting(

@@ -8,14 +8,13 @@ byte of a tensor is read. Nothing here needs torch: a file of any size is descri
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from sfumato.errors import CheckpointError
-from sfumato.storage import header_length, open_safetensors
+from sfumato.storage import header_length, open_safetensors, shown, strict_json
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
@@ -80,33 +79,6 @@ def header_of(stream: BinaryIO, path: str | os.PathLike[str]) -> Header:
         if collecting:
             gc.enable()
     return Header(tensors, metadata, size)
-
-
-def strict_json(text: str) -> Any:
-    """Parse JSON; `ValueError` or `RecursionError` for what is none, and for what readers take differently: a key that
-    stands twice, NaN and infinities.
-    """
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
-
-
-def shown(name: str) -> str:
-    """A name as an error or a table shows it: as it is when it is short and printable, else escaped and cut."""
-    if len(name) <= 120 and name.isprintable():
-        return name
-    return ascii(name if len(name) <= 120 else name[:100] + "…")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} stands twice in its JSON")
-    return table
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} stands in its JSON, which has no such number")
 
 
 def _parse(raw: bytes, first: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:

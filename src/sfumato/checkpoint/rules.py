@@ -1,9 +1,9 @@
 """How the tensor names of a file become ours, and ours theirs again: finite tables of small invertible rules.
 
-A rule names tensors of two layouts and what lies between them: `Rename`, `Transpose`, `Squeeze`, `Split`, and their
-inverses. `Drop` names what a file may hold beside its weights, with the reason for leaving it. Rules are written as
-templates such as `input_blocks.{i}.0.{part}` and `expand`ed, by the numbers of an architecture, into the table of a
-`KeyMap`, which is read from left to right by `to_ours` and from right to left by `to_theirs`.
+A rule names tensors of two layouts and what lies between them: `Rename`, `Transpose`, `Squeeze`, `Split`,
+`SwapHalves`, and their inverses. `Drop` names what a file may hold beside its weights, with the reason for leaving it.
+Rules are written as templates such as `input_blocks.{i}.0.{part}` and `expand`ed, by the numbers of an architecture,
+into the table of a `KeyMap`, which is read from left to right by `to_ours` and from right to left by `to_theirs`.
 
 Nothing is computed before a tensor is asked for, and a map that does not fit a file exactly is refused by name: no
 tensor of a file is left out without a rule that says so.
@@ -14,20 +14,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.report import Report
 from sfumato.errors import CheckpointError
 
 if TYPE_CHECKING:  # names and shapes are told without torch, whose import takes longer than that
     import torch
     from torch import Tensor
-
-SHOWN = 5  # names that an error lists before it says how many more there are
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,41 @@ class Concat:
 
 
 @dataclass(frozen=True)
+class SwapHalves:
+    """A tensor whose halves along the first axis stand in the other order on the other side (shift and scale)."""
+
+    theirs: str
+    ours: str
+
+    @property
+    def inverse(self) -> SwapHalves:
+        return SwapHalves(self.ours, self.theirs)
+
+    def apply(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        shape = tuple(tensors[0].shape)
+        if not shape or shape[0] % 2:
+            raise ValueError(f"the shape {shape} does not fall into halves")
+        import torch
+
+        first, second = tensors[0].chunk(2)
+        return [torch.cat([second, first])]
+
+
+@dataclass(frozen=True)
+class Eye:
+    """A matrix of ours that changes nothing, where a file has none. It is read from no tensor, and has no inverse."""
+
+    ours: str
+    width: int
+    theirs: tuple[str, ...] = ()
+
+    def apply(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        import torch
+
+        return [torch.eye(self.width)]
+
+
+@dataclass(frozen=True)
 class Drop:
     """A name that may stand in a file and is left there; `*` is any run of characters. The reason is for people."""
 
@@ -142,7 +175,7 @@ class Drop:
     reason: str
 
 
-Rule = Rename | Transpose | Squeeze | Unsqueeze | Split | Concat
+Rule = Rename | Transpose | Squeeze | Unsqueeze | Split | Concat | SwapHalves | Eye
 Info = tuple["torch.dtype", tuple[int, ...]]
 
 
@@ -172,7 +205,12 @@ def expand(rules: Iterable[Any], **choices: Iterable[Any]) -> tuple[Any, ...]:
             return template
 
         return replace(
-            rule, **{f.name: _each(getattr(rule, f.name), fill) for f in fields(rule) if f.name != "reason"}
+            rule,
+            **{
+                f.name: _each(getattr(rule, f.name), fill)
+                for f in fields(rule)
+                if f.name in ("theirs", "ours")
+            },
         )
 
     rules = tuple(rules)
@@ -187,38 +225,6 @@ def _each(names: str | tuple[str, ...], change: Callable[[str], str]) -> str | t
 
 def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
-
-
-@dataclass(frozen=True)
-class Report:
-    """How the names of a file meet a map.
-
-    matched: names that a rule uses. dropped: names left by a rule, with its reason. missing: names that would be
-    needed. unexpected: names that no rule knows. doubled: names of ours that a file gives more than once.
-    """
-
-    matched: tuple[str, ...] = ()
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    doubled: tuple[str, ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        return not (self.missing or self.unexpected or self.doubled)
-
-    def describe(self) -> str:
-        """What keeps it from being complete, in one line."""
-        told = [
-            f"{len(names)} {kind}: {some(names)}"
-            for kind, names in (
-                ("missing", self.missing),
-                ("unexpected", self.unexpected),
-                ("given twice", self.doubled),
-            )
-            if names
-        ]
-        return "; ".join(told) or f"all {len(self.matched)} tensors have their place"
 
 
 @dataclass(frozen=True)
@@ -267,7 +273,7 @@ class KeyMap:
     @cached_property
     def inverse(self) -> KeyMap:
         """The map read from right to left. Drops and other spellings have no inverse."""
-        return KeyMap(tuple(rule.inverse for rule in self._canonical))
+        return KeyMap(tuple(rule.inverse for rule in self._canonical if not isinstance(rule, Eye)))
 
     @cached_property
     def _canonical(self) -> tuple[Rule, ...]:
@@ -318,8 +324,7 @@ class KeyMap:
         has its place and every place its name.
         """
         report = self.match(weights)
-        if not report.complete:
-            raise CheckpointError(f"{source} does not hold exactly the tensors expected: {report.describe()}")
+        report.require(source)
         entries: dict[str, tuple[Rule, int]] = {}
         for rule in self.rules:
             if all(name in weights for name in _tuple(rule.theirs)):
@@ -422,9 +427,3 @@ def info(weights: Mapping[str, Tensor], name: str) -> Info:
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Name to shape for all tensors: what detection needs."""
     return {name: info(weights, name)[1] for name in weights}
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - SHOWN
-    return ", ".join(map(shown, names[:SHOWN])) + (f" and {more} more" if more > 0 else "")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sfumato.cli import convert, cost, evaluate, generate, inspect, models, scenes, train
+from sfumato.cli import convert, cost, evaluate, generate, inspect, lora, models, scenes, train
 from sfumato.errors import Cancelled, SfumatoError
 
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
@@ -25,6 +25,9 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "models": (models.models, models.EXAMPLE),
 }
 
+# verbs that have verbs of their own
+GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {"lora": (lora.ABOUT, lora.VERBS)}
+
 
 def build() -> typer.Typer:
     """The whole command tree, made afresh; nothing heavy is imported before a verb runs."""
@@ -32,6 +35,11 @@ def build() -> typer.Typer:
     app.callback()(_top)
     for name, (function, example) in VERBS.items():
         app.command(name, epilog=f"Example: {example}")(function)
+    for group, (about, verbs) in GROUPS.items():
+        inner = typer.Typer(help=about, no_args_is_help=True)
+        for name, (verb, example) in verbs.items():
+            inner.command(name, epilog=f"Example: {example}")(verb)
+        app.add_typer(inner, name=group)
     return app
 
 

@@ -102,7 +102,7 @@ def evaluate(
     if as_json:
         show.answer(answer)
         return
-    show.table(f"{loaded.name}: pictures that show what was asked, in per cent", *report.table())
+    show.table(f"{loaded.name}: pictures that show what was asked, in per cent", *report.table(), keys=2)
     if rebuilt:
         show.table(
             "autoencoder on unseen scenes", ["", "mean", "95 % interval"], _rebuilt(answer["reconstruction"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sfumato.cli import controls, options, parse, show
+from sfumato.cli import controls, loras, options, parse, show
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from sfumato.receipts.provenance import Like
+    from sfumato.types import Request
 
+MUCH_LARGER = 2.25  # in pixels: 1.5 times the sides
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
 
 
@@ -61,6 +63,8 @@ def generate(
     text_length: options.TextLength = None,
     micro: options.Micro = None,
     embedding: options.Embedding = None,
+    lora: options.Lora = None,
+    lora_partial: options.LoraPartial = False,
     variation: options.Variation = None,
     eta: options.Eta = None,
     skip_layers: options.SkipLayers = None,
@@ -77,6 +81,7 @@ def generate(
     tokenizer: options.Tokenizer = None,
     engine: options.Engine = None,
     prediction: options.Prediction = None,
+    preset: options.Preset = None,
     variant: options.Variant = None,
     device: options.Device = None,
     plan: options.Plan = False,
@@ -133,6 +138,7 @@ def generate(
     embeddings = parse.embeddings(embedding or [])
     shown = controls.given([] if control in (None, controls.NONE) else control)
     networks = controls.files(controlnet or [])
+    adapters = loras.given([] if lora in (None, loras.NONE) else lora)
     default = {name for name in given if _left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
     if image is not None:
@@ -156,6 +162,7 @@ def generate(
     pictured = controls.requested(shown, control_ready or [], guess, told.pop("controls", None), like, drop)
     if pictured is not None:
         given["controls"] = pictured
+    given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
     request = Request.from_dict(_merged(given, told))
     check_output(output, request.count, request)
     if preview:
@@ -182,17 +189,22 @@ def generate(
         parts=parts or None,
         refiner=second,
         offload="auto",
+        preset=preset,
         without=without,
         text_dtype=None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         tokenizer=tokenizer,
         controlnets=networks,
     )
+    for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
+        _note(note)
+    _note_guess(loaded)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
         show_plan(found, request, as_json)
         return
     if said is not None:
-        _note_differences(like, said, loaded)
+        _note_differences(like, said, loaded, request)
+    _note_size(loaded, request)
     with show.progress() as bar:
         watch, clean = _watcher(bar, loaded, output if preview else None)
         try:
@@ -274,14 +286,19 @@ def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
+def _note_differences(like: Path | None, said: Like, loaded: Any, request: Request) -> None:
     """Say on standard error what stands between the new picture and the one it is to be like."""
-    if said.weights is not None and said.weights != loaded.hashes:
-        _note(f"{like} was drawn by other weights, of the model {said.model!r}; choose the model by -m")
+    if said.weights is not None:
+        _note_weights(f"{like} was drawn", said.weights, loaded.hashes, f"the model {said.model!r}", "-m")
     elif said.weights is None and said.model is not None:
         _note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
-    if loaded.refiner is not None and said.refiner_weights not in (None, loaded.refiner.hashes):
-        _note(f"{like} was finished by other weights, of the refiner {said.refiner!r}")
+    if loaded.refiner is not None and said.refiner_weights is not None:
+        of = said.refiner_weights, loaded.refiner.hashes
+        _note_weights(f"{like} was finished", *of, f"the refiner {said.refiner!r}", "--refiner")
+    read_as = getattr(loaded.system, "read_as", {})
+    for name, value in said.read_as.items():
+        if (taken := read_as.get(name, value)) != value:
+            _note(f"{like} was drawn with the {name} {value!r} and not {taken!r}; give it by --{name}")
     ours, theirs = set(loaded.without), set(said.without)
     if said.weights is not None and ours != theirs:
         more = [f"with {name}" for name in sorted(ours - theirs)]
@@ -295,6 +312,9 @@ def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
             _note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
         elif not digest_here.startswith(digest):
             _note(f"{like} was drawn with another embedding {name!r} than this file's")
+    ours = {} if request.loras is None else loaded.system.adapters.digests(request.loras)
+    for note in loras.differences(like, said.loras, ours):
+        _note(note)
     drawn = (
         loaded.system.control_hashes()
         if said.controlnets and hasattr(loaded.system, "control_hashes")
@@ -304,6 +324,35 @@ def _note_differences(like: Path | None, said: Like, loaded: Any) -> None:
         _note(note)
     if said.ignored:
         _note(f"not taken over from {like}: {', '.join(said.ignored)}")
+
+
+def _note_size(loaded: Any, request: Any) -> None:
+    """Say that a picture is much larger than those the model usually draws, where things begin to repeat."""
+    size, usual = loaded.complete(request).size, loaded.preset["size"]
+    if size[0] * size[1] > MUCH_LARGER * usual[0] * usual[1]:
+        shown, known = (f"{side[0]}x{side[1]}" for side in (size, usual))
+        _note(
+            f"{shown} is much larger than the {known} this model is made for, and things may stand there twice; "
+            "--hires enlarges a picture of its own size"
+        )
+
+
+def _note_guess(loaded: Any) -> None:
+    """Say what a distilled model is drawn as, if that was guessed from what somebody wrote into its file."""
+    config = loaded.system.config
+    if getattr(config, "guessed", ""):
+        calls = f"its file calls it {config.guessed[:80]!r}"
+        _note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
+
+
+def _note_weights(what: str, said: dict[str, str], ours: dict[str, str], model: str, option: str) -> None:
+    """Say whose weights differ: another model's, or a part's of the same. A part that only one side names is none."""
+    other = [part for part, digest in said.items() if ours.get(part, digest) != digest]
+    if not said.keys() & ours.keys() or "denoiser" in other:
+        _note(f"{what} by other weights, of {model}; choose the model by {option}")
+    elif other:
+        by = "; give it by --vae" if "autoencoder" in other else ""
+        _note(f"{what} with other weights of {' and '.join(other)}, by {model}{by}")
 
 
 def _note(message: str) -> None:

@@ -13,6 +13,7 @@ from sfumato.cli import show
 
 if TYPE_CHECKING:
     from sfumato.checkpoint.header import Header, TensorInfo
+    from sfumato.families.lora import Described
 
 EXAMPLE = "sfumato inspect sd_xl_base_1.0.safetensors --json"
 LINES, LETTERS = 20, 100  # of parts and metadata shown without --json: trainers note whole tables of captions
@@ -40,8 +41,11 @@ def _file(path: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     """The report on a single file, whose parts are the family's, or else what its names begin with; and the file."""
     from sfumato.checkpoint.header import read_header
     from sfumato.families.describe import describe
+    from sfumato.families.lora import describe as describe_lora
 
     header = read_header(path)
+    if (lora := describe_lora(_shapes(header), header.metadata)) is not None:
+        return _adapter(lora, header), {path.name: path}
     found = describe(_shapes(header), str(path))
     parts: dict[str, list[TensorInfo]] = {}
     for name, entry in header.tensors.items():
@@ -61,11 +65,30 @@ def _file(path: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     }
 
 
+def _adapter(found: Described, header: Header) -> dict[str, Any]:
+    """The report on a LoRA: whose it is, in which form, of which ranks; alpha as far as the header notes it."""
+    parts = {part: {"modules": count} for part, count in found.parts.items()}
+    ranks = {str(rank): count for rank, count in found.ranks.items()}
+    report = {
+        "family": found.family or "unknown",
+        "adapter": "LoRA",
+        "layout": ", ".join(found.formats),
+        "why": found.why,
+        "ranks": ranks,
+        "alpha": found.alpha,
+        "unknown": list(found.unknown),
+        "bytes": header.size,
+        "parts": parts,
+        "metadata": header.metadata,
+    }
+    return {key: value for key, value in report.items() if value or key in ("parts", "metadata")}
+
+
 def _folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], dict[str, Path]]:
     """The report on a model folder, ours or in the layout of diffusers; and its files by their names in it."""
     from sfumato.checkpoint.header import read_header
     from sfumato.families import CARD
-    from sfumato.families.describe import describe
+    from sfumato.families.describe import describe, kinds
 
     own = any((place / CARD).is_file() for place in (folder, folder / "model"))
     report, weights = _own_folder(folder) if own else _diffusers_folder(folder, variant)
@@ -77,7 +100,7 @@ def _folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], dict[str
             shapes = {name: shape for header in headers for name, shape in _shapes(header).items()}
             found = describe(shapes, str(paths[0].parent))
             counted["kind"] = found.kind
-            if "unet" in found.parts or len(weights) == 1:
+            if found.kind in kinds() or len(weights) == 1:
                 report |= {"family": found.kind} | ({"why": found.why} if found.why else {})
         report["parts"][part] = counted
         report["bytes"] += sum(header.size for header in headers)
@@ -148,7 +171,11 @@ def _print(path: Path, report: dict[str, Any]) -> None:
     names = f" ({report['layout']} names)" if report.get("layout") else ""
     traits = "".join(f", {shown(str(key))} {value}" for key, value in report.get("traits", {}).items())
     rows = [("path", shown(str(path))), ("family", report["family"] + names + traits)]
-    rows += [(key, report[key]) for key in ("why", "pipeline") if key in report]
+    rows += [(key, report[key]) for key in ("adapter", "why", "alpha", "pipeline") if key in report]
+    if ranks := report.get("ranks"):
+        rows += [("ranks", ", ".join(f"{rank} ({count} modules)" for rank, count in ranks.items()))]
+    if strange := report.get("unknown"):
+        rows += [("unknown", f"{len(strange)} tensors, such as {shown(strange[0])}")]
     rows += [("absent", ", ".join(report["absent"]))] if "absent" in report else []
     rows += [("bytes", f"{report['bytes']:,}")]
     rows += [("sha256", f"{digest}  {shown(name)}") for name, digest in report.get("sha256", {}).items()]
@@ -157,6 +184,9 @@ def _print(path: Path, report: dict[str, Any]) -> None:
     parts, metadata = report["parts"], report.get("metadata", {})
     width = max((len(shown(part)) for part in list(parts)[:LINES]), default=0)
     for part, counted in list(parts.items())[:LINES]:
+        if "modules" in counted:
+            show.line(f"{'part':<10}{shown(part):<{width}}  {counted['modules']:,} modules")
+            continue
         kind = f"  {counted['kind']}" if "kind" in counted else ""
         show.line(
             f"{'part':<10}{shown(part):<{width}}  {counted['parameters']:>14,} parameters in {counted['tensors']:,} "

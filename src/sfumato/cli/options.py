@@ -289,6 +289,23 @@ Embedding = Annotated[
         "may be repeated.",
     ),
 ]
+Lora = Annotated[
+    list[str] | None,
+    Option(
+        metavar="FILE[:X]",
+        rich_help_panel=TUNING,
+        help="A LoRA and its weight, 1 by default; FILE:0.8:down.1=0.5,mid=0,text=0 weighs parts of the networks, and "
+        "NAME=FILE names it. May be repeated. `none` takes them out of --like.",
+    ),
+]
+LoraPartial = Annotated[
+    bool,
+    Option(
+        "--lora-partial",
+        rich_help_panel=TUNING,
+        help="Use what fits of a LoRA and say what is left, instead of refusing it.",
+    ),
+]
 Refiner = Annotated[
     str | None,
     Option(
@@ -358,6 +375,14 @@ Engine = Annotated[
 Prediction = Annotated[
     str | None,
     Option(metavar="NAME", rich_help_panel=WEIGHTS, help="epsilon or v, where a checkpoint does not say it."),
+]
+Preset = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+        help="How a distilled checkpoint is drawn that does not say it: lcm, turbo or lightning; plain if it is none.",
+    ),
 ]
 Variant = Annotated[
     str | None,

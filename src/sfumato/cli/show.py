@@ -41,17 +41,36 @@ def line(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on standard output."""
+def table(title: str, columns: list[str], rows: list[list[str]], keys: int = 1) -> None:
+    """Print a table on standard output; one too wide for it in parts, each with the first `keys` columns."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(title=title, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        drawn.add_row(*row)
-    Console().print(drawn)
+    console = Console()
+    width = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    for number, places in enumerate(_fitting(width, keys, console.width)):
+        drawn = Table(title=None if number else Text(title), title_justify="left", header_style="bold")
+        for place in places:
+            drawn.add_column(columns[place], justify="left" if place < keys else "right")
+        for row in rows:
+            drawn.add_row(*(Text(row[place]) for place in places))
+        console.print(drawn)
+
+
+def _fitting(width: list[int], keys: int, room: int) -> list[list[int]]:
+    """Places of the columns of each part: the keys, and as many others as there is room for, at least one."""
+    border = 3  # of a column: a line and a space on either side
+    first = list(range(keys))
+    parts, used = [list(first)], 1 + sum(width[place] + border for place in first)
+    left = room - used
+    for place in range(keys, len(width)):
+        if width[place] + border > left and len(parts[-1]) > keys:
+            parts.append(list(first))
+            left = room - used
+        parts[-1].append(place)
+        left -= width[place] + border
+    return parts
 
 
 def progress() -> Progress:

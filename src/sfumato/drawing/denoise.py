@@ -90,7 +90,7 @@ def _network(
             given = given.change(lambda rows: rows.repeat_interleave(each, 0))
         if channels is not None:
             x = torch.cat([x, channels.expand(len(x), *channels.shape[1:])], 1)  # (B, C + E, T, H, W)
-        with model.precision():
+        with model.precision(), model.with_loras(request):
             return controlled(answer, controls, halves)(x, level, given).float()
 
     return network

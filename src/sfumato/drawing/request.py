@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def complete(model: Model, request: Request) -> Request:
     """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
     sizes and steps. Doing it twice changes nothing."""
     request = settle(request.validate(), model.system.config.multiple, model.preset["size"])
-    request = request.with_defaults(**model.preset).validate()
+    request = request.with_defaults(**model.preset | _loras(model, request)).validate()
     assert request.size and request.sampler and request.schedule and request.steps
     check_size(request.size, model.system.config.multiple)
     sampler_named(request.sampler)
@@ -62,6 +62,23 @@ def complete(model: Model, request: Request) -> Request:
     if model.refiner is not None and request.refine_at is None:
         request = replace(request, refine_at=REFINE_AT)
     return request
+
+
+def _loras(model: Model, request: Request) -> dict[str, Any]:
+    """The LoRAs to draw with, if any, and what they make of that which a request leaves open."""
+    adapters = getattr(model.system, "adapters", None)
+    if adapters is None:
+        if request.loras:
+            raise InputError(f"{model.name!r} takes no LoRAs; leave out loras", argument="loras")
+        return {}
+    for name, text in (("prompt", request.prompt), ("negative", request.negative or "")):
+        if "<lora:" in text:
+            raise InputError(
+                f"a LoRA is given by --lora FILE:WEIGHT or Request.loras, not in the {name} as <lora:…>",
+                argument=name,
+            )
+    uses = adapters.settled(request.loras)
+    return adapters.preset(uses) | ({"loras": uses} if uses else {})
 
 
 def levels_of(model: Model, request: Request) -> Tensor:

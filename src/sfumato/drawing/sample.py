@@ -69,7 +69,8 @@ def sample(
     cells = None
     for drawer, told, first, last in _legs(model, cond, request, sigmas, done):
         channels = _inpaint_channels(drawer, origin, height, width)
-        asked = replace(request, refine_at=None)
+        own = request.loras if drawer is model else None  # a refiner has its own
+        asked = replace(request, refine_at=None, loras=own)
         if drawer is not model:  # a refiner draws without ControlNets
             asked = replace(asked, controls=None, fit=None if request.image is None else request.fit)
         denoise = drawer.denoiser(told, asked, channels)

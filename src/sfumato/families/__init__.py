@@ -11,8 +11,15 @@ and, where it can be trained from a recipe, with these too:
     configure(autoencoder, denoiser, words, preset) -> config
     build(config) -> System                       fresh weights
 
-`FAMILIES` maps the name that a model folder states to the module, imported when it is first asked for. Checkpoints that
-others made are opened by `CHECKPOINTS`, which tells their families apart by names and shapes of their tensors.
+`FAMILIES` maps the name that a model folder states to the module, imported when it is first asked for.
+
+A family of checkpoints that others made is a folder in `CHECKPOINTS` with two modules:
+
+    family.FAMILY                                 its tables for the shared rooms (`published/kinds.py`)
+    system.build(found, name, device, dtype, families, **options) -> System
+    system.usual_preset(found) -> Preset          of a kind of which nothing more is known
+
+Which of them a checkpoint is of, names and shapes of its tensors tell, over all families together.
 """
 
 from __future__ import annotations
@@ -29,6 +36,8 @@ from sfumato.storage import read_json
 if TYPE_CHECKING:
     import torch
 
+    from sfumato.families.published.kinds import Family
+
 FAMILIES = {"pocket": "sfumato.families.pocket"}
 PACKAGED = {"pocket": Path(__file__).parent / "pocket" / "weights"}
 DEFAULT_MODEL = "pocket"
@@ -39,7 +48,7 @@ UNUSED = (
     "feature_extractor",
     "image_encoder",
 )  # parts of a Hub's folder that nothing here reads
-CHECKPOINTS = "sfumato.families.sd.system"
+CHECKPOINTS = ("sd", "sd3")
 
 
 def family_named(name: str) -> ModuleType:
@@ -78,9 +87,10 @@ def open_model(
 ) -> Any:
     """The system of a packaged model, a model folder, a checkpoint (a file, a diffusers folder) or a Hub id.
 
-    dtype: of a checkpoint's weights. options: of `open_system` of the checkpoints' module; None in them is nothing
-    asked, and the offload "auto" reads nothing of a checkpoint before it is needed. `InputError` when options are given
-    for a model of our own, which has nothing to choose.
+    dtype: of a checkpoint's weights. options: variant, prediction and parts of `published.system.opened`, and those of
+    the family's `build`; None in them is nothing asked, and the offload "auto" reads nothing of a checkpoint before it
+    is needed. `InputError` when options are given for a model of our own, which has nothing to choose, or one that the
+    checkpoint's family does not know.
     """
     asked = {name: value for name, value in (options or {}).items() if value is not None}
     lazy = asked.get("offload") == "auto" and asked.pop("offload") == "auto"
@@ -94,7 +104,7 @@ def open_model(
         path.is_dir() and any((path / n).is_file() for n in ("model_index.json", "config.json"))
     ):
         asked |= {"offload": "model"} if lazy else {}
-        return _open_checkpoint(importlib.import_module(CHECKPOINTS), path, device, dtype, asked)
+        return _open_checkpoint(path, device, dtype, asked)
     family = family_of(path)
     if asked:
         raise InputError(
@@ -104,15 +114,31 @@ def open_model(
     return family.open_folder(model_folder(path), device)
 
 
-def _open_checkpoint(
-    module: ModuleType, path: Path, device: torch.device, dtype: torch.dtype, asked: dict[str, Any]
-) -> Any:
-    """By the module's `open_system`. `InputError` for what that does not know: an option of another family."""
-    known = inspect.signature(module.open_system).parameters
+def checkpoint_families() -> tuple[Family, ...]:
+    """The families of checkpoints that others made."""
+    names = [f"sfumato.families.{name}.family" for name in CHECKPOINTS]
+    return tuple(importlib.import_module(name).FAMILY for name in names)
+
+
+def system_module(family: Family) -> ModuleType:
+    """The module in which a family's checkpoints become systems."""
+    return importlib.import_module(f"sfumato.families.{family.name}.system")
+
+
+def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype, asked: dict[str, Any]) -> Any:
+    """By the `build` of the family that it is of."""
+    from sfumato.families.published.system import opened
+
+    families = checkpoint_families()
+    first = {name: asked.pop(name) for name in ("variant", "prediction", "parts") if name in asked}
+    found = opened(path, families, **first)
+    assert found.family is not None  # or it could not draw
+    build = system_module(found.family).build
+    known = inspect.signature(build).parameters
     for name in asked:
         if name not in known:
             raise InputError(
-                f"{name} is for checkpoints of another family than that of {str(path)!r}; leave it out",
+                f"{name} is for checkpoints of another family than {str(path)!r}, which is of {found.kind}",
                 argument=name,
             )
-    return module.open_system(path, device, dtype, **asked)
+    return build(found, str(path), device, dtype, families, **asked)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from sfumato.errors import InputError
-from sfumato.families.sd.checkpoint import open_checkpoint
-from sfumato.families.sd.convert import Written, write_file, write_folder
+from sfumato.families import checkpoint_families
+from sfumato.families.published.checkpoint import open_checkpoint
+from sfumato.families.published.convert import Written, write_file, write_folder
+from sfumato.families.sd.loras import with_loras
 
 LAYOUTS = ("single", "folder")
 SUFFIX = ".safetensors"
+Merge = tuple[str | os.PathLike[str], float, Mapping[str, float]]
 
 
 def convert(
@@ -25,13 +28,17 @@ def convert(
     variant: str | None = None,
     kind: str | None = None,
     prediction: str | None = None,
+    merge: Sequence[Merge] = (),
+    partial: bool = False,
+    on_report: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Read the checkpoint at `source` and write it to `target`, which must not exist.
 
     layout: "single" or "folder"; None is a single file where `target` ends in .safetensors, else a folder. variant,
-    kind, prediction: see `open_checkpoint`. `on_progress` hears how many tensors are written, and of how many. Errors:
-    those of reading and writing; `InputError` for a target that exists.
+    kind, prediction: see `open_checkpoint`. merge: LoRAs (file, weight, blocks) to put into the weights; partial: of
+    which what fits; `on_report` hears of each what it changes. `on_progress` hears how many tensors are written, and of
+    how many. Errors: those of reading and writing; `InputError` for a target that exists.
     """
     target = Path(target)
     if layout is None:
@@ -45,6 +52,12 @@ def convert(
         raise InputError(
             f"the target {str(target)!r} exists; give another name, or remove it first", argument="target"
         )
-    checkpoint = open_checkpoint(source, variant=variant, kind=kind, prediction=prediction)
+    checkpoint = open_checkpoint(
+        source, checkpoint_families(), variant=variant, kind=kind, prediction=prediction
+    )
+    if merge:
+        checkpoint, reports = with_loras(checkpoint, str(source), merge, partial=partial)
+        for report in reports:
+            on_report(report)
     write = write_file if layout == "single" else write_folder
     return write(checkpoint, target, dtype=dtype, on_progress=on_progress)

@@ -59,15 +59,18 @@ def kinds() -> list[str]:
 
 def table() -> dict[str, Any]:
     """What `marks.json` must hold: signatures, and of kinds that come as single files, each part's prefixes."""
-    from sfumato.families.sd.keys import UNET_PREFIX, VAE_PREFIX
-    from sfumato.families.sd.shapes import SYSTEMS
-    from sfumato.families.sd.signatures import signatures
+    from sfumato.families import checkpoint_families
+    from sfumato.families.published.checkpoint import all_signatures
+    from sfumato.families.published.keys import DENOISER_PREFIX, VAE_PREFIX
 
+    families = checkpoint_families()
     places = {
-        kind: {"unet": [UNET_PREFIX], "vae": [VAE_PREFIX]} | {t.name: list(t.prefixes) for t in system.text}
-        for kind, system in SYSTEMS.items()
+        kind: {family.denoiser: [DENOISER_PREFIX], "vae": [VAE_PREFIX]}
+        | {part.name: list(part.prefixes) for part in system.text}
+        for family in families
+        for kind, system in family.systems.items()
     }
-    entries = [{key: value for key, value in asdict(s).items() if value} for s in signatures()]
+    entries = [{key: value for key, value in asdict(s).items() if value} for s in all_signatures(families)]
     return {"places": places, "signatures": entries}
 
 

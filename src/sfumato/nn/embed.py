@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 
 def sinusoid(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -16,6 +17,21 @@ def sinusoid(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor
     )
     angles = values.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedding(nn.Module):
+    """linear_2(silu(linear_1(x))): (B, width) → (B, out). `cond_width` adds a projection of a second vector to x."""
+
+    def __init__(self, width: int, out: int, cond_width: int = 0):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.cond_proj = nn.Linear(cond_width, width, bias=False) if cond_width else None
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and cond is not None:
+            x = x + self.cond_proj(cond)
+        return self.linear_2(functional.silu(self.linear_1(x)))
 
 
 def grid_positions(frames: int, height: int, width: int, device: torch.device | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A U-Net run by OpenVINO, Intel's engine, on a CPU or an Intel GPU. It is an optional extra, `sfumato[openvino]`.
+"""A denoiser run by OpenVINO, Intel's engine, on a CPU or an Intel GPU. It is an optional extra, `sfumato[openvino]`.
 
 OpenVINO compiles a network for one shape of its inputs. For a Stable Diffusion that takes long, so what it made is kept
 in the user's cache, under a name that tells the weights, the shapes, the device and the version, and read from there
@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
-from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.storage import atomic_file
 
 ENGINE = "openvino"
@@ -55,18 +54,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "openvino"
 
 
-class OpenVINOUNet:
-    """Called as the `UNet` it stands for, and answers as it does within the rounding of `dtype`.
+class OpenVINONetwork:
+    """Called as the network it stands for, and answers as it does within the rounding of `dtype`.
 
-    network: makes the float32 U-Net on the CPU; called when a shape is met that is not in the cache. weights: a name of
-    the weights that no others have, such as their hash. dtype: what to compute in, float32, bfloat16 or float16, as far
-    as the device can. Compiled networks stay in memory, one for each shape met.
+    config: of the network, with `to_dict`. network: makes it in float32 on the CPU; called when a shape is met that is
+    not in the cache. weights: a name of the weights that no others have, such as their hash. dtype: what to compute in,
+    float32, bfloat16 or float16, as far as the device can. Compiled networks stay in memory, one for each shape met.
     """
 
     def __init__(
         self,
-        config: UNetConfig,
-        network: Callable[[], UNet],
+        config: Any,
+        network: Callable[[], nn.Module],
         weights: str,
         dtype: torch.dtype,
         device: str = "CPU",
@@ -85,8 +84,9 @@ class OpenVINOUNet:
         vector: Tensor | None = None,
         *,
         time_cond: Tensor | None = None,
+        skip_layers: Collection[int] = (),
     ) -> Tensor:
-        """As `UNet.forward`, without what a ControlNet adds."""
+        """As the network's own, without what a ControlNet adds. Leaving layers out is another network to the engine."""
         named = {"x": x, "time": time.expand(len(x)), "context": context, "vector": vector}
         named["time_cond"] = time_cond
         given = {
@@ -94,10 +94,12 @@ class OpenVINOUNet:
             for name, tensor in named.items()
             if tensor is not None
         }
-        answer = self._for(given)([tensor.numpy() for tensor in given.values()])[0]
+        answer = self._for(given, tuple(sorted(skip_layers)))([tensor.numpy() for tensor in given.values()])[
+            0
+        ]
         return torch.from_numpy(answer.copy()).to(x)  # the engine writes its next answer to the same memory
 
-    def _for(self, given: dict[str, Tensor]) -> Any:
+    def _for(self, given: dict[str, Tensor], skipped: tuple[int, ...]) -> Any:
         """The network compiled for the shapes of these inputs."""
         import openvino
 
@@ -109,12 +111,14 @@ class OpenVINOUNet:
             "precision": PRECISIONS[self.dtype],
             "version": openvino.__version__,
         }
+        if skipped:
+            facts["skipped"] = skipped
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if key not in self.compiled:
             file, options = self.cache / f"{key}.blob", settings(self.device, self.dtype)
             made = _read(file, self.device, options)
             if made is None:
-                model = converted(self.network(), given)
+                model = converted(self.network(), given, **({"skip_layers": skipped} if skipped else {}))
                 made = openvino.Core().compile_model(model, self.device, options)
                 with atomic_file(file) as temporary, temporary.open("wb") as stream:
                     stream.write(made.export_model().getbuffer())
@@ -141,12 +145,15 @@ def _read(file: Path, device: str, options: dict[str, Any]) -> Any:
         return None
 
 
-def converted(network: nn.Module, given: dict[str, Tensor]) -> Any:
-    """OpenVINO's model of a float32 network on the CPU, for inputs named and shaped as `given`, of fixed shapes."""
+def converted(network: nn.Module, given: dict[str, Tensor], **fixed: Any) -> Any:
+    """OpenVINO's model of a float32 network on the CPU, for inputs named and shaped as `given`, of fixed shapes.
+
+    fixed: what else the network is always called with.
+    """
     import openvino
 
     inputs = tuple(given.values())
-    whole = _Positional(network.requires_grad_(False), tuple(given))
+    whole = _Positional(network.requires_grad_(False), tuple(given), fixed)
     # the networks take ways of their own where gradients are not wanted, which write in parts: here the plain way
     with warnings.catch_warnings(action="ignore"), torch.inference_mode(False), torch.enable_grad():
         inputs = tuple(tensor.clone() for tensor in inputs)
@@ -161,9 +168,9 @@ def converted(network: nn.Module, given: dict[str, Tensor]) -> Any:
 class _Positional(nn.Module):
     """A network whose inputs are told apart by their order."""
 
-    def __init__(self, network: nn.Module, names: tuple[str, ...]):
+    def __init__(self, network: nn.Module, names: tuple[str, ...], fixed: dict[str, Any]):
         super().__init__()
-        self.network, self.names = network, names
+        self.network, self.names, self.fixed = network, names, fixed
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.network(**dict(zip(self.names, inputs, strict=True)))
+        return self.network(**dict(zip(self.names, inputs, strict=True)), **self.fixed)

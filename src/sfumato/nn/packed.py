@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.nn.attention import products_are_fast
-from sfumato.nn.spatial import GEGLU
+from sfumato.nn.mmdit import PatchEmbed
+from sfumato.nn.spatial import GEGLU, TanhGELU
 from sfumato.nn.unet import Upsample
 
 ROWS = 2048  # tokens, and
 CELLS = 32  # cells per side, for which oneDNN picks its tiles; any other number gives the same answers
+WHOLE = (GEGLU, TanhGELU, Upsample, PatchEmbed)  # modules that are one layer although they have children
 SLICE = 128  # input channels of a kernel that are worked on at a time
 
 
@@ -43,10 +45,15 @@ def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
     children, in the network's order.
     """
     for name, child in network.named_children():
-        if isinstance(child, GEGLU | Upsample) or not any(True for _ in child.children()):
+        if is_layer(child):
             yield f"{prefix}{name}", network, name
         else:
             yield from layers(child, f"{prefix}{name}.")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is packed as one: a module without children, or one whose few layers go together."""
+    return isinstance(module, WHOLE) or not any(True for _ in module.children())
 
 
 def packed(layer: nn.Module) -> nn.Module | None:
@@ -56,6 +63,8 @@ def packed(layer: nn.Module) -> nn.Module | None:
         return None
     if isinstance(layer, GEGLU):
         return PackedGEGLU(layer)
+    if isinstance(layer, TanhGELU):
+        return PackedLinear(layer.proj.weight, layer.proj.bias, "gelu", "tanh")
     if isinstance(layer, Upsample):
         return PackedUpsample(layer)
     if isinstance(layer, nn.Linear):
@@ -75,18 +84,17 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer and, if asked for, exact GELU on its float32 sums."""
+    """A linear layer and, if asked for, GELU on its float32 sums. form: of GELU, "none" is exact, or "tanh"."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none"):
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = "none"):
         super().__init__()
         self.tiles = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
         self.bias = None if bias is None else bias.detach().clone()
-        self.activation = activation
+        self.activation = activation, form
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(
-            x.contiguous(), self.tiles, self.bias, self.activation, [], "none"
-        )
+        activation, form = self.activation
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.tiles, self.bias, activation, [], form)
 
 
 class PackedGEGLU(nn.Module):

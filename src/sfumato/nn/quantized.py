@@ -15,6 +15,7 @@ Source: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), sec. 2, for row- an
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from torch.nn import functional
 
 from sfumato.errors import InputError
 from sfumato.nn.attention import attention
-from sfumato.nn.packed import CELLS, ROWS, can_pack, layers, packed
-from sfumato.nn.spatial import GEGLU, CrossAttention, TransformerBlock
+from sfumato.nn.packed import CELLS, ROWS, can_pack, is_layer, packed
+from sfumato.nn.spatial import GEGLU, CrossAttention, TanhGELU, TransformerBlock
 
 KEPT = (  # parts of names whose layers stay in the network's type: what enters and leaves, times, texts
     "conv_in",
@@ -64,20 +65,31 @@ def quantize(network: nn.Module, kept: tuple[str, ...] = KEPT) -> int:
     """
     require_eight_bits(next(network.parameters()))
     count = 0
-    for block in list(network.modules()):
-        if isinstance(block, TransformerBlock):
-            block.attn1 = QuantizedAttention(block.attn1)
-            count += 1
-    for path, parent, name in list(layers(network)):
-        layer = getattr(parent, name)
-        twin = None if any(f".{part}." in f".{path}." for part in kept) else quantized(layer)
-        if twin is not None:
-            count += 1
-        else:
-            twin = packed(layer)
+    for path, parent, name in list(units(network)):
+        twin = stand_in(path, getattr(parent, name), kept)
         if twin is not None:
             setattr(parent, name, twin)
+            count += isinstance(twin, EIGHT_BITS)
     return count
+
+
+def units(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str]]:
+    """What is replaced as one, as `packed.layers` tells it; but the self-attention of a block is one too."""
+    for name, child in network.named_children():
+        path = f"{prefix}{name}"
+        if (isinstance(network, TransformerBlock) and name == "attn1") or is_layer(child):
+            yield path, network, name
+        else:
+            yield from units(child, f"{path}.")
+
+
+def stand_in(path: str, layer: nn.Module, kept: tuple[str, ...] = KEPT) -> nn.Module | None:
+    """What `quantize` puts in the place of one of `units`: an eight-bit twin, a packed one, or None."""
+    if isinstance(layer, CrossAttention):
+        return QuantizedAttention(layer)
+    if any(f".{part}." in f".{path}." for part in kept):
+        return packed(layer)
+    return quantized(layer) or packed(layer)
 
 
 def require_eight_bits(weight: Tensor) -> None:
@@ -94,6 +106,8 @@ def quantized(layer: nn.Module) -> nn.Module | None:
     """The eight-bit twin of one layer, or None where there is none."""
     if isinstance(layer, GEGLU):
         return QuantizedGEGLU(layer)
+    if isinstance(layer, TanhGELU):
+        return QuantizedTanhGELU(layer)
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(layer.weight, layer.bias)
     if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -197,6 +211,14 @@ class QuantizedGEGLU(nn.Module):
         return gate.mul_(self.value.product(*codes))
 
 
+class QuantizedTanhGELU(QuantizedLinear):
+    def __init__(self, layer: TanhGELU):
+        super().__init__(layer.proj.weight, layer.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(super().forward(x), approximate="tanh")
+
+
 class QuantizedAttention(nn.Module):
     """Queries, keys and values of tokens that attend to themselves as one product. Scores are not rounded to codes."""
 
@@ -260,3 +282,6 @@ class QuantizedConv2d(nn.Module):
             [],
             "",
         )
+
+
+EIGHT_BITS = (QuantizedAttention, QuantizedConv2d, QuantizedGEGLU, QuantizedLinear)

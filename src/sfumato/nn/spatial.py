@@ -49,16 +49,28 @@ class GEGLU(nn.Module):
         return value * functional.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """w_out(geglu(x)) on each token of (B, N, D).
+class TanhGELU(nn.Module):
+    """gelu(proj(x)), by the approximation with a hyperbolic tangent (Hendrycks & Gimpel 2016, sec. 2)."""
 
-    Without gradients the tokens pass in parts, so that the hidden activation, eight times the width, stays in the
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """w_out(entrance(x)) on each token of (B, N, D). entrance: to four times the width; GEGLU unless given.
+
+    Without gradients the tokens pass in parts, so that the hidden activation, up to eight times the width, stays in the
     cache instead of going to memory and back.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, entrance: nn.Module | None = None):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        first = GEGLU(width, 4 * width) if entrance is None else entrance
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         rows = HELD // (8 * x.shape[-1])

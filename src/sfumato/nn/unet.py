@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfumato.errors import InputError
-from sfumato.nn.embed import sinusoid
+from sfumato.nn.embed import Embedding, sinusoid
 from sfumato.nn.spatial import SpatialTransformer
 
 EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its own
@@ -102,21 +102,6 @@ class UNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class Embedding(nn.Module):
-    """linear_2(silu(linear_1(x))): (B, width) → (B, out). `cond_width` adds a projection of a second vector to x."""
-
-    def __init__(self, width: int, out: int, cond_width: int = 0):
-        super().__init__()
-        self.linear_1 = nn.Linear(width, out)
-        self.cond_proj = nn.Linear(cond_width, width, bias=False) if cond_width else None
-        self.linear_2 = nn.Linear(out, out)
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        if self.cond_proj is not None and cond is not None:
-            x = x + self.cond_proj(cond)
-        return self.linear_2(functional.silu(self.linear_1(x)))
 
 
 class Resnet(nn.Module):

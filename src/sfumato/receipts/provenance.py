@@ -132,9 +132,9 @@ class Like:
     """What a picture says of its making.
 
     request: fields of a `Request`. model: its name. weights: its hashes, if we drew it; refiner, refiner_weights:
-    the same of a second model. embeddings: names of textual inversions, and hashes or their beginnings. without: names
-    of text encoders that were left out. controlnets: names and hashes. ignored: settings of other programs that were
-    not taken over.
+    the same of a second model. embeddings, loras: names of textual inversions and of LoRAs, and hashes or their
+    beginnings. read_as: how the model's files were read where they leave it open. without: names of text encoders that
+    were left out. controlnets: names and hashes. ignored: settings of other programs that were not taken over.
     """
 
     request: dict[str, Any]
@@ -143,7 +143,9 @@ class Like:
     refiner: str | None = None
     refiner_weights: dict[str, str] | None = None
     embeddings: dict[str, str] = field(default_factory=dict)
+    read_as: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    loras: dict[str, str] = field(default_factory=dict)
     controlnets: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
@@ -173,6 +175,7 @@ def read_like(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Like:
         settings.get("Model"),
         refiner=settings.get("Refiner"),
         embeddings=embeddings,
+        loras=webui.hashes(settings.get("Lora hashes", "")),
         ignored=ignored,
     )
 
@@ -182,7 +185,7 @@ def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Col
     request, refiner = recipe.get("request"), recipe.get("refiner")
     if not isinstance(request, dict):
         raise InputError(f"{path} carries a recipe without a request", argument="like")
-    model, weights, embeddings = (recipe.get(name) for name in ("model", "weights", "embeddings"))
+    model, weights = recipe.get("model"), recipe.get("weights")
     refiner = refiner if isinstance(refiner, dict) else {}
     return Like(
         {name: value for name, value in request.items() if name not in skip},
@@ -190,14 +193,17 @@ def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Col
         weights if isinstance(weights, dict) else None,
         refiner["model"] if isinstance(refiner.get("model"), str) else None,
         refiner["weights"] if isinstance(refiner.get("weights"), dict) else None,
-        {str(name): str(digest) for name, digest in embeddings.items()}
-        if isinstance(embeddings, dict)
-        else {},
+        _texts_of(recipe.get("embeddings")),
+        _texts_of(recipe.get("read_as")),
         tuple(map(str, without)) if isinstance(without := recipe.get("without"), list) else (),
-        controlnets={str(name): str(digest) for name, digest in nets.items()}
-        if isinstance(nets := recipe.get("controlnets"), dict)
-        else {},
+        _texts_of(recipe.get("loras")),
+        controlnets=_texts_of(recipe.get("controlnets")),
     )
+
+
+def _texts_of(value: object) -> dict[str, str]:
+    """An object of JSON as texts by names; of anything else none."""
+    return {str(name): str(inner) for name, inner in value.items()} if isinstance(value, dict) else {}
 
 
 def _texts(path: str | os.PathLike[str], argument: str = "path") -> dict[str, str]:

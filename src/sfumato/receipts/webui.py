@@ -89,6 +89,7 @@ _AUTOMATIC = {  # what `Automatic` is for a sampler (modules/sd_samplers_kdiffus
 }
 _KEY = re.compile(r"\w[\w \-/]{1,59}")
 _QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
+_LORA = re.compile(r" ?<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,4})>")
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _SILENT = {  # says where a picture comes from, or what is so here anyway
     "app", "batch pos", "batch size", "created date", "hashes", "init image hash", "lora hashes", "model", "model hash",
@@ -107,6 +108,7 @@ def write(recipe: Mapping[str, Any], tool: str) -> str:
     reading = request.get("prompt_rules"), request.get("weighting")
     emphasis = {pair: label for label, pair in EMPHASIS.items()}.get(reading)
     embeddings = recipe.get("embeddings") or {}
+    adapters = recipe.get("loras") or {}
     micro = request.get("micro") or {}
     settings = {
         "Steps": request.get("steps"),
@@ -135,13 +137,43 @@ def write(recipe: Mapping[str, Any], tool: str) -> str:
         "Hires steps": hires.get("steps"),
         "Hires upscaler": UPSCALERS.get(hires.get("upscaler", ""), hires.get("upscaler")),
         "TI hashes": ", ".join(f"{name}: {digest[:12]}" for name, digest in embeddings.items()) or None,
+        "Lora hashes": ", ".join(f"{name}: {digest[:12]}" for name, digest in adapters.items()) or None,
         "Version": tool,
     }
-    lines = [request.get("prompt", "")]
+    lines = [request.get("prompt", "") + "".join(f" {_tag(use)}" for use in request.get("loras") or ())]
     if request.get("negative"):
         lines.append(f"Negative prompt: {request['negative']}")
     lines.append(", ".join(f"{key}: {_plain(value)}" for key, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _tag(use: Mapping[str, Any]) -> str:
+    """`<lora:name:0.8>`; where texts have a factor of their own, their weight and then the U-Net's."""
+    weight, factor = use.get("weight", 1.0), (use.get("blocks") or {}).get("text", 1.0)
+    own = f"{_plain(float(weight * factor))}:" if factor != 1.0 else ""
+    return f"<lora:{use['name']}:{own}{_plain(float(weight))}>"
+
+
+def _use(tag: re.Match[str]) -> dict[str, Any]:
+    """A LoRA of a request from `<lora:name:text:unet>`, in which the second weight is the first by default.
+
+    modules/extra_networks.py and extensions-builtin/Lora/extra_networks_lora.py; `te=` and `unet=` name them.
+    """
+    named: dict[str, float] = {}
+    places = iter(("te", "unet"))
+    for part in tag[2].split(":")[1:]:
+        key, equals, value = part.rpartition("=")
+        key = key.strip() if equals else next(places, "dyn")
+        try:
+            named[key] = float(value)
+        except ValueError:
+            raise InputError(
+                f"its LoRA {tag[1]!r} has the weight {value[:40]!r}, which is no number"
+            ) from None
+    text = named.get("te", 1.0)
+    weight = named.get("unet", text)
+    use: dict[str, Any] = {"name": tag[1], "weight": weight}
+    return use if weight == text or not weight else use | {"blocks": {"text": text / weight}}
 
 
 def hashes(text: str) -> dict[str, str]:
@@ -203,7 +235,8 @@ def read(text: str, skip: Collection[str] = ()) -> tuple[dict[str, Any], list[st
     if not settings:
         raise InputError("its text holds no settings, such as Steps: 20, Sampler: Euler, Seed: 1")
     take = _Taker(settings)
-    request: dict[str, Any] = {"prompt": prompt, "negative": negative}
+    request: dict[str, Any] = {"prompt": _LORA.sub("", prompt).strip(), "negative": negative}
+    request["loras"] = [_use(match) for match in _LORA.finditer(prompt)] or None
     request["steps"] = take.whole("Steps")
     request["guidance"] = take.number("CFG scale")
     request["seed"] = take.whole("Seed")

@@ -18,7 +18,7 @@ from sfumato.text.windows import LENGTH
 
 ACTIVATIONS = ("quick_gelu", "gelu")  # x·σ(1.702x) of OpenAI's, exact GELU of OpenCLIP's
 EOS = 49_407
-PREFIX, PROJECTION = "text_model.", "text_projection.weight"
+PROJECTION = "text_projection.weight"
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class ClipTextEncoder(nn.Module):
                 attn_implementation="sdpa",  # type: ignore[call-arg]  # read by the base class
             )
         )
+        # positions are counted when they are needed: no file holds the library's buffer, and nothing here reads it
+        self.text_model.embeddings.register_buffer("position_ids", None, persistent=False)
         self.text_projection = (
             nn.Linear(config.width, config.projection, bias=False) if config.projection else None
         )
@@ -157,56 +159,3 @@ class ClipTextEncoder(nn.Module):
         for row, start, vectors in placed:
             h[row, start : start + len(vectors)] = vectors.to(h)
         return h + embeddings.position_embedding.weight[: ids.shape[1]]
-
-
-def load_encoder(
-    config: ClipConfig,
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None = None,
-    name: str = "text encoder",
-    device: torch.device | None = None,
-) -> ClipTextEncoder:
-    """An encoder with these weights, on `device` or on their own, for inference. Nothing is initialised, and nothing
-    copied that is as it should be. Tensors are asked for one by one, so a lazy mapping holds one at a time.
-
-    Names may have `text_model.` (published files, transformers before 5.6) or not (`CLIPTextModel` saved since).
-    dtype: of all weights; None takes that of the token embedding. `CheckpointError`, in which `name` stands for the
-    file, when a tensor is missing, unexpected or of another shape.
-    """
-    given: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if (
-            key.endswith("position_ids")
-            or key == "logit_scale"
-            or (key == PROJECTION and not config.projection)
-        ):
-            continue  # counts, and what only the comparison with pictures needs
-        key = key if key == PROJECTION or key.startswith(PREFIX) else PREFIX + key
-        if key in given:
-            raise CheckpointError(f"the {name} holds {key} twice, with and without {PREFIX}")
-        given[key] = tensor.to(device, dtype)
-        del tensor  # before the next: a mapped one holds a window of its file
-    with torch.device("meta"):
-        encoder = ClipTextEncoder(config)
-    expected = encoder.state_dict()
-    _check(name, "lacks", expected.keys() - given.keys())
-    _check(name, "holds unexpected", given.keys() - expected.keys())
-    for key, tensor in given.items():
-        if tensor.shape != expected[key].shape:
-            raise CheckpointError(
-                f"the {name} has {key} of shape {tuple(tensor.shape)}; {tuple(expected[key].shape)} is expected"
-            )
-    dtype = given[f"{PREFIX}embeddings.token_embedding.weight"].dtype if dtype is None else dtype
-    encoder.load_state_dict({key: tensor.to(dtype) for key, tensor in given.items()}, assign=True)
-    # a buffer of the library's that no file holds
-    device = given[f"{PREFIX}embeddings.token_embedding.weight"].device
-    encoder.text_model.embeddings.register_buffer(
-        "position_ids", torch.arange(LENGTH, device=device)[None], persistent=False
-    )
-    return encoder.eval().requires_grad_(False)
-
-
-def _check(name: str, what: str, keys: set[str]) -> None:
-    if keys:
-        shown = ", ".join(sorted(keys)[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
-        raise CheckpointError(f"the {name} {what} {shown}")

@@ -142,7 +142,8 @@ def fit(
         folder / "state", identity, lambda text: on_event(Event("note", task.stage, text=text))
     ):
         step = _restore(task, average, found)
-        on_event(Event("note", task.stage, step, recipe.steps, text=f"continues from step {step}"))
+        going = f"continues from step {step}" if step < recipe.steps else f"finished, after {step:,} steps"
+        on_event(Event("note", task.stage, step, recipe.steps, text=going))
     clock = Clock(recipe.batch, task.flops, peak * world.size)
     with ExitStack() as open_things:
         feeds = []

@@ -213,7 +213,9 @@ class Run:
         model = self._fresh_autoencoder()
         done = finished.exists()
         self.world.wait()  # all have looked before one writes it
-        if not done:
+        if done:
+            self.note("autoencoder", f"finished, after {recipe.train.steps:,} steps")
+        else:
             source, unseen = self.source(multiple, "train"), self._held_out(multiple)
             if recipe.train.steps and model.factor > 1:
                 task = AutoencoderTask(self.recipe, self.folder, self.device, model, source)

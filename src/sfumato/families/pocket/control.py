@@ -99,7 +99,7 @@ def digests(files: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
-class Trainee:
+class ControlTrainee:
     """What training asks of a ControlNet and its frozen base. `encodes`: control pictures are encoded once."""
 
     encodes = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.adapters.fold import Adapters, Touched
 from sfumato.autoencoder import Autoencoder
-from sfumato.checkpoint.fill import fill
+from sfumato.checkpoint.fill import fill, refill
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels, flow_levels
 from sfumato.errors import CheckpointError
 from sfumato.families.pocket import control as nets
+from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.nn.dit import DiT, DiTConfig
-from sfumato.storage import load_sharded, read_json, save_sharded, write_json
+from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
 from sfumato.text import TextConfig, TextEncoder, Tokenizer
 from sfumato.types import Conditioning, Request
 
@@ -61,6 +64,25 @@ class System:
     denoiser: TextDenoiser
     tokenizer: Tokenizer
     control_files: Mapping[str, Path] = field(default_factory=dict)
+
+    @functools.cached_property
+    def adapters(self) -> Adapters:
+        """The LoRAs opened for it. The weights that it has when this is first asked for are the base."""
+        base = dict(self.denoiser.state_dict())
+
+        def renew(touched: Touched) -> None:
+            refill(self.denoiser, folds.parts["denoiser"], touched.get("denoiser", ()), "pocket (denoiser)")
+
+        names = functools.cache(lambda: names_of(base))
+        folds = Adapters(names, {"denoiser": base}, renew, check)
+        return folds
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each part's weights, without what LoRAs add."""
+        return {
+            "autoencoder": tensors_hash(self.autoencoder.state_dict()),
+            "denoiser": tensors_hash(self.adapters.parts["denoiser"].base),
+        }
 
     @property
     def parameterization(self) -> Parameterization:
@@ -121,9 +143,9 @@ class System:
         hint = self.encode(2 * pixels[:, :, None] - 1)
         return nets.controller(control, self.denoiser.dit, hint)
 
-    def control_trainee(self, blocks: int, outputs: int) -> nets.Trainee:
+    def control_trainee(self, blocks: int, outputs: int) -> nets.ControlTrainee:
         """A fresh ControlNet beside this model, as training wants it."""
-        return nets.Trainee(self, blocks, outputs)
+        return nets.ControlTrainee(self, blocks, outputs)
 
     @property
     def layers(self) -> int:

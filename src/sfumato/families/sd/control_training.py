@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 WIDTHS = (16, 32, 96, 256)  # of the control picture's features, from the finest; as published ones have
 
 
-class Trainee:
-    """What training asks of a ControlNet and its frozen base; as `families.pocket.control.Trainee`.
+class ControlTrainee:
+    """What training asks of a ControlNet and its frozen base; as `families.pocket.control.ControlTrainee`.
 
     The U-Net is read a second time, since layers packed for a CPU pass no gradients. Its weights stay as they are.
     """

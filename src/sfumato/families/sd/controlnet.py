@@ -23,8 +23,9 @@ from sfumato.checkpoint.layout import find_parts
 from sfumato.checkpoint.rules import Drop, KeyMap, Rename, Rule, expand, shapes, within
 from sfumato.checkpoint.source import open_folder, open_weights
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.folder import WEIGHTS
+from sfumato.families.published.keys import WB, same
 from sfumato.families.sd import keys
-from sfumato.families.sd.folder import WEIGHTS
 from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.quantized import quantize
@@ -104,7 +105,7 @@ def open_control(
     hint = _hint_channels(found, at, original, str(path))
     unet = _as_deep(kinds[match.kind].unet, found, at, original, str(path))
     config = ControlNetConfig(unet, hint, **_told(said, str(path)))
-    table = control_map(config) if original else KeyMap(keys.same(control_map(config).ours))
+    table = control_map(config) if original else KeyMap(same(control_map(config).ours))
     table = table.within(at, "") | KeyMap((), (*keys.EXTRAS, *(_around() if at else ())))
     return ControlFile(match.kind, config, table.to_ours(weights, str(path)), str(path))
 
@@ -116,13 +117,13 @@ def control_map(config: ControlNetConfig) -> KeyMap:
     last = len(config.hint_channels) - 1
     names = ["conv_in", *(f"blocks.{i}" for i in range(2 * last)), "conv_out"]
     hints = [Rename(f"{2 * i}.{{p}}", f"{name}.{{p}}") for i, name in enumerate(names)]
-    rules += expand(within("input_hint_block.", HINT, hints), p=keys.WB)
+    rules += expand(within("input_hint_block.", HINT, hints), p=WB)
     zeros = [
         Rename(f"zero_convs.{i}.0.{{p}}", f"controlnet_down_blocks.{i}.{{p}}")
         for i in range(len(config.unet.skips))
     ]
     zeros.append(Rename("middle_block_out.0.{p}", "controlnet_mid_block.{p}"))
-    return KeyMap((*rules, *expand(zeros, p=keys.WB)))
+    return KeyMap((*rules, *expand(zeros, p=WB)))
 
 
 def _around() -> tuple[Drop, ...]:

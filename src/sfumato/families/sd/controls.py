@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sfumato.families.published.networks import part_hash
 from sfumato.families.sd.controlnet import ControlFile, open_control
-from sfumato.families.sd.networks import part_hash
 from sfumato.families.sd.shapes import System
 from sfumato.nn.controlnet import ControlNet
 from sfumato.nn.unet import UNetConfig

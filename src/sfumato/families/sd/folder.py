@@ -1,4 +1,4 @@
-"""The diffusers folder of a Stable Diffusion: which files stand where, and the JSON that describes each part.
+"""The diffusers folder of a Stable Diffusion: the JSON of its U-Net, of its scheduler and of the whole.
 
 Values are those of the published folders' `config.json`, `scheduler_config.json` and `model_index.json`, less what only
 repeats a default.
@@ -8,21 +8,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfumato.autoencoder.kl import KLConfig
+from sfumato.families.published.folder import (
+    CONFIG,
+    INDEX,
+    SCHEDULER,
+    VERSION,
+    WEIGHTS,
+    text_config,
+    text_entries,
+    tokenizer_folder,
+    vae_config,
+)
 from sfumato.families.sd.shapes import System
 from sfumato.nn.unet import UNetConfig
-from sfumato.text.clip import ClipConfig
-from sfumato.text.windows import LENGTH
 
-INDEX = "model_index.json"
-CONFIG = "config.json"
-SCHEDULER = "scheduler/scheduler_config.json"
-WEIGHTS = {  # part to the stem of its weights
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
+__all__ = [  # all that such a folder needs, the shared part with it
+    "CONFIG",
+    "INDEX",
+    "SCHEDULER",
+    "WEIGHTS",
+    "model_index",
+    "scheduler_config",
+    "text_config",
+    "tokenizer_folder",
+    "unet_config",
+    "vae_config",
+]
+
 PIPELINES = {
     "sd1": "StableDiffusionPipeline",
     "sd1-inpaint": "StableDiffusionInpaintPipeline",
@@ -34,9 +46,6 @@ PIPELINES = {
     "sdxl-lcm": "StableDiffusionXLPipeline",
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
 }
-VERSION = (
-    "0.35.0"  # of diffusers, whose folders these equal; its inpainting pipeline refuses an index without one
-)
 BETAS = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -83,50 +92,6 @@ def _depths(config: UNetConfig) -> int | list[int]:
     return [depth or 1 for depth in config.depths]
 
 
-def vae_config(config: KLConfig, size: int) -> dict[str, Any]:
-    """`vae/config.json`. size: pixels per side that it was trained on."""
-    levels = len(config.widths)
-    return {
-        "_class_name": "AutoencoderKL",
-        "sample_size": size,
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": list(config.widths),
-        "layers_per_block": config.resnets,
-        "norm_num_groups": config.groups,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "scaling_factor": config.scaling_factor,
-        "force_upcast": config.force_upcast,
-    }
-
-
-def text_config(config: ClipConfig) -> dict[str, Any]:
-    """`text_encoder/config.json`. The end of a text is found as the largest token, which `eos_token_id` 2 asks for."""
-    return {
-        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": config.vocabulary,
-        "max_position_embeddings": LENGTH,
-        "hidden_size": config.width,
-        "intermediate_size": config.inner or 4 * config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "projection_dim": config.projection or config.width,
-        "hidden_act": config.activation,
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    }
-
-
-def tokenizer_folder(part: str) -> str:
-    """Where the tokenizer of a text encoder lies: `tokenizer_2` for `text_encoder_2`."""
-    return part.replace("text_encoder", "tokenizer")
-
-
 def scheduler_config(kind: str, prediction: str = "epsilon", zero_snr: bool = False) -> dict[str, Any]:
     """`scheduler_config.json`. prediction: "epsilon" or "v". zero_snr: the last step of training was pure noise."""
     config = {
@@ -165,9 +130,7 @@ def model_index(kind: str, system: System, scheduler: str) -> dict[str, Any]:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     for part in system.text:
-        with_projection = "CLIPTextModelWithProjection" if part.config.projection else "CLIPTextModel"
-        index[part.name] = ["transformers", with_projection]
-        index[tokenizer_folder(part.name)] = ["transformers", "CLIPTokenizer"]
+        index |= text_entries(part)
     if not kind.startswith("sdxl"):
         return index | {
             "safety_checker": [None, None],

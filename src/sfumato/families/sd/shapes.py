@@ -9,20 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sfumato.autoencoder.kl import KLConfig
+from sfumato.families.published.kinds import TextPart
 from sfumato.nn.unet import UNetConfig
-from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipConfig
-
-
-@dataclass(frozen=True)
-class TextPart:
-    """A text encoder's place. name: of the part, and of its diffusers folder. prefixes: in a single file; the first
-    is the one written. open_clip: a single file keeps it in open_clip's layout, else in transformers'.
-    """
-
-    name: str
-    config: ClipConfig
-    prefixes: tuple[str, ...]
-    open_clip: bool
+from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H
 
 
 @dataclass(frozen=True)
@@ -33,6 +22,10 @@ class System:
     vae: KLConfig
     text: tuple[TextPart, ...]
     size: int
+
+    @property
+    def denoiser(self) -> UNetConfig:
+        return self.unet
 
 
 VAE = KLConfig()

@@ -1,7 +1,6 @@
-"""The marks by which Stable Diffusion files are told apart, and their neighbours that are refused by name.
+"""The marks by which U-Nets of Stable Diffusion are told apart, and their neighbours that are refused by name.
 
-What names and shapes cannot tell is left open: the VAEs of SD 1, SD 2 and SDXL have the same tensors, so a VAE alone is
-"f8c4" and the caller says whose it is. Whether an SD 2 predicts noise or v is guessed from its numbers (`predicts_v`).
+Whether an SD 2 predicts noise or v no name or shape tells; it is guessed from its numbers (`predicts_v`).
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.checkpoint.detect import Shape, Signature
-from sfumato.families.sd.keys import UNET_PREFIX, VAE_PREFIX
+from sfumato.families.published.signatures import LATER, refused
+from sfumato.families.sd.keys import UNET_PREFIX
 from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.nn.unet import UNetConfig
-from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipConfig
-from sfumato.text.windows import LENGTH
 
 # names at the top of a single file that say how it was trained (ComfyUI, comfy/supported_models.py, which reads them
 # for SDXL; here they are read for all)
@@ -25,7 +23,6 @@ MARKERS: dict[tuple[str, ...], dict[str, Any]] = {
     ("v_pred",): {"prediction": "v"},
     ("v_pred", "ztsnr"): {"prediction": "v", "zero_snr": True},
 }
-TEXTS: dict[str, ClipConfig] = {"clip-l": CLIP_L, "openclip-h": OPENCLIP_H, "openclip-bigg": OPENCLIP_BIGG}
 COND = "time_embedding.cond_proj.weight"  # of a U-Net that is told the guidance scale
 V_DEVIATION = 0.09
 
@@ -91,55 +88,8 @@ def _unets(systems: Mapping[str, System]) -> list[Signature]:
     return found
 
 
-def _vaes() -> list[Signature]:
-    found = []
-    for prefix in (VAE_PREFIX, "vae.", ""):
-        marks: dict[str, Shape] = {
-            "encoder.conv_in.weight": (128, 3, 3, 3),
-            "encoder.conv_out.weight": (8, 512, 3, 3),
-            "quant_conv.weight": (8, 8, 1, 1),
-            "decoder.conv_in.weight": (512, 4, 3, 3),
-            "decoder.conv_out.weight": (3, 128, 3, 3),
-        }
-        for layout, name in (
-            ("original", "decoder.up.3.block.0.conv1.weight"),
-            ("diffusers", "decoder.up_blocks.0.resnets.0.conv1.weight"),
-        ):
-            required = {prefix + mark: shape for mark, shape in marks.items()} | {
-                prefix + name: (512, 512, 3, 3)
-            }
-            found.append(Signature("f8c4", "vae", layout, required, (f"{UNET_PREFIX}*",), prefix))
-    return found
-
-
-def _texts() -> list[Signature]:
-    found = []
-    for kind, text in TEXTS.items():
-        for inner in ("text_model.", ""):
-            required: dict[str, Shape] = {
-                f"{inner}embeddings.token_embedding.weight": (None, text.width),
-                f"{inner}embeddings.position_embedding.weight": (LENGTH, text.width),
-                f"{inner}encoder.layers.{text.layers - 1}.mlp.fc1.weight": (4 * text.width, text.width),
-                f"{inner}final_layer_norm.weight": (text.width,),
-            }
-            if text.projection:
-                required["text_projection.weight"] = (text.projection, text.width)
-            beyond = f"{inner}encoder.layers.{text.layers}.mlp.fc1.weight"
-            found.append(Signature(kind, "text_encoder", "diffusers", required, (beyond,)))
-    return found
-
-
-def _refused(
-    refusal: str, *alternatives: Mapping[str, Shape | None] | str, without: tuple[str, ...] = ()
-) -> list[Signature]:
-    """Signatures of what is refused: one for each set of marks, or each single name. `without` names what it lacks."""
-    marks = [{given: None} if isinstance(given, str) else given for given in alternatives]
-    return [Signature("", "", "", required, without, refusal=refusal) for required in marks]
-
-
 def _neighbours() -> list[Signature]:
     """What resembles a Stable Diffusion file, or is kept beside one, and is none that we can use."""
-    later = "not supported yet"
     entrances = (f"{UNET_PREFIX}input_blocks.0.0.weight", "input_blocks.0.0.weight", "conv_in.weight")
     middles: tuple[str, ...] = (
         f"{UNET_PREFIX}middle_block.0.in_layers.2.weight",
@@ -156,68 +106,24 @@ def _neighbours() -> list[Signature]:
         ]
 
     return [
-        *_refused(
-            f"an SVD checkpoint (Stable Video Diffusion), {later}",
+        *refused(
+            f"an SVD checkpoint (Stable Video Diffusion), {LATER}",
             f"{UNET_PREFIX}input_blocks.8.0.time_mixer.mix_factor",
             "input_blocks.8.0.time_mixer.mix_factor",
             "down_blocks.0.resnets.0.temporal_res_block.conv1.weight",
         ),
-        *_refused(
-            f"SVD's VAE (temporal decoder), {later}",
-            f"{VAE_PREFIX}decoder.mid.block_1.time_stack.in_layers.0.weight",
-            "decoder.mid.block_1.time_stack.in_layers.0.weight",
-            "decoder.mid_block.resnets.0.temporal_res_block.conv1.weight",
-        ),
-        *_refused(
-            f"an SD3 ControlNet, {later}",
-            {"controlnet_blocks.0.weight": None, "pos_embed_input.proj.weight": None},
-        ),
-        *_refused(
-            f"an SD3 checkpoint, {later}",
-            f"{UNET_PREFIX}joint_blocks.0.x_block.attn.qkv.weight",
-            "joint_blocks.0.x_block.attn.qkv.weight",
-            {"transformer_blocks.0.attn.add_q_proj.weight": None, "pos_embed.proj.weight": None},
-        ),
-        *_refused(
-            "a FLUX checkpoint, not supported",
-            {"single_transformer_blocks.0.attn.to_q.weight": None, "context_embedder.weight": None},
-            f"{UNET_PREFIX}double_blocks.0.img_attn.norm.key_norm.scale",
-            "double_blocks.0.img_attn.norm.key_norm.scale",
-        ),
-        *_refused(
-            f"a VAE with 16 latent channels (SD3, FLUX), {later}",
-            *({f"{prefix}decoder.conv_in.weight": (512, 16, 3, 3)} for prefix in (VAE_PREFIX, "vae.", "")),
-        ),
-        *_refused(
+        *refused(
             "a ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one",
             "control_model.time_embed.0.weight",
             "input_hint_block.0.weight",
             "controlnet_cond_embedding.conv_in.weight",
         ),
-        *_refused(
-            "a LoRA; it belongs on a model, and is not one",
-            "*.lora_down.weight",
-            "*.lora_A.weight",
-            "*.lora_A.default.weight",
-            "*.lora.down.weight",
-            "*_lora.down.weight",
-            "*.lora_linear_layer.down.weight",
-            "*.hada_w1_a",
-            "*.lokr_w1",
-            "*.lokr_w1_a",
-        ),
-        *_refused(
-            "a textual-inversion embedding; it belongs on a model, and is not one",
-            "emb_params",
-            {"clip_g": (None, 1280), "clip_l": (None, 768)},
-        ),
-        *_refused("an IP-Adapter, not supported", "image_proj.*", "ip_adapter.*"),
-        *_refused("an AnimateDiff motion module, not supported", "*motion_modules.0.temporal_transformer.*"),
-        *_refused("an InstructPix2Pix (8 input channels), not supported", *channels(8, 320)),
-        *_refused("a depth-guided SD 2 (5 input channels), not supported", *channels(5, 320)),
-        *_refused("the x4 upscaler (7 input channels), not supported", *channels(7, 256)),
-        *_refused("a Zero123 checkpoint, not supported", "cc_projection.weight"),
-        *_refused(
+        *refused("an AnimateDiff motion module, not supported", "*motion_modules.0.temporal_transformer.*"),
+        *refused("an InstructPix2Pix (8 input channels), not supported", *channels(8, 320)),
+        *refused("a depth-guided SD 2 (5 input channels), not supported", *channels(5, 320)),
+        *refused("the x4 upscaler (7 input channels), not supported", *channels(7, 256)),
+        *refused("a Zero123 checkpoint, not supported", "cc_projection.weight"),
+        *refused(
             "an unCLIP checkpoint of SD 2, not supported",
             *(
                 {f"{prefix}{name}": (1280, width)}
@@ -226,7 +132,7 @@ def _neighbours() -> list[Signature]:
                 for width in (1536, 2048)
             ),
         ),
-        *_refused(
+        *refused(
             "a distilled SDXL with blocks left out (SSD-1B, Vega, KOALA), not supported",
             {f"{UNET_PREFIX}label_emb.0.0.weight": (1280, 2816)},
             {"label_emb.0.0.weight": (1280, 2816)},
@@ -236,11 +142,11 @@ def _neighbours() -> list[Signature]:
                 "down_blocks.2.attentions.1.transformer_blocks.9.*",
             ),
         ),
-        *_refused("a Playground v2.5 checkpoint (EDM), not supported", "edm_mean"),
-        *_refused("a CosXL checkpoint (EDM v-prediction), not supported", "edm_vpred.sigma_max"),
+        *refused("a Playground v2.5 checkpoint (EDM), not supported", "edm_mean"),
+        *refused("a CosXL checkpoint (EDM v-prediction), not supported", "edm_vpred.sigma_max"),
     ]
 
 
 def signatures(systems: Mapping[str, System] = SYSTEMS) -> tuple[Signature, ...]:
-    """All of them: what we read, alone and in whole files, in both layouts; and what we refuse."""
-    return (*_unets(systems), *_vaes(), *_texts(), *_neighbours())
+    """All of them: U-Nets that we read, alone and in whole files, in both layouts; and those that we refuse."""
+    return (*_unets(systems), *_neighbours())

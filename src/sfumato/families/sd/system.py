@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.autoencoder.banded import decode_safe, encode_safe
-from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
-from sfumato.autoencoder.model import check_size
-from sfumato.autoencoder.preview import has_factors, preview
-from sfumato.checkpoint.rules import View
-from sfumato.diffusion.guidance import ALWAYS
+from sfumato.adapters.fold import Adapters
 from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
-from sfumato.diffusion.schedules import NoiseLevels, beta_levels, beta_table, zero_terminal_snr
-from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd.checkpoint import Checkpoint, completed, open_checkpoint
+from sfumato.diffusion.schedules import beta_levels, beta_table, zero_terminal_snr
+from sfumato.errors import InputError
+from sfumato.families.published.checkpoint import Checkpoint, Families
+from sfumato.families.published.networks import Networks
+from sfumato.families.published.openers import check_engine, require_offload
+from sfumato.families.published.system import Preset, PublishedSystem, opened, ready
 from sfumato.families.sd.condition import (
     TextFeatures,
     TextOptions,
@@ -33,21 +30,16 @@ from sfumato.families.sd.condition import (
     plan_of,
     size_vector,
 )
-from sfumato.families.sd.controls import Controller, Controls, controller, opened
-from sfumato.families.sd.networks import Networks, part_hash
-from sfumato.families.sd.openers import (
-    check_engine,
-    kept_dtype,
-    offloads,
-    openers,
-    require_offload,
-    tokenizer_of,
-)
+from sfumato.families.sd.controls import Controller, Controls, controller
+from sfumato.families.sd.controls import opened as opened_controls
+from sfumato.families.sd.distilled import check_preset, drawn, preset_named
+from sfumato.families.sd.family import FAMILY
+from sfumato.families.sd.loras import adapters_of
+from sfumato.families.sd.openers import openers, renewers, tokenizer_of
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
-from sfumato.memory import Stage
+from sfumato.nn.controlnet import ControlNet
 from sfumato.nn.embed import sinusoid
-from sfumato.nn.openvino import OpenVINOUNet
 from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
 from sfumato.text.clip_tokens import ClipTokenizer
@@ -55,29 +47,15 @@ from sfumato.text.inversion import Inversion, read_inversions
 from sfumato.types import Conditioning, Micro, Request
 
 if TYPE_CHECKING:
-    from sfumato.families.sd.control_training import Trainee
+    from sfumato.families.sd.control_training import ControlTrainee
 
-PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
 Embeddings = Iterable[str | Path] | Mapping[str, str | Path]  # files of textual inversions, perhaps by name
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a request that leaves things open gets. interval: of sigma, where guidance acts."""
-
-    steps: int = 25
-    guidance: float = 7.0
-    sampler: str = "dpmpp_2m"
-    schedule: str = "karras"
-    size: tuple[int, int] = (512, 512)
-    interval: tuple[float, float] = ALWAYS
-    rescale: float = 0.0  # of guidance: 0.7 where training ended in pure noise (Lin et al. 2023, sec. 3.4)
 
 
 @dataclass(frozen=True)
 class Config:
     """kind: a key of `SYSTEMS`. prediction: "epsilon" or "v". multiple: what a picture's sides are multiples of.
-    consistent: it is a latent consistency model.
+    distilled: how it is drawn, a name of `distilled.PRESETS`; guessed: the words that this was guessed from, if it was.
     """
 
     kind: str
@@ -85,76 +63,63 @@ class Config:
     prediction: str
     zero_snr: bool
     multiple: int = 8
-    consistent: bool = False
+    distilled: str = "plain"
+    guessed: str = ""
 
 
-@dataclass(frozen=True)
-class System:
-    """Networks of one checkpoint, ready to draw.
+@dataclass(frozen=True, kw_only=True)
+class System(PublishedSystem):
+    """Networks of a Stable Diffusion, ready to draw.
 
-    shapes: what the networks measure. networks: "text", "denoiser" and "autoencoder", opened when needed. dtype: in
-    which the networks work; with int8 that is the U-Net's products alone. parts: the files' tensors, read when asked
-    for: "vae", "unet", text encoders. sources: what a part is called in errors. tokenizers: one for each text encoder.
-    inversions: textual ones, as `text.inversion.read_inversion` gives them. engine: what runs the U-Net.
+    networks: "text" has all text encoders. tokenizers: one for each of them. inversions: textual ones, as
+    `text.inversion.read_inversion` gives them. loras: those opened for it, and its parts with what they add.
     """
 
     config: Config
     shapes: Kind
-    networks: Networks
-    levels: NoiseLevels
-    dtype: torch.dtype
-    device: torch.device
-    parts: Mapping[str, View]
-    sources: Mapping[str, str]
     tokenizers: tuple[ClipTokenizer, ...] = ()
     inversions: tuple[Mapping[str, Inversion], ...] = ()
-    engine: str = "torch"
+    loras: Adapters | None = None
     controlnets: Controls = field(default_factory=lambda: Controls({}, torch.device("cpu"), torch.float32))
 
-    @property
-    def autoencoder(self) -> AutoencoderKL:
-        return self.networks["autoencoder"]
+    part = "unet"
+    texts = ("text",)
 
-    @property
-    def denoiser(self) -> UNet | OpenVINOUNet:
-        return self.networks["denoiser"]
+    def openers(
+        self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+    ) -> dict[str, Callable[[], Any]]:
+        return openers(self, parts, stream=stream)
 
     @property
     def text(self) -> TextStack:
         return self.networks["text"]
 
     @property
-    def kept(self) -> torch.dtype:
-        """In which all works that is not in eight bits."""
-        return kept_dtype(self.device, self.dtype)
+    def adapters(self) -> Adapters:
+        """The LoRAs opened for it."""
+        if self.loras is not None:
+            return self.loras
+        return adapters_of(self.config.kind, self.shapes, self.parts, lambda touched: None)
 
     @property
-    def offload(self) -> str:
-        return self.networks.offload
+    def drawn_from(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return self.adapters.parts
 
     @property
-    def offloads(self) -> tuple[str, ...]:
-        """The ways to keep its networks, of `memory.OFFLOADS`."""
-        return offloads(self.engine, self.dtype)
+    def added(self) -> int:
+        return self.adapters.size
 
     def offloaded(self, offload: str) -> System:
         """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
         require_offload(offload, self.engine, self.dtype)
-        networks = Networks(openers(self, self.parts, stream=offload == "sequential"), offload)
-        networks.open_all()
-        return replace(self, networks=networks, controlnets=replace(self.controlnets, offload=offload))
-
-    def trace(
-        self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
-    ) -> tuple[Stage, ...]:
-        """The memory that each stage of drawing takes; see `trace.trace`."""
-        from sfumato.families.sd.trace import trace  # which needs this module
-
-        return trace(self, request, size, batch, encodes=encodes, offload=offload)
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
-        return {"autoencoder": part_hash(self.parts["vae"]), "denoiser": part_hash(self.parts["unet"])}
+        held: list[Networks] = []
+        loras = self.adapters.moved(lambda touched: held[0].renew(touched) if held else None)
+        make = self.openers(loras.parts, stream=offload == "sequential")
+        held.append(Networks(make, offload, renewers(self, loras.parts)))
+        held[0].open_all()
+        return replace(
+            self, networks=held[0], loras=loras, controlnets=replace(self.controlnets, offload=offload)
+        )
 
     @property
     def embeddings(self) -> dict[str, str]:
@@ -183,30 +148,29 @@ class System:
                 f"ControlNets go with the engine torch; {self.engine} runs the U-Net as it is",
                 argument="engine",
             )
-        found = opened(files, self.shapes.unet, self.config.kind, None, systems)
+        found = opened_controls(files, self.shapes.unet, self.config.kind, None, systems)
         files_ = {**self.controlnets.files, **found}
         return replace(self, controlnets=Controls(files_, self.device, self.dtype, self.offload))
 
-    def control_trainee(self, blocks: int, outputs: int) -> Trainee:
+    def control_trainee(self, blocks: int, outputs: int) -> ControlTrainee:
         """A fresh ControlNet beside this model, as training wants it; blocks and outputs are those of the U-Net."""
-        from sfumato.families.sd.control_training import Trainee
+        from sfumato.families.sd.control_training import ControlTrainee
 
-        return Trainee(self)
+        return ControlTrainee(self)
 
     def controller(self, name: str, pixels: Tensor) -> Controller:
         """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
-        return controller(self.controlnets[name], pixels)
+        return self.shown(self.controlnets[name], pixels)
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """(C, T, H/f, W/f) of a picture in pixels."""
-        vae = self.shapes.vae
-        check_size(vae.factor, height, width)
-        return vae.channels, frames, height // vae.factor, width // vae.factor
+    def shown(self, network: ControlNet, pixels: Tensor) -> Controller:
+        """The same of a network that is open."""
+        return controller(network, pixels)
 
     @property
     def parameterization(self) -> Parameterization:
         kind = "v" if self.config.prediction == "v" else "eps"
-        return Parameterization(kind, VE, self.levels.time, consistency if self.config.consistent else None)
+        lcm = "lcm" in (self.config.distilled, self.adapters.preset(self.adapters.now).get("sampler"))
+        return Parameterization(kind, VE, self.levels.time, consistency if lcm else None)
 
     @property
     def clip_layers(self) -> int:
@@ -222,10 +186,9 @@ class System:
         return frozenset(["prompt_rules", "weighting", *names])
 
     @property
-    def latent_space(self) -> tuple[float, ...]:
-        """What latents are of: models with equal ones can go on with each other's."""
-        vae = self.shapes.vae
-        return vae.latent_channels, vae.factor, vae.scaling_factor
+    def read_as(self) -> dict[str, str]:
+        """What its files may leave open, as it was taken or said: `prediction` and `preset`."""
+        return {"prediction": self.config.prediction, "preset": self.config.distilled}
 
     @property
     def told_guidance(self) -> bool:
@@ -241,31 +204,6 @@ class System:
     def split(self) -> Split | None:
         """The U-Net in two parts; None where something else stands in its place."""
         return self._split if self.engine == "torch" else None
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) → the normalised posterior mean (B, 4, T, H/8, W/8), in bounded memory."""
-        autoencoder = self.autoencoder
-        return autoencoder.normalize(encode_safe(autoencoder, pixels).mode())
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Normalised latents → pixels, in bounded memory; in a wider type where the weights' own overflows."""
-        autoencoder = self.autoencoder
-        return decode_safe(autoencoder, autoencoder.denormalize(latent.float()))
-
-    def preview(self, latent: Tensor) -> Tensor:
-        """(1, 4, T, H, W) → (1, 3, T, h, w): a look at a latent that is forming.
-
-        One pixel for each cell where the colours of this autoencoder's latents are known; else the latent shrunk to
-        16 cells and decoded, at the cost of a picture of 128².
-        """
-        if has_factors(self.shapes.vae):
-            return preview(self.shapes.vae, latent)
-        height, width = latent.shape[-2:]
-        shrink = max(height, width) / PREVIEW_CELLS
-        if shrink > 1:
-            size = max(round(height / shrink), 1), max(round(width / shrink), 1)
-            latent = F.interpolate(latent[:, :, 0], size, mode="area")[:, :, None]
-        return self.decode(latent)
 
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from, as the family's U-Net reads them.
@@ -349,6 +287,7 @@ def open_system(
     parts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     engine: str = "torch",
     offload: str = "none",
+    preset: str | None = None,
     systems: Mapping[str, Kind] = SYSTEMS,
 ) -> System:
     """The model at `path`, a single file or a diffusers folder, with weights in `dtype` on `device`.
@@ -358,16 +297,24 @@ def open_system(
     what `nn.openvino.plugin` takes. embeddings: files of textual inversions, called in prompts by their names or by
     those they are given here. parts: where to take what a U-Net alone lacks, whole checkpoints or single networks.
     offload: see `Networks`; of any but "none" nothing but headers is read before it is needed, and not every one goes
-    with int8 or an engine. `InputError` where this machine cannot do it.
+    with int8 or an engine. preset: how a distilled model is drawn, a name of `distilled.PRESETS`, over what the
+    checkpoint says. `InputError` where this machine cannot do it.
     `CheckpointError` when it is damaged, of no known kind, or a part alone.
     """
-    found = open_checkpoint(path, variant=variant, prediction=prediction, systems=systems)
-    if parts:
-        others = [parts] if isinstance(parts, str | os.PathLike) else parts
-        found = completed(found, str(path), others, systems)
-    if found.system is None or "unet" not in found.parts:
-        raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
-    return build(found, str(path), device, dtype, vae, embeddings, engine, offload, systems)
+    families = (replace(FAMILY, systems=systems),)
+    found = opened(path, families, variant=variant, prediction=prediction, parts=parts)
+    return build(
+        found,
+        str(path),
+        device,
+        dtype,
+        families,
+        vae=vae,
+        embeddings=embeddings,
+        engine=engine,
+        offload=offload,
+        preset=preset,
+    )
 
 
 def build(
@@ -375,73 +322,60 @@ def build(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
+    families: Families,
+    *,
     vae: str | os.PathLike[str] | None = None,
     embeddings: Embeddings = (),
     engine: str = "torch",
     offload: str = "none",
-    systems: Mapping[str, Kind] = SYSTEMS,
+    preset: str | None = None,
 ) -> System:
-    """Networks of an opened checkpoint. `name` stands for it in errors."""
+    """Networks of an opened checkpoint. `name` stands for it in errors; the rest as for `open_system`."""
+    check_preset(preset)
     check_engine(engine, device, dtype)
     require_offload(offload, engine, dtype)
-    kind = found.system
-    assert kind is not None
-    lacking = [part for part in ("vae", *(t.name for t in kind.text)) if part not in found.parts]
-    if vae is not None and "vae" in lacking:
-        lacking.remove("vae")
-    if lacking:
-        raise CheckpointError(
-            f"{name} holds no {' and no '.join(lacking)}; give a whole checkpoint"
-            + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
-            + (", or one to take them from with --parts" if found.alone else "")
-        )
+    text = found.system.text
+    made = ready(found, name, [part.name for part in text], vae, families)
     inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
     plan = plan_of(found.kind)
     tokenizers = tuple(tokenizer_of(found.folder, reader) for reader in plan.readers)
-    fit(plan, [part.config for part in kind.text], tokenizers, inversions)
-    parts = dict(found.parts)
-    said: Mapping[str, Any] = found.configs.get("vae", {})
-    sources = {part: f"{name} ({part})" for part in parts}
-    if vae is not None:
-        other = open_checkpoint(vae, systems=systems)
-        if "vae" not in other.parts:
-            raise InputError(f"{vae} holds no autoencoder", argument="vae")
-        parts["vae"], said, sources["vae"] = other.parts["vae"], other.configs.get("vae", {}), str(vae)
-    if said:  # a folder's own numbers, with the preview that no file has
-        kind = replace(kind, vae=replace(KLConfig.from_diffusers(dict(said)), preview=kind.vae.preview))
+    fit(plan, [part.config for part in text], tokenizers, inversions)
     betas = beta_table()
     levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
-    config = Config(
-        found.kind, preset_of(found), found.prediction, found.zero_snr, kind.vae.factor, consistent(found)
+    how, guess = preset_named(found) if preset is None else (preset, "")
+    like, factor = preset_of(found, how), found.system.vae.factor
+    unopened = System(
+        config=Config(found.kind, like, found.prediction, found.zero_snr, factor, how, guess),
+        shapes=made.shapes,
+        networks=Networks({}),
+        levels=levels,
+        dtype=dtype,
+        device=device,
+        parts=made.parts,
+        sources=made.sources,
+        engine=engine,
+        tokenizers=tokenizers,
+        inversions=inversions,
     )
-    texts = tokenizers, inversions
-    unopened = System(config, kind, Networks({}), levels, dtype, device, parts, sources, *texts, engine)
     return unopened.offloaded(offload)
 
 
-def consistent(found: Checkpoint) -> bool:
-    """Whether it is a latent consistency model: its U-Net is told the guidance, or its scheduler is made for one."""
-    said = found.configs.get("scheduler", {}).get("_class_name")
-    return found.kind.endswith("-lcm") or said == "LCMScheduler"
+def usual_preset(found: Checkpoint) -> Preset:
+    """How a checkpoint draws of which nothing but the kind is known."""
+    return preset_of(found, preset_named(found)[0])
 
 
-def preset_of(found: Checkpoint) -> Preset:
-    """How a checkpoint draws when the user says nothing: its family's custom, and what its scheduler's JSON tells."""
+def preset_of(found: Checkpoint, name: str = "plain") -> Preset:
+    """How a checkpoint draws when the user says nothing: its family's custom, and that of the preset `name`."""
     kind = found.system
     assert kind is not None
     side = 512 if found.kind.startswith("sd2") and found.prediction == "epsilon" else kind.size
-    preset = Preset(size=(side, side))
+    preset = Preset(25, 7.0, "dpmpp_2m", "karras", (side, side))
     if found.kind.startswith("sdxl"):
         preset = replace(preset, guidance=5.0)
-    said, cells = found.configs.get("scheduler", {}), found.configs.get("unet", {}).get("sample_size")
+    cells = found.configs.get("unet", {}).get("sample_size")
     if isinstance(cells, int) and 0 < cells <= 256:  # distilled ones may draw smaller than their parents
         preset = replace(preset, size=(cells * kind.vae.factor,) * 2)
-    if consistent(found):  # what its makers draw with, where it is told the guidance
-        guidance = 8.0 if kind.unet.time_cond else 1.0
-        return replace(preset, steps=4, guidance=guidance, sampler="lcm", schedule="lcm")
     if found.zero_snr:
-        return replace(preset, sampler="euler", schedule="trailing", rescale=0.7)
-    if said.get("timestep_spacing") == "trailing":  # the distilled ones, which draw in one to four steps
-        sampler = "euler_a" if "Ancestral" in said.get("_class_name", "") else "euler"
-        return replace(preset, steps=1, guidance=1.0, sampler=sampler, schedule="trailing")
-    return preset
+        preset = replace(preset, sampler="euler", schedule="trailing", rescale=0.7)
+    return replace(preset, **drawn(name, found))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sfumato.checkpoint.fill import fill_layers
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.clip import load_encoder
 from sfumato.families.sd3.condition import READERS, Reader
 from sfumato.nn.narrow import narrowed
-from sfumato.text.clip import OPENCLIP_BIGG, PROJECTION, ClipConfig, ClipTextEncoder, load_encoder
+from sfumato.text.clip import OPENCLIP_BIGG, PROJECTION, ClipConfig, ClipTextEncoder
 from sfumato.text.clip_tokens import ClipTokenizer, bundled
 from sfumato.text.clip_tokens import open_folder as open_clip
 from sfumato.text.t5 import T5_XXL, T5Config, T5Encoder

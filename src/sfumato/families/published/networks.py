@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from sfumato.adapters.fold import Folded, Touched
 from sfumato.checkpoint.rules import View
 from sfumato.memory import check_offload
 from sfumato.runtime import give_back
@@ -23,11 +25,18 @@ class Networks:
     text encoders are gone while the U-Net works, and the U-Net while the autoencoder does; "sequential" does the same,
     and the U-Net's layers are read from the file at every call. A network that somebody still works with lives until
     the work is done, and one that is gone is opened again when it is asked for: what is kept changes no number.
+
+    renewers: how a network in memory takes over tensors of its parts that have changed, and whether it can.
     """
 
-    def __init__(self, openers: Mapping[str, Callable[[], Any]], offload: str = "none"):
+    def __init__(
+        self,
+        openers: Mapping[str, Callable[[], Any]],
+        offload: str = "none",
+        renewers: Mapping[str, Callable[[Any, Touched], bool]] | None = None,
+    ):
         check_offload(offload)
-        self.openers, self.offload = openers, offload
+        self.openers, self.offload, self.renewers = openers, offload, renewers or {}
         self._held: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -45,6 +54,23 @@ class Networks:
         """Names of the networks that are kept in memory now."""
         return tuple(self._held)
 
+    def renew(self, touched: Touched) -> None:
+        """Bring what is in memory up to date with tensors that have changed; what cannot be is let go.
+
+        A network that fails on the way is let go too: it is opened again, whole, when it is asked for.
+        """
+        with self._lock:
+            for name in list(self._held):
+                done = False
+                try:
+                    done = name in self.renewers and self.renewers[name](self._held[name], touched)
+                finally:
+                    if not done:
+                        del self._held[name]
+                        give_back()
+            give_back()
+        self.open_all()
+
     def open_all(self) -> None:
         """Open what "none" keeps; of the other levels nothing."""
         if self.offload == "none":
@@ -53,7 +79,10 @@ class Networks:
 
 
 def part_hash(part: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a part's tensors, read once in a process for each state of its files."""
+    """SHA-256 of a part's tensors, read once in a process for each state of its files; and of what is added to them."""
+    if isinstance(part, Folded):
+        own = part_hash(part.base)
+        return hashlib.sha256(f"{own} {part.key}".encode()).hexdigest() if part.key else own
     identity = getattr(part.weights, "identity", None) if isinstance(part, View) else None
     if identity is None:  # not of files
         return tensors_hash(part)

@@ -1,4 +1,4 @@
-"""A Stable Diffusion checkpoint written again: as a single file, as a diffusers folder, in another precision.
+"""A checkpoint written again: as a single file, as a diffusers folder, in another precision.
 
 Tensors pass one by one from where they lie to where they go, so memory holds one of them. What a diffusers folder and a
 single file both hold goes there and back unchanged; what only one of them can say is refused or reported.
@@ -10,29 +10,31 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sfumato.autoencoder.kl import AutoencoderKL
+from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.rules import Joined
 from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd import folder, keys
-from sfumato.families.sd.checkpoint import Checkpoint
-from sfumato.families.sd.condition import plan_of
-from sfumato.families.sd.shapes import VAE
-from sfumato.families.sd.signatures import TEXTS
-from sfumato.nn.unet import UNet
+from sfumato.families.published import folder, keys
+from sfumato.families.published.checkpoint import Checkpoint
+from sfumato.families.published.openers import blank
+from sfumato.families.published.signatures import TEXTS, VAES
 from sfumato.storage import atomic_directory, write_json
-from sfumato.text.clip import ClipTextEncoder
 from sfumato.text.clip_tokens import bundled, save_folder
 
-COPIED = ("tokenizer", "tokenizer_2", "feature_extractor")  # folders of plain data, taken over as they are
-COPIED_SUFFIXES = {".json", ".txt"}
+COPIED = (
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+    "feature_extractor",
+)  # folders of plain data, taken over as they are
+COPIED_SUFFIXES = {".json", ".txt", ".model"}
 COPIED_LIMIT = 64 * 2**20  # bytes; the largest vocabulary is a fiftieth of it
 
 
@@ -95,39 +97,60 @@ def write_folder(
             write_json(place / folder.CONFIG, configs[name])
             file = place / f"{folder.WEIGHTS[name]}.safetensors"
             size += write_tensors(file, tensors, dtype=dtype, on_tensor=told)
-        if not checkpoint.alone and checkpoint.system is not None:
+        dropped = dict(checkpoint.dropped)
+        if not checkpoint.alone and checkpoint.family is not None:
             scheduler = _scheduler(checkpoint)
-            index = folder.model_index(checkpoint.kind, checkpoint.system, scheduler["_class_name"])
+            index = checkpoint.family.model_index(checkpoint, scheduler["_class_name"])
             write_json(staging / folder.SCHEDULER, scheduler)
             write_json(staging / folder.INDEX, index)
             if checkpoint.folder is not None:
                 _copy_data(checkpoint.folder, staging)
-            for reader in plan_of(checkpoint.kind).readers:
-                place = staging / folder.tokenizer_folder(reader.part)
-                if reader.part in checkpoint.parts and not place.exists():
-                    save_folder(bundled(reader.pad), place)
-    return _written(checkpoint, "folder", size)
+            dropped |= _write_tokenizers(checkpoint, staging)
+    return replace(_written(checkpoint, "folder", size), dropped=dropped)
+
+
+def _write_tokenizers(checkpoint: Checkpoint, staging: Path) -> dict[str, str]:
+    """Those that come with the package, where the source had none. Returns which are missing then, with the reason."""
+    assert checkpoint.family is not None
+    pads, missing = checkpoint.family.pads(checkpoint.kind), {}
+    for part in checkpoint.system.text:
+        place = staging / folder.tokenizer_folder(part.name)
+        if part.name not in checkpoint.parts or place.exists():
+            continue
+        if part.name in pads:
+            save_folder(bundled(pads[part.name]), place)
+        else:
+            missing[f"{place.name}/*"] = (
+                "its tokenizer is not in the package and not beside the checkpoint: add it"
+            )
+    return missing
 
 
 def _original(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     """The checkpoint's tensors under the names of a single file, and its markers."""
-    if "unet" not in checkpoint.parts:
+    family = checkpoint.family
+    if family is None or not checkpoint.draws:
         [(name, tensors)] = checkpoint.parts.items()
-        return keys.vae_map(VAE).to_theirs(tensors) if name == "vae" else tensors
-    if checkpoint.system is None:
-        raise ValueError("a U-Net always has its system")
-    places = keys.prefixes(checkpoint.system)
-    whole = keys.file_map(checkpoint.system, {part: places[part] for part in checkpoint.parts})
+        return keys.vae_map(_vae(checkpoint)).to_theirs(tensors) if name == "vae" else tensors
+    places = family.prefixes(checkpoint.system, None)
+    whole = family.file_map(checkpoint.system, {part: places[part] for part in checkpoint.parts}, None)
     ours = Joined(*((f"{part}.", tensors) for part, tensors in checkpoint.parts.items()))
-    return Joined(("", whole.to_theirs(ours)), ("", _markers(checkpoint)))
+    return Joined(("", whole.to_theirs(ours)), ("", family.markers(checkpoint)))
 
 
-def _markers(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Empty tensors whose names say that the U-Net was trained to predict v, and how."""
-    if checkpoint.prediction != "v":
-        return {}
-    names = ("v_pred", "ztsnr") if checkpoint.zero_snr else ("v_pred",)
-    return {name: torch.zeros(0) for name in names}
+def _vae(checkpoint: Checkpoint) -> KLConfig:
+    return VAES[checkpoint.kind] if checkpoint.system is None else checkpoint.system.vae
+
+
+def _config_of(checkpoint: Checkpoint, name: str) -> Any:
+    """The configuration of a part's network."""
+    if checkpoint.family is not None and name == checkpoint.family.denoiser:
+        return checkpoint.system.denoiser
+    if name == "vae":
+        return _vae(checkpoint)
+    texts = () if checkpoint.system is None else checkpoint.system.text
+    found = next((part.config for part in texts if part.name == name), None)
+    return TEXTS[checkpoint.kind] if found is None else found
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
@@ -137,17 +160,8 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _check_shapes(checkpoint: Checkpoint) -> None:
     """`CheckpointError` unless every tensor has the shape that its network needs: what is written can be loaded."""
-    system = checkpoint.system
-    text = {part.name: part.config for part in system.text} if system is not None else {}
     for name, tensors in checkpoint.parts.items():
-        with torch.device("meta"):
-            if name == "unet" and system is not None:
-                module: nn.Module = UNet(system.unet)
-            elif name == "vae":
-                module = AutoencoderKL(VAE if system is None else system.vae)
-            else:
-                module = ClipTextEncoder(text.get(name) or TEXTS[checkpoint.kind])
-        needed = module.state_dict()
+        needed = blank(_config_of(checkpoint, name)).state_dict()
         for tensor in tensors:
             found, right = tensors.info(tensor)[1], tuple(needed[tensor].shape)
             if found != right:
@@ -156,20 +170,23 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
 
 def _check_sayable(checkpoint: Checkpoint) -> None:
     """`CheckpointError` when a folder says what readers of a single file would not know."""
-    if "unet" in checkpoint.parts and checkpoint.system is not None and checkpoint.system.unet.time_cond:
-        raise CheckpointError(
-            "its U-Net is told the guidance scale, for which single files have no name; keep it as a folder"
-        )
+    if (
+        checkpoint.draws
+        and checkpoint.family is not None
+        and (why := checkpoint.family.unsayable(checkpoint))
+    ):
+        raise CheckpointError(why)
     said = checkpoint.configs.get("vae")
     if not said or checkpoint.system is None:
         return
     usual = folder.vae_config(checkpoint.system.vae, checkpoint.system.size)
-    scale = said.get("scaling_factor", VAE.scaling_factor)
-    if scale != usual["scaling_factor"] or any(
-        said.get(n) for n in ("shift_factor", "latents_mean", "latents_std")
-    ):
+    own = {"scaling_factor": usual["scaling_factor"], "shift_factor": usual.get("shift_factor", 0.0)}
+    defaults = {"scaling_factor": KLConfig().scaling_factor, "shift_factor": 0.0}
+    asked = {name: said.get(name) or defaults[name] for name in own}
+    if asked != own or any(said.get(n) for n in ("latents_mean", "latents_std")):
+        told = ", ".join(f"{name} {value}" for name, value in asked.items() if value)
         raise CheckpointError(
-            f"its VAE scales latents in its own way (scaling_factor {scale}), which a single file of {checkpoint.kind} "
+            f"its VAE scales latents in its own way ({told}), which a single file of {checkpoint.kind} "
             "cannot say; keep it as a folder"
         )
 
@@ -178,30 +195,27 @@ def _config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The JSON of a part: the source's own, or the family's."""
     if found := checkpoint.configs.get(name):
         return dict(found)
-    system = checkpoint.system
-    if system is None:
+    if checkpoint.system is None or checkpoint.family is None:
         raise InputError(
             f"{checkpoint.kind} alone does not say which system it belongs to; give its kind",
             argument="kind",
         )
-    if name == "unet":
-        v_of_sd2 = checkpoint.kind == "sd2" and checkpoint.prediction == "v"
-        size = 512 if checkpoint.kind == "sd2" and not v_of_sd2 else system.size
-        return folder.unet_config(system.unet, size // system.vae.factor, upcast=v_of_sd2)
+    if name == checkpoint.family.denoiser:
+        return checkpoint.family.denoiser_config(checkpoint)
     if name == "vae":
-        return folder.vae_config(system.vae, system.size)
-    parts = {part.name: part.config for part in system.text}
-    return folder.text_config(parts[name])
+        return folder.vae_config(checkpoint.system.vae, checkpoint.system.size)
+    return folder.text_config(_config_of(checkpoint, name))
 
 
 def _scheduler(checkpoint: Checkpoint) -> dict[str, Any]:
     """The scheduler's JSON: the source's own with the prediction that holds, or the family's."""
-    usual = folder.scheduler_config(checkpoint.kind, checkpoint.prediction, checkpoint.zero_snr)
+    assert checkpoint.family is not None
+    usual = checkpoint.family.scheduler_config(checkpoint)
     found = checkpoint.configs.get("scheduler")
     if not found:
         return usual
-    prediction = usual["prediction_type"]
-    return {"_class_name": usual["_class_name"], **found, "prediction_type": prediction}
+    prediction = {name: usual[name] for name in ("prediction_type",) if name in usual}
+    return {"_class_name": usual["_class_name"], **found, **prediction}
 
 
 def _counter(total: int, on_progress: Callable[[int, int], None] | None) -> Callable[[str], None] | None:

@@ -12,15 +12,13 @@ from torch import Tensor
 from sfumato.autoencoder.memory import peak_bytes
 from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
-from sfumato.checkpoint.rules import View, info
+from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
-from sfumato.families.sd.controls import controller
-from sfumato.families.sd.networks import Networks
-from sfumato.families.sd.openers import openers, require_offload
-from sfumato.families.sd.system import System
+from sfumato.families.published.networks import Networks
+from sfumato.families.published.openers import require_offload
+from sfumato.families.published.system import PublishedSystem
 from sfumato.memory import LiveBytes, Stage, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
-from sfumato.nn.controlnet import ControlNet
 from sfumato.types import Conditioning, Request
 
 # Holes that freed blocks leave in the C library's memory, as a share of what a pass holds. Not traced but measured, 0.5
@@ -35,7 +33,7 @@ WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
 class Numberless(Mapping[str, Tensor]):
     """The tensors of a part as the header tells them, made anew at each asking. Under `tracing` they hold nothing."""
 
-    def __init__(self, part: View):
+    def __init__(self, part: Mapping[str, Tensor]):
         self.forms = {name: info(part, name) for name in part}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -50,27 +48,33 @@ class Numberless(Mapping[str, Tensor]):
 
 
 def trace(
-    system: System, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+    system: PublishedSystem,
+    request: Request,
+    size: tuple[int, int],
+    batch: int,
+    *,
+    encodes: bool,
+    offload: str,
 ) -> tuple[Stage, ...]:
     """The stages of drawing `batch` pictures of a complete request, at `size`, its largest; `encodes`: from a picture.
 
     The prompts are read and the U-Net is called as they are when drawing. The sampler's own latents are not counted.
     """
     require_offload(offload, system.engine, system.dtype)
-    parts = {name: Numberless(part) for name, part in system.parts.items()}
+    parts = {name: Numberless(part) for name, part in system.drawn_from.items()}
     cpu, keeps = system.device.type == "cpu", offload == "none"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
     with tracing(WHOLE) as tracer:
         networks, weights, loading = {}, {}, []
-        for name, opener in openers(system, parts, stream=offload == "sequential").items():
+        for name, opener in system.openers(parts, stream=offload == "sequential").items():
             before = tracer.now
             networks[name], most = tracer.worst(opener)
             weights[name] = tracer.now - before
             loading.append(Stage("load", before if keeps else 0, most + window))
         names = {control.name for control in request.controls or ()}
         controls, control_weights = {}, 0
-        for name in names & set(system.controls):
-            file = system.controlnets.files[name]
+        for name in sorted(names & set(getattr(system, "controls", ()))):
+            file = system.controlnets.files[name]  # type: ignore[attr-defined]
             file = replace(file, tensors=Numberless(file.tensors))
             before = tracer.now
             controls[name], most = tracer.worst(
@@ -79,7 +83,9 @@ def trace(
             control_weights += tracer.now - before
             loading.append(Stage("load", before if keeps else weights["denoiser"], most + window))
         weights["denoiser"] += control_weights  # they work together, however the others are kept
-        ghost = replace(system, networks=Networks({name: lambda n=name: networks[n] for name in networks}))
+        ghost: Any = replace(
+            system, networks=Networks({name: lambda n=name: networks[n] for name in networks})
+        )
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
         denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
     if cpu and keeps:
@@ -88,7 +94,7 @@ def trace(
     resident = {name: sum(weights.values()) if keeps else own for name, own in weights.items()}
     stages = [
         Stage("load", resident[max(weights, key=weights.__getitem__)], 0),
-        Stage("text", resident["text"], text),
+        Stage("text", max(resident[name] for name in system.texts), text),
         Stage("denoise", resident["denoiser"], denoise + (window if offload == "sequential" else 0)),
         Stage("decode", resident["autoencoder"], _autoencoder_bytes(system, "decode", size, batch)),
     ]
@@ -98,11 +104,12 @@ def trace(
         stages.insert(
             2, Stage("encode", resident["autoencoder"], _autoencoder_bytes(system, "encode", size, batch))
         )
-    return tuple(stages)
+    added = system.added if cpu else 0  # LoRAs stay as their files' pages
+    return tuple(replace(stage, weights=stage.weights + added) for stage in stages)
 
 
 def _autoencoder_bytes(
-    system: System, task: Literal["decode", "encode"], size: tuple[int, int], batch: int
+    system: PublishedSystem, task: Literal["decode", "encode"], size: tuple[int, int], batch: int
 ) -> int:
     """Of a pass in bands, and its pixels once more: they are clamped, or moved."""
     width, height = size
@@ -113,13 +120,13 @@ def _autoencoder_bytes(
 
 
 def _denoise_bytes(
-    ghost: System,
+    ghost: Any,
     tracer: LiveBytes,
     cond: Conditioning,
     request: Request,
     size: tuple[int, int],
     batch: int,
-    controls: Mapping[str, ControlNet],
+    controls: Mapping[str, Any],
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
@@ -129,7 +136,7 @@ def _denoise_bytes(
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 
     picture = torch.empty(1, 3, height, width, device=ghost.device)
-    shown = [controller(control, picture) for control in controls.values()]
+    shown = [ghost.shown(control, picture) for control in controls.values()]
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if ghost.inpaint_channels is not None:
@@ -138,7 +145,8 @@ def _denoise_bytes(
         for adds in shown:
             added = adds(x, level, given, False)
             control = tuple(a + b for a, b in zip(control, added, strict=True)) if control else added
-        return ghost.network(x, level, given, control).float()
+        more = {"control": control} if control else {}
+        return ghost.network(x, level, given, **more).float()
 
     kind = ghost.parameterization
     preset = ghost.config.preset

@@ -1,0 +1,216 @@
+"""What `unet.py` and `mmdit.py` share: one pass of a network by ours, by diffusers and by OpenVINO, interleaved.
+
+All engines share one network of random weights. Each line also says how far its answer is from diffusers' in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import interleaved, keep, probe, show
+from torch import Tensor, nn
+
+from sfumato.nn.openvino import converted, settings
+from sfumato.nn.packed import pack
+from sfumato.nn.quantized import KEPT, quantize
+from sfumato.receipts.flops import count_flops, module_size
+
+LAST = torch.channels_last
+LARGE = {  # these hold the weights in float32 once more, and NNCF takes minutes
+    "OpenVINO float32",
+    "OpenVINO int8, NNCF",
+    "ours float32, packed",
+}
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    title: for people. ours: makes our network; theirs: diffusers', whose weights ours takes, or None where diffusers is
+    not installed. inputs: in float32, by the names that our network gives them. ask: one pass of diffusers' network.
+    maps: the network works on maps, for which channels-last memory counts. kept: of its layers in eight bits.
+    """
+
+    title: str
+    ours: Callable[[], nn.Module]
+    theirs: Callable[[], nn.Module] | None
+    inputs: Inputs
+    ask: Callable[[nn.Module, Inputs], Tensor]
+    maps: bool
+    kept: tuple[str, ...] = KEPT
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def add_arguments(parser: argparse.ArgumentParser, size: int) -> None:
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each, interleaved (default 5)")
+    parser.add_argument(
+        "--size", type=int, default=size, help=f"pixels per side; 8 to a latent cell (default {size})"
+    )
+    parser.add_argument("--batch", type=int, default=2, help="rows; 2 is one guided picture (default 2)")
+    parser.add_argument("--only", metavar="PARTS", help="contenders whose name holds one of these, by comma")
+    parser.add_argument("--all", action="store_true", help=f"also {' and '.join(sorted(LARGE))}")
+    parser.add_argument("--compile", action="store_true", help="also diffusers under torch.compile (minutes)")
+
+
+def openvino_call(network: nn.Module, inputs: Inputs, kind: str) -> Callable[[], Any]:
+    """The float32 network compiled by OpenVINO for this machine: "float32", "bfloat16", or "int8", which is what NNCF
+    makes of it with these inputs to look at, the rest in bfloat16.
+    """
+    import openvino
+
+    model = converted(network, inputs)
+    arrays = [value.numpy() for value in inputs.values()]
+    if kind == "int8":
+        import nncf
+
+        nncf.set_log_level("ERROR")
+        seen = nncf.Dataset([arrays])
+        model = nncf.quantize(model, seen, model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    compiled = openvino.Core().compile_model(model, "CPU", settings("CPU", dtype))
+    return lambda: torch.from_numpy(compiled(arrays)[0])
+
+
+def contenders(subject: Subject, args: Any) -> tuple[dict[str, Callable[[], Tensor]], nn.Module]:
+    """Name → one pass, and our float32 network."""
+    torch.manual_seed(0)
+    theirs = subject.theirs() if subject.theirs else None
+    weights = theirs or subject.ours().eval()
+
+    def ours_with(weights: nn.Module) -> nn.Module:
+        """Our network on the tensors of another, which cost memory once."""
+        with torch.device("meta"):
+            network = subject.ours().eval()
+        network.load_state_dict(weights.state_dict(), assign=True)
+        return network
+
+    ours = ours_with(weights)
+
+    def cast(dtype: torch.dtype, last: bool) -> Inputs:
+        inputs = {
+            name: value if name == "time" else value.to(dtype) for name, value in subject.inputs.items()
+        }
+        return inputs | ({"x": inputs["x"].contiguous(memory_format=LAST)} if last else {})
+
+    def passes(network: nn.Module, dtype: torch.dtype, last: bool = False) -> Callable[[], Tensor]:
+        inputs = cast(dtype, last)
+        return torch.inference_mode()(lambda: network(**inputs))
+
+    def asked(network: nn.Module, dtype: torch.dtype, last: bool = False) -> Callable[[], Tensor]:
+        inputs = cast(dtype, last)
+        return torch.inference_mode()(lambda: subject.ask(network, inputs))
+
+    rough, exact = torch.bfloat16, torch.float32
+
+    def changed(change: Callable[[nn.Module], Any], dtype: torch.dtype) -> nn.Module:
+        made = copy.deepcopy(ours).to(dtype)
+        change(made)
+        return made
+
+    @functools.cache
+    def last(dtype: torch.dtype) -> nn.Module:
+        return copy.deepcopy(weights).to(dtype).to(memory_format=LAST)
+
+    def half() -> nn.Module:
+        return copy.deepcopy(weights).to(rough)
+
+    def best(dtype: torch.dtype) -> nn.Module:
+        return last(dtype) if subject.maps else copy.deepcopy(weights).to(dtype)
+
+    known: dict[str, Callable[[], Callable[[], Tensor]]] = {}
+    if theirs:
+        known["diffusers float32"] = lambda: asked(theirs, exact)
+        known["diffusers bfloat16"] = lambda: asked(half(), rough)
+        if subject.maps:
+            known["diffusers float32, channels last"] = lambda: asked(last(exact), exact, True)
+            known["diffusers bfloat16, channels last"] = lambda: asked(last(rough), rough, True)
+        if args.compile:
+            known["diffusers bfloat16, compiled"] = lambda: asked(
+                torch.compile(best(rough)), rough, subject.maps
+            )
+    if installed("openvino"):
+        known["OpenVINO float32"] = lambda: openvino_call(ours, subject.inputs, "float32")
+        known["OpenVINO bfloat16"] = lambda: openvino_call(ours, subject.inputs, "bfloat16")
+        if installed("nncf"):
+            known["OpenVINO int8, NNCF"] = lambda: openvino_call(ours, subject.inputs, "int8")
+    known["ours float32"] = lambda: passes(ours_with(best(exact)), exact, subject.maps)
+    known["ours float32, packed"] = lambda: passes(changed(pack, exact), exact, subject.maps)
+    known["ours bfloat16"] = lambda: passes(ours_with(best(rough)), rough, subject.maps)
+    known["ours bfloat16, packed"] = lambda: passes(changed(pack, rough), rough, subject.maps)
+    known["ours int8"] = lambda: passes(
+        changed(lambda made: quantize(made, subject.kept), rough), rough, subject.maps
+    )
+    if args.only:
+        wanted = [part.strip() for part in args.only.split(",")]
+        known = {name: make for name, make in known.items() if any(part in name for part in wanted)}
+    elif not args.all:
+        known = {name: make for name, make in known.items() if name not in LARGE}
+    return {name: make() for name, make in known.items()}, ours
+
+
+def measure(subject: Subject, args: Any, facts: dict[str, Any]) -> None:
+    """Print the table, and keep the numbers with the `facts` if --json asks for them."""
+    calls, network = contenders(subject, args)
+    with torch.device("meta"):
+        counted = subject.ours()
+    with torch.inference_mode():
+        flops = count_flops(counted, *(value.to("meta") for value in subject.inputs.values()))
+    answers = {name: call().clone() for name, call in calls.items()}
+    first = next(iter(answers.values()))  # diffusers in float32 unless --only left it out
+    errors = {
+        name: float((answer.float() - first.float()).norm() / first.float().norm())
+        for name, answer in answers.items()
+    }
+    before = probe()
+    times = interleaved(calls, args.rounds)
+    after = probe()
+    size = module_size(network)
+
+    def share(name: str, seconds: float) -> float:
+        kind = "float32" if "float32" in name else "bfloat16"
+        return flops / seconds / 1e9 / max(before[kind], after[kind])
+
+    show(
+        f"{subject.title} of {size.parameters / 1e6:.1f} million parameters, {args.size}×{args.size}, "
+        f"batch {args.batch}: {flops / 1e9:.0f} GFLOP",
+        before,
+        [
+            (
+                name,
+                f"{seconds:.3f} s",
+                f"{flops / seconds / 1e9:4.0f} GFLOP/s, {share(name, seconds):4.0%} of the probe, "
+                f"error {errors[name]:.1e}",
+            )
+            for name, seconds in times.items()
+        ]
+        + [
+            ("probe afterwards", f"{after['bfloat16']:.0f} GFLOP/s", f"before {before['bfloat16']:.0f}"),
+        ],
+    )
+    keep(
+        args.json,
+        {
+            **facts,
+            "size": args.size,
+            "batch": args.batch,
+            "parameters": size.parameters,
+            "flops": flops,
+            "probe_before": before,
+            "probe_after": after,
+            "seconds": times,
+            "error": errors,
+            "share_of_probe": {name: share(name, seconds) for name, seconds in times.items()},
+        },
+    )

@@ -1,0 +1,130 @@
+"""What attaching a LoRA costs: time to fold it into an SDXL-shaped part of a U-Net, and a step before and after.
+
+Blocks of the published widths, with random numbers; as many of the coarsest level's ten as --blocks says, since the
+whole network has 70 alike. One process; steps with and without are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sfumato.adapters.fold import Adapters
+from sfumato.checkpoint.fill import fill_layers, refill_layers
+from sfumato.checkpoint.source import open_weights
+from sfumato.families.sd.adapters import names_of
+from sfumato.families.sd.shapes import SYSTEMS
+from sfumato.nn.packed import packed
+from sfumato.nn.unet import UNet
+from sfumato.runtime import fast_dtype
+from sfumato.storage import save_tensors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=1, help="of the ten at the coarsest level")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--size", type=int, default=32, help="cells per side of the latent")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    full = SYSTEMS["sdxl"]
+    depths = (0, 1, options.blocks)
+    system = replace(full, unet=replace(full.unet, depths=depths, mid_depth=options.blocks))
+    dtype = fast_dtype(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        base = base_file(Path(folder), system.unet)
+        lora = lora_file(Path(folder), base, options.rank)
+        measure(system, base, lora, dtype, options)
+
+
+def base_file(folder: Path, config) -> Path:
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in UNet(config).state_dict().items()}
+    tensors = {name: (torch.randn(shape) * 0.02).half() for name, shape in shapes.items()}
+    save_tensors(folder / "base.safetensors", tensors)
+    return folder / "base.safetensors"
+
+
+def lora_file(folder: Path, base: Path, rank: int) -> Path:
+    """On every layer of the transformers, as most trainers make them."""
+    weights = open_weights(base)
+    tensors = {}
+    for name in weights:
+        shape = weights.info(name)[1]
+        if "transformer_blocks" in name and name.endswith(".weight") and len(shape) == 2:
+            key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            tensors[f"{key}.lora_up.weight"] = (torch.randn(shape[0], rank) * 0.01).half()
+            tensors[f"{key}.lora_down.weight"] = (torch.randn(rank, shape[1]) * 0.01).half()
+            tensors[f"{key}.alpha"] = torch.tensor(float(rank)).half()
+    save_tensors(folder / "lora.safetensors", tensors)
+    return folder / "lora.safetensors"
+
+
+def measure(system, base: Path, lora: Path, dtype: torch.dtype, options) -> None:
+    form = dtype, torch.device("cpu")
+
+    def blank() -> UNet:
+        with torch.device("meta"):
+            return UNet(system.unet)
+
+    def renew(touched) -> None:
+        packs = lambda path, layer: packed(layer)  # noqa: E731
+        refill_layers(network, blank(), adapters.parts["unet"], touched["unet"], "base", *form, twin=packs)
+
+    names = names_of("sdxl", system)
+    adapters = Adapters(lambda: names, {"unet": open_weights(base)}, renew)
+    network = blank()
+    started = time.perf_counter()
+    fill_layers(network, adapters.parts["unet"], "base", *form, pack=True)
+    network.eval()
+    opening = time.perf_counter() - started
+    x, context = torch.randn(2, 4, options.size, options.size), torch.randn(2, 77, 2048)
+
+    def step() -> float:
+        before = time.perf_counter()
+        network(x, torch.tensor(500.0), context, torch.randn(2, 2816))
+        return time.perf_counter() - before
+
+    step()
+    attach, change, plain, folded = [], [], [], []
+    for _ in range(options.rounds):
+        plain.append(step())
+        attach.append(timed(lambda: adapters.attach(lora, 0.8, name="lora")))
+        folded.append(step())
+        folded.append(step())
+        change.append(timed(lambda: adapters.attach(lora, 0.4, name="lora")))
+        adapters.detach()
+        plain.append(step())
+    report = adapters.attach(lora, 0.8, name="lora")
+    changed = sum(count for _, count in sizes(adapters))
+    print(
+        f"{report.describe()}; {changed / 1e6:.0f} M numbers change, in {str(dtype).removeprefix('torch.')}"
+    )
+    print(f"opening without it                {opening:6.2f} s")
+    each = statistics.median(attach) / changed * 1e9
+    print(f"attaching, the file read with it  {statistics.median(attach):6.2f} s, {each:.1f} s a billion")
+    print(f"another weight                    {statistics.median(change):6.2f} s")
+    with_it, without = statistics.median(folded), statistics.median(plain)
+    print(f"a step without {without:.3f} s, with {with_it:.3f} s: {with_it / without - 1:+.1%}")
+
+
+def sizes(adapters: Adapters) -> list[tuple[str, int]]:
+    base = adapters.base["unet"]
+    return [(name, torch.Size(base.info(name)[1]).numel()) for name in adapters.opened["lora"].deltas["unet"]]
+
+
+def timed(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""One pass of Stable Diffusion 3's transformer, guided (batch 2), by ours, by diffusers and by OpenVINO, interleaved.
+
+--blocks takes fewer of its joint blocks, which are nearly all of its time and memory: a pass of all 24 in bfloat16 at
+1024² is 18 TFLOP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from common import arguments
+from denoiser import Inputs, Subject, add_arguments, installed, measure
+from torch import Tensor, nn
+
+from sfumato.families.sd3.folder import transformer_config
+from sfumato.families.sd3.shapes import SYSTEMS
+from sfumato.nn.mmdit import KEPT, MMDiT, MMDiTConfig
+
+TOKENS = 77 + 256  # of CLIP and of T5
+
+
+def diffusers_network(config: MMDiTConfig) -> nn.Module:
+    """diffusers' network of that shape with random weights."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel.from_config(transformer_config(config, 128)).eval()
+
+
+def ask(network: nn.Module, inputs: Inputs) -> Tensor:
+    return network(inputs["x"], inputs["context"], inputs["vector"], inputs["time"]).sample
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    add_arguments(parser, 512)
+    parser.add_argument("--kind", choices=SYSTEMS, default="sd3-medium", help="whose (default sd3-medium)")
+    parser.add_argument(
+        "--blocks", type=int, default=4, help="joint blocks (default 4); 24 are all of a medium one"
+    )
+    args = parser.parse_args()
+    whole = SYSTEMS[args.kind].transformer
+    config = replace(whole, layers=args.blocks, dual=tuple(n for n in whole.dual if n < args.blocks))
+    torch.manual_seed(1)
+    cells = args.size // 8
+    inputs = {
+        "x": torch.randn(args.batch, config.channels, cells, cells),
+        "time": torch.full((args.batch,), 500.0),
+        "context": torch.randn(args.batch, TOKENS, config.context),
+        "vector": torch.randn(args.batch, config.pooled),
+    }
+    theirs = (lambda: diffusers_network(config)) if installed("diffusers") else None
+    title = f"Transformer of {args.kind} with {args.blocks} of {whole.layers} blocks"
+    subject = Subject(title, lambda: MMDiT(config), theirs, inputs, ask, maps=False, kept=KEPT)
+    measure(subject, args, {"kind": args.kind, "blocks": args.blocks})
+
+
+if __name__ == "__main__":
+    main()

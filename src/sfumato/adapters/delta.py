@@ -1,0 +1,291 @@
+"""What an adapter adds to one tensor of a network, whatever format it was written in.
+
+Every kind answers `full(shape)`: ΔW in float32, at weight 1. `folded` adds any number of them to a tensor.
+
+Sources of the formulas: LoRA (Hu et al. 2021, 2106.09685, eq. 3), LoHa (FedPara, Hyeon-Woo et al. 2021, 2108.06098,
+prop. 1 and 3), LoKr (Edalati et al. 2022, 2212.10650, sec. 3), DoRA (Liu et al. 2024, 2402.09353, eq. 5), and LyCORIS
+(2309.14859) for their forms in files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+Shape = Sequence[int]
+HELD = 2**18  # numbers folded at a time, 1 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """scale · up·down. up: (O, r, …), down: (r, I, …) of a matrix or a kernel (r, I, h, w); kernels of `up` are 1×1.
+
+    mid: (r, r, h, w), a kernel between the two, which then have 1×1 ones (LoCon's Tucker form).
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
+    mid: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        inner = self.mid.shape[2:] if self.mid is not None else self.down.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *inner)
+
+    def full(self, shape: Shape) -> Tensor:
+        if self.mid is None:
+            product = _wide(self.up).flatten(1) @ _wide(self.down).flatten(1)
+        else:
+            product = _tucker(_wide(self.mid), _wide(self.up).flatten(1).T, _wide(self.down).flatten(1))
+        return product.mul_(self.scale).reshape(tuple(shape))
+
+    def norm(self) -> float:
+        """‖ΔW‖, without ΔW: the trace of (upᵀup)(down downᵀ), for which float64 has room."""
+        if self.mid is not None:
+            return float(self.full(self.shape).norm())
+        up, down = self.up.flatten(1).double(), self.down.flatten(1).double()
+        return abs(self.scale) * math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A matrix or kernel that is written whole, as a product a·b, or with a core: a (r, O), b (r, I)."""
+
+    whole: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    core: Tensor | None = None
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.b is None else self.b.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.whole is not None:
+            return tuple(self.whole.shape)
+        assert self.a is not None and self.b is not None
+        if self.core is not None:
+            return (self.a.shape[1], self.b.shape[1], *self.core.shape[2:])
+        return (self.a.shape[0], self.b.shape[1])
+
+    def full(self) -> Tensor:
+        if self.whole is not None:
+            return _wide(self.whole)
+        assert self.a is not None and self.b is not None
+        if self.core is not None:
+            return _tucker(_wide(self.core), _wide(self.a), _wide(self.b))
+        return _wide(self.a) @ _wide(self.b)
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard:
+    """scale · first ⊙ second (LoHa)."""
+
+    first: Factor
+    second: Factor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int | None:
+        return self.first.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.first.shape
+
+    def full(self, shape: Shape) -> Tensor:
+        return self.first.full().mul_(self.second.full()).mul_(self.scale).reshape(tuple(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """scale · first ⊗ second (LoKr). A matrix beside a kernel stands for a 1×1 kernel."""
+
+    first: Factor
+    second: Factor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int | None:
+        return self.second.rank or self.first.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        one, two = self.first.shape, self.second.shape
+        one, two = one + (1,) * (len(two) - len(one)), two + (1,) * (len(one) - len(two))
+        return tuple(a * b for a, b in zip(one, two, strict=True))
+
+    def full(self, shape: Shape) -> Tensor:
+        one, two = self.first.full(), self.second.full()
+        sides = max(one.ndim, two.ndim)
+        outer = [(*one.shape, *[1] * sides)[d] for d in range(sides)]
+        inner = [(*two.shape, *[1] * sides)[d] for d in range(sides)]
+        one = one.reshape([n for side in outer for n in (side, 1)])
+        two = two.reshape([n for side in inner for n in (1, side)])
+        return (one * two).mul_(self.scale).reshape(tuple(shape))  # kron, which fails on some kernels of 1×1
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """scale · the difference itself: of a weight, a norm or a bias."""
+
+    tensor: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> None:
+        return None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def full(self, shape: Shape) -> Tensor:
+        return _wide(self.tensor).mul(self.scale).reshape(tuple(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The `place`-th of `of` equal parts along the rows of a change to a fused layer, such as q of q, k and v."""
+
+    inner: LowRank | Hadamard | Kronecker | Difference
+    place: int
+    of: int
+
+    @property
+    def rank(self) -> int | None:
+        return self.inner.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, *rest = self.inner.shape
+        return (rows // self.of, *rest)
+
+    def full(self, shape: Shape) -> Tensor:
+        rows, *rest = shape
+        if isinstance(self.inner, LowRank) and self.inner.mid is None:  # only the rows that are asked for
+            up = self.inner.up.chunk(self.of)[self.place]
+            return LowRank(up, self.inner.down, self.inner.scale).full(shape)
+        return self.inner.full((rows * self.of, *rest)).chunk(self.of)[self.place]
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed:
+    """DoRA: the direction of W + ΔW with a magnitude of its own, magnitude · (W + ΔW) / ‖W + ΔW‖.
+
+    magnitude: one number for each output (the norm is over a row) or, of LyCORIS' first form, for each input.
+    outputs: which of the two.
+    """
+
+    inner: LowRank | Hadamard | Kronecker | Difference
+    magnitude: Tensor
+    outputs: bool
+
+    @property
+    def rank(self) -> int | None:
+        return self.inner.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def over(self, base: Tensor) -> Tensor:
+        """What it adds to `base` (float32) at weight 1."""
+        moved = base + self.inner.full(base.shape)
+        axis = 0 if self.outputs else 1
+        others = [d for d in range(base.ndim) if d != axis]
+        norm = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
+        wanted = _wide(self.magnitude).reshape([-1 if d == axis else 1 for d in range(base.ndim)])
+        return moved.mul_(wanted / norm.clamp_(min=torch.finfo(torch.float32).tiny)).sub_(base)
+
+
+Delta = LowRank | Hadamard | Kronecker | Difference | Rows | Decomposed
+Change = tuple[float, Delta]  # with its weight
+
+
+def folded(base: Tensor, changes: Iterable[Change]) -> Tensor:
+    """base + Σ weight · ΔW in float32, on the device of `base`, which stays as it is.
+
+    Each ΔW is that to `base` itself, so the order of several does not matter, save for rounding.
+    """
+    total = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    for weight, delta in changes:
+        if not _product(total, delta, weight):
+            total.add_(change_of(delta, base), alpha=weight)
+    return total
+
+
+def folded_to(base: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """`folded`, rounded once to `dtype`. Of plain products some rows at a time, so that float32 stays in the cache."""
+    if base.ndim < 2 or not all(isinstance(delta, LowRank) and delta.mid is None for _, delta in changes):
+        return folded(base, changes).to(dtype)
+    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    factors = [
+        (
+            weight * delta.scale,
+            _wide(delta.up).flatten(1).to(base.device),
+            _wide(delta.down).flatten(1).to(base.device),
+        )
+        for weight, delta in changes
+        if isinstance(delta, LowRank)
+    ]
+    rows = max(HELD // max(base[0].numel(), 1), 1)
+    for start in range(0, len(base), rows):
+        part = base[start : start + rows].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for scale, up, down in factors:
+            part.view(len(part), -1).addmm_(up[start : start + rows], down, alpha=scale)
+        out[start : start + rows] = part
+    return out
+
+
+def change_of(delta: Delta, base: Tensor) -> Tensor:
+    """ΔW at weight 1 on `base`, in float32 on its device."""
+    delta = _on(delta, base.device)
+    return delta.over(_wide(base)) if isinstance(delta, Decomposed) else delta.full(base.shape)
+
+
+def _product(total: Tensor, delta: Delta, weight: float) -> bool:
+    """Add a plain product in one pass over `total`; False where it is none."""
+    if not isinstance(delta, LowRank) or delta.mid is not None:
+        return False
+    delta = _on(delta, total.device)
+    assert isinstance(delta, LowRank)
+    rows = total.view(total.shape[0], -1)
+    rows.addmm_(_wide(delta.up).flatten(1), _wide(delta.down).flatten(1), alpha=weight * delta.scale)
+    return True
+
+
+def _on(delta: Delta, device: torch.device) -> Delta:
+    """The same with its tensors on `device`."""
+    if device.type == "cpu":
+        return delta
+    moved = {}
+    for f in fields(delta):
+        value = getattr(delta, f.name)
+        if isinstance(value, Tensor):
+            moved[f.name] = value.to(device)
+        elif isinstance(value, Factor):
+            parts = {g.name: getattr(value, g.name) for g in fields(value)}
+            moved[f.name] = Factor(**{k: v if v is None else v.to(device) for k, v in parts.items()})
+        elif isinstance(value, LowRank | Hadamard | Kronecker | Difference):
+            moved[f.name] = _on(value, device)
+    return replace(delta, **moved)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32)
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """core (r, s, h, w), a (r, O), b (s, I) → (O, I, h, w)."""
+    return torch.einsum("rshw,ro,si->oihw", core, a, b).contiguous()

@@ -1,0 +1,276 @@
+"""LoRAs folded into a model's weights: attached, weighted anew and taken off without touching the model's files.
+
+A network reads its tensors through a `Folded` mapping, which adds ΔW in float32 before anything is rounded, packed or
+put into eight bits. So an attached LoRA costs no time when drawing. When weights change, `Adapters` has those layers
+made anew whose tensors change, from the base again: what is taken off leaves the base to the bit.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.adapters.delta import Change, folded, folded_to
+from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
+from sfumato.adapters.names import Names
+from sfumato.checkpoint.rules import info, shapes
+from sfumato.errors import InputError, SfumatoError
+from sfumato.types import LoraUse
+
+Touched = Mapping[str, frozenset[str]]  # part → tensors
+
+
+class Folded(Mapping[str, Tensor]):
+    """The tensors of a part with what is added to them: a changed one in float32, the others as they are.
+
+    key: of the changes, "" where there are none.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor]):
+        self.base = base
+        self.changes: Mapping[str, tuple[Change, ...]] = {}
+        self.key = ""
+
+    def __getitem__(self, name: str) -> Tensor:
+        changes = self.changes.get(name)
+        return folded(self.base[name], changes) if changes else self.base[name]
+
+    def cast(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """The tensor for who wants it in `dtype`: rounded as it is folded to bfloat16, which has float32's range; other
+        types are the caller's to make.
+        """
+        changes = self.changes.get(name)
+        if changes and dtype == torch.bfloat16:
+            return folded_to(self.base[name], changes, dtype)
+        return self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __contains__(self, name: object) -> bool:  # the one of `Mapping` would fold the tensor
+        return name in self.base
+
+    def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        dtype, shape = info(self.base, name)
+        return (torch.float32 if name in self.changes else dtype), shape
+
+
+class Adapters:
+    """The LoRAs opened for one system, those folded into its networks now, and who is drawing with them.
+
+    names: what the family calls its modules. parts: the base's tensors. refresh: makes anew those layers of networks in
+    memory that hold the tensors told, from `self.parts`; if it fails, it leaves no network half changed. check: looks
+    at a file first and raises an error that says whose it is, should it be another family's. presets: what a LoRA
+    wants of a request that leaves things open, such as few steps. Threads may share it: drawings with the same LoRAs
+    and weights go side by side, one with others waits for them.
+    """
+
+    def __init__(
+        self,
+        names: Callable[[], Names],
+        parts: Mapping[str, Mapping[str, Tensor]],
+        refresh: Callable[[Touched], None],
+        check: Callable[[Path], None] = lambda path: None,
+        presets: Callable[[Lora], dict[str, Any]] = lambda lora: {},
+    ):
+        self._names, self._base, self.refresh = names, parts, refresh
+        self._check, self._presets = check, presets
+        self.parts = {name: Folded(tensors) for name, tensors in parts.items()}
+        self.opened: dict[str, Lora] = {}
+        self.standing: tuple[LoraUse, ...] = ()  # what a request that names none gets
+        self._now: tuple[LoraUse, ...] = ()
+        self._loras: tuple[Lora, ...] = ()  # theirs
+        self._turn = threading.Condition()
+        self._users: dict[int, int] = {}  # thread → how many times it is drawing
+
+    def moved(self, refresh: Callable[[Touched], None]) -> Adapters:
+        """The same LoRAs for other networks of the same base, which are yet to be opened."""
+        other = Adapters(self._names, self._base, refresh, self._check, self._presets)
+        other.opened, other.standing = dict(self.opened), self.standing
+        with other.using(other.standing):
+            return other
+
+    @property
+    def base(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The base's tensors, without what is added."""
+        return self._base
+
+    @property
+    def shapes(self) -> Shapes:
+        return {name: shapes(part) for name, part in self._base.items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are open: the most memory that they take beside the networks."""
+        return sum(lora.size for lora in self.opened.values())
+
+    @property
+    def now(self) -> tuple[LoraUse, ...]:
+        """What is folded into the networks now."""
+        return self._now
+
+    # --- which ------------------------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        path: str | os.PathLike[str],
+        weight: float = 1.0,
+        *,
+        name: str | None = None,
+        blocks: Mapping[str, float] | Sequence[tuple[str, float]] = (),
+        partial: bool = False,
+    ) -> Report:
+        """Open a LoRA and draw with it from now on, at this weight; the report says what of it is used.
+
+        name: what requests call it, the file's own by default; of a name that is taken the file is replaced. blocks:
+        factors of the weight for parts of the networks, such as {"down.1": 0.5, "text": 0}. partial: use what fits and
+        leave the rest. Errors of `read_lora`; `InputError` for a weight or block that does not exist.
+        """
+        use = LoraUse(name or "lora", weight, tuple(dict(blocks).items())).validate()
+        self._check_blocks(use)
+        self._check(Path(path))
+        lora = read_lora(path, self._names(), self.shapes, name=name, partial=partial)
+        with self._turn:
+            self.opened = {**self.opened, lora.name: lora}
+            kept = tuple(other for other in self.standing if other.name != lora.name)
+            self.standing = (*kept, replace(use, name=lora.name))
+        with self.using(self.standing):
+            return lora.report
+
+    def detach(self, name: str | None = None) -> None:
+        """Draw without this LoRA from now on, or without any. `InputError` if there is none of the name."""
+        self._require([] if name is None else [name])
+        with self._turn:
+            self.standing = tuple(use for use in self.standing if name is not None and use.name != name)
+            self.opened = {} if name is None else {k: v for k, v in self.opened.items() if k != name}
+        with self.using(self.standing):
+            pass
+
+    def settled(self, uses: Sequence[LoraUse] | None) -> tuple[LoraUse, ...]:
+        """What a request's `loras` means here: None is what is attached. `InputError` for names and blocks unknown."""
+        if uses is None:
+            return self.standing
+        self._require([use.name for use in uses])
+        for use in uses:
+            self._check_blocks(use)
+        return tuple(uses)
+
+    def known(self, uses: Sequence[LoraUse] | None) -> tuple[LoraUse, ...] | None:
+        """Those of a request's that are opened here: a refiner is told the request of its base."""
+        return None if uses is None else tuple(u for u in uses if u.name in self.opened or u in self._now)
+
+    def preset(self, uses: Sequence[LoraUse]) -> dict[str, Any]:
+        """What the LoRAs want of a request that leaves things open; the last one that wants something has its way."""
+        wanted: dict[str, Any] = {}
+        for use in uses:
+            if use.weight > 0 and use.name in self.opened:
+                wanted |= self._presets(self.opened[use.name])
+        return wanted
+
+    def digests(self, uses: Sequence[LoraUse]) -> dict[str, str]:
+        """Name to SHA-256 of the LoRA's numbers."""
+        return {use.name: self.opened[use.name].digest for use in uses}
+
+    def _require(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.opened:
+                known = f"; open are {', '.join(self.opened)}" if self.opened else "; none is open"
+                raise InputError(
+                    f"the LoRA {name!r} is not open{known}: give its file by --lora, or attach it",
+                    argument="loras",
+                )
+
+    def _check_blocks(self, use: LoraUse) -> None:
+        names = self._names()
+        for block, _ in use.blocks:
+            starts = names.places(block)
+            paths = (f"{part}.{tensor}" for part, tensors in self._base.items() for tensor in tensors)
+            if not any(_within(path, start) for path in paths for start in starts):
+                raise InputError(
+                    f"{names.family} has no block {block!r}; there are {', '.join(names.blocks)} and what lies in "
+                    "them, such as down.1",
+                    argument="loras",
+                )
+
+    # --- folded -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def using(self, uses: Sequence[LoraUse] | None) -> Iterator[None]:
+        """While inside, the networks are those with these LoRAs, whoever else draws.
+
+        None is what is attached; or, inside of another `using`, what that one asked for, as anything else is an error.
+        """
+        me = threading.get_ident()
+        with self._turn:
+            inside = me in self._users
+            uses = (self._now if inside else self.standing) if uses is None else tuple(uses)
+            if inside:
+                if uses != self._now:
+                    raise SfumatoError("a drawing cannot change its LoRAs before it is done")
+            else:
+                self._require([use.name for use in uses])
+                loras = tuple(self.opened[use.name] for use in uses)
+                self._turn.wait_for(lambda: (uses, loras) == (self._now, self._loras) or not self._users)
+                if (uses, loras) != (self._now, self._loras):
+                    self._switch(uses, loras)
+            self._users[me] = self._users.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._users[me] -= 1
+                if not self._users[me]:
+                    del self._users[me]
+                self._turn.notify_all()
+
+    def _changes(
+        self, uses: Sequence[LoraUse], loras: Sequence[Lora]
+    ) -> dict[str, dict[str, tuple[Change, ...]]]:
+        """Of each part, the tensors that change, and by what."""
+        found: dict[str, dict[str, tuple[Change, ...]]] = {name: {} for name in self.parts}
+        for use, lora in zip(uses, loras, strict=True):
+            names = self._names()
+            factors = [(start, factor) for block, factor in use.blocks for start in names.places(block)]
+            factors.sort(key=lambda item: len(item[0]))  # the closest last: it counts
+            for part, deltas in lora.deltas.items():
+                for tensor, delta in deltas.items():
+                    own = [factor for start, factor in factors if _within(f"{part}.{tensor}", start)]
+                    if weight := use.weight * (own[-1] if own else 1.0):
+                        found[part][tensor] = (*found[part].get(tensor, ()), (weight, delta))
+        return found
+
+    def _switch(self, uses: tuple[LoraUse, ...], loras: tuple[Lora, ...]) -> None:
+        before = {name: (part.changes, part.key) for name, part in self.parts.items()}
+        key = "|".join(
+            f"{lora.digest} {u.weight!r} {u.blocks!r}" for u, lora in zip(uses, loras, strict=True)
+        )
+        touched: dict[str, frozenset[str]] = {}
+        for name, changes in self._changes(uses, loras).items():
+            part = self.parts[name]
+            differs = {t for t in {*part.changes, *changes} if part.changes.get(t) != changes.get(t)}
+            if differs:
+                touched[name] = frozenset(differs)
+            part.changes, part.key = changes, key if changes else ""
+        try:
+            if touched:
+                self.refresh(touched)
+        except BaseException:
+            for name, (old, old_key) in before.items():
+                self.parts[name].changes, self.parts[name].key = old, old_key
+            raise
+        self._now, self._loras = uses, loras
+
+
+def _within(path: str, start: str) -> bool:
+    return path == start or path.startswith(start + ".")

@@ -1,0 +1,179 @@
+"""LoRAs made of differences, and LoRAs of fewer ranks, by the singular values that matter most.
+
+The best approximation of a matrix by one of rank r, in the sum of squares, keeps its r largest singular values (Eckart
+and Young 1936). What they hold of the whole is told as the share of the sum of squares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato.adapters.config import adapter_file, peft_config
+from sfumato.adapters.delta import Decomposed, Delta, LowRank
+from sfumato.adapters.lora import delta_of
+from sfumato.adapters.roles import KOHYA, Spelled, group, refused
+from sfumato.checkpoint.fill import finite
+from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.source import Weights, open_weights
+from sfumato.checkpoint.writer import write_tensors
+from sfumato.errors import CheckpointError, InputError
+
+EXACT = 512  # the shorter side up to which all singular values are worked out
+MAX_RANK = 4096
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a smaller adapter holds. modules: how many it changes. share: of the sum of squares of all changes.
+
+    left: changes that no LoRA can hold, and the reason. size: bytes of its tensors.
+    """
+
+    modules: int
+    share: float
+    left: Mapping[str, str]
+    size: int
+
+
+def check_rank(rank: int) -> None:
+    """`InputError` unless it is a rank."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise InputError(f"rank must be a whole number from 1 to {MAX_RANK}, not {rank!r}", argument="rank")
+
+
+def low_rank(change: Tensor, rank: int) -> tuple[LowRank, float]:
+    """(the nearest of at most that rank, ‖it‖²) to ΔW (O, I, …) in float32, with equal shares in `up` and `down`.
+
+    Of large matrices by random projections with power iterations (Halko et al. 2011, alg. 4.4), always the same ones.
+    """
+    matrix = change.flatten(1)
+    rank = min(rank, *matrix.shape)
+    short = min(matrix.shape)
+    if short <= max(EXACT, 4 * rank):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        v = vh.T
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(matrix, q=min(short, 2 * rank + 8), niter=4)
+    return _parts(u[:, :rank], s[:rank], v[:, :rank], tuple(change.shape))
+
+
+def smaller(delta: LowRank, rank: int) -> tuple[LowRank, float]:
+    """`low_rank` of a product, without the product: by QR of both factors."""
+    up, down = delta.up.flatten(1).double(), delta.down.flatten(1).double() * delta.scale
+    if up.shape[1] >= min(up.shape[0], down.shape[1]):
+        return low_rank(delta.full(delta.shape), rank)
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    kept = min(rank, len(s))
+    return _parts(q_up @ u[:, :kept], s[:kept], q_down @ vh[:kept].T, delta.shape)
+
+
+def _parts(u: Tensor, s: Tensor, v: Tensor, shape: tuple[int, ...]) -> tuple[LowRank, float]:
+    root = s.sqrt()
+    up = (u * root).float().reshape(shape[0], len(s), *[1] * (len(shape) - 2))
+    down = (v * root).T.float().reshape(len(s), *shape[1:])
+    return LowRank(up, down), float(s.double().square().sum())
+
+
+def write_lora(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+) -> int:
+    """Write an adapter, whole or not at all; the bytes of its tensors. `InputError` for a target that exists."""
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise InputError(f"the target {str(target)!r} must end in .safetensors", argument="output")
+    if os.path.lexists(target):
+        raise InputError(f"the target {str(target)!r} exists; give another name", argument="output")
+    return write_tensors(target, tensors, dtype=dtype, metadata=metadata)
+
+
+def resize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    rank: int,
+    *,
+    dtype: torch.dtype | None = None,
+    on_module: Callable[[int, int], None] = lambda done, total: None,
+) -> Kept:
+    """Write the adapter `source` with at most `rank` ranks in each module, under the names it has.
+
+    Other forms than a product become one, under kohya's endings. Alpha is multiplied in: the scale of what is written
+    is 1. Whole differences and biases stay. dtype: of what is written, the source's by default.
+    """
+    check_rank(rank)
+    file = adapter_file(source)
+    weights = open_weights(file)
+    config = peft_config(file, weights.metadata)
+    modules, unknown, again = group(weights)
+    if unknown or again or not modules:
+        first = (unknown or again or ["nothing"])[0]
+        kind = refused(first)
+        raise CheckpointError(
+            f"{file} is no LoRA that is read here: {shown(first)} {f'is of {kind}' if kind else 'is no part of one'}"
+        )
+    tensors: dict[str, Tensor] = {}
+    kept = whole = 0.0
+    for number, spelled in enumerate(modules.values(), 1):
+        found = {role: weights[key] for role, key in spelled.tensors.items()}
+        for role, key in spelled.tensors.items():
+            if not finite(found[role].float()):
+                raise CheckpointError(
+                    f"{file}: {shown(key)} holds NaN or infinite values; the file is unusable"
+                )
+        try:
+            kernel, bias = delta_of(found, config.alpha(spelled.module), config.rank_stabilised)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {shown(spelled.module)}: {error}") from None
+        tensors |= {
+            spelled.tensors[r]: found[r] for r in ("diff", "diff_b", "dora_scale", "magnitude") if r in found
+        }
+        if kernel is not None and "diff" not in found:
+            new, size, before = _resized(kernel, rank)
+            kept, whole = kept + size, whole + before
+            tensors |= _named(spelled, new, weights)
+        if bias is not None and "up_bias" in found:
+            tensors[spelled.tensors["up_bias"]] = bias.full(bias.shape)
+        on_module(number, len(modules))
+    types = [weights.info(name)[0] for name in weights if weights.info(name)[0].is_floating_point]
+    kind = max(set(types), key=types.count) if dtype is None else dtype
+    notes = {
+        key: text
+        for key, text in weights.metadata.items()
+        if "hash" not in key and key != "lora_adapter_metadata"
+    }
+    notes |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)} if "ss_network_dim" in notes else {}
+    size = write_lora(target, tensors, notes, kind)
+    return Kept(len(modules), kept / whole if whole else 1.0, {}, size)
+
+
+def _resized(kernel: Delta, rank: int) -> tuple[LowRank, float, float]:
+    """(the smaller one, its ‖ΔW‖², that of the whole)."""
+    inner = kernel.inner if isinstance(kernel, Decomposed) else kernel
+    if isinstance(inner, LowRank) and inner.mid is None:
+        new, size = smaller(inner, rank)
+        return new, size, inner.norm() ** 2
+    full = inner.full(inner.shape)
+    new, size = low_rank(full, rank)
+    return new, size, float(full.double().square().sum())
+
+
+def _named(spelled: Spelled, new: LowRank, weights: Weights) -> dict[str, Tensor]:
+    """Under the module's own names where it was a product, else under kohya's; there with an alpha."""
+    up = spelled.tensors.get("up", f"{spelled.module}.lora_up.weight")
+    down = spelled.tensors.get("down", f"{spelled.module}.lora_down.weight")
+    named = {up: new.up, down: new.down}
+    if "up" not in spelled.tensors or KOHYA in spelled.formats or "alpha" in spelled.tensors:
+        named[spelled.tensors.get("alpha", f"{spelled.module}.alpha")] = torch.tensor(float(new.rank))
+    return named

@@ -1,0 +1,43 @@
+"""LoRAs beside the models they are for, with no model in memory: what a file changes, and one taken from two models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sfumato.adapters.svd import Kept
+from sfumato.errors import InputError
+
+__all__ = ["extract", "strengths"]
+
+
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    rank: int,
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    on_module: Callable[[int, int], None] = lambda done, total: None,
+) -> Kept:
+    """A LoRA that makes one checkpoint nearly another; see `families.sd.loras.extract`."""
+    from sfumato.families.sd.loras import extract as run
+
+    return run(base, tuned, target, rank, dtype=dtype, on_module=on_module)
+
+
+def strengths(
+    lora: str | os.PathLike[str], model: str | Path, *, partial: bool = False
+) -> tuple[str, dict[str, float]]:
+    """(the report on the file, ‖ΔW‖/‖W‖ of each part at weight 1) on a model, of which only what changes is read."""
+    from sfumato.families import open_model
+
+    system = open_model(model, torch.device("cpu"), torch.float32, {"offload": "auto"})
+    adapters = getattr(system, "adapters", None)
+    if adapters is None:
+        raise InputError(f"{str(model)!r} takes no LoRAs", argument="model")
+    report = adapters.attach(lora, 0.0, name="it", partial=partial)
+    return report.describe(), adapters.opened["it"].relative(adapters.base)

@@ -1,0 +1,125 @@
+"""How the networks of a checkpoint are made from their tensors: in which type, and for what runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
+from sfumato.checkpoint.fill import fill_layers
+from sfumato.errors import InputError
+from sfumato.families.published.kinds import DenoiserConfig
+from sfumato.families.published.networks import part_hash
+from sfumato.memory import OFFLOADS, check_offload
+from sfumato.nn import mmdit, quantized
+from sfumato.nn.mmdit import MMDiT, MMDiTConfig
+from sfumato.nn.openvino import PRECISIONS, OpenVINONetwork, plugin
+from sfumato.nn.quantized import quantize, require_eight_bits
+from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.runtime import fast_dtype
+from sfumato.text.clip import ClipConfig, ClipTextEncoder
+from sfumato.text.t5 import T5Config, T5Encoder
+
+NETWORKS: Mapping[
+    type, Callable[[Any], nn.Module]
+] = {  # a configuration's class to the network of that shape
+    UNetConfig: UNet,
+    MMDiTConfig: MMDiT,
+    KLConfig: AutoencoderKL,
+    ClipConfig: ClipTextEncoder,
+    T5Config: T5Encoder,
+}
+NOT_EIGHT_BITS = {
+    UNetConfig: quantized.KEPT,
+    MMDiTConfig: mmdit.KEPT,
+}  # parts of names of layers that stay as they are
+
+
+def blank(config: Any) -> nn.Module:
+    """The network of that shape without numbers, on the meta device."""
+    with torch.device("meta"):
+        return NETWORKS[type(config)](config)
+
+
+def autoencoder(
+    config: KLConfig, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype, device: torch.device
+) -> AutoencoderKL:
+    """The autoencoder with these weights. `where` stands for them in errors."""
+    with torch.device("meta"):
+        model = AutoencoderKL(config)
+    fill_layers(model, tensors, where, dtype, device)
+    return model.eval().requires_grad_(False)
+
+
+def denoiser(
+    config: DenoiserConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: str = "torch",
+    *,
+    stream: bool = False,
+) -> UNet | MMDiT | OpenVINONetwork:
+    """The network that draws with these weights, laid out for what runs it. `where` stands for the weights in errors.
+
+    stream: its layers are read whenever they are called, which `offloads` must allow.
+    """
+    eight_bits = dtype == torch.int8
+
+    def network(device: torch.device, dtype: torch.dtype, pack: bool) -> Any:
+        made = blank(config)
+        fill_layers(made, tensors, where, dtype, device, pack=pack, stream=stream)
+        return made.eval().requires_grad_(False)
+
+    if engine != "torch":
+        exact = partial(network, torch.device("cpu"), torch.float32, pack=False)
+        return OpenVINONetwork(config, exact, part_hash(tensors), dtype, plugin(engine))
+    made = network(device, kept_dtype(device, dtype), pack=not eight_bits)
+    if eight_bits:
+        quantize(made, NOT_EIGHT_BITS[type(config)])
+    return made
+
+
+def kept_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The type of what is not in eight bits: with int8 what the device is fast in, else `dtype` itself."""
+    return fast_dtype(device) if dtype == torch.int8 else dtype
+
+
+def check_engine(engine: str, device: torch.device, dtype: torch.dtype) -> None:
+    """`InputError` if this machine cannot run a network so, before anything is read."""
+    if engine != "torch":
+        plugin(engine)
+        if dtype not in PRECISIONS:
+            raise InputError(
+                f"{engine} computes in fp32, bf16 or fp16; int8 is of the engine torch", argument="dtype"
+            )
+    elif dtype == torch.int8:
+        require_eight_bits(torch.empty(0, dtype=kept_dtype(device, dtype), device=device))
+
+
+def offloads(engine: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Which of `OFFLOADS` a network of this engine and type can be kept in."""
+    return tuple(name for name in OFFLOADS if name != "sequential") if _whole(engine, dtype) else OFFLOADS
+
+
+def require_offload(name: str, engine: str, dtype: torch.dtype) -> None:
+    """`InputError` unless the level is known and the network can be kept so."""
+    check_offload(name)
+    if name not in offloads(engine, dtype):
+        raise InputError(
+            f"offload {name} reads layers anew at every call, and {_whole(engine, dtype)}; "
+            "use model or none, or another dtype or engine",
+            argument="offload",
+        )
+
+
+def _whole(engine: str, dtype: torch.dtype) -> str:
+    """Why the network must be in memory as a whole; "" where it need not."""
+    if engine != "torch":
+        return f"{engine} compiles the network as a whole"
+    return "int8 rounds the weights once" if dtype == torch.int8 else ""

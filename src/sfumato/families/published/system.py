@@ -1,0 +1,245 @@
+"""A system of a published checkpoint: what all families' have in common of what `generate` asks of a model."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.autoencoder.banded import decode_safe, encode_safe
+from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
+from sfumato.autoencoder.model import check_size
+from sfumato.autoencoder.preview import has_factors, preview
+from sfumato.checkpoint.rules import View
+from sfumato.diffusion.guidance import ALWAYS
+from sfumato.diffusion.schedules import NoiseLevels
+from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.checkpoint import (
+    Checkpoint,
+    Families,
+    completed,
+    open_checkpoint,
+    same_vae,
+)
+from sfumato.families.published.networks import Networks, part_hash
+from sfumato.families.published.openers import kept_dtype, offloads, require_offload
+from sfumato.families.published.signatures import VAES
+from sfumato.memory import Stage
+
+PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
+Place = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a request that leaves things open gets. interval: of sigma, where guidance acts."""
+
+    steps: int
+    guidance: float
+    sampler: str
+    schedule: str
+    size: tuple[int, int]
+    interval: tuple[float, float] = ALWAYS
+    rescale: float = 0.0  # of guidance: 0.7 where training ended in pure noise (Lin et al. 2023, sec. 3.4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedSystem:
+    """Networks of one checkpoint, ready to draw.
+
+    config: with `kind`, `preset` and `multiple`. shapes: what the networks measure. networks: "denoiser",
+    "autoencoder" and those of `texts`, opened when needed. dtype: in which the networks work; with int8 that is the
+    denoiser's products alone. parts: the files' tensors, read when asked for. sources: what a part is called in errors.
+    engine: what runs the denoiser.
+    """
+
+    config: Any
+    shapes: Any
+    networks: Networks
+    levels: NoiseLevels
+    dtype: torch.dtype
+    device: torch.device
+    parts: Mapping[str, View]
+    sources: Mapping[str, str]
+    engine: str = "torch"
+
+    part: ClassVar[str]  # the denoiser's, of `parts`
+    told_guidance: ClassVar[Any] = False
+    inpaint_channels: ClassVar[Any] = None
+    split: ClassVar[Any] = None
+
+    @abstractmethod
+    def openers(
+        self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+    ) -> dict[str, Callable[[], Any]]:
+        """How each network is made from the tensors of its part, in the order in which drawing needs them.
+
+        stream: the layers of the largest are read whenever they are called.
+        """
+
+    @property
+    @abstractmethod
+    def texts(self) -> tuple[str, ...]:
+        """Names of the networks that read prompts."""
+
+    @property
+    def drawn_from(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What the networks are made from: the tensors of `parts`, and what adapters add to them."""
+        return self.parts
+
+    @property
+    def added(self) -> int:
+        """Bytes of what adapters add, which stay in memory beside the networks."""
+        return 0
+
+    @property
+    def autoencoder(self) -> AutoencoderKL:
+        return self.networks["autoencoder"]
+
+    @property
+    def denoiser(self) -> Any:
+        return self.networks["denoiser"]
+
+    @property
+    def kept(self) -> torch.dtype:
+        """In which all works that is not in eight bits."""
+        return kept_dtype(self.device, self.dtype)
+
+    @property
+    def offload(self) -> str:
+        return self.networks.offload
+
+    @property
+    def offloads(self) -> tuple[str, ...]:
+        """The ways to keep its networks, of `memory.OFFLOADS`."""
+        return offloads(self.engine, self.dtype)
+
+    def offloaded(self, offload: str) -> Self:
+        """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
+        require_offload(offload, self.engine, self.dtype)
+        networks = Networks(self.openers(self.parts, stream=offload == "sequential"), offload)
+        networks.open_all()
+        return replace(self, networks=networks)
+
+    def trace(
+        self, request: Any, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+    ) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing takes; see `trace.trace`."""
+        from sfumato.families.published.trace import trace  # which needs this module
+
+        return trace(self, request, size, batch, encodes=encodes, offload=offload)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""
+        read = {"autoencoder": "vae", "denoiser": self.part} | {name: name for name in self.text_parts}
+        return {network: part_hash(self.parts[part]) for network, part in read.items()}
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """The text encoders that are read."""
+        return tuple(part.name for part in self.shapes.text)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """(C, T, H/f, W/f) of a picture in pixels."""
+        vae = self.shapes.vae
+        check_size(vae.factor, height, width)
+        return vae.channels, frames, height // vae.factor, width // vae.factor
+
+    @property
+    def latent_space(self) -> tuple[float, ...]:
+        """What latents are of: models with equal ones can go on with each other's."""
+        vae = self.shapes.vae
+        return vae.latent_channels, vae.factor, vae.scaling_factor, vae.shift_factor
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H, W) → the normalised posterior mean (B, C, T, H/8, W/8), in bounded memory."""
+        autoencoder = self.autoencoder
+        return autoencoder.normalize(encode_safe(autoencoder, pixels).mode())
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Normalised latents → pixels, in bounded memory; in a wider type where the weights' own overflows."""
+        autoencoder = self.autoencoder
+        return decode_safe(autoencoder, autoencoder.denormalize(latent.float()))
+
+    def preview(self, latent: Tensor) -> Tensor:
+        """(1, C, T, H, W) → (1, 3, T, h, w): a look at a latent that is forming.
+
+        One pixel for each cell where the colours of this autoencoder's latents are known; else the latent shrunk to
+        16 cells and decoded, at the cost of a picture of 128².
+        """
+        if has_factors(self.shapes.vae):
+            return preview(self.shapes.vae, latent)
+        height, width = latent.shape[-2:]
+        shrink = max(height, width) / PREVIEW_CELLS
+        if shrink > 1:
+            size = max(round(height / shrink), 1), max(round(width / shrink), 1)
+            latent = F.interpolate(latent[:, :, 0], size, mode="area")[:, :, None]
+        return self.decode(latent)
+
+
+def opened(
+    path: Place,
+    families: Families,
+    *,
+    variant: str | None = None,
+    prediction: str | None = None,
+    parts: Place | Iterable[Place] = (),
+) -> Checkpoint:
+    """The checkpoint to draw with. parts: where to take what a denoiser alone lacks, whole checkpoints or single
+    networks. `CheckpointError` when it is damaged, of no known kind, or holds no denoiser.
+    """
+    found = open_checkpoint(path, families, variant=variant, prediction=prediction)
+    if parts:
+        others = [parts] if isinstance(parts, str | os.PathLike) else parts
+        found = completed(found, str(path), others, families)
+    if not found.draws:
+        raise CheckpointError(f"{path} is {found.kind} alone; to draw, give a whole checkpoint")
+    return found
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Parts of a checkpoint that can be drawn with, what each is called in errors, and what its networks measure."""
+
+    parts: Mapping[str, View]
+    sources: Mapping[str, str]
+    shapes: Any
+
+
+def ready(found: Checkpoint, name: str, texts: Iterable[str], vae: Place | None, families: Families) -> Ready:
+    """The parts of an opened checkpoint, with another autoencoder if one is given.
+
+    name: stands for the checkpoint in errors. texts: the text encoders that it must have. `CheckpointError` that says
+    what it lacks.
+    """
+    kind = found.system
+    lacking = [part for part in ("vae", *texts) if part not in found.parts]
+    if vae is not None and "vae" in lacking:
+        lacking.remove("vae")
+    if lacking:
+        raise CheckpointError(
+            f"{name} holds no {' and no '.join(lacking)}; give a whole checkpoint"
+            + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
+            + (", or one to take them from with --parts" if found.alone else "")
+        )
+    parts = dict(found.parts)
+    said: Mapping[str, Any] = found.configs.get("vae", {})
+    sources = {part: f"{name} ({part})" for part in parts}
+    if vae is not None:
+        other = open_checkpoint(vae, families)
+        if "vae" not in other.parts:
+            raise InputError(f"{vae} holds no autoencoder", argument="vae")
+        if other.kind in VAES and not same_vae(other.kind, kind):
+            raise InputError(
+                f"{vae} is {other.kind}, an autoencoder of other latents than {name} has", argument="vae"
+            )
+        parts["vae"], said, sources["vae"] = other.parts["vae"], other.configs.get("vae", {}), str(vae)
+    if said:  # a folder's own numbers, with the preview that no file has
+        kind = replace(kind, vae=replace(KLConfig.from_diffusers(dict(said)), preview=kind.vae.preview))
+    return Ready(parts, sources, kind)

@@ -1,0 +1,94 @@
+"""What the shared rooms need to know of Stable Diffusion 1, 2 and XL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import CheckpointError
+from sfumato.families.published.checkpoint import Checkpoint
+from sfumato.families.published.kinds import Family
+from sfumato.families.sd import folder, keys
+from sfumato.families.sd.condition import plan_of
+from sfumato.families.sd.shapes import SYSTEMS
+from sfumato.families.sd.signatures import predicts_v, signatures
+
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' words to ours
+
+
+def settled(found: Checkpoint, source: str) -> Checkpoint:
+    """With the prediction that the scheduler's JSON tells, or else, of an SD 2, the numbers."""
+    said = found.configs.get("scheduler")
+    if said is not None:
+        prediction = said.get("prediction_type", "epsilon")
+        if prediction not in PREDICTIONS:
+            raise CheckpointError(
+                f"{source}/scheduler asks for the prediction {prediction!r}; epsilon and v_prediction are known"
+            )
+        zero_snr = said.get("rescale_betas_zero_snr") is True
+        return replace(found, prediction=PREDICTIONS[prediction], zero_snr=zero_snr)
+    if found.kind == "sd2" and found.prediction == "epsilon" and found.draws:
+        v = predicts_v(found.parts["unet"], found.system.unet)
+        return replace(found, prediction="v" if v else "epsilon")
+    return found
+
+
+def unsayable(found: Checkpoint) -> str:
+    if found.system.unet.time_cond:
+        return (
+            "its U-Net is told the guidance scale, for which single files have no name; keep it as a folder"
+        )
+    return ""
+
+
+def markers(found: Checkpoint) -> dict[str, Tensor]:
+    """Empty tensors whose names say that the U-Net was trained to predict v, and how."""
+    if found.prediction != "v":
+        return {}
+    names = ("v_pred", "ztsnr") if found.zero_snr else ("v_pred",)
+    return {name: torch.zeros(0) for name in names}
+
+
+def denoiser_config(found: Checkpoint) -> dict[str, Any]:
+    system = found.system
+    v_of_sd2 = found.kind == "sd2" and found.prediction == "v"
+    size = 512 if found.kind == "sd2" and not v_of_sd2 else system.size
+    return folder.unet_config(system.unet, size // system.vae.factor, upcast=v_of_sd2)
+
+
+def scheduler_config(found: Checkpoint) -> dict[str, Any]:
+    return folder.scheduler_config(found.kind, found.prediction, found.zero_snr)
+
+
+def model_index(found: Checkpoint, scheduler: str) -> dict[str, Any]:
+    return folder.model_index(found.kind, found.system, scheduler)
+
+
+def pads(kind: str) -> Mapping[str, int | None]:
+    return {reader.part: reader.pad for reader in plan_of(kind).readers}
+
+
+FAMILY = Family(
+    name="sd",
+    denoiser="unet",
+    called="a U-Net",
+    systems=SYSTEMS,
+    predictions=("epsilon", "v"),
+    signatures=signatures,
+    prefixes=keys.prefixes,
+    file_map=keys.file_map,
+    folder_map=keys.folder_map,
+    denoiser_map=keys.unet_map,
+    settled=settled,
+    unsayable=unsayable,
+    markers=markers,
+    denoiser_config=denoiser_config,
+    scheduler_config=scheduler_config,
+    model_index=model_index,
+    pads=pads,
+    same_tensors={},
+)

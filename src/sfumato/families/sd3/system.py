@@ -1,0 +1,302 @@
+"""A Stable Diffusion 3 put together from a checkpoint: the networks, and what `generate` asks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.parameterization import Parameterization
+from sfumato.diffusion.path import FLOW
+from sfumato.diffusion.schedules import flow_levels
+from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.checkpoint import Checkpoint, Families
+from sfumato.families.published.networks import Networks
+from sfumato.families.published.openers import autoencoder, check_engine, denoiser, require_offload
+from sfumato.families.published.system import Place, Preset, PublishedSystem, opened, ready
+from sfumato.families.sd3.condition import (
+    READERS,
+    Reader,
+    TextOptions,
+    TextShape,
+    TextStack,
+    encode_prompts,
+    readers_of,
+)
+from sfumato.families.sd3.family import FAMILY, distilled_by
+from sfumato.families.sd3.folder import SHIFT
+from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
+from sfumato.families.sd3.shapes import System as Kind
+from sfumato.families.sd3.text import text_openers, tokenizers_of
+from sfumato.nn.mmdit import check_cells
+from sfumato.text.clip_tokens import ClipTokenizer
+from sfumato.text.t5 import T5Config
+from sfumato.text.t5_tokens import T5Tokenizer
+from sfumato.types import Conditioning, Request
+
+# steps and guidance of the published model cards
+PRESETS = {
+    "sd3-medium": (28, 7.0),
+    "sd3.5-medium": (40, 4.5),
+    "sd3.5-large": (28, 3.5),
+    "sd3.5-large-turbo": (4, 1.0),  # distilled to draw without guidance
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """kind: a key of `SYSTEMS`. multiple: what a picture's sides are multiples of. distilled: how it is drawn, "turbo"
+    or "plain"; guessed: the words that this was guessed from, if it was.
+    """
+
+    kind: str
+    preset: Preset
+    multiple: int = 16
+    distilled: str = "plain"
+    guessed: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class System(PublishedSystem):
+    """Networks of a Stable Diffusion 3, ready to draw.
+
+    networks: each text encoder is one of its own, so that no two of them, nor one and the transformer, have to be in
+    memory together. readers: the encoders that are read. tokenizers: theirs, by part. without: those that the user left
+    out. text_dtype: what T5 is kept in, where that was asked for.
+    """
+
+    config: Config
+    shapes: Kind
+    readers: tuple[Reader, ...] = READERS
+    tokenizers: Mapping[str, ClipTokenizer | T5Tokenizer]
+    without: tuple[str, ...] = ()
+    text_dtype: torch.dtype | None = None
+
+    part = "transformer"
+
+    def openers(
+        self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+    ) -> dict[str, Callable[[], Any]]:
+        shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
+        texts = text_openers(
+            self.readers,
+            parts,
+            sources,
+            *form,
+            configs={part.name: part.config for part in shapes.text},
+            text_dtype=self.text_dtype,
+            stream=stream and self.text_dtype != torch.int8,
+        )
+        of = (self.device, self.dtype, self.engine)
+        weights, where = parts["transformer"], sources["transformer"]
+        return texts | {
+            "denoiser": lambda: denoiser(shapes.transformer, weights, where, *of, stream=stream),
+            "autoencoder": lambda: autoencoder(shapes.vae, parts["vae"], sources["vae"], *form),
+        }
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(reader.part for reader in self.readers)
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        return self.texts
+
+    @property
+    def read_as(self) -> dict[str, str]:
+        """What its files may leave open, as it was taken or said: `preset`."""
+        return {"preset": self.config.distilled}
+
+    @property
+    def text(self) -> TextStack:
+        return TextStack(self.networks, self.tokenizers, text_shape(self.shapes))
+
+    @property
+    def parameterization(self) -> Parameterization:
+        return Parameterization("flow", FLOW, _thousandths)
+
+    @property
+    def clip_layers(self) -> int:
+        """How deep from the end `clip_skip` may reach: into the shallower of the CLIPs that are read."""
+        clips = [
+            p.config for p in self.shapes.text if p.name in self.texts and not isinstance(p.config, T5Config)
+        ]
+        return min((config.layers for config in clips), default=1)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What of a request `condition` reads that other systems may not: see `Model`."""
+        return frozenset(["prompt_rules", "weighting", "text_length"])
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the transformer, of which `network` can leave some out."""
+        return self.shapes.transformer.layers
+
+    def picture_tokens(self, height: int, width: int) -> int:
+        """Tokens that the transformer makes of a picture in pixels."""
+        side = self.shapes.vae.factor * self.shapes.transformer.patch
+        return (height // side) * (width // side)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """(C, T, H/f, W/f) of a picture in pixels. `InputError` for one larger than the transformer has places for."""
+        shape = super().latent_shape(frames, height, width)
+        check_cells(self.shapes.transformer, *shape[-2:])
+        return shape
+
+    def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
+        """2B texts, B wanted and then B to stay away from; one that is not there is the empty one."""
+        options = TextOptions(
+            request.prompt_rules or "a1111",
+            request.weighting,
+            request.clip_skip,
+            length=request.text_length,
+        )
+        half = len(prompts) // 2
+        wanted, unwanted = encode_prompts(
+            self.text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
+        )
+        assert unwanted is not None
+        tokens = torch.cat([wanted.tokens, unwanted.tokens])
+        return Conditioning(tokens, None, torch.cat([wanted.pooled, unwanted.pooled]))
+
+    def network(
+        self, x: Tensor, time: Tensor, cond: Conditioning, skip_layers: tuple[int, ...] = ()
+    ) -> Tensor:
+        """(B, 16, 1, H, W) → (B, 16, 1, H, W); the transformer works on pictures and in the type of its weights."""
+        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, skip_layers=skip_layers)
+        return out[:, :, None]
+
+
+def _thousandths(sigma: Tensor) -> Tensor:
+    """What the transformer is told of a noise level."""
+    return 1000 * sigma
+
+
+def text_shape(kind: Kind) -> TextShape:
+    """What features of a kind's text encoders measure, there or left out."""
+    *clips, _ = (part.config for part in kind.text)
+    widths, pooled = [clip.width for clip in clips], [getattr(clip, "projection", 0) for clip in clips]
+    return TextShape((widths[0], widths[1]), (pooled[0], pooled[1]), kind.transformer.context)
+
+
+def open_system(
+    path: Place,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    systems: Mapping[str, Kind] = SYSTEMS,
+    variant: str | None = None,
+    prediction: str | None = None,
+    parts: Place | Iterable[Place] = (),
+    **options: Any,
+) -> System:
+    """The model at `path`, a single file or a diffusers folder. options: of `build`; the rest as for
+    `published.system.opened`.
+    """
+    families = (replace(FAMILY, systems=systems),)
+    found = opened(path, families, variant=variant, prediction=prediction, parts=parts)
+    return build(found, str(path), device, dtype, families, **options)
+
+
+def build(
+    found: Checkpoint,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    families: Families,
+    *,
+    vae: Place | None = None,
+    engine: str = "torch",
+    offload: str = "none",
+    without: Sequence[str] = (),
+    text_dtype: torch.dtype | None = None,
+    tokenizer: Place | None = None,
+    preset: str | None = None,
+) -> System:
+    """Networks of an opened checkpoint, with weights in `dtype` on `device`. `name` stands for it in errors.
+
+    dtype: int8 makes the transformer's products in eight bits, and leaves the rest in what the CPU is fast in. vae:
+    another autoencoder, a file or a folder. engine: "torch", or what `nn.openvino.plugin` takes. offload: see
+    `Networks`. without: text encoders to leave out, of clip_l, clip_g and t5. text_dtype: of T5's weights, float32,
+    bfloat16 or int8. tokenizer: T5's, where the checkpoint has none. preset: "turbo" or "plain", over what name and
+    notes of a large one say.
+    """
+    found, guess = as_preset(found, name, preset)
+    check_engine(engine, device, dtype)
+    require_offload(offload, engine, dtype)
+    made = ready(found, name, (), vae, families)
+    readers = readers_of(found.parts, without, name)
+    t5 = next(part.config for part in found.system.text if isinstance(part.config, T5Config))
+    tokenizers = tokenizers_of(
+        readers,
+        found.folder,
+        name,
+        file=found.file,
+        given=None if tokenizer is None else Path(tokenizer),
+        vocabulary=t5.vocabulary,
+    )
+    side = made.shapes.vae.factor * made.shapes.transformer.patch
+    unopened = System(
+        config=Config(found.kind, preset_of(found), side, preset_named(found), guess),
+        shapes=made.shapes,
+        networks=Networks({}),
+        levels=flow_levels(shift_of(found, name)),
+        dtype=dtype,
+        device=device,
+        parts=made.parts,
+        sources=made.sources,
+        engine=engine,
+        readers=readers,
+        tokenizers=tokenizers,
+        without=tuple(without),
+        text_dtype=text_dtype,
+    )
+    return unopened.offloaded(offload)
+
+
+def as_preset(found: Checkpoint, name: str, preset: str | None) -> tuple[Checkpoint, str]:
+    """The checkpoint as the distilled kind or the plain one, and the words by which it is taken for distilled.
+
+    `InputError` for a preset that a checkpoint of its shapes does not have.
+    """
+    turbo = {plain: distilled for distilled, plain in SAME_TENSORS.items()}
+    plain = SAME_TENSORS.get(found.kind, found.kind)
+    if preset is None:
+        return found, distilled_by(found, name) if found.kind in SAME_TENSORS else ""
+    kinds = {"plain": plain} | ({"turbo": turbo[plain]} if plain in turbo else {})
+    if preset not in kinds:
+        raise InputError(
+            f"{name} is of {plain}, whose presets are {', '.join(kinds)}, not {preset!r}", argument="preset"
+        )
+    return replace(found, kind=kinds[preset]), ""
+
+
+def preset_named(found: Checkpoint) -> str:
+    return "turbo" if found.kind in SAME_TENSORS else "plain"
+
+
+def shift_of(found: Checkpoint, name: str) -> float:
+    """Of the noise levels, as the scheduler's JSON has it, or else the published models'."""
+    shift = found.configs.get("scheduler", {}).get("shift", SHIFT)
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 1000:
+        raise CheckpointError(f"{name}: the scheduler's shift must be a positive number, not {shift!r}")
+    return float(shift)
+
+
+def usual_preset(found: Checkpoint) -> Preset:
+    """How a checkpoint draws of which nothing but the kind is known."""
+    return preset_of(found)
+
+
+def preset_of(found: Checkpoint) -> Preset:
+    """How a checkpoint draws when the user says nothing. A folder's transformer may name another size."""
+    steps, guidance = PRESETS[found.kind]
+    cells, side = found.configs.get("transformer", {}).get("sample_size"), found.system.size
+    if isinstance(cells, int) and 0 < cells <= 512:
+        side = cells * found.system.vae.factor
+    return Preset(steps, guidance, "euler", "flow_match", (side, side))
