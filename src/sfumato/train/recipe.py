@@ -217,7 +217,7 @@ def read_tables(path: str | Path, overrides: dict[str, Any] | None = None) -> di
 def checked(kind: type, values: dict[str, Any], stage: str) -> Any:
     """A recipe of another kind, with one table `stage` that has a table `train`; errors as of `parse_recipe`."""
     recipe = _build(kind, values, "")
-    _check_train(stage, getattr(recipe, stage).train)
+    _check_train(f"{stage}.train", getattr(recipe, stage).train)
     return recipe
 
 
@@ -259,13 +259,6 @@ def _check(recipe: Recipe) -> None:
             argument="recipe",
         )
     _one_of("log", recipe.log, ("csv", "tensorboard"))
-<<<<<<< HEAD
-    for stage in ("autoencoder", "denoiser"):
-        part = getattr(recipe, stage)
-        if part is None:
-            continue
-        _check_train(stage, part.train)
-=======
     for stage in stages:
         _check_train(f"{stage}.train", getattr(recipe, stage).train)
     if recipe.lora:
@@ -275,7 +268,6 @@ def _check(recipe: Recipe) -> None:
                 argument="lora",
             )
         _check_lora(recipe.lora)
->>>>>>> main
     if recipe.autoencoder:
         _check_autoencoder(recipe.autoencoder)
     if recipe.denoiser:
@@ -291,23 +283,6 @@ def _check(recipe: Recipe) -> None:
             )
 
 
-<<<<<<< HEAD
-def _check_train(stage: str, train: TrainRecipe) -> None:
-    _within(f"{stage}.train", train, RANGES)
-    _above_zero(f"{stage}.train.clip", train.clip)
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise InputError(
-            f"{stage}.train.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
-            argument=f"{stage}.train.betas",
-        )
-    if train.microbatch and train.batch % train.microbatch:
-        raise InputError(
-            f"{stage}.train.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
-            argument=f"{stage}.train.microbatch",
-        )
-    _one_of(f"{stage}.train.optimizer", train.optimizer, ("adamw", "muon"))
-    _one_of(f"{stage}.train.precision", train.precision, ("auto", "float32", "bfloat16"))
-=======
 def _check_train(where: str, train: TrainRecipe) -> None:
     _within(where, train, RANGES)
     _above_zero(f"{where}.clip", train.clip)
@@ -353,7 +328,6 @@ def _check_lora(recipe: LoraRecipe) -> None:
             "lora.prior takes a prompt to draw pictures of, or a path to captioned ones; not both",
             argument="lora.prior",
         )
->>>>>>> main
 
 
 def _check_autoencoder(recipe: AutoencoderRecipe) -> None:

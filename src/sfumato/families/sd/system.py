@@ -38,11 +38,8 @@ from sfumato.families.sd.loras import adapters_of
 from sfumato.families.sd.openers import openers, renewers, tokenizer_of
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
-<<<<<<< HEAD
-from sfumato.nn.controlnet import ControlNet
-=======
 from sfumato.families.trainee import Trainee
->>>>>>> main
+from sfumato.nn.controlnet import ControlNet
 from sfumato.nn.embed import sinusoid
 from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
