@@ -21,6 +21,7 @@ from diffusers.pipelines.stable_diffusion_3 import (
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from sfumato.drawing.sample import origin_of
 from sfumato.families.sd3.system import open_system
 from sfumato.generate import Model
 from sfumato.sampling import SeededNoise
@@ -175,7 +176,7 @@ def test_a_picture_from_a_picture(agrees, made, drawn_as_ours, strength):
     other = StableDiffusion3Img2ImgPipeline(**components(pipeline))
     other.set_progress_bar_config(disable=True)
     wanted = theirs(other, request, None, image=picture, strength=strength)
-    found = ours(model, request, model._origin(tasks.canvas(request), request))
+    found = ours(model, request, origin_of(model, tasks.canvas(request), request))
     assert len(found) == len(wanted)
     agrees("image to image, latents", f"sd3-medium, strength {strength}", found[-1], wanted[-1], BOUND,
            "diffusers StableDiffusion3Img2ImgPipeline")  # fmt: skip
@@ -197,7 +198,7 @@ def test_a_mask_of_a_model_that_was_not_trained_for_one(agrees, made, drawn_as_o
     other = StableDiffusion3InpaintPipeline(**components(pipeline))
     other.set_progress_bar_config(disable=True)
     wanted = theirs(other, request, None, image=picture, mask_image=mask, strength=strength)
-    found = ours(model, request, model._origin(tasks.canvas(request), request))
+    found = ours(model, request, origin_of(model, tasks.canvas(request), request))
     agrees("inpainting, latents", f"sd3.5-medium, strength {strength}", found[-1], wanted[-1], BOUND,
            "diffusers StableDiffusion3InpaintPipeline")  # fmt: skip
     result = model.generate(request)

@@ -18,6 +18,7 @@ from sfumato.errors import InputError
 from sfumato.train import stages
 from sfumato.train.recipe import Recipe, parse_recipe
 from sfumato.train.stages import Run, multiple_of, source_of, training_pictures, with_data
+from sfumato.train.state import tensorboard
 
 SCENES = {"kind": "scenes", "count": 8, "size": 32}
 SMALL = {"encoder_width": 32, "decoder_width": 32, "max_width": 32}
@@ -82,7 +83,7 @@ def test_tensorboard_is_closed_and_forgets_what_a_kill_undid(tmp_path: Path) -> 
         ((1, 2, 3), 1.0),
         ((3, 4), 9.0),
     ):  # killed after step 3, continued from the end of step 2
-        with run._logger(tmp_path) as log:
+        with tensorboard(run.recipe.log, run.world.leads, tmp_path) as log:
             for step in steps:
                 log(step, {"loss": loss})
         assert {
@@ -101,6 +102,6 @@ def test_tensorboard_is_closed_and_forgets_what_a_kill_undid(tmp_path: Path) -> 
 
 def test_a_run_without_tensorboard_has_no_logger(tmp_path: Path) -> None:
     run = Run(recipe_of(SCENES), tmp_path, torch.device("cpu"), lambda event: None)
-    with run._logger(tmp_path) as log:
+    with tensorboard(run.recipe.log, run.world.leads, tmp_path) as log:
         assert log is None
     assert list(tmp_path.iterdir()) == []

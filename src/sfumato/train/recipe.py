@@ -3,6 +3,8 @@
     [data]         where pictures and captions come from
     [autoencoder]  its shape; [autoencoder.loss] its loss; [autoencoder.train] its optimisation
     [denoiser]     its shape; [denoiser.loss] its loss; [denoiser.train] its optimisation
+    [lora]         instead of both: which model to train one beside, and which layers of it; [lora.loss], [lora.train],
+                   [lora.prior] its class
     [preset]       how the finished model draws when the user says nothing
 
 A table that is absent leaves its stage out, or takes its defaults.
@@ -23,6 +25,7 @@ from sfumato.autoencoder.losses import LossConfig
 from sfumato.diffusion.loss import WEIGHTINGS
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_FAMILY, family_named
+from sfumato.families.trainee import LAYOUTS
 
 DENSITIES = ("logit_normal", "uniform")
 
@@ -103,11 +106,76 @@ class DenoiserRecipe:
 
 
 @dataclass(frozen=True)
+class LoraLoss:
+    """What the adapter is asked for: the error of the model's own prediction, be it noise, v or flow.
+
+    Models of Stable Diffusion 1, 2 and XL are trained at the steps of their own table, drawn uniformly. density, mean,
+    std and shift are for models of flow.
+    """
+
+    weighting: str = "plain"  # plain, or min_snr (`sfumato.diffusion.loss.loss_weight`)
+    gamma: float = 5.0  # of min_snr
+    density: str = "logit_normal"  # logit_normal, or uniform
+    mean: float = 0.0  # of the logit; above 0 visits noisier levels more often
+    std: float = 1.0
+    shift: float = 0.0  # of the levels; 0 for the model's own
+    drop_prompt: float = 0.0  # share of pictures whose caption is emptied
+    prior_weight: float = 1.0  # of the pictures of the class
+
+
+@dataclass(frozen=True)
+class PriorRecipe:
+    """Pictures of the class that a subject is of, which the model shall go on drawing as before (DreamBooth)."""
+
+    prompt: str = ""  # such as "a photo of a dog"; empty for no prior
+    path: str = ""  # a folder of captioned pictures to take; empty to have the model draw them first
+    count: int = 100  # pictures to draw
+    steps: int = 0  # of the sampler; 0 for the model's own
+    guidance: float = 0.0  # 0 for the model's own
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """A LoRA: which model it is for, which layers it changes, how it is kept."""
+
+    loss: LoraLoss
+    train: TrainRecipe
+    prior: PriorRecipe
+    base: str = DEFAULT_FAMILY  # a packaged model, a file, a folder or org/name
+    rank: int = 8
+    alpha: float = 0.0  # the scale is alpha / rank; 0 for the rank
+    targets: tuple[str, ...] = (
+        "attention",
+    )  # attention, all, or patterns of layers such as "unet.*.attn2.to_k"
+    text: bool = False  # also beside the text encoders
+    dora: bool = False  # magnitudes of their own (weight decomposition)
+    trigger: str = ""  # words before every caption
+    layout: str = "diffusers"  # names in the file: diffusers, or kohya
+    dtype: str = "float16"  # of the file
+    recompute: str = "auto"  # on: blocks are computed twice and keep little; auto: where memory is short
+    samples: tuple[str, ...] = ()  # prompts of the sample sheets; by default some captions
+
+
+LORA_TRAIN = {  # what [lora.train] has where it says nothing: few weights, few pictures
+    "steps": 1000,
+    "batch": 1,
+    "lr": 1e-4,
+    "betas": [0.9, 0.999],
+    "warmup": 20,
+    "decay": 0.0,
+    "ema": 0.0,
+    "save_every": 100,
+    "sheet_every": 500,
+}
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str
     data: DataRecipe
     autoencoder: AutoencoderRecipe | None = None
     denoiser: DenoiserRecipe | None = None
+    lora: LoraRecipe | None = None
     preset: Any = None  # the family's Preset
     seed: int = 0
     family: str = DEFAULT_FAMILY
@@ -149,7 +217,7 @@ def read_tables(path: str | Path, overrides: dict[str, Any] | None = None) -> di
 def checked(kind: type, values: dict[str, Any], stage: str) -> Any:
     """A recipe of another kind, with one table `stage` that has a table `train`; errors as of `parse_recipe`."""
     recipe = _build(kind, values, "")
-    _check_train(stage, getattr(recipe, stage).train)
+    _check_train(f"{stage}.train", getattr(recipe, stage).train)
     return recipe
 
 
@@ -170,6 +238,12 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         shape = {name: value for name, value in table.items() if name not in own}
         rest = {name: value for name, value in table.items() if name in own}
         values[stage] = _build(kind, rest, stage, model=_build(model, shape, stage))
+    lora = values.get("lora")
+    if isinstance(lora, dict):
+        train = lora.get("train", {})
+        targets = lora.get("targets", "attention")
+        more = {"targets": [targets] if isinstance(targets, str) else targets}
+        values["lora"] = lora | more | ({"train": LORA_TRAIN | train} if isinstance(train, dict) else {})
     values["preset"] = _build(family.Preset, values.get("preset", {}), "preset")
     recipe = _build(Recipe, values, "")
     _check(recipe)
@@ -178,16 +252,22 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 def _check(recipe: Recipe) -> None:
     _one_of("data.kind", recipe.data.kind, ("folder", "scenes"))
-    if not recipe.autoencoder and not recipe.denoiser:
+    stages = [stage for stage in ("autoencoder", "denoiser", "lora") if getattr(recipe, stage)]
+    if not stages:
         raise InputError(
-            "the recipe has no [autoencoder] and no [denoiser] table: nothing to train", argument="recipe"
+            "the recipe has no [autoencoder], no [denoiser] and no [lora] table: nothing to train",
+            argument="recipe",
         )
     _one_of("log", recipe.log, ("csv", "tensorboard"))
-    for stage in ("autoencoder", "denoiser"):
-        part = getattr(recipe, stage)
-        if part is None:
-            continue
-        _check_train(stage, part.train)
+    for stage in stages:
+        _check_train(f"{stage}.train", getattr(recipe, stage).train)
+    if recipe.lora:
+        if len(stages) > 1:
+            raise InputError(
+                "[lora] is trained beside a finished model; give [autoencoder] and [denoiser] a recipe of their own",
+                argument="lora",
+            )
+        _check_lora(recipe.lora)
     if recipe.autoencoder:
         _check_autoencoder(recipe.autoencoder)
     if recipe.denoiser:
@@ -203,21 +283,51 @@ def _check(recipe: Recipe) -> None:
             )
 
 
-def _check_train(stage: str, train: TrainRecipe) -> None:
-    _within(f"{stage}.train", train, RANGES)
-    _above_zero(f"{stage}.train.clip", train.clip)
+def _check_train(where: str, train: TrainRecipe) -> None:
+    _within(where, train, RANGES)
+    _above_zero(f"{where}.clip", train.clip)
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise InputError(
-            f"{stage}.train.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
-            argument=f"{stage}.train.betas",
+            f"{where}.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
+            argument=f"{where}.betas",
         )
     if train.microbatch and train.batch % train.microbatch:
         raise InputError(
-            f"{stage}.train.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
-            argument=f"{stage}.train.microbatch",
+            f"{where}.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
+            argument=f"{where}.microbatch",
         )
-    _one_of(f"{stage}.train.optimizer", train.optimizer, ("adamw", "muon"))
-    _one_of(f"{stage}.train.precision", train.precision, ("auto", "float32", "bfloat16"))
+    _one_of(f"{where}.optimizer", train.optimizer, ("adamw", "muon"))
+    _one_of(f"{where}.precision", train.precision, ("auto", "float32", "bfloat16"))
+
+
+def _check_lora(recipe: LoraRecipe) -> None:
+    _within("lora", recipe, LORA_RANGES)
+    _within("lora.loss", recipe.loss, LORA_LOSS_RANGES)
+    _within("lora.prior", recipe.prior, PRIOR_RANGES)
+    _above_zero("lora.loss.gamma", recipe.loss.gamma)
+    _one_of("lora.loss.weighting", recipe.loss.weighting, ("plain", "min_snr"))
+    _one_of("lora.loss.density", recipe.loss.density, DENSITIES)
+    _one_of("lora.layout", recipe.layout, LAYOUTS)
+    _one_of("lora.dtype", recipe.dtype, ("float32", "float16", "bfloat16"))
+    _one_of("lora.recompute", recipe.recompute, ("auto", "on", "off"))
+    if not recipe.targets:
+        raise InputError(
+            "lora.targets must be attention, all, or patterns of layers; it is empty", argument="lora.targets"
+        )
+    for name, value, right in (
+        ("optimizer", recipe.train.optimizer, "adamw"),
+        ("compile", recipe.train.compile, False),
+    ):
+        if value != right:
+            raise InputError(
+                f"lora.train.{name} must be {str(right).lower()} here, not {str(value).lower()}",
+                argument=f"lora.train.{name}",
+            )
+    if recipe.prior.path and recipe.prior.prompt:
+        raise InputError(
+            "lora.prior takes a prompt to draw pictures of, or a path to captioned ones; not both",
+            argument="lora.prior",
+        )
 
 
 def _check_autoencoder(recipe: AutoencoderRecipe) -> None:
@@ -253,6 +363,14 @@ RANGES = {  # of the numbers in a TrainRecipe
     "crop": (0, math.inf),
 }
 DENOISER_LOSS_RANGES = {"std": (0, math.inf), "labels": (0, math.inf), "drop_prompt": (0, 1)}
+LORA_RANGES = {"rank": (1, 4096), "alpha": (0, math.inf)}
+LORA_LOSS_RANGES = {
+    "std": (0, math.inf),
+    "shift": (0, math.inf),
+    "drop_prompt": (0, 1),
+    "prior_weight": (0, math.inf),
+}
+PRIOR_RANGES = {"count": (1, 100_000), "steps": (0, 1000), "guidance": (0, math.inf)}
 AUTOENCODER_LOSS_RANGES = {
     **{
         weight: (0, math.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -34,7 +33,7 @@ from sfumato.train.autoencoder import latent_statistics
 from sfumato.train.denoiser import Examples
 from sfumato.train.loop import Event, OnEvent, World, fit
 from sfumato.train.recipe import Recipe, read_recipe
-from sfumato.train.state import has_state
+from sfumato.train.state import has_state, tensorboard
 from sfumato.train.tasks import AutoencoderTask, DenoiserTask
 
 HELD_OUT_SCENES = 256  # of the val split, to measure the autoencoder on
@@ -55,7 +54,8 @@ def run(
     device: str | None = None,
     on_event: OnEvent | None = None,
 ) -> Path:
-    """Train what `recipe` describes, or go on from where it stopped; return the run's folder, which `load` opens.
+    """Train what `recipe` describes, or go on from where it stopped; return the run's folder, which `load` opens, or
+    the file of a LoRA.
 
     overrides: dotted keys of a recipe file, such as {"denoiser.train.steps": 100}.
     Under `torchrun` every process calls this; they share each batch, and rank 0 alone writes. Raises `InputError`
@@ -73,8 +73,13 @@ def run(
     read = with_data(read, data)
     folder = Path(out or read.out or Path("runs") / read.name)
     place, joined = _join_world(pick_device(device))
+    listener = on_event or (lambda event: None)
     try:
-        return Run(read, folder, place, on_event or (lambda event: None)).whole()
+        if read.lora:
+            from sfumato.train.lora import LoraRun  # which needs this module
+
+            return LoraRun(read, folder, place, listener).whole()
+        return Run(read, folder, place, listener).whole()
     finally:
         if joined:
             dist.destroy_process_group()
@@ -219,7 +224,7 @@ class Run:
             source, unseen = self.source(multiple, "train"), self._held_out(multiple)
             if recipe.train.steps and model.factor > 1:
                 task = AutoencoderTask(self.recipe, self.folder, self.device, model, source)
-                with self._logger(place) as log:
+                with tensorboard(self.recipe.log, self.world.leads, place) as log:
                     model.load_state_dict(fit(task, place, identity, self.device, self.tell, self.peak, log))
             if self.world.leads:
                 self._finish(model.to(self.device).eval(), source, unseen, place, finished)
@@ -307,7 +312,7 @@ class Run:
         labels = self.labels(source, config) if recipe.loss.labels else None
         examples = Examples(source, cache, system.tokenizer, recipe, self.recipe.seed, self.device, labels)
         task = DenoiserTask(self.recipe, self.folder, self.device, system, examples)
-        with self._logger(place) as log:
+        with tensorboard(self.recipe.log, self.world.leads, place) as log:
             state = fit(task, place, identity, self.device, self.tell, self.peak, log)
         if self.world.leads:
             task.export(state, recipe.train.steps)
@@ -413,33 +418,3 @@ class Run:
             part["train"] = {key: value for key, value in part["train"].items() if key not in volatile}
             parts[name] = part
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    @contextlib.contextmanager
-    def _logger(self, place: Path) -> Iterator[Callable[[int, dict[str, float]], None] | None]:
-        """What writes TensorBoard's files, if the recipe asks for them.
-
-        From the first step written on, what a run that was killed had written before no longer counts.
-        """
-        if self.recipe.log != "tensorboard" or not self.world.leads:
-            yield None
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError(
-                "log = tensorboard needs the package tensorboard: pip install 'sfumato[logs]'"
-            ) from None
-        writer: SummaryWriter | None = None
-
-        def write(step: int, values: dict[str, float]) -> None:
-            nonlocal writer
-            if writer is None:
-                writer = SummaryWriter(place / "tensorboard", purge_step=step)
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-
-        try:
-            yield write
-        finally:
-            if writer is not None:
-                writer.close()

@@ -6,13 +6,13 @@ import contextlib
 import csv
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
 
-from sfumato.errors import CheckpointError, SfumatoError
+from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.storage import atomic_directory, atomic_file, file_hash, load_tensors, read_json, save_tensors
 
 KEPT = 2  # newest checkpoints
@@ -147,3 +147,36 @@ def _number(text: str | None) -> float:
         return float(text or "inf")
     except ValueError:
         return float("inf")
+
+
+@contextlib.contextmanager
+def tensorboard(
+    log: str, leads: bool, place: Path
+) -> Iterator[Callable[[int, dict[str, float]], None] | None]:
+    """What writes TensorBoard's files into a folder, if the recipe's `log` asks for them and this process leads.
+
+    From the first step written on, what a run that was killed had written before no longer counts.
+    """
+    if log != "tensorboard" or not leads:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "log = tensorboard needs the package tensorboard: pip install 'sfumato[logs]'"
+        ) from None
+    writer: SummaryWriter | None = None
+
+    def write(step: int, values: dict[str, float]) -> None:
+        nonlocal writer
+        if writer is None:
+            writer = SummaryWriter(place / "tensorboard", purge_step=step)
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()

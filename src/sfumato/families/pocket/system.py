@@ -22,6 +22,7 @@ from sfumato.errors import CheckpointError
 from sfumato.families.pocket import control as nets
 from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
+from sfumato.families.trainee import Trainee
 from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
 from sfumato.text import TextConfig, TextEncoder, Tokenizer
@@ -76,6 +77,12 @@ class System:
         names = functools.cache(lambda: names_of(base))
         folds = Adapters(names, {"denoiser": base}, renew, check)
         return folds
+
+    def trainee(self, text: bool) -> Trainee:
+        """Itself as a model that a LoRA is trained for, its text encoder too with `text`."""
+        from sfumato.families.pocket.training import trainee  # which needs this module
+
+        return trainee(self, text)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's weights, without what LoRAs add."""

@@ -35,6 +35,12 @@ def adapters_of(
     return Adapters(names, parts, renew, lambda path: check(path, kind), few_steps)
 
 
+def kohya_parts(system: Any) -> dict[str, str]:
+    """Part to the prefix of its modules in kohya's files: a text encoder that is alone has no number."""
+    alone = len(system.text) == 1 and system.text[0].name == "text_encoder"
+    return KOHYA_PARTS | ({"text_encoder": "lora_te_"} if alone else {})
+
+
 def with_loras(
     checkpoint: Checkpoint,
     source: str,
@@ -86,9 +92,7 @@ def extract(
             f"{base} is of {first.kind} and {tuned} of {second.kind}; two models of one kind are right"
         )
     assert first.system is not None
-    prefixes = dict(KOHYA_PARTS)
-    if len(first.system.text) == 1 and first.system.text[0].name == "text_encoder":
-        prefixes["text_encoder"] = "lora_te_"
+    prefixes = kohya_parts(first.system)
     pairs = [
         (part, name)
         for part in prefixes

@@ -38,6 +38,7 @@ from sfumato.families.sd.loras import adapters_of
 from sfumato.families.sd.openers import openers, renewers, tokenizer_of
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
+from sfumato.families.trainee import Trainee
 from sfumato.nn.controlnet import ControlNet
 from sfumato.nn.embed import sinusoid
 from sfumato.nn.unet import UNet
@@ -108,6 +109,12 @@ class System(PublishedSystem):
     @property
     def added(self) -> int:
         return self.adapters.size
+
+    def trainee(self, text: bool) -> Trainee:
+        """Itself as a model that a LoRA is trained for, its text encoders too with `text`; see `training.trainee`."""
+        from sfumato.families.sd.training import trainee  # which needs this module
+
+        return trainee(self, text)
 
     def offloaded(self, offload: str) -> System:
         """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""

@@ -1,0 +1,77 @@
+"""Captions encoded once: features of every text that a run will read, kept in a file and fetched by the text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sfumato.errors import CheckpointError, DataError
+from sfumato.storage import check_safetensors, save_tensors
+from sfumato.types import Conditioning
+
+FIELDS = ("tokens", "mask", "vector")
+
+
+class TextCache:
+    """Features of texts by the text: call it with texts that it holds. Reads rows from a mapped file."""
+
+    def __init__(self, path: Path, texts: Sequence[str], device: torch.device):
+        self.device = device
+        self._rows = {text: row for row, text in enumerate(texts)}
+        with safe_open(path, framework="pt") as file:
+            self._tensors = {name: file.get_tensor(name) for name in FIELDS if name in file.keys()}  # noqa: SIM118
+
+    def __call__(self, texts: Sequence[str]) -> Conditioning:
+        rows = torch.tensor([self._rows[text] for text in texts])
+        found: dict[str, Tensor] = {
+            name: tensor.index_select(0, rows).to(self.device) for name, tensor in self._tensors.items()
+        }
+        return Conditioning(found["tokens"], found.get("mask"), found.get("vector"))
+
+
+def build_texts(
+    texts: Iterable[str],
+    read: Callable[[Sequence[str]], Conditioning],
+    identity: str,
+    folder: Path,
+    batch: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Path, list[str]]:
+    """Encode all texts, once each, into a file of `folder`, unless it is there. identity: of the encoders.
+
+    Returns the file and the texts in the order of its rows. `DataError` names a text whose features are not finite.
+    """
+    ordered = sorted(set(texts))
+    listing = hashlib.sha256(json.dumps([identity, ordered]).encode()).hexdigest()
+    path = folder / f"texts-{listing[:16]}.safetensors"
+    if path.exists():
+        try:
+            check_safetensors(path)
+            return path, ordered
+        except CheckpointError:
+            path.unlink()
+    rows: dict[str, list[Tensor]] = {}
+    for start in range(0, len(ordered), batch):
+        some = ordered[start : start + batch]
+        with torch.no_grad():
+            cond = read(some)
+        bad = ~cond.tokens.isfinite().flatten(1).all(1)
+        if bad.any():
+            raise DataError(
+                f"the features of {some[int(bad.nonzero()[0])][:60]!r} are not finite; train in float32"
+            )
+        for name in FIELDS:
+            tensor = getattr(cond, name)
+            if tensor is not None:
+                rows.setdefault(name, []).append(tensor.cpu())
+        if on_progress:
+            on_progress(min(start + batch, len(ordered)), len(ordered))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, {name: torch.cat(parts) for name, parts in rows.items()})
+    return path, ordered
