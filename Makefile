@@ -30,7 +30,7 @@ demo: $(VENV)/.core
 	$(BIN)/python examples/sheet.py pocket-sheet.png
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not full"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" --numprocesses auto --dist loadfile
 
 test-full: $(VENV)/.dev
 	$(BIN)/python -m pytest
