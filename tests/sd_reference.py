@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato.families.sd import folder
 from sfumato.families.sd.shapes import System
 from sfumato.generate import Model
+from sfumato.nn.controlnet import ControlNetConfig
 from sfumato.sampling import SeededNoise, Step
 from sfumato.text.clip import ClipConfig
 from sfumato.text.clip_tokens import MERGES, bundled
@@ -45,6 +47,34 @@ def part_of(system: System, name: str, size: int = SIDE) -> torch.nn.Module:
     else:
         made = text_module(next(part.config for part in system.text if part.name == name))
     return made.eval()
+
+
+def control_reference(config: ControlNetConfig) -> torch.nn.Module:
+    """diffusers' ControlNet of that shape."""
+    unet = config.unet
+    extra: dict[str, Any] = {}
+    if unet.vector:
+        each = 256 if unet.vector > 1000 else 8
+        extra = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": each,
+            "projection_class_embeddings_input_dim": unet.vector,
+        }
+    return ControlNetModel(
+        in_channels=unet.in_channels,
+        block_out_channels=unet.channels,
+        layers_per_block=unet.resnets,
+        down_block_types=tuple("CrossAttnDownBlock2D" if d else "DownBlock2D" for d in unet.depths),
+        transformer_layers_per_block=(*(d or 1 for d in unet.depths[:-1]), unet.mid_depth),
+        attention_head_dim=unet.heads,
+        cross_attention_dim=unet.context,
+        use_linear_projection=unet.linear,
+        norm_num_groups=unet.groups,
+        conditioning_embedding_out_channels=config.hint_channels,
+        global_pool_conditions=config.pooled,
+        controlnet_conditioning_channel_order="bgr" if config.bgr else "rgb",
+        **extra,
+    ).eval()
 
 
 def names_of(system: System) -> tuple[str, ...]:

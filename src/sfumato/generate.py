@@ -27,6 +27,7 @@ from sfumato.runtime import autocast, drawing_dtype, pick_device
 from sfumato.sampling import Step
 from sfumato.storage import tensors_hash
 from sfumato.tasks import canvas as tasks
+from sfumato.tasks.hints import cropped
 from sfumato.tasks.latent import Origin
 from sfumato.tasks.pixels import to_image, to_pixels
 from sfumato.types import Conditioning, Request, Result
@@ -65,6 +66,7 @@ def load(
     without: Sequence[str] = (),
     text_dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    controlnets: Mapping[str, str | Path] | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
@@ -79,8 +81,9 @@ def load(
     is needed; "auto" is for who plans next (`planning.py`). preset: how a distilled model is drawn that does not say
     it, "lcm", "turbo" or "lightning", or "plain" against what it says. loras: files to attach at weight 1, by their
     names or by those given here; `Model.attach` says more of them. without: text encoders to leave out, such as "t5".
-    text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none. Raises
-    `CheckpointError` that says what is wrong.
+    text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none.
+    controlnets: files or folders of ControlNets by the names that `Request.controls` calls them; for models of our own
+    too. Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
@@ -95,6 +98,8 @@ def load(
     }
     options |= {"without": tuple(without) or None, "text_dtype": text_dtype, "tokenizer": tokenizer}
     system = open_model(model, place, dtype, options)
+    if controlnets:
+        system = with_controls(system, str(model), controlnets)
     second = None
     if refiner is not None:
         second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
@@ -102,6 +107,13 @@ def load(
     for name, file in loras.items() if isinstance(loras, Mapping) else [(None, file) for file in loras]:
         opened.attach(file, name=name)
     return opened
+
+
+def with_controls(system: Any, name: str, files: Mapping[str, str | Path]) -> Any:
+    """The system with the ControlNets in these files, by name. `InputError` if it takes none."""
+    if not hasattr(system, "with_controls"):
+        raise InputError(f"{name!r} takes no ControlNets", argument="controlnets")
+    return system.with_controls(files)
 
 
 class Model:
@@ -132,6 +144,10 @@ class Model:
         without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
         read_as: what its files may leave open and drawing depends on, by option of `load`, as it was taken.
         latent_space: two models with equal ones can draw on each other's latents.
+        controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
+            -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
+            the tensors that one adds, shown a picture (1, 3, H, W) in [0, 1]. `network(x, time, cond, control=…)`
+            takes these.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
     """
@@ -305,8 +321,11 @@ class Model:
         canvas = tasks.canvas(request)
         origin = None if canvas is None else origin_of(self, canvas, request)
         images: list[Image.Image] = []
+        shown = request
+        if canvas is not None and request.inpaint is not None and request.inpaint.padding is not None:
+            shown = cropped(request, canvas.box, canvas.original.size, self.system.config.multiple)
         for start in range(0, request.count, BATCH):
-            part = request.part(start, min(BATCH, request.count - start))
+            part = shown.part(start, min(BATCH, request.count - start))
             latent = self.sample(cond, part.seeds(), part, on_step, origin)
             if part.hires is not None:
                 untouched = canvas.picture if canvas is not None and request.strength == 0 else None
@@ -372,6 +391,7 @@ class Model:
             "model": self.name,
             "weights": self.hashes,
             **({"embeddings": self.embeddings} if self.embeddings else {}),
+            **self._controls_drawn(request),
             **({"loras": self._adapters("loras").digests(request.loras)} if request.loras else {}),
             **({"without": list(self.without)} if self.without else {}),
             **({"text_dtype": self.text_dtype} if self.text_dtype else {}),
@@ -385,6 +405,13 @@ class Model:
             "python": platform.python_version(),
             "seconds": round(seconds, 3),
         }
+
+    def _controls_drawn(self, request: Request) -> dict[str, Any]:
+        """The ControlNets that a request names, with the hashes of their weights, for the recipe."""
+        names = {control.name for control in request.controls or ()}
+        if not names:
+            return {}
+        return {"controlnets": {k: v for k, v in self.system.control_hashes().items() if k in names}}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(C, 1, H/f, W/f) of a picture of so many pixels."""

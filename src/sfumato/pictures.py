@@ -140,11 +140,11 @@ def read_header(data: bytes, name: str = "the picture") -> Header:
     return Header(kind, width, height)
 
 
-def decode(data: bytes, name: str = "the picture") -> Image.Image:
-    """Decode to an upright RGB picture of 8 bits, transparency on white. Raises `DataError` with one
+def decode(data: bytes, name: str = "the picture", ground: tuple[int, ...] = WHITE) -> Image.Image:
+    """Decode to an upright RGB picture of 8 bits, transparency on `ground`. Raises `DataError` with one
     sentence.
     """
-    return flatten(_decoded(data, name), name)
+    return flatten(_decoded(data, name), name, ground)
 
 
 def decode_mask(data: bytes, name: str = "the mask") -> Image.Image:

@@ -35,6 +35,7 @@ MAX_LEVEL = 1e6  # of noise
 MAX_WEIGHT = 100.0  # of a LoRA
 MAX_LAYERS = 1_000  # of a network
 MAX_TEXT_LENGTH = 512  # tokens of a text encoder without windows; T5 was trained on these
+MAX_CONTROL = 10.0  # weight of a control picture
 MAX_TOLD = 2**16  # pixels; of sizes that a network is told
 FITS = ("cover", "contain", "stretch")
 
@@ -97,6 +98,75 @@ class Variation:
 
     seed: int
     strength: float
+
+
+@dataclass(frozen=True)
+class Control:
+    """A picture that a ControlNet of the model reads beside the prompt.
+
+    name: what that ControlNet was opened as: canny, depth … image: the picture; one of another size than is drawn is
+    brought to it, and refused if its shape is another (see `Request.fit`). Transparency is black. weight: of what it
+    adds; 1 is what it was trained for. start, end: the shares of the steps between which it acts. prepare: what to make
+    of the picture first, a name of `tasks.hints.PREPARE`; None takes it as it is. guess: it acts on the prompt's half
+    of guidance alone, and less on what is fine: for prompts that say nothing (diffusers' guess mode).
+    """
+
+    name: str
+    image: Image
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    prepare: str | None = None
+    guess: bool = False
+
+    def validate(self) -> Control:
+        """`InputError` for what no ControlNet could do."""
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(
+                f"a control needs the name of its ControlNet, not {_shown(self.name)}", argument="controls"
+            )
+        what = f"control {self.name}"
+        try:
+            _picture(what, self.image)
+            for name, value, most in (
+                ("weight", self.weight, MAX_CONTROL),
+                ("start", self.start, 1.0),
+                ("end", self.end, 1.0),
+            ):
+                _number(f"{what}'s {name}", value, 0.0, most)
+            if self.start > self.end:
+                raise InputError(f"{what} starts at {self.start:g}, after its end at {self.end:g}")
+            _name(f"{what}'s prepare", self.prepare)
+            if not isinstance(self.guess, bool):
+                raise InputError(f"{what}'s guess must be true or false, not {_shown(self.guess)}")
+        except InputError as error:
+            raise InputError(str(error), argument="controls") from None
+        return self
+
+    @classmethod
+    def from_json(cls, value: object, pictures: dict[str, Image] | None = None) -> Control:
+        """From an object such as {"name": "depth", "image": "sha256:…"}, its picture among `pictures`."""
+        if isinstance(value, cls):
+            return value
+        try:
+            found = _nested(cls, "controls", value)
+        except InputError as error:
+            raise InputError(str(error), argument="controls") from None
+        assert isinstance(found, cls)
+        if not isinstance(found.image, str):
+            return found
+        if found.image not in (pictures or {}):
+            raise InputError(
+                f"control {found.name} names the picture {_shown(found.image)}; give the picture itself",
+                argument="controls",
+            )
+        return replace(found, image=(pictures or {})[found.image])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values without those by default; the picture by its fingerprint."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
+        return values | {"image": _control_fingerprint(self.image)}
 
 
 @dataclass(frozen=True)
@@ -222,6 +292,7 @@ class Request:
     refine_at: the share of the noise levels, from the noisiest, after which a model's refiner takes over, diffusers'
         denoising_end; None is 0.8 where there is a refiner.
     loras: which of the LoRAs that the model has opened to draw with, and how much; None is as they were attached.
+    controls: pictures that ControlNets of the model read. Then `fit` brings these to the size that is drawn, too.
     """
 
     prompt: str = ""
@@ -252,6 +323,7 @@ class Request:
     micro: Micro | None = None
     refine_at: float | None = None
     loras: tuple[LoraUse, ...] | None = None
+    controls: tuple[Control, ...] | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], pictures: Iterable[Image] = ()) -> Request:
@@ -276,6 +348,9 @@ class Request:
         for name, kind in _NESTED.items():
             if values.get(name) is not None:
                 values[name] = _nested(kind, name, values[name])
+        if isinstance(values.get("controls"), list | tuple):
+            known_controls = _control_fingerprints(pictures := tuple(pictures))
+            values["controls"] = tuple(Control.from_json(each, known_controls) for each in values["controls"])
         named = [name for name in ("image", "mask") if isinstance(values.get(name), str)]
         if named:
             known_pictures = _fingerprints(pictures)
@@ -301,6 +376,8 @@ class Request:
                 value = _mask_fingerprint(value)
             elif f.name == "loras":
                 value = [use.to_json() for use in value]
+            elif f.name == "controls":
+                value = [control.to_json() for control in value]
             elif is_dataclass(value):
                 inner = {g.name: getattr(value, g.name) for g in fields(value)}
                 value = {name: v for name, v in inner.items() if v is not None}
@@ -369,6 +446,13 @@ class Request:
             _interval("guidance_interval", self.guidance_interval)
         self._validate_picture()
         self._validate_nested()
+        if self.controls is not None:
+            if not isinstance(self.controls, tuple) or not all(isinstance(c, Control) for c in self.controls):
+                raise InputError(
+                    f"controls must be a tuple of Control, not {_shown(self.controls)}", argument="controls"
+                )
+            for control in self.controls:
+                control.validate()
         return self
 
     def _validate_picture(self) -> None:
@@ -376,7 +460,8 @@ class Request:
             if getattr(self, name) is not None:
                 _picture(name, getattr(self, name))
         for name in ("strength", "fit", "mask", "outpaint"):
-            if getattr(self, name) is not None and self.image is None:
+            given = self.image is not None or (name == "fit" and bool(self.controls))
+            if getattr(self, name) is not None and not given:
                 raise InputError(f"{name} needs an image to work on", argument=name)
         if self.strength is not None:
             _number("strength", self.strength, 0.0, 1.0)
@@ -597,6 +682,16 @@ def _mask_fingerprint(mask: Image) -> str:
     from sfumato.pictures import binary, fingerprint
 
     return fingerprint(binary(mask, "mask"))
+
+
+def _control_fingerprint(image: Image) -> str:
+    from sfumato.pictures import BLACK, fingerprint, flatten
+
+    return fingerprint(flatten(image, "a control picture", BLACK))
+
+
+def _control_fingerprints(pictures: Iterable[Image]) -> dict[str, Image]:
+    return {_control_fingerprint(picture): picture for picture in pictures}
 
 
 def _fingerprints(pictures: Iterable[Image]) -> dict[str, Image]:

@@ -36,6 +36,7 @@ LIGHT = {"torch", "numpy", "safetensors", "PIL", "sfumato", *sys.stdlib_module_n
 OPTIONAL = {  # imported inside functions: by a recipe that asks for its logs, by an engine or encoder when it is made
     ("nn", "openvino"),
     ("train", "tensorboard"),
+    ("tasks", "cv2"),
     ("text", "tokenizers"),
     ("text", "transformers"),
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sfumato.cli import loras, options, parse, show
+from sfumato.cli import controls, loras, options, parse, show
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
 
@@ -47,6 +47,10 @@ def generate(
     mask_blur: options.MaskBlur = None,
     only_masked: options.OnlyMasked = None,
     paste: options.Paste = None,
+    control: options.Control = None,
+    controlnet: options.ControlNet = None,
+    control_ready: options.ControlReady = None,
+    guess: options.Guess = None,
     hires: options.Hires = None,
     hires_strength: options.HiresStrength = None,
     hires_steps: options.HiresSteps = None,
@@ -132,6 +136,8 @@ def generate(
         "refine_at": refine_at,
     }
     embeddings = parse.embeddings(embedding or [])
+    shown = controls.given([] if control in (None, controls.NONE) else control)
+    networks = controls.files(controlnet or [])
     adapters = loras.given([] if lora in (None, loras.NONE) else lora)
     default = {name for name in given if _left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
@@ -151,7 +157,11 @@ def generate(
     if refiner == "none":
         dropped.add("refine_at")
     said = None if like is None else _said(like, given, dropped, second)
-    told = {} if said is None else said.request
+    told = {} if said is None else dict(said.request)
+    drop = control == controls.NONE
+    pictured = controls.requested(shown, control_ready or [], guess, told.pop("controls", None), like, drop)
+    if pictured is not None:
+        given["controls"] = pictured
     given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
     request = Request.from_dict(_merged(given, told))
     check_output(output, request.count, request)
@@ -183,6 +193,7 @@ def generate(
         without=without,
         text_dtype=None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         tokenizer=tokenizer,
+        controlnets=networks,
     )
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
         _note(note)
@@ -303,6 +314,13 @@ def _note_differences(like: Path | None, said: Like, loaded: Any, request: Reque
             _note(f"{like} was drawn with another embedding {name!r} than this file's")
     ours = {} if request.loras is None else loaded.system.adapters.digests(request.loras)
     for note in loras.differences(like, said.loras, ours):
+        _note(note)
+    drawn = (
+        loaded.system.control_hashes()
+        if said.controlnets and hasattr(loaded.system, "control_hashes")
+        else {}
+    )
+    for note in controls.differences(like, said.controlnets, drawn):
         _note(note)
     if said.ignored:
         _note(f"not taken over from {like}: {', '.join(said.ignored)}")

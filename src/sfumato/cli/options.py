@@ -10,9 +10,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-PICTURE, MASK, LARGER, FASTER, PROMPT, TUNING, WEIGHTS = (
+PICTURE, MASK, CONTROL, LARGER, FASTER, PROMPT, TUNING, WEIGHTS = (
     "Beginning with a picture",
     "Painting a part of it",
+    "Drawing after a control picture",
     "Drawing it larger",
     "Drawing faster, not quite the same picture",
     "How Stable Diffusion reads a prompt",
@@ -116,6 +117,42 @@ Paste = Annotated[
         show_default=False,
         rich_help_panel=MASK,
         help="Whether what lies outside the mask is taken from your picture; it is by default.",
+    ),
+]
+Control = Annotated[
+    list[str] | None,
+    Option(
+        metavar="KIND=IMAGE[:WEIGHT[:START-END]]",
+        rich_help_panel=CONTROL,
+        help="A picture for the ControlNet called KIND: canny=photo.png:0.8:0-0.6 acts with this weight in this share "
+        "of the steps. Edges (canny, softedge) are made of a plain picture; others are taken as they are. May be "
+        "repeated. `none` takes them out of --like.",
+    ),
+]
+ControlNet = Annotated[
+    list[str] | None,
+    Option(
+        "--controlnet",
+        metavar="KIND=FILE",
+        rich_help_panel=CONTROL,
+        help="A ControlNet (.safetensors or a folder) and what --control calls it; may be repeated.",
+    ),
+]
+ControlReady = Annotated[
+    list[str] | None,
+    Option(
+        metavar="KIND",
+        rich_help_panel=CONTROL,
+        help="Take the picture for this kind as it is: it shows edges already.",
+    ),
+]
+Guess = Annotated[
+    bool | None,
+    Option(
+        "--guess/--no-guess",
+        show_default=False,
+        rich_help_panel=CONTROL,
+        help="Let control pictures act on the prompt's half of guidance alone, for prompts that say nothing.",
     ),
 ]
 Hires = Annotated[

@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato.diffusion.guidance import Skipping, cfg_batched, composed_batched
 from sfumato.diffusion.parameterization import Denoise
 from sfumato.diffusion.schedules import share_interval
+from sfumato.drawing.control import Acting, acting, controlled
 from sfumato.drawing.request import levels_of
 from sfumato.drawing.script import Script, Voice, changing
 from sfumato.sampling.reuse import Reuse
@@ -20,7 +21,7 @@ from sfumato.types import Conditioning, Request
 if TYPE_CHECKING:
     from sfumato.generate import Model
 
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Network = Callable[..., Tensor]
 
 
 def denoiser(
@@ -36,8 +37,11 @@ def denoiser(
     how = scale, request.guidance_interval or preset.interval, getattr(preset, "rescale", 0.0)
     voices = (Voice(((0, cond),)),) if isinstance(cond, Conditioning) else cond
     sigmas = torch.empty(0)
-    if request.skip_layers is not None or any(len(voice.stages) > 1 for voice in voices):
+    if request.controls or request.skip_layers is not None or any(len(voice.stages) > 1 for voice in voices):
         sigmas = levels_of(model, request)
+
+    controls = acting(model, request, sigmas) if request.controls else []
+    make_network = functools.partial(_network, model, request, channels, controls)
 
     def saying(network: Network, voice: Voice, wanted: bool) -> Denoise:
         """By the network told both rows of a voice, or the wanted one alone."""
@@ -45,29 +49,35 @@ def denoiser(
         def make(told: Conditioning) -> Denoise:
             if wanted:
                 told = told.change(lambda rows: rows[: len(rows) // 2])
-            return system.parameterization.denoiser(network, told)
+            answers = functools.partial(network, halves=not wanted)
+            return system.parameterization.denoiser(answers, told)
 
         return changing(voice.stages, make, sigmas)
 
     first, *others = voices
-    network = _network(model, request, channels)
+    network = make_network()
     both = saying(network, first, wanted=False)
     skipping = None
     if (skip := request.skip_layers) is not None:
-        lacking = saying(_network(model, request, channels, skip.layers), first, wanted=True)
+        lacking = saying(make_network(skip.layers), first, wanted=True)
         skipping = Skipping(lacking, skip.scale, share_interval(sigmas, *skip.interval))
     if not others:
         return cfg_batched(both, saying(network, first, wanted=True), *how, skipping)
-    answers = [saying(_network(model, request, channels), voice, wanted=True) for voice in others]
+    answers = [saying(make_network(), voice, wanted=True) for voice in others]
     weights = [voice.weight for voice in voices]
     return composed_batched(both, answers, weights, *how, skipping)
 
 
 def _network(
-    model: Model, request: Request, channels: Tensor | None, skip_layers: tuple[int, ...] = ()
+    model: Model,
+    request: Request,
+    channels: Tensor | None,
+    controls: list[Acting],
+    skip_layers: tuple[int, ...] = (),
 ) -> Network:
     """network(x, time, told): the model's, told 2 rows that serve any batch, or as many rows as x. With `reuse` it
-    remembers its own calls; with `skip_layers` it leaves these out."""
+    remembers its own calls; with `skip_layers` it leaves these out. halves: the rows
+    are a wanted and an unwanted half."""
     system = model.system
     answer = system.network
     if skip_layers:
@@ -75,12 +85,12 @@ def _network(
     elif request.reuse is not None and request.reuse > 1:
         answer = Reuse(system.split, request.reuse, getattr(system, "reuse_order", 0))
 
-    def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
+    def network(x: Tensor, level: Tensor, given: Conditioning, halves: bool = False) -> Tensor:
         if (each := len(x) // len(given)) > 1:
             given = given.change(lambda rows: rows.repeat_interleave(each, 0))
         if channels is not None:
             x = torch.cat([x, channels.expand(len(x), *channels.shape[1:])], 1)  # (B, C + E, T, H, W)
         with model.precision(), model.with_loras(request):
-            return answer(x, level, given).float()
+            return controlled(answer, controls, halves)(x, level, given).float()
 
     return network

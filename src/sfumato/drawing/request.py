@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sfumato.diffusion.schedules import sigmas_for
+from sfumato.drawing.control import settled
 from sfumato.errors import InputError
 from sfumato.sampling import SAMPLERS, sampler_named
 from sfumato.tasks.canvas import by, nearest_size, settle
@@ -55,6 +56,7 @@ def complete(model: Model, request: Request) -> Request:
         )
     _check_read(model, request)
     _check_skipped(model, request)
+    request = settled(model, request)
     if model.refiner is None and request.refine_at is not None:
         raise InputError("refine_at needs a refiner; open the model with one", argument="refine_at")
     if model.refiner is not None and request.refine_at is None:

@@ -70,7 +70,10 @@ def sample(
     for drawer, told, first, last in _legs(model, cond, request, sigmas, done):
         channels = _inpaint_channels(drawer, origin, height, width)
         own = request.loras if drawer is model else None  # a refiner has its own
-        denoise = drawer.denoiser(told, replace(request, refine_at=None, loras=own), channels)
+        asked = replace(request, refine_at=None, loras=own)
+        if drawer is not model:  # a refiner draws without ControlNets
+            asked = replace(asked, controls=None, fit=None if request.image is None else request.fit)
+        denoise = drawer.denoiser(told, asked, channels)
         cells = None
         if origin is not None and origin.mask is not None and channels is None:
             cells = cells_to_paint(origin.mask, *shape[-2:])
@@ -104,7 +107,7 @@ def second_pass(
         steps=hires.steps or request.steps,
         image=None,  # the first pass has used it, and it is of the first pass's size
         strength=None,
-        fit=None,
+        fit=request.fit if request.controls else None,
         hires=None,
     )
     origin = Origin(latent, hires.strength)

@@ -6,7 +6,7 @@ all blocks plus a learned offset each; DiT-Air (2503.10618) for the single strea
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,21 +66,27 @@ class DiT(nn.Module):
         return max(1, self.config.depth // 2)
 
     def forward(
-        self, x: Tensor, time: Tensor, cond: Conditioning, skip_layers: Collection[int] = ()
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        skip_layers: Collection[int] = (),
+        control: Sequence[Tensor] = (),
     ) -> Tensor:
         """x: (B, C, T, H, W); time: (B,) or scalar in [0, 1]; returns (B, C, T, H, W).
 
-        skip_layers: blocks to leave out, counted from 0.
+        skip_layers: blocks to leave out, counted from 0. control: what is added to the latent's tokens, (B, N, D) each,
+        before as many blocks at equal distances, the first among them (`nn/dit_control.py`).
         """
-        h, c, positions = self._enter(x, time, cond)
-        h, _ = self._run_blocks(h, c, positions, cond, skip_layers)
+        h, c, positions = self.enter(x, time, cond)
+        h, _ = self._run_blocks(h, c, positions, cond, skip_layers, control)
         return self._leave(h, c, x)
 
     def forward_with_labels(
         self, x: Tensor, time: Tensor, cond: Conditioning
     ) -> tuple[Tensor, Tensor | None]:
         """As `forward`, with the label head's logits (B, T·H·W, Σ classes), or None without a head."""
-        h, c, positions = self._enter(x, time, cond)
+        h, c, positions = self.enter(x, time, cond)
         h, labels = self._run_blocks(h, c, positions, cond)
         return self._leave(h, c, x), labels
 
@@ -92,7 +98,7 @@ class DiT(nn.Module):
         deep: such a sum of other calls, to add instead of running the blocks: the deviation that Δ-DiT keeps (Chen et
         al. 2024, 2406.01125, sec. 3), of the whole trunk. What reads sample, text and time is computed anew.
         """
-        start, c, positions = self._enter(x, time, cond)
+        start, c, positions = self.enter(x, time, cond)
         if deep is None:
             h, _ = self._run_blocks(start, c, positions, cond)
             deep = h - start
@@ -100,7 +106,7 @@ class DiT(nn.Module):
             h = start + deep
         return self._leave(h, c, x), deep
 
-    def _enter(self, x: Tensor, time: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+    def enter(self, x: Tensor, time: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of text and latent (B, M + N, D), what all are told (B, D), and places in the latent (N, 3)."""
         B, _, T, H, W = x.shape
         p = self.config.patch
@@ -120,19 +126,34 @@ class DiT(nn.Module):
         weight = cond.mask[..., None].to(cond.tokens.dtype)
         return (cond.tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
-    def _run_blocks(
-        self, h: Tensor, c: Tensor, positions: Tensor, cond: Conditioning, skipped: Collection[int] = ()
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, M + N, D) → the same after all blocks but the `skipped`, and the label head's logits."""
+    def turns(self, h: Tensor, positions: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the blocks need of places and words: cosines and sines, and the mask (B, M + N)."""
         B, M, N = len(h), h.shape[1] - len(positions), len(positions)
         angles = rope_angles(positions, self.config.width // self.config.heads)
         angles = torch.cat([angles.new_zeros(M, angles.shape[1]), angles])  # words do not turn
         cos, sin = turns(angles)
         mask = None if cond.mask is None else torch.cat([cond.mask, cond.mask.new_ones(B, N)], dim=1)
+        return cos, sin, mask
+
+    def _run_blocks(
+        self,
+        h: Tensor,
+        c: Tensor,
+        positions: Tensor,
+        cond: Conditioning,
+        skipped: Collection[int] = (),
+        control: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, M + N, D) → the same after all blocks but the `skipped`, and the label head's logits."""
+        B, M = len(h), h.shape[1] - len(positions)
+        cos, sin, mask = self.turns(h, positions, cond)
+        added = dict(zip(places(len(self.blocks), len(control)), control, strict=True))
         shared = self.modulation(c).view(B, 6, -1)
 
         labels = None
         for i, block in enumerate(self.blocks):
+            if i in added:
+                h = torch.cat([h[:, :M], h[:, M:] + added[i].to(h.dtype)], dim=1)
             if i not in skipped:
                 h = block(h, cos, sin, mask, shared + self.offsets[i])
             if self.label_out is not None and i + 1 == self.label_depth:
@@ -147,6 +168,11 @@ class DiT(nn.Module):
         shift, scale = self.final_modulation(c).unsqueeze(1).chunk(2, dim=-1)
         out = self.latent_out(rms_norm(h[:, -N:]) * (1 + scale) + shift)  # (B, N, C·p²)
         return from_patches(out, (T, H, W), p).to(x.dtype)
+
+
+def places(depth: int, count: int) -> list[int]:
+    """`count` of `depth` blocks at equal distances, the first among them."""
+    return [k * depth // count for k in range(count)]
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:

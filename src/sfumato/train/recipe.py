@@ -185,6 +185,11 @@ class Recipe:
 
 def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read and check a recipe. `overrides` are dotted keys, such as {"denoiser.train.steps": 100}."""
+    return parse_recipe(read_tables(path, overrides))
+
+
+def read_tables(path: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The tables of a recipe file with the overrides laid over them, not checked yet; a name if there is none."""
     path = Path(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -206,7 +211,14 @@ def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         table[last] = value
     values.setdefault("name", path.stem)
     values.setdefault("data", {})
-    return parse_recipe(values)
+    return values
+
+
+def checked(kind: type, values: dict[str, Any], stage: str) -> Any:
+    """A recipe of another kind, with one table `stage` that has a table `train`; errors as of `parse_recipe`."""
+    recipe = _build(kind, values, "")
+    _check_train(f"{stage}.train", getattr(recipe, stage).train)
+    return recipe
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:

@@ -63,6 +63,12 @@ def run(
     """
     if isinstance(recipe, Recipe) and overrides:
         raise InputError("overrides change a recipe file; give a Recipe as it shall be", argument="overrides")
+    if not isinstance(recipe, Recipe):
+        from sfumato.train import control  # which needs this module
+
+        if control.is_control(recipe):
+            more = {"overrides": overrides, "device": device, "on_event": on_event}
+            return control.run(recipe, data=data, out=out, **more)
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     read = with_data(read, data)
     folder = Path(out or read.out or Path("runs") / read.name)

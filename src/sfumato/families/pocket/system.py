@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels, flow_levels
 from sfumato.errors import CheckpointError
+from sfumato.families.pocket import control as nets
 from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.families.trainee import Trainee
@@ -62,6 +64,7 @@ class System:
     autoencoder: Autoencoder
     denoiser: TextDenoiser
     tokenizer: Tokenizer
+    control_files: Mapping[str, Path] = field(default_factory=dict)
 
     @functools.cached_property
     def adapters(self) -> Adapters:
@@ -112,9 +115,44 @@ class System:
         return Conditioning(self.denoiser.text(ids, mask), mask)
 
     def network(
-        self, x: Tensor, time: Tensor, cond: Conditioning, skip_layers: tuple[int, ...] = ()
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        skip_layers: tuple[int, ...] = (),
+        control: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        return self.denoiser.dit(x, time, cond, skip_layers)
+        return self.denoiser.dit(x, time, cond, skip_layers, control)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of its ControlNets: those in its folder, and those given."""
+        return tuple(self.control_files)
+
+    def control_hashes(self) -> dict[str, str]:
+        """SHA-256 of the tensors of each ControlNet, by name."""
+        return nets.digests(self.control_files)
+
+    def with_controls(self, files: Mapping[str, str | os.PathLike[str]]) -> System:
+        """The same with the ControlNets in these files, by name, besides its own."""
+        added = {name: Path(file) for name, file in files.items()}
+        for file in added.values():
+            nets.open_file(file, self.denoiser.dit, self.device)
+        return replace(self, control_files={**self.control_files, **added})
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.dit.latent_in.weight.device
+
+    def controller(self, name: str, pixels: Tensor) -> nets.Controller:
+        """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
+        control = nets.open_file(self.control_files[name], self.denoiser.dit, self.device)
+        hint = self.encode(2 * pixels[:, :, None] - 1)
+        return nets.controller(control, self.denoiser.dit, hint)
+
+    def control_trainee(self, blocks: int, outputs: int) -> nets.ControlTrainee:
+        """A fresh ControlNet beside this model, as training wants it."""
+        return nets.ControlTrainee(self, blocks, outputs)
 
     @property
     def layers(self) -> int:
@@ -189,4 +227,4 @@ def open_folder(directory: Path, device: torch.device) -> System:
         tensors = load_sharded(directory, card["files"][name])
         fill(module, tensors, f"{directory} ({name})", torch.float32)
         module.to(device).eval().requires_grad_(False)
-    return system
+    return replace(system, control_files=nets.beside(directory))

@@ -71,11 +71,23 @@ def trace(
             networks[name], most = tracer.worst(opener)
             weights[name] = tracer.now - before
             loading.append(Stage("load", before if keeps else 0, most + window))
+        names = {control.name for control in request.controls or ()}
+        controls, control_weights = {}, 0
+        for name in sorted(names & set(getattr(system, "controls", ()))):
+            file = system.controlnets.files[name]  # type: ignore[attr-defined]
+            file = replace(file, tensors=Numberless(file.tensors))
+            before = tracer.now
+            controls[name], most = tracer.worst(
+                lambda f=file: f.network(system.device, system.dtype, stream=offload == "sequential")
+            )
+            control_weights += tracer.now - before
+            loading.append(Stage("load", before if keeps else weights["denoiser"], most + window))
+        weights["denoiser"] += control_weights  # they work together, however the others are kept
         ghost: Any = replace(
             system, networks=Networks({name: lambda n=name: networks[n] for name in networks})
         )
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
-        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch)
+        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
     if cpu and keeps:
         denoise += HOLES * denoise
     load = max(loading, key=lambda stage: stage.bytes)
@@ -108,7 +120,13 @@ def _autoencoder_bytes(
 
 
 def _denoise_bytes(
-    ghost: Any, tracer: LiveBytes, cond: Conditioning, request: Request, size: tuple[int, int], batch: int
+    ghost: Any,
+    tracer: LiveBytes,
+    cond: Conditioning,
+    request: Request,
+    size: tuple[int, int],
+    batch: int,
+    controls: Mapping[str, Any],
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
@@ -117,10 +135,18 @@ def _denoise_bytes(
     told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 
+    picture = torch.empty(1, 3, height, width, device=ghost.device)
+    shown = [ghost.shown(control, picture) for control in controls.values()]
+
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if ghost.inpaint_channels is not None:
             x = torch.cat([x, x.new_empty(len(x), 5, *x.shape[2:])], 1)
-        return ghost.network(x, level, given).float()
+        control: tuple[Tensor, ...] = ()
+        for adds in shown:
+            added = adds(x, level, given, False)
+            control = tuple(a + b for a, b in zip(control, added, strict=True)) if control else added
+        more = {"control": control} if control else {}
+        return ghost.network(x, level, given, **more).float()
 
     kind = ghost.parameterization
     preset = ghost.config.preset

@@ -113,7 +113,7 @@ def _neighbours() -> list[Signature]:
             "down_blocks.0.resnets.0.temporal_res_block.conv1.weight",
         ),
         *refused(
-            f"a ControlNet, {LATER}",
+            "a ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one",
             "control_model.time_embed.0.weight",
             "input_hint_block.0.weight",
             "controlnet_cond_embedding.conv_in.weight",

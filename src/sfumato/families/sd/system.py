@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from sfumato.adapters.fold import Adapters
 from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import beta_levels, beta_table, zero_terminal_snr
+from sfumato.errors import InputError
 from sfumato.families.published.checkpoint import Checkpoint, Families
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import check_engine, require_offload
@@ -29,6 +30,8 @@ from sfumato.families.sd.condition import (
     plan_of,
     size_vector,
 )
+from sfumato.families.sd.controls import Controller, Controls, controller
+from sfumato.families.sd.controls import opened as opened_controls
 from sfumato.families.sd.distilled import check_preset, drawn, preset_named
 from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.loras import adapters_of
@@ -36,12 +39,16 @@ from sfumato.families.sd.openers import openers, renewers, tokenizer_of
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.families.trainee import Trainee
+from sfumato.nn.controlnet import ControlNet
 from sfumato.nn.embed import sinusoid
 from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
 from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.inversion import Inversion, read_inversions
 from sfumato.types import Conditioning, Micro, Request
+
+if TYPE_CHECKING:
+    from sfumato.families.sd.control_training import ControlTrainee
 
 Embeddings = Iterable[str | Path] | Mapping[str, str | Path]  # files of textual inversions, perhaps by name
 
@@ -74,6 +81,7 @@ class System(PublishedSystem):
     tokenizers: tuple[ClipTokenizer, ...] = ()
     inversions: tuple[Mapping[str, Inversion], ...] = ()
     loras: Adapters | None = None
+    controlnets: Controls = field(default_factory=lambda: Controls({}, torch.device("cpu"), torch.float32))
 
     part = "unet"
     texts = ("text",)
@@ -116,13 +124,54 @@ class System(PublishedSystem):
         make = self.openers(loras.parts, stream=offload == "sequential")
         held.append(Networks(make, offload, renewers(self, loras.parts)))
         held[0].open_all()
-        return replace(self, networks=held[0], loras=loras)
+        return replace(
+            self, networks=held[0], loras=loras, controlnets=replace(self.controlnets, offload=offload)
+        )
 
     @property
     def embeddings(self) -> dict[str, str]:
         """Textual inversions by the names that call them, with the hashes of their files."""
         found = [next(iter(inversions.values())) for inversions in self.inversions]
         return {inversion.name: inversion.digest for inversion in found}
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the ControlNets that it has opened."""
+        return tuple(self.controlnets.files)
+
+    def control_hashes(self) -> dict[str, str]:
+        """SHA-256 of the tensors of each ControlNet, by name."""
+        return self.controlnets.digests()
+
+    def with_controls(
+        self, files: Mapping[str, str | os.PathLike[str]], systems: Mapping[str, Kind] | None = None
+    ) -> System:
+        """The same with the ControlNets in these files, by name, besides its own. Nothing is read but headers.
+
+        `InputError` for one of another family; `CheckpointError` for what is none.
+        """
+        if self.engine != "torch":
+            raise InputError(
+                f"ControlNets go with the engine torch; {self.engine} runs the U-Net as it is",
+                argument="engine",
+            )
+        found = opened_controls(files, self.shapes.unet, self.config.kind, None, systems)
+        files_ = {**self.controlnets.files, **found}
+        return replace(self, controlnets=Controls(files_, self.device, self.dtype, self.offload))
+
+    def control_trainee(self, blocks: int, outputs: int) -> ControlTrainee:
+        """A fresh ControlNet beside this model, as training wants it; blocks and outputs are those of the U-Net."""
+        from sfumato.families.sd.control_training import ControlTrainee
+
+        return ControlTrainee(self)
+
+    def controller(self, name: str, pixels: Tensor) -> Controller:
+        """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
+        return self.shown(self.controlnets[name], pixels)
+
+    def shown(self, network: ControlNet, pixels: Tensor) -> Controller:
+        """The same of a network that is open."""
+        return controller(network, pixels)
 
     @property
     def parameterization(self) -> Parameterization:
@@ -186,9 +235,16 @@ class System(PublishedSystem):
             told = guidance_waves(request.guidance, self.shapes.unet.time_cond).expand(len(tokens), -1)
         return Conditioning(tokens, None, vector, told)
 
-    def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        """(B, C, 1, H, W) → (B, 4, 1, H, W); the U-Net works on pictures and in the type of its weights."""
-        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance)
+    def network(
+        self, x: Tensor, time: Tensor, cond: Conditioning, control: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """(B, C, 1, H, W) → (B, 4, 1, H, W); the U-Net works on pictures and in the type of its weights.
+
+        control: what ControlNets add to its skips and, the last, to its middle.
+        """
+        *down, middle = control or (None,)
+        more = {"down_residuals": down, "mid_residual": middle} if control else {}
+        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, time_cond=cond.guidance, **more)
         return out[:, :, None]
 
     def _split(

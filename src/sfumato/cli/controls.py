@@ -1,0 +1,148 @@
+"""Text of `--control` and `--controlnet` to control pictures and files of ControlNets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.cli import parse
+from sfumato.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NONE = ["none"]
+FORM = "KIND=IMAGE[:WEIGHT[:START-END]]"
+EDGES = {"canny": "canny", "softedge": "softedge"}  # kinds whose picture is made of a plain one, and how
+
+
+@dataclass(frozen=True)
+class Given:
+    """One `--control`. values: of weight, start and end, those that were given."""
+
+    name: str
+    file: str
+    values: Mapping[str, float]
+
+
+def given(texts: Sequence[str]) -> list[Given]:
+    """`canny=photo.png:0.8:0-0.6` to its parts; a file that is there may have colons in its own name."""
+    return [_given(text) for text in texts]
+
+
+def _given(text: str) -> Given:
+    name, equals, rest = text.partition("=")
+    if not equals or not name or not rest:
+        raise InputError(f"control must be {FORM}, not {text[:60]!r}", argument="control")
+    parts = rest.split(":")
+    count = next((k for k in range(len(parts), 0, -1) if os.path.exists(":".join(parts[:k]))), None)
+    if count is None:  # no such file: the message shall name what was meant by it
+        count = max(1, len(parts) - 2)
+        while count < len(parts) and not _is_number(parts[count].partition("-")[0]):
+            count += 1
+    file, more = ":".join(parts[:count]), parts[count:]
+    if len(more) > 2:
+        raise InputError(f"control must be {FORM}, not {text[:60]!r}", argument="control")
+    values: dict[str, float] = {}
+    if more and more[0]:
+        values["weight"] = parse.number(f"control {name}'s weight", more[0])
+    if len(more) == 2:
+        start, dash, end = more[1].partition("-")
+        if not dash:
+            raise InputError(
+                f"control {name}'s steps must be like 0-0.6, shares of all, not {more[1]!r}",
+                argument="control",
+            )
+        values["start"] = parse.number(f"control {name}'s start", start)
+        values["end"] = parse.number(f"control {name}'s end", end)
+    return Given(name, file, values)
+
+
+def files(texts: Sequence[str]) -> dict[str, Path]:
+    """`canny=FILE` to files of ControlNets by name."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file:
+            raise InputError(f"controlnet must be KIND=FILE, not {text[:60]!r}", argument="controlnet")
+        if name in found:
+            raise InputError(
+                f"controlnet gives {name!r} twice; call one of them otherwise", argument="controlnet"
+            )
+        if not Path(file).exists():
+            raise InputError(
+                f"controlnet {file!r} does not exist; give a .safetensors file or a folder",
+                argument="controlnet",
+            )
+        found[name] = Path(file)
+    return found
+
+
+def requested(
+    wanted: Sequence[Given],
+    ready: Sequence[str],
+    guess: bool | None,
+    said: object,
+    like: Path | None,
+    dropped: bool,
+) -> list[dict[str, Any]] | None:
+    """The request's controls: those given, laid over what the picture `like` says of its own of the same names.
+
+    ready: kinds whose picture is taken as it is. said: of `like`, whose pictures must be given again.
+    """
+    before = [dict(each) for each in said if isinstance(each, dict)] if isinstance(said, list) else []
+    if dropped:
+        before = []
+    for name in ready:
+        if name not in {one.name for one in wanted}:
+            raise InputError(
+                f"control-ready names {name!r}, which no --control gives", argument="control-ready"
+            )
+    if guess is not None and not wanted:
+        raise InputError("guess goes with --control", argument="guess")
+    made: list[dict[str, Any]] = []
+    for one in wanted:
+        place = next((k for k, each in enumerate(before) if each.get("name") == one.name), None)
+        kept = {} if place is None else before.pop(place)
+        prepare = kept.get("prepare") if kept else EDGES.get(one.name)
+        values = {**kept, "name": one.name, "image": picture(one), **one.values}
+        values["prepare"] = None if one.name in ready else prepare
+        if guess is not None:
+            values["guess"] = guess
+        made.append(values)
+    if before:
+        left = before[0].get("name")
+        raise InputError(
+            f"{like} was drawn with a control picture for {left!r}; give it, or a new one, by --control {left}=FILE, "
+            "or leave all out by --control none",
+            argument="control",
+        )
+    return made or None
+
+
+def picture(one: Given) -> Image:
+    """The picture of a control, its transparency black."""
+    from sfumato.pictures import BLACK, decode, read_file, shown
+
+    name = f"control {one.name}"
+    return decode(read_file(one.file, name), f"{name} {shown(one.file)}", BLACK)
+
+
+def differences(like: Path | None, said: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
+    """What to say of ControlNets that are others than those of the picture to be like."""
+    return [
+        f"{like} was drawn with another ControlNet {name!r} than this file's"
+        for name, digest in ours.items()
+        if said.get(name, digest) != digest
+    ]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
