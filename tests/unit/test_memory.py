@@ -254,6 +254,7 @@ def test_hashes_are_those_of_the_files_and_read_once(file, tmp_path, monkeypatch
 # --- choosing ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # minutes: whole networks are traced
 def test_the_first_level_that_fits_is_taken(file):
     model = opened(file, offload="model")
     peaks = {level: planning.plan(model, REQUEST, level).peak for level in OFFLOADS}
@@ -326,6 +327,7 @@ def test_what_is_no_size_of_memory(text):
 # --- the command line --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # minutes: whole networks are traced
 def test_the_command_says_what_it_needs_and_reads_nothing(published, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = resident()

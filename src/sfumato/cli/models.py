@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Annotated, Any
 
 import typer
@@ -64,4 +65,5 @@ def _who(what: str, name: str, label: str | None, presets: dict[str, dict[str, A
     families = [
         model for model in users if model.partition("-")[0] == model or model.partition("-")[0] not in users
     ]
-    return f"  {name:14}{label or '':18}{', '.join(families)}".rstrip()
+    line = f"  {name:14}{label or '':18}{', '.join(families)}".rstrip()
+    return textwrap.fill(line, 80, subsequent_indent=" " * 34, break_on_hyphens=False)
