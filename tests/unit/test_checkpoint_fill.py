@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sfumato.checkpoint.cast import Room
 from sfumato.checkpoint.fill import fill, fill_layers, finite
 from sfumato.checkpoint.report import Report, compare
 from sfumato.checkpoint.source import open_weights
@@ -249,6 +250,7 @@ import sys
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+from sfumato.checkpoint.cast import Room
 from sfumato.checkpoint.fill import fill
 from sfumato.checkpoint.source import open_weights
 
@@ -318,3 +320,22 @@ def test_layers_keep_nothing_of_the_memory_that_they_share(stored, size):
     torch.testing.assert_close(made(x, size), plain(x, size), atol=1e-5, rtol=1e-5)
     addresses = {tensor.data_ptr() for tensor in weights.values()}
     assert not any(tensor.data_ptr() in addresses for tensor in made.state_dict().values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_layers_that_are_cast_take_the_memory_of_one(stream, monkeypatch):
+    made: list[int] = []
+    plain = Room.cast
+
+    def measured(room: Room, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        out = plain(room, tensor, dtype)
+        made.append(room._bytes.numel())
+        return out
+
+    monkeypatch.setattr(Room, "cast", measured)
+    with torch.device("meta"):
+        net = Net(64, layers=12)
+    del net.steps, net.mean  # no layer's
+    weights = {name: torch.randn(t.shape).half() for name, t in net.state_dict().items()}
+    fill_layers(net, weights, "weights", torch.float32, pack=not stream, stream=stream)
+    assert len(made) == 24 and max(made) <= 2 * 4 * (64 * 64 + 64)

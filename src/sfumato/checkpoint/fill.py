@@ -91,6 +91,8 @@ def fill_layers(
     for path, parent, name in list(layers(network)):
         layer = getattr(parent, name)
         ready: dict[str, Tensor] = {}
+        if room is not None:
+            room.clear()
         for inner, expected in layer.state_dict().items():
             tensor = _given(tensors, f"{path}.{inner}", dtype)
             ready[inner], problem = _fitting(tensor, expected, dtype, device, own=True, room=room)
@@ -107,7 +109,6 @@ def fill_layers(
         if room is not None:
             ready.clear()
             _own(getattr(parent, name))
-            room.clear()
     _refuse(problems, where)
     _require_all(network, where)
     return report
@@ -226,9 +227,9 @@ def _twin_of(layer: nn.Module) -> nn.Module:
 
 
 def _given(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:
-    """A tensor for who wants it in `dtype`: made so by the mapping\'s `cast`, if it has one."""
-    cast = getattr(tensors, "cast", None)
-    return tensors[name] if cast is None else cast(name, dtype)
+    """A tensor for who wants it in `dtype`: made so by the mapping's `cast`, if it has one."""
+    made = getattr(tensors, "cast", None)
+    return tensors[name] if made is None else made(name, dtype)
 
 
 def _fitting(
