@@ -10,7 +10,7 @@ network in a fraction of the memory.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sfumato.autoencoder.model import LOGVAR_RANGE, PIXEL_CHANNELS, Posterior, check_size, from_frames
 from sfumato.errors import InputError
 from sfumato.nn.attention import attention
+from sfumato.nn.plain import as_tuple, from_plain
 
 EPS = 1e-6  # of every GroupNorm here (ldm/modules/diffusionmodules/model.py, Normalize)
 
@@ -91,13 +92,7 @@ class KLConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> KLConfig:
         """Build from plain values, lists for tuples; an unknown field is an `InputError` that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise InputError(
-                    f"unknown autoencoder field {name!r}; known are {', '.join(known)}", argument=name
-                )
-        return cls(**{name: as_tuple(value) for name, value in values.items()})
+        return from_plain(cls, values, "autoencoder")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -164,11 +159,6 @@ def is_number(value: object, positive: bool = False) -> bool:
 
 def is_row(values: object, length: int, positive: bool = False) -> bool:
     return isinstance(values, tuple) and len(values) == length and all(is_number(v, positive) for v in values)
-
-
-def as_tuple(value: Any) -> Any:
-    """Lists, also nested ones, as tuples; anything else as it is."""
-    return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:

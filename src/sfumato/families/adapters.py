@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from sfumato.adapters.svd import Kept
 from sfumato.errors import InputError
+from sfumato.families.sd.loras import extract
 
 __all__ = ["extract", "strengths"]
-
-
-def extract(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    rank: int,
-    *,
-    dtype: torch.dtype | None = torch.float16,
-    on_module: Callable[[int, int], None] = lambda done, total: None,
-) -> Kept:
-    """A LoRA that makes one checkpoint nearly another; see `families.sd.loras.extract`."""
-    from sfumato.families.sd.loras import extract as run
-
-    return run(base, tuned, target, rank, dtype=dtype, on_module=on_module)
 
 
 def strengths(

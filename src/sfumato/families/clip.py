@@ -1,15 +1,18 @@
-"""CLIP's text encoders with the weights of a checkpoint, as every family of published checkpoints opens them."""
+"""CLIP's text encoders and tokenizers of a checkpoint, as every family of published checkpoints opens them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sfumato.checkpoint.fill import fill_layers
+from sfumato.families.published.folder import tokenizer_folder
 from sfumato.families.published.keys import clip_map
 from sfumato.text.clip import ClipConfig, ClipTextEncoder
+from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
 
 
 def load_encoder(
@@ -29,3 +32,11 @@ def load_encoder(
         encoder = ClipTextEncoder(config)
     fill_layers(encoder, clip_map(config).to_ours(tensors, name), name, dtype, device)
     return encoder.eval().requires_grad_(False)
+
+
+def tokenizer_of(folder: Path | None, part: str, pad: int | None) -> ClipTokenizer:
+    """A diffusers folder's own for this text encoder, or else the bundled one, with `pad` as for `ClipTokenizer`."""
+    place = None if folder is None else folder / tokenizer_folder(part)
+    if place is None or not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        return bundled(pad)
+    return open_folder(place)

@@ -10,8 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from sfumato.adapters.config import adapter_file
 from sfumato.adapters.roles import Spelled, group, looks_like_one
+from sfumato.checkpoint.header import read_header
+from sfumato.errors import CheckpointError
 
 TITLES = {
     "sd1": "Stable Diffusion 1",
@@ -71,6 +75,22 @@ def describe(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -
     return Described(
         family, why, tuple(formats), dict(sorted(ranks.items())), dict(parts), alpha, tuple(unknown)
     )
+
+
+def require_family(path: Path, family: str) -> None:
+    """`CheckpointError` that says whose LoRA it is, if it plainly is not for this family. Only the header is read."""
+    file = adapter_file(path)
+    header = read_header(file)
+    found = describe({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)
+    if found is None:
+        raise CheckpointError(
+            f"{file} is no LoRA: none of its {len(header.tensors)} tensors is a part of one"
+        )
+    if found.family and found.family != family:
+        raise CheckpointError(
+            f"{file} is a LoRA for {TITLES.get(found.family, found.family)} ({found.why}); this model is "
+            f"{TITLES.get(family, family)}"
+        )
 
 
 def _part(module: str) -> str:

@@ -9,7 +9,7 @@ without renaming; the original files hold the same numbers under other names.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 from sfumato.errors import InputError
 from sfumato.nn.attention import attention
 from sfumato.nn.embed import Embedding, sinusoid
+from sfumato.nn.plain import from_plain
 from sfumato.nn.spatial import FeedForward, TanhGELU
 
 EPS = 1e-6  # of every norm here
@@ -75,11 +76,7 @@ class MMDiTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MMDiTConfig:
         """Build from plain values, lists for tuples; an unknown field is an `InputError` that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise InputError(f"unknown MMDiT field {name!r}; known are {', '.join(known)}", argument=name)
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        return from_plain(cls, values, "MMDiT")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

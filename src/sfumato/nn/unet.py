@@ -9,7 +9,7 @@ files (ldm/modules/diffusionmodules/openaimodel.py) hold the same tensors under 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from sfumato.errors import InputError
 from sfumato.nn.embed import Embedding, sinusoid
+from sfumato.nn.plain import from_plain
 from sfumato.nn.spatial import SpatialTransformer
 
 EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its own
@@ -94,11 +95,7 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
         """Build from plain values, lists for tuples; an unknown field is an `InputError` that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise InputError(f"unknown U-Net field {name!r}; known are {', '.join(known)}", argument=name)
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        return from_plain(cls, values, "U-Net")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -31,9 +31,12 @@ from sfumato.families.published.networks import Networks, part_hash
 from sfumato.families.published.openers import kept_dtype, offloads, require_offload
 from sfumato.families.published.signatures import VAES
 from sfumato.memory import Stage
+from sfumato.types import Conditioning
 
 PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
 Place = str | os.PathLike[str]
+# (x, time, cond, guess) → what a ControlNet adds to what the denoiser works with
+Controller = Callable[[Tensor, Tensor, Conditioning, bool], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,19 @@ class PublishedSystem:
     def added(self) -> int:
         """Bytes of what adapters add, which stay in memory beside the networks."""
         return 0
+
+    def control_openers(
+        self,
+        names: Iterable[str],
+        tensors: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        *,
+        stream: bool,
+    ) -> dict[str, Callable[[], Callable[[Tensor], Controller]]]:
+        """How each ControlNet of these names is opened: to what it adds, shown pixels (1, 3, H, W) in [0, 1].
+
+        tensors: what stands for those of its file. Empty for families that take none.
+        """
+        return {}
 
     @property
     def autoencoder(self) -> AutoencoderKL:

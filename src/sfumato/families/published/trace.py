@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import require_offload
-from sfumato.families.published.system import PublishedSystem
+from sfumato.families.published.system import Controller, PublishedSystem
 from sfumato.memory import LiveBytes, Stage, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
@@ -71,23 +71,19 @@ def trace(
             networks[name], most = tracer.worst(opener)
             weights[name] = tracer.now - before
             loading.append(Stage("load", before if keeps else 0, most + window))
-        names = {control.name for control in request.controls or ()}
-        controls, control_weights = {}, 0
-        for name in sorted(names & set(getattr(system, "controls", ()))):
-            file = system.controlnets.files[name]  # type: ignore[attr-defined]
-            file = replace(file, tensors=Numberless(file.tensors))
+        controls, together = {}, 0
+        names = sorted({control.name for control in request.controls or ()})
+        for name, show in system.control_openers(names, Numberless, stream=offload == "sequential").items():
             before = tracer.now
-            controls[name], most = tracer.worst(
-                lambda f=file: f.network(system.device, system.dtype, stream=offload == "sequential")
-            )
-            control_weights += tracer.now - before
+            controls[name], most = tracer.worst(show)
+            together += tracer.now - before
             loading.append(Stage("load", before if keeps else weights["denoiser"], most + window))
-        weights["denoiser"] += control_weights  # they work together, however the others are kept
+        weights["denoiser"] += together  # they work with it, however the others are kept
         ghost: Any = replace(
             system, networks=Networks({name: lambda n=name: networks[n] for name in networks})
         )
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
-        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
+        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls.values())
     if cpu and keeps:
         denoise += HOLES * denoise
     load = max(loading, key=lambda stage: stage.bytes)
@@ -126,7 +122,7 @@ def _denoise_bytes(
     request: Request,
     size: tuple[int, int],
     batch: int,
-    controls: Mapping[str, Any],
+    controls: Iterable[Callable[[Tensor], Controller]],
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
@@ -136,7 +132,7 @@ def _denoise_bytes(
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 
     picture = torch.empty(1, 3, height, width, device=ghost.device)
-    shown = [ghost.shown(control, picture) for control in controls.values()]
+    shown = [show(picture) for show in controls]
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if ghost.inpaint_channels is not None:

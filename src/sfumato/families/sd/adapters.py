@@ -11,12 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sfumato.adapters.config import adapter_file
 from sfumato.adapters.lora import Lora
 from sfumato.adapters.names import Names, PartNames, modules, same, with_aliases
-from sfumato.checkpoint.header import read_header
-from sfumato.errors import CheckpointError
-from sfumato.families.lora import TITLES, describe
+from sfumato.families.lora import require_family
 from sfumato.families.sd.keys import clip_map, unet_map
 from sfumato.families.sd.shapes import System, TextPart
 
@@ -63,19 +60,7 @@ def _text(part: TextPart, number: int, system: System) -> PartNames:
 
 def check(path: Path, kind: str) -> None:
     """`CheckpointError` that says whose LoRA it is, if it is plainly not one for this kind. Reads the header alone."""
-    file = adapter_file(path)
-    header = read_header(file)
-    found = describe({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)
-    if found is None:
-        raise CheckpointError(
-            f"{file} is no LoRA: none of its {len(header.tensors)} tensors is a part of one"
-        )
-    family = kind if kind.startswith("sdxl-refiner") else kind.split("-")[0]
-    if found.family and found.family != family:
-        raise CheckpointError(
-            f"{file} is a LoRA for {TITLES.get(found.family, found.family)} ({found.why}); this model is "
-            f"{TITLES.get(family, family)}"
-        )
+    require_family(path, kind if kind.startswith("sdxl-refiner") else kind.split("-")[0])
 
 
 # --- few steps -----------------------------------------------------------------------------------------------------

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sfumato.families.published.networks import part_hash
+from sfumato.families.published.system import Controller
 from sfumato.families.sd.controlnet import ControlFile, open_control
 from sfumato.families.sd.shapes import System
 from sfumato.nn.controlnet import ControlNet
 from sfumato.nn.unet import UNetConfig
 from sfumato.types import Conditioning
-
-# (x, time, cond, guess) → what is added to the U-Net's skips and to its middle
-Controller = Callable[[Tensor, Tensor, Conditioning, bool], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,21 @@ class Controls:
                 self._held[name] = made
             return made
 
+    def openers(
+        self,
+        names: Iterable[str],
+        tensors: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        *,
+        stream: bool,
+    ) -> dict[str, Callable[[], Callable[[Tensor], Controller]]]:
+        """As `PublishedSystem.control_openers`, of names that are here."""
+
+        def opener(file: ControlFile) -> Callable[[], Callable[[Tensor], Controller]]:
+            ghost = replace(file, tensors=tensors(file.tensors))
+            return lambda: partial(controller, ghost.network(self.device, self.dtype, stream=stream))
+
+        return {name: opener(self.files[name]) for name in names if name in self.files}
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of the tensors of each as its file has them."""
         return {name: part_hash(file.tensors) for name, file in self.files.items()}
@@ -65,7 +79,7 @@ def opened(
 
 
 def controller(network: ControlNet, pixels: Tensor) -> Controller:
-    """What a ControlNet adds at every step where it is shown this picture: (1, 3, H, W) in [0, 1]."""
+    """What a ControlNet adds to the U-Net's skips and to its middle, shown this picture: (1, 3, H, W) in [0, 1]."""
     hint = network.features(pixels)
     channels = network.config.in_channels
 

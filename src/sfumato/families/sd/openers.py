@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +11,11 @@ from torch import Tensor
 from sfumato.adapters.fold import Touched
 from sfumato.checkpoint.fill import refill, refill_layers
 from sfumato.families.clip import load_encoder
-from sfumato.families.published.folder import tokenizer_folder
 from sfumato.families.published.openers import autoencoder, blank, denoiser
-from sfumato.families.sd.condition import Reader, TextStack, plan_of
+from sfumato.families.sd.condition import TextStack, plan_of
 from sfumato.nn.packed import packed
 from sfumato.nn.quantized import stand_in, units
 from sfumato.nn.unet import UNet
-from sfumato.text.clip_tokens import ClipTokenizer, bundled, open_folder
 
 if TYPE_CHECKING:
     from sfumato.families.sd.system import System
@@ -73,11 +70,3 @@ def renewers(
         return True
 
     return {"text": text, "denoiser": unet, "autoencoder": lambda network, touched: "vae" not in touched}
-
-
-def tokenizer_of(folder: Path | None, reader: Reader) -> ClipTokenizer:
-    """The folder's own for this text encoder, or else the bundled one."""
-    place = None if folder is None else folder / tokenizer_folder(reader.part)
-    if place is None or not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        return bundled(reader.pad)
-    return open_folder(place)

@@ -16,10 +16,11 @@ from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import beta_levels, beta_table, zero_terminal_snr
 from sfumato.errors import InputError
+from sfumato.families.clip import tokenizer_of
 from sfumato.families.published.checkpoint import Checkpoint, Families
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import check_engine, require_offload
-from sfumato.families.published.system import Preset, PublishedSystem, opened, ready
+from sfumato.families.published.system import Controller, Preset, PublishedSystem, opened, ready
 from sfumato.families.sd.condition import (
     TextFeatures,
     TextOptions,
@@ -30,16 +31,15 @@ from sfumato.families.sd.condition import (
     plan_of,
     size_vector,
 )
-from sfumato.families.sd.controls import Controller, Controls, controller
+from sfumato.families.sd.controls import Controls, controller
 from sfumato.families.sd.controls import opened as opened_controls
 from sfumato.families.sd.distilled import check_preset, drawn, preset_named
 from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.loras import adapters_of
-from sfumato.families.sd.openers import openers, renewers, tokenizer_of
+from sfumato.families.sd.openers import openers, renewers
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.families.trainee import Trainee
-from sfumato.nn.controlnet import ControlNet
 from sfumato.nn.embed import sinusoid
 from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
@@ -167,11 +167,16 @@ class System(PublishedSystem):
 
     def controller(self, name: str, pixels: Tensor) -> Controller:
         """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
-        return self.shown(self.controlnets[name], pixels)
+        return controller(self.controlnets[name], pixels)
 
-    def shown(self, network: ControlNet, pixels: Tensor) -> Controller:
-        """The same of a network that is open."""
-        return controller(network, pixels)
+    def control_openers(
+        self,
+        names: Iterable[str],
+        tensors: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        *,
+        stream: bool,
+    ) -> dict[str, Callable[[], Callable[[Tensor], Controller]]]:
+        return self.controlnets.openers(names, tensors, stream=stream)
 
     @property
     def parameterization(self) -> Parameterization:
@@ -345,7 +350,7 @@ def build(
     made = ready(found, name, [part.name for part in text], vae, families)
     inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
     plan = plan_of(found.kind)
-    tokenizers = tuple(tokenizer_of(found.folder, reader) for reader in plan.readers)
+    tokenizers = tuple(tokenizer_of(found.folder, reader.part, reader.pad) for reader in plan.readers)
     fit(plan, [part.config for part in text], tokenizers, inversions)
     betas = beta_table()
     levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sfumato.checkpoint.fill import fill_layers
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.clip import load_encoder
+from sfumato.families.clip import load_encoder, tokenizer_of
+from sfumato.families.published.folder import tokenizer_folder
 from sfumato.families.sd3.condition import READERS, Reader
 from sfumato.nn.narrow import narrowed
 from sfumato.text.clip import OPENCLIP_BIGG, PROJECTION, ClipConfig, ClipTextEncoder
-from sfumato.text.clip_tokens import ClipTokenizer, bundled
-from sfumato.text.clip_tokens import open_folder as open_clip
+from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.t5 import T5_XXL, T5Config, T5Encoder
 from sfumato.text.t5_tokens import T5Tokenizer, describe_missing, find, open_file
 
@@ -141,13 +141,11 @@ def tokenizers_of(
     """
     made: dict[str, ClipTokenizer | T5Tokenizer] = {}
     for reader in readers:
-        place = None if folder is None else folder / reader.part.replace("text_encoder", "tokenizer")
         if reader.part == READERS[-1].part:
+            place = None if folder is None else folder / tokenizer_folder(reader.part)
             made[reader.part] = _t5_tokenizer(place, name, file, given, vocabulary)
-        elif place is not None and any((place / n).is_file() for n in ("vocab.json", "tokenizer.json")):
-            made[reader.part] = open_clip(place)
         else:
-            made[reader.part] = bundled(reader.pad)
+            made[reader.part] = tokenizer_of(folder, reader.part, reader.pad)
     return made
 
 
