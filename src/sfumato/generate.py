@@ -207,9 +207,9 @@ class Model:
         return found
 
     def with_loras(self, request: Request) -> AbstractContextManager[None]:
-        """While inside, the networks are those of the request's LoRAs; of those opened here, should it be another's."""
+        """While inside, the networks are those of the request's LoRAs."""
         found = getattr(self.system, "adapters", None)
-        return nullcontext() if found is None else found.using(found.known(request.loras))
+        return nullcontext() if found is None else found.using(request.loras)
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
