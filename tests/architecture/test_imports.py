@@ -18,7 +18,7 @@ LEVELS = [
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
     {"drawing", "generate", "planning", "train", "evaluate", "receipts"},
-    {"cli", "__main__"},
+    {"cli", "serve", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 APART = {
@@ -227,7 +227,8 @@ def state():
     ]
 # what others do on import is not ours: bring them in first
 for name in (
-    "typer.main", "rich.console", "PIL.Image", "safetensors.torch", "torch.utils.flop_counter", "torch.distributed"
+    "typer.main", "rich.console", "PIL.Image", "safetensors.torch", "torch.utils.flop_counter", "torch.distributed",
+    "sqlalchemy", "fastapi", "uvicorn", "prometheus_client", "asyncio"
 ):
     importlib.import_module(name)
 before = state()

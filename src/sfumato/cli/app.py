@@ -10,7 +10,19 @@ from typing import Annotated
 
 import typer
 
-from sfumato.cli import convert, cost, evaluate, generate, inspect, lora, models, scenes, train
+from sfumato.cli import (
+    convert,
+    cost,
+    evaluate,
+    generate,
+    inspect,
+    keys,
+    lora,
+    models,
+    scenes,
+    train,
+    usage,
+)
 from sfumato.errors import Cancelled, SfumatoError
 
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
@@ -23,10 +35,14 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "inspect": (inspect.inspect, inspect.EXAMPLE),
     "convert": (convert.convert, convert.EXAMPLE),
     "models": (models.models, models.EXAMPLE),
+    "usage": (usage.usage, usage.EXAMPLE),
 }
 
 # verbs that have verbs of their own
-GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {"lora": (lora.ABOUT, lora.VERBS)}
+GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {
+    "lora": (lora.ABOUT, lora.VERBS),
+    "keys": (keys.ABOUT, keys.VERBS),
+}
 
 
 def build() -> typer.Typer:
