@@ -9,6 +9,7 @@ XMP always marks the picture as made by a model: IPTC's DigitalSourceType `train
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import stat
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from xml.sax.saxutils import escape
 
 from sfumato.errors import InputError, SfumatoError
@@ -80,8 +81,21 @@ def check_output(path: str | os.PathLike[str], count: int = 1, request: Request 
         raise InputError(
             f"the folder {str(path.parent)!r} cannot be written to: {error.strerror}", argument="output"
         ) from None
-    if request is not None and FORMATS[path.suffix.lower()] == "JPEG":
+    if request is not None:
+        check_recipe(request, path.suffix.lower())
+
+
+def check_recipe(request: Request, suffix: str) -> None:
+    """Raise `InputError` if the recipe of `request` does not fit into a file of this suffix, such as .jpg."""
+    if FORMATS[suffix] == "JPEG":
         _check_segment(len(_xml_text(request.to_dict()).encode()) + RECIPE_MARGIN)
+
+
+def encoded(image: Image, recipe: dict[str, Any], suffix: str) -> bytes:
+    """The bytes of a file of this suffix, such as .png, with one picture and its recipe."""
+    stream = io.BytesIO()
+    _save(image, stream, suffix, recipe)
+    return stream.getvalue()
 
 
 def save_images(result: Result, path: str | os.PathLike[str]) -> list[Path]:
@@ -230,7 +244,7 @@ def parameters(recipe: dict[str, Any]) -> str:
     return webui.write(recipe, _tool())
 
 
-def _save(image: Image, file: Path, suffix: str, recipe: dict[str, Any]) -> None:
+def _save(image: Image, file: Path | BinaryIO, suffix: str, recipe: dict[str, Any]) -> None:
     kind = FORMATS[suffix]
     if kind == "PNG":
         from PIL.PngImagePlugin import PngInfo
