@@ -298,9 +298,15 @@ class Ledger:
 
     # --- pictures -------------------------------------------------------------------------------------------------
 
-    def add_upload(self, upload: Upload) -> None:
+    def add_upload(self, upload: Upload, most: int | None = None) -> bool:
+        """Write an upload down; False if the tenant would then have more than `most` bytes of them."""
+        c = self.uploads.c
         with self._transaction() as run:
+            kept = run.execute(sql.select(sql.func.sum(c.bytes)).where(c.tenant == upload.tenant)).scalar() or 0
+            if most is not None and int(kept) + upload.bytes > most:
+                return False
             run.execute(sql.insert(self.uploads).values(**vars(upload)))
+            return True
 
     def upload(self, tenant: str, upload: str) -> Upload | None:
         """A tenant's picture; None if there is none of this id, or it is another's."""
