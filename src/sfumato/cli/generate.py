@@ -87,6 +87,7 @@ def generate(
     memory: options.Memory = None,
     offload: options.Offload = None,
     preview: options.Preview = False,
+    deterministic: options.Deterministic = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Draw pictures from a prompt, or from a prompt and a picture. Each file carries its recipe."""
@@ -168,6 +169,10 @@ def generate(
         _check_preview(output)
 
     started = time.perf_counter()
+    if deterministic:
+        from sfumato.runtime import deterministic as ask
+
+        ask()
     from sfumato.generate import DEFAULT_MODEL, MODELS, load
 
     if model is None:
