@@ -15,7 +15,7 @@ from common import arguments, interleaved, keep, probe, show
 
 from sfumato.adapters.trainable import TrainedLora, chosen, layers_of
 from sfumato.nn.unet import UNet, UNetConfig
-from sfumato.receipts.flops import count_flops
+from sfumato.flops import count_flops
 from sfumato.runtime import fast_dtype, pick_device
 
 TOKENS = 77
