@@ -12,6 +12,7 @@ from sfumato.errors import InputError
 from sfumato.fidelity import sections
 from sfumato.fidelity.instrument import Instrument
 from sfumato.fidelity.ocr import MISSING, Reader
+from sfumato.fidelity.predict import Transfer, Waves, predict
 from sfumato.fidelity.signal import CHANNELS
 from sfumato.fidelity.words import CAPITALS
 
@@ -92,13 +93,14 @@ def measure(
             if on_progress is not None:
                 on_progress(doing, done, total)
 
-        section = getattr(sections, name)
         if name == "text":
-            found[name] = section(instrument, reader, told)
-        elif name == "star":
-            found[name] = section(instrument)
+            found[name] = sections.text(instrument, foretell(found), reader, told)
+        elif name == "lines":
+            found[name] = sections.lines(instrument, foretell(found), told)
+        elif name == "objects":
+            found[name] = sections.objects(instrument, foretell(found), told)
         else:
-            found[name] = section(instrument, told)
+            found[name] = getattr(sections, name)(instrument, told)
     return Chart(
         instrument.name,
         instrument.digest,
@@ -109,6 +111,12 @@ def measure(
         found,
         sfumato.__version__,
     )
+
+
+def foretell(measured: Mapping[str, list[Row]]) -> sections.Foretell:
+    """What the gratings say, uncorrected, that a picture will lose."""
+    transfer = Transfer.of({"gratings": measured["gratings"]})
+    return lambda picture: predict(Waves.of(picture), transfer)
 
 
 def named(chart: Chart, name: str) -> Chart:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sfumato.fidelity import targets, words
 from sfumato.fidelity.instrument import Instrument
 from sfumato.fidelity.ocr import Reader
+from sfumato.fidelity.predict import measured
 from sfumato.fidelity.signal import (
     CHANNELS,
     delta_e,
@@ -32,6 +33,7 @@ from sfumato.fidelity.signal import (
 Array = NDArray[np.floating]
 Row = dict[str, Any]
 Told = Callable[[int, int], None]  # how many of how many pictures are done
+Foretell = Callable[[Array], float]  # what a picture (H, W, 3) is foretold to lose, see `predict.py`
 
 SIDE, PATCH = 256, 64  # pixels of a sheet and of a patch on it: 16 go together
 INNER = slice(8, PATCH - 8)  # of a patch, what is measured
@@ -159,7 +161,7 @@ def edges(instrument: Instrument, told: Told | None = None) -> list[Row]:
     return rows
 
 
-def star(instrument: Instrument) -> list[Row]:
+def star(instrument: Instrument, told: Told | None = None) -> list[Row]:
     """The Siemens star: how much of the spokes' contrast is kept at each frequency, that is, radius."""
     before = targets.siemens_star(SIDE).astype(np.float32)
     after = instrument.pictures([before])[0]
@@ -197,7 +199,7 @@ def checkers(instrument: Instrument, told: Told | None = None) -> list[Row]:
     ]
 
 
-def lines(instrument: Instrument, told: Told | None = None) -> list[Row]:
+def lines(instrument: Instrument, foretell: Foretell, told: Told | None = None) -> list[Row]:
     """Lines by thickness, angle and contrast: contrast kept, error, and how far they leave the straight, in pixels."""
     places = targets.positions(instrument.factor)
     asked = [
@@ -215,20 +217,23 @@ def lines(instrument: Instrument, told: Told | None = None) -> list[Row]:
     for (thick, angle, contrast, place), before, after in zip(
         asked, shown, through(instrument, shown, told), strict=True
     ):
-        a, b = opponent(before[INNER, INNER])[0], opponent(after[INNER, INNER])[0]
-        found[thick, angle, contrast].append((kept(a, b), relative_error(a, b), bend(before, after, angle, place)))
+        inner = before[INNER, INNER], after[INNER, INNER]
+        strength = kept(*(opponent(patch)[0] for patch in inner))
+        moved = bend(before, after, angle, place)
+        found[thick, angle, contrast].append((strength, moved, foretell(inner[0]), measured(*inner)))
     return [
         {
             "thickness": thick,
             "angle": angle,
             "contrast": contrast,
-            "kept": _mean(k for k, _, _ in each),
-            "kept_low": min(k for k, _, _ in each),
-            "kept_high": max(k for k, _, _ in each),
-            "error": _mean(e for _, e, _ in each),
-            "bend": _mean(d for _, _, d in each),
+            "kept": _mean(each[0] for each in all_of),
+            "kept_low": min(each[0] for each in all_of),
+            "kept_high": max(each[0] for each in all_of),
+            "bend": _mean(each[1] for each in all_of),
+            "foretold": _mean(each[2] for each in all_of),
+            "loss": _mean(each[3] for each in all_of),
         }
-        for (thick, angle, contrast), each in found.items()
+        for (thick, angle, contrast), all_of in found.items()
     ]
 
 
@@ -256,7 +261,7 @@ def _centres(picture: Array, angle: float, place: int) -> Array:
     return np.where(gone, np.nan, moment / np.where(gone, 1, weight))
 
 
-def objects(instrument: Instrument, told: Told | None = None) -> list[Row]:
+def objects(instrument: Instrument, foretell: Foretell, told: Told | None = None) -> list[Row]:
     """Small coloured shapes by size: how many of eight shapes, and how many of six colours, are told right."""
     places = targets.positions(instrument.factor)
     asked = []
@@ -276,16 +281,13 @@ def objects(instrument: Instrument, told: Told | None = None) -> list[Row]:
     ):
         shape_right = told_shape(after, size, ground, offset) == kind
         colour_right = told_colour(after, kind, size, ground, offset) == colour
-        error = relative_error(*(opponent(p[_around(size, offset)]) for p in (before, after)))
-        found[size].append((shape_right, colour_right, error))
+        around = _around(size, offset)
+        loss = measured(before[around], after[around])
+        found[size].append((shape_right, colour_right, foretell(before[around]), loss))
+    names = ("shape", "colour", "foretold", "loss")
     return [
-        {
-            "size": size,
-            "shape": _mean(s for s, _, _ in each),
-            "colour": _mean(c for _, c, _ in each),
-            "error": _mean(e for _, _, e in each),
-        }
-        for size, each in found.items()
+        {"size": size} | {name: _mean(each[n] for each in all_of) for n, name in enumerate(names)}
+        for size, all_of in found.items()
     ]
 
 
@@ -315,7 +317,9 @@ def told_colour(
     return min(COLOURS, key=lambda name: float(np.linalg.norm(lab(colour) - lab(np.asarray(COLOURS[name])))))
 
 
-def text(instrument: Instrument, reader: Reader | None, told: Told | None = None) -> list[Row]:
+def text(
+    instrument: Instrument, foretell: Foretell, reader: Reader | None = None, told: Told | None = None
+) -> list[Row]:
     """Words by weight, contrast and size: the share of letters that is read right, by shape, and by `reader`.
 
     `…_before` is what the same reader gets from the words as they were drawn.
@@ -337,7 +341,8 @@ def text(instrument: Instrument, reader: Reader | None, told: Told | None = None
             row = {
                 "position": word.position,
                 "letters": words.right_letters(word.text, words.read_by_shape(word, after)),
-                "error": relative_error(*(opponent(p[box])[0] for p in (before, after))),
+                "foretold": foretell(before[box]),
+                "loss": measured(before[box], after[box]),
             }
             if reader is not None:
                 row["ocr_before"] = words.right_letters(word.text, reader.read(before[box])[0])
