@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -196,7 +195,7 @@ def generate(
         controlnets=networks,
     )
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
-        _note(note)
+        show.note(note)
     _note_guess(loaded)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
@@ -291,39 +290,39 @@ def _note_differences(like: Path | None, said: Like, loaded: Any, request: Reque
     if said.weights is not None:
         _note_weights(f"{like} was drawn", said.weights, loaded.hashes, f"the model {said.model!r}", "-m")
     elif said.weights is None and said.model is not None:
-        _note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
+        show.note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
     if loaded.refiner is not None and said.refiner_weights is not None:
         of = said.refiner_weights, loaded.refiner.hashes
         _note_weights(f"{like} was finished", *of, f"the refiner {said.refiner!r}", "--refiner")
     read_as = getattr(loaded.system, "read_as", {})
     for name, value in said.read_as.items():
         if (taken := read_as.get(name, value)) != value:
-            _note(f"{like} was drawn with the {name} {value!r} and not {taken!r}; give it by --{name}")
+            show.note(f"{like} was drawn with the {name} {value!r} and not {taken!r}; give it by --{name}")
     ours, theirs = set(loaded.without), set(said.without)
     if said.weights is not None and ours != theirs:
         more = [f"with {name}" for name in sorted(ours - theirs)]
-        _note(
+        show.note(
             f"{like} was drawn {' and '.join([*more, *(f'without {name}' for name in sorted(theirs - ours))])}; "
             "which text encoders are read is said by --no-t5, --no-clip-l and --no-clip-g"
         )
     for name, digest in said.embeddings.items():
         digest_here = loaded.embeddings.get(name)
         if digest_here is None:
-            _note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
+            show.note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
         elif not digest_here.startswith(digest):
-            _note(f"{like} was drawn with another embedding {name!r} than this file's")
+            show.note(f"{like} was drawn with another embedding {name!r} than this file's")
     ours = {} if request.loras is None else loaded.system.adapters.digests(request.loras)
     for note in loras.differences(like, said.loras, ours):
-        _note(note)
+        show.note(note)
     drawn = (
         loaded.system.control_hashes()
         if said.controlnets and hasattr(loaded.system, "control_hashes")
         else {}
     )
     for note in controls.differences(like, said.controlnets, drawn):
-        _note(note)
+        show.note(note)
     if said.ignored:
-        _note(f"not taken over from {like}: {', '.join(said.ignored)}")
+        show.note(f"not taken over from {like}: {', '.join(said.ignored)}")
 
 
 def _note_size(loaded: Any, request: Any) -> None:
@@ -331,7 +330,7 @@ def _note_size(loaded: Any, request: Any) -> None:
     size, usual = loaded.complete(request).size, loaded.preset["size"]
     if size[0] * size[1] > MUCH_LARGER * usual[0] * usual[1]:
         shown, known = (f"{side[0]}x{side[1]}" for side in (size, usual))
-        _note(
+        show.note(
             f"{shown} is much larger than the {known} this model is made for, and things may stand there twice; "
             "--hires enlarges a picture of its own size"
         )
@@ -342,23 +341,17 @@ def _note_guess(loaded: Any) -> None:
     config = loaded.system.config
     if getattr(config, "guessed", ""):
         calls = f"its file calls it {config.guessed[:80]!r}"
-        _note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
+        show.note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
 
 
 def _note_weights(what: str, said: dict[str, str], ours: dict[str, str], model: str, option: str) -> None:
     """Say whose weights differ: another model's, or a part's of the same. A part that only one side names is none."""
     other = [part for part, digest in said.items() if ours.get(part, digest) != digest]
     if not said.keys() & ours.keys() or "denoiser" in other:
-        _note(f"{what} by other weights, of {model}; choose the model by {option}")
+        show.note(f"{what} by other weights, of {model}; choose the model by {option}")
     elif other:
         by = "; give it by --vae" if "autoencoder" in other else ""
-        _note(f"{what} with other weights of {' and '.join(other)}, by {model}{by}")
-
-
-def _note(message: str) -> None:
-    line = " ".join(message.split())
-    encoding = sys.stderr.encoding or "utf-8"
-    sys.stderr.write("note: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        show.note(f"{what} with other weights of {' and '.join(other)}, by {model}{by}")
 
 
 def _preview_of(output: Path) -> Path:

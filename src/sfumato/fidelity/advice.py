@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from sfumato.fidelity.chart import Chart, limits
-from sfumato.fidelity.predict import WORN, Transfer, Waves, predict
+from sfumato.fidelity.predict import LOST, WORN, Transfer, Waves, predict
 from sfumato.fidelity.regions.region import Region
 
 SCALES = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+OVERLAY = "leave the words out of the picture and set them over it afterwards"
+MASK = "if it is in a picture you begin with, keep it by a mask: what lies outside comes back byte for byte"
 CLEARLY = 0.15  # less loss, for another model to be worth a word
 
 
@@ -23,7 +25,9 @@ def reason(region: Region, chart: Chart) -> str:
     limit, size = limits(chart), f"{region.size:.3g} px"
     if region.kind == "text":
         who = chart.reader or "a matcher of letter shapes"
-        return f"letters of about {size} (font size); {who} reads this model's from {pixels(limit['text'])} on"
+        return (
+            f"letters of about {size} (font size); {who} reads this model's from {pixels(limit['text'])} on"
+        )
     if region.kind == "pattern":
         return (
             f"it repeats every {size}; of gratings half the contrast is kept from {pixels(limit['finest_luma'])} on, "
@@ -34,7 +38,8 @@ def reason(region: Region, chart: Chart) -> str:
     if region.kind == "object":
         return f"{size} across; shapes are told apart from {pixels(limit['object'])} on"
     if region.kind == "face":
-        return f"a face of {size}; eyes and mouth are a fifth of it, shapes are told apart from {pixels(limit['object'])} on"
+        least = pixels(limit["object"])
+        return f"a face of {size}; eyes and mouth are a fifth of it, shapes are told apart from {least} on"
     return f"varies finely; of gratings half the contrast is kept from a period of {pixels(limit['finest_luma'])} on"
 
 
@@ -47,25 +52,24 @@ def helps(
     size: tuple[int, int],
     others: Sequence[tuple[str, Transfer]],
 ) -> tuple[str, ...]:
-    """What would keep a region that is foretold to be worn; nothing for others. size: (width, height) of the picture."""
+    """What would keep a region that is foretold to be worn; nothing for others. size: of the picture."""
     if loss < WORN:
         return ()
     found = []
-    larger = next((s for s in SCALES if predict(waves, transfer, region.kind, s) < WORN), None)
-    if region.kind == "text" and (limit := limits(chart)["text"]) is not None:
-        larger = next((s for s in SCALES if region.size * s >= limit), None) if region.size < limit else larger
-    if larger is not None:
-        width, height = (up_to(side * larger, chart.factor) for side in size)
-        then = predict(waves, transfer, region.kind, larger)
-        found.append(f"at {width}x{height} (×{larger:g}) it would be {region.size * larger:.3g} px and lose {then:.2f}")
+    limit = limits(chart)["text"] if region.kind == "text" else None
+    unread = limit is not None and region.size < limit
+    for scale in SCALES:
+        then, tall = predict(waves, transfer, region.kind, scale), region.size * scale
+        if tall >= limit if unread and limit is not None else then < WORN:
+            width, height = (up_to(side * scale, chart.factor) for side in size)
+            does = "which is read" if unread else f"and lose {then:.2f}"
+            found.append(f"at {width}x{height} (×{scale:g}) it would be {tall:.3g} px, {does}")
+            break
     for name, other in others:
         then = predict(waves, other, region.kind)
-        if then < min(loss - CLEARLY, 0.5):
+        if then < min(loss - CLEARLY, LOST):
             found.append(f"{name} would lose {then:.2f} of it")
-    if region.kind == "text":
-        found.append("leave the words out of the picture and set them over it afterwards")
-    found.append("if it is in a picture you begin with, keep it by a mask: what lies outside comes back byte for byte")
-    return tuple(found)
+    return (*found, *((OVERLAY,) if region.kind == "text" else ()), MASK)
 
 
 def up_to(side: float, factor: int) -> int:

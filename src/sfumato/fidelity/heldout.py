@@ -52,7 +52,9 @@ def page(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
     image = Image.new("RGB", (SIDE, SIDE), ground)
     pen, placed, y = ImageDraw.Draw(image), [], 4
     while y < SIDE - 12:
-        face = font(chance.choice(OTHER_FONTS), chance.choice((7, 8, 9, 11, 13, 15, 18, 22, 26, 30, 36, 44, 56)))
+        face = font(
+            chance.choice(OTHER_FONTS), chance.choice((7, 8, 9, 11, 13, 15, 18, 22, 26, 30, 36, 44, 56))
+        )
         text = _phrase(chance, int(220 / (face.size * 0.6)))
         x = chance.randrange(4, 24)
         box = tuple(int(v) for v in pen.textbbox((x, y), text, font=face))
@@ -202,7 +204,9 @@ def _phrase(chance: random.Random, letters: int) -> str:
         if chance.random() < 0.15:
             text += f"{chance.randrange(10, 2000)} "
         else:
-            word = "".join(chance.choice(("bcdfghklmnprstvwz", "aeiou")[k % 2]) for k in range(chance.randrange(2, 8)))
+            word = "".join(
+                chance.choice(("bcdfghklmnprstvwz", "aeiou")[k % 2]) for k in range(chance.randrange(2, 8))
+            )
             text += (word.title() if chance.random() < 0.3 else word) + " "
     return text[: max(letters, 3)].strip() or "abc"
 

@@ -21,7 +21,7 @@ MISSING = (
 
 @dataclass(frozen=True)
 class Reader:
-    """An engine. name: and version. read: a line of text (H, W, 3) in [0, 1] → what it says, and how sure, in [0, 1]."""
+    """An engine. name: with its version. read: a line of text (H, W, 3) → what it says, and how sure, in [0, 1]."""
 
     name: str
     read: Callable[[Array], tuple[str, float]]
@@ -66,7 +66,9 @@ def _tesseract() -> Reader:
         told = pytesseract.image_to_data(
             _line(picture), config="--psm 7", output_type=pytesseract.Output.DICT
         )
-        words = [(text, float(sure)) for text, sure in zip(told["text"], told["conf"], strict=True) if text.strip()]
+        words = [
+            (text, float(sure)) for text, sure in zip(told["text"], told["conf"], strict=True) if text.strip()
+        ]
         if not words:
             return "", 0.0
         return " ".join(text for text, _ in words), float(np.mean([sure for _, sure in words])) / 100

@@ -4,9 +4,9 @@ The loss of a region is the RMS of the error over the RMS of what varies in it, 
 stood there is left; more is called 1). A region is a sum of waves; of a wave, the chart says how large its error is, by
 channel, contrast, direction and frequency, and errors of different waves add as energies.
 
-Autoencoders are no linear instruments: of an edge they keep more than of the waves that it consists of, since it takes
-few numbers to say where it is. So the chart also holds what was foretold of its own words, objects and lines beside what
-they lost, and a prediction for a region of such a kind is corrected by that curve.
+Autoencoders are no linear instruments: of an edge they keep more than of the waves that it consists of, since few
+numbers say where it is. So the chart also holds what was foretold of its own words, objects and lines beside what they
+lost, and a prediction for a region of such a kind is corrected by that curve.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ FAINT = 2 / 255  # RMS below which nothing that varies can be seen
 
 @dataclass(frozen=True)
 class Transfer:
-    """Errors of waves from a chart. errors: by channel, (contrasts, angles, frequencies), for an amplitude of 1. curves:
-    by kind of region, what it is foretold to lose and what such things lost, both rising."""
+    """Errors of waves from a chart.
+
+    errors: by channel, (contrasts, angles, frequencies), for an amplitude of 1. curves: by kind of region, what it is
+    foretold to lose and what such things lost, both rising.
+    """
 
     frequencies: Array
     contrasts: Mapping[str, Array]
@@ -49,7 +52,11 @@ class Transfer:
         rows = sections["gratings"]
         frequencies = np.array(sorted({row["frequency"] for row in rows}))
         for channel in CHANNELS:
-            mine = {(r["contrast"], r["angle"], r["frequency"]): r["error"] for r in rows if r["channel"] == channel}
+            mine = {
+                (r["contrast"], r["angle"], r["frequency"]): r["error"]
+                for r in rows
+                if r["channel"] == channel
+            }
             contrasts[channel] = np.array(sorted({key[0] for key in mine}))
             turned = sorted({key[1] for key in mine})
             table = [[[mine[c, a, f] for f in frequencies] for a in turned] for c in contrasts[channel]]
@@ -71,7 +78,9 @@ class Transfer:
         at = np.clip(np.log(max(contrast, 1e-6)), known[0], known[-1])
         low = int(np.clip(np.searchsorted(known, at) - 1, 0, max(len(known) - 2, 0)))
         share = (at - known[low]) / (known[low + 1] - known[low]) if len(known) > 1 else 0.0
-        plane = table[low] * (1 - share) + table[min(low + 1, len(known) - 1)] * share  # (angles, frequencies)
+        plane = (
+            table[low] * (1 - share) + table[min(low + 1, len(known) - 1)] * share
+        )  # (angles, frequencies)
         place = np.log(np.clip(frequency, self.frequencies[0], self.frequencies[-1]))
         by_angle = np.stack([np.interp(place, np.log(self.frequencies), row) for row in plane])
         turns = self.angles[channel]
@@ -125,8 +134,10 @@ def predict(waves: Waves, transfer: Transfer, kind: str = "", scale: float = 1.0
 
 
 def rising(points: list[tuple[float, float]]) -> tuple[Array, Array]:
-    """The curve that never falls and comes nearest to the points (least squares, by pooling neighbours), from (0, 0) and
-    on beyond the last by as much as what is foretold grows."""
+    """The curve that never falls and comes nearest to the points (least squares, by pooling neighbours).
+
+    It begins at (0, 0), and beyond the last point grows as what is foretold does.
+    """
     pools: list[list[float]] = []  # foretold, lost, how many
     for x, y in sorted(points):
         pools.append([x, y, 1])
@@ -149,5 +160,3 @@ def measured(before: Array, after: Array) -> float:
     if np.sqrt(varies) < FAINT:
         return 0.0
     return float(min(1.0, np.sqrt(np.square(b - a).sum(0).mean() / varies)))
-
-

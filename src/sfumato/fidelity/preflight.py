@@ -58,7 +58,11 @@ class Finding:
             "reason": self.reason,
             "helps": list(self.helps),
         }
-        return values if self.before is None else values | {"reads_before": self.before, "reads_after": self.after}
+        return (
+            values
+            if self.before is None
+            else values | {"reads_before": self.before, "reads_after": self.after}
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Preflight:
 
 
 def verdict(loss: float) -> str:
-    """"lost" from 0.5 on, "worn" from 0.25 on, else "kept"."""
+    """ "lost" from 0.5 on, "worn" from 0.25 on, else "kept"."""
     return next(word for least, word in VERDICTS if loss >= least)
 
 
@@ -204,5 +208,3 @@ def _notes(reader: Reader | None) -> list[str]:
 def as_plain(reports: Sequence[Preflight]) -> list[dict[str, Any]]:
     """Reports for JSON, the lowest score first."""
     return [report.to_dict() for report in sorted(reports, key=lambda report: report.score)]
-
-

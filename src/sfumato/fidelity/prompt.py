@@ -15,6 +15,7 @@ from sfumato.fidelity.preflight import verdict
 LETTER = 0.6  # width of a letter, of the font's size
 LEADING = 1.25  # distance of lines, of the font's size
 ROOM = 0.8  # of the picture's sides, what words may take
+LARGER = 8  # times larger is the most that is proposed
 CROWDED = 0.35  # of the picture's area, what the things counted take together
 QUOTES = re.compile(r"\"([^\"]{1,400})\"|“([^”]{1,400})”|«([^»]{1,400})»|(?<!\w)'([^'\n]{2,400})'(?!\w)")
 NUMBERS = {
@@ -22,17 +23,46 @@ NUMBERS = {
     "twelve": 12, "dozen": 12, "twenty": 20, "fifty": 50, "hundred": 100, "hundreds": 200, "thousand": 1000,
     "thousands": 2000, "crowd": 60, "swarm": 100, "flock": 40, "fleet": 20, "herd": 30, "many": 15, "countless": 200,
 }  # fmt: skip
-FINE = {  # words for things that consist of detail, and what a part of it measures, as a share of the picture's side
-    "newspaper": (0.012, "print"), "contract": (0.012, "print"), "document": (0.015, "print"), "sheet music": (0.012, "print"),
-    "map": (0.015, "print"), "blueprint": (0.012, "thin lines"), "diagram": (0.02, "print"), "menu": (0.02, "print"),
-    "spreadsheet": (0.012, "print"), "screenshot": (0.015, "print"), "label": (0.025, "print"), "book cover": (0.05, "print"),
-    "qr code": (0.02, "modules"), "barcode": (0.006, "bars"), "circuit board": (0.01, "thin lines"),
-    "keyboard": (0.03, "print"), "clock face": (0.04, "print"), "watch face": (0.03, "print"), "lace": (0.01, "a pattern"),
-    "houndstooth": (0.02, "a pattern"), "pinstripe": (0.01, "a pattern"), "plaid": (0.03, "a pattern"),
-    "chain-link": (0.02, "a pattern"), "brick wall": (0.03, "a pattern"), "mesh": (0.01, "a pattern"),
-    "chessboard": (0.1, "a pattern"), "mosaic": (0.02, "a pattern"), "halftone": (0.01, "a pattern"),
-}  # fmt: skip
-TINY = {"tiny": 0.06, "minuscule": 0.03, "distant": 0.05, "far away": 0.05, "faraway": 0.05, "on the horizon": 0.04}
+# things that consist of detail: what a part of it is, and what it measures as a share of the picture's shorter side
+PRINT, THIN, PATTERN = "print", "thin lines", "a pattern"
+FINE = {
+    "newspaper": (PRINT, 0.012),
+    "contract": (PRINT, 0.012),
+    "sheet music": (PRINT, 0.012),
+    "spreadsheet": (PRINT, 0.012),
+    "document": (PRINT, 0.015),
+    "map": (PRINT, 0.015),
+    "screenshot": (PRINT, 0.015),
+    "diagram": (PRINT, 0.02),
+    "menu": (PRINT, 0.02),
+    "label": (PRINT, 0.025),
+    "keyboard": (PRINT, 0.03),
+    "watch face": (PRINT, 0.03),
+    "clock face": (PRINT, 0.04),
+    "book cover": (PRINT, 0.05),
+    "circuit board": (THIN, 0.01),
+    "blueprint": (THIN, 0.012),
+    "barcode": (PATTERN, 0.006),
+    "lace": (PATTERN, 0.01),
+    "mesh": (PATTERN, 0.01),
+    "pinstripe": (PATTERN, 0.01),
+    "halftone": (PATTERN, 0.01),
+    "qr code": (PATTERN, 0.02),
+    "houndstooth": (PATTERN, 0.02),
+    "chain-link": (PATTERN, 0.02),
+    "mosaic": (PATTERN, 0.02),
+    "plaid": (PATTERN, 0.03),
+    "brick wall": (PATTERN, 0.03),
+    "chessboard": (PATTERN, 0.1),
+}
+TINY = {
+    "tiny": 0.06,
+    "minuscule": 0.03,
+    "distant": 0.05,
+    "far away": 0.05,
+    "faraway": 0.05,
+    "on the horizon": 0.04,
+}
 
 
 @dataclass(frozen=True)
@@ -72,9 +102,9 @@ def examine(prompt: str, size: tuple[int, int], chart: Chart) -> list[Wish]:
         if re.search(rf"\b{word}\b", plain):
             side = share * min(size)
             wishes.append(_thing("object", f"something {word}", side, size, chart))
-    for word, (share, parts) in FINE.items():
+    for word, (parts, share) in FINE.items():
         if re.search(rf"\b{re.escape(word)}s?\b", plain):
-            kind = {"print": "text", "thin lines": "line"}.get(parts, "pattern")
+            kind = {PRINT: "text", THIN: "line"}.get(parts, "pattern")
             wishes.append(_thing(kind, f"{parts} of a {word}", share * min(size), size, chart))
     return sorted(wishes, key=lambda wish: -wish.loss)
 
@@ -144,8 +174,8 @@ def _thing(kind: str, what: str, side: float, size: tuple[int, int], chart: Char
 def _wish(kind: str, what: str, side: float, where: str, size: tuple[int, int], chart: Chart) -> Wish:
     limit, loss, does = _known(kind, side, chart)
     helps = []
-    if limit is not None and side < limit:
-        scale = limit / side
+    scale = 1.0 if limit is None else limit / side
+    if 1 < scale <= LARGER:
         helps.append(
             f"at {up_to(size[0] * scale, chart.factor)}x{up_to(size[1] * scale, chart.factor)} (×{scale:.2g}) it would "
             f"reach {limit:.3g} px"

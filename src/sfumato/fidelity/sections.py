@@ -118,10 +118,7 @@ def gratings(instrument: Instrument, told: Told | None = None) -> list[Row]:
 def edges(instrument: Instrument, told: Told | None = None) -> list[Row]:
     """Slanted edges: rise and overshoot, and the MTF they tell, by channel and direction."""
     asked = [
-        (channel, contrast, angle)
-        for channel in CHANNELS
-        for contrast in (0.8, 0.3)
-        for angle in (5, 95)
+        (channel, contrast, angle) for channel in CHANNELS for contrast in (0.8, 0.3) for angle in (5, 95)
     ]
     half = SIDE // 2
     shown = [
@@ -132,7 +129,8 @@ def edges(instrument: Instrument, told: Told | None = None) -> list[Row]:
         four = shown[start : start + 4]
         sheets.append(np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)], 0))
     back = instrument.pictures(
-        [sheet.astype(np.float32) for sheet in sheets], None if told is None else lambda n: told(n, len(sheets))
+        [sheet.astype(np.float32) for sheet in sheets],
+        None if told is None else lambda n: told(n, len(sheets)),
     )
     rows = []
     for number, (channel, contrast, angle) in enumerate(asked):
@@ -172,7 +170,10 @@ def star(instrument: Instrument, told: Told | None = None) -> list[Row]:
         middle = 36 / (2 * np.pi * frequency)
         ring = np.abs(radius - middle) < 1.5
         rows.append(
-            {"frequency": frequency, "kept": kept(before[ring].mean(-1), after[ring].mean(-1).astype(np.float64))}
+            {
+                "frequency": frequency,
+                "kept": kept(before[ring].mean(-1), after[ring].mean(-1).astype(np.float64)),
+            }
         )
     return rows
 

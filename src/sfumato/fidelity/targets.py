@@ -89,7 +89,7 @@ def noise(side: int, deviation: float, seed: int) -> Array:
 
 @functools.lru_cache(1024)
 def shape_mask(side: int, kind: str, size: float, offset: tuple[int, int] = (0, 0)) -> Array:
-    """How much of each pixel (side, side) a small object covers: one of `SHAPES`, `size` pixels across, in the middle."""
+    """How much of each pixel (side, side) a shape covers: one of `SHAPES`, `size` pixels across, in the middle."""
     samples = (np.arange(side * FINE) + 0.5) / FINE
     x = (samples[None, :] - side // 2 - offset[0]) * 2 / size
     y = (samples[:, None] - side // 2 - offset[1]) * 2 / size
@@ -135,7 +135,7 @@ def _distance(side: int, angle: float, offset: tuple[int, int]) -> Array:
 
 
 def _step(distance: Array, angle: float) -> Array:
-    """The share of a pixel at `distance` from an edge that lies beyond it: the integral of a square seen at an angle."""
+    """The share of a pixel at `distance` from an edge that lies beyond it: of a square, seen at an angle."""
     a, b = sorted((abs(np.cos(np.radians(angle))), abs(np.sin(np.radians(angle)))), reverse=True)
     if b < 1e-9:
         return np.clip(distance / a + 0.5, 0, 1)

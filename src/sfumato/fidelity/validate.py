@@ -1,6 +1,6 @@
 """How far the foretold losses can be trusted: against measured ones, region by region, on pictures no chart shows.
 
-    python -m sfumato.fidelity.validate -m pocket --each 15 --plot predicted.png
+python -m sfumato.fidelity.validate -m pocket --each 15 --plot predicted.png
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def judge(
     reader: Reader | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Regions found in `each` pictures of every kind, what was foretold of them and measured, and what was not found."""
+    """Regions found in `each` pictures of every kind: what was foretold, and measured; and what was not found."""
     judged: list[Judged] = []
     placed: dict[str, list[bool]] = {}
     numbers = [(kind, number) for kind in KINDS for number in range(each)]
@@ -53,7 +53,9 @@ def judge(
         report = preflight(shown.picture.astype(np.float32), instrument, chart, reader=reader)
         for finding in report.findings:
             run = finding.measured
-            judged.append(Judged(finding.region.kind, kind, within, finding.predicted, 0.0 if run is None else run))
+            judged.append(
+                Judged(finding.region.kind, kind, within, finding.predicted, 0.0 if run is None else run)
+            )
         for what, there in seen(shown, [finding.region for finding in report.findings]):
             placed.setdefault(what, []).append(there)
         if on_progress is not None:
@@ -136,7 +138,9 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--each", type=int, default=15, help="pictures of each kind")
     parser.add_argument("--plot", type=Path, help="a picture of the dots")

@@ -14,7 +14,11 @@ from sfumato.errors import SfumatoError
 
 Array = NDArray[np.floating]
 FONTS = {"regular": "DejaVuSans.ttf", "bold": "DejaVuSans-Bold.ttf"}  # matplotlib brings them
-OTHER_FONTS = ("DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSerif-Bold.ttf")  # for pictures that judge the chart
+OTHER_FONTS = (
+    "DejaVuSerif.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSerif-Bold.ttf",
+)  # for pictures that judge the chart
 CAPITALS = 0.729  # height of DejaVu's capitals, of its size
 SMALL = 0.547  # height of its small x
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from sfumato.fidelity.regions.region import Region
 
 CASCADE = "haarcascade_frontalface_default.xml"
-MISSING = "faces are not looked for: no detector is installed; `pip install 'opencv-python-headless<5'` brings one"
+MISSING = (
+    "faces are not looked for: no detector is installed; `pip install 'opencv-python-headless<5'` brings one"
+)
 
 
 def cascade() -> str | None:

@@ -68,7 +68,8 @@ def best(regions: Sequence[Region], share: float = 0.5) -> list[Region]:
     chosen: list[Region] = []
     for region in sorted(regions, key=lambda r: -r.weight):
         if not any(
-            shared(region.box, other.box) >= share * min(area(region.box), area(other.box)) for other in chosen
+            shared(region.box, other.box) >= share * min(area(region.box), area(other.box))
+            for other in chosen
         ):
             chosen.append(region)
     return chosen
@@ -81,7 +82,5 @@ def box_mean(values: NDArray[np.floating], radius: int) -> NDArray[np.float64]:
     y, x = np.arange(height), np.arange(width)
     top, bottom = np.maximum(y - radius, 0), np.minimum(y + radius + 1, height)
     left, right = np.maximum(x - radius, 0), np.minimum(x + radius + 1, width)
-    inside = (
-        total[bottom][:, right] - total[top][:, right] - total[bottom][:, left] + total[top][:, left]
-    )
+    inside = total[bottom][:, right] - total[top][:, right] - total[bottom][:, left] + total[top][:, left]
     return inside / ((bottom - top)[:, None] * (right - left)[None])

@@ -18,8 +18,11 @@ LEAST = 0.04  # contrast of a mark, in display values
 LETTERS = (4, 96)  # pixels of height
 MANY = 6000  # marks of one mask that are looked at
 ONE_INK = 0.15  # deviation of the colours of one line's letters
+CHIEFLY = 0.6  # of what is marked in the box of a line, what is its own
+STRAY = 0.12  # of the strips above and below a line, what may be marked
 UNEVEN = 0.4  # of the step from ground to mark, how much the ground may vary
 CRISP = 0.2  # of the whole range of a line, what one step from pixel to pixel must reach
+WORD_GAP = 1.4  # of the height of the letters beside it, what room there may be between two words
 ASCENT = 0.75  # height of tall letters, of the font's size
 SMALL = (3, 72)  # pixels of an object's longer side
 THIN = 6.0  # pixels of a line's thickness
@@ -100,7 +103,8 @@ def text_lines(layers: Sequence[Marks], taken: Sequence[Region]) -> list[Region]
             region = _line_of(parts.pick(group), stroke[group])
             if region is None or covered(region.box, taken, 0.7):
                 continue
-            if _crisp(layer, region.box) and _plain(layer, region.box):
+            own = int(parts.area[group].sum())
+            if _crisp(layer, region.box) and _alone(layer, region.box, own) and _plain(layer, region.box):
                 found.append(region)
     return best(found, 0.4)
 
@@ -111,6 +115,19 @@ def _crisp(layer: Marks, box: Box) -> bool:
     luma = layer.planes[0, top:bottom, left:right]
     steps = max(np.abs(np.diff(luma, axis=0)).max(initial=0), np.abs(np.diff(luma, axis=1)).max(initial=0))
     return bool(steps > CRISP * np.ptp(luma))
+
+
+def _alone(layer: Marks, box: Box, own: int) -> bool:
+    """Whether marks of `own` pixels are most of what is marked in their box, and little is marked just above and below:
+    lines of text have room between them, and textures do not end where a line would."""
+    left, top, right, bottom = box
+    if own < CHIEFLY * layer.mask[top:bottom, left:right].sum():
+        return False
+    strip = max(1, round(0.1 * (bottom - top)))
+    beside = np.concatenate(
+        [layer.mask[max(top - strip, 0) : top, left:right], layer.mask[bottom : bottom + strip, left:right]]
+    )
+    return beside.size == 0 or bool(beside.mean() < STRAY)
 
 
 def _plain(layer: Marks, box: Box) -> bool:
@@ -131,7 +148,7 @@ def _neighbours(parts: Components) -> tuple[NDArray[np.int64], NDArray[np.int64]
     left, right, top, bottom = (getattr(parts, name)[order] for name in ("left", "right", "top", "bottom"))
     height = bottom - top
     first, second = [], []
-    reach = np.searchsorted(left, right + 1.0 * np.maximum(height, 6), side="right")
+    reach = np.searchsorted(left, right + 2.4 * WORD_GAP * np.maximum(height, 4), side="right")
     for i in range(len(order)):
         j = np.arange(i + 1, min(reach[i], i + 200))
         if not len(j):
@@ -139,7 +156,7 @@ def _neighbours(parts: Components) -> tuple[NDArray[np.int64], NDArray[np.int64]
         low, high = np.minimum(height[i], height[j]), np.maximum(height[i], height[j])
         overlap = np.minimum(bottom[i], bottom[j]) - np.maximum(top[i], top[j])
         gap = left[j] - right[i]
-        near = (overlap >= 0.5 * low) & (high <= 2.4 * low) & (gap <= 0.8 * high) & (gap > -0.5 * low)
+        near = (overlap >= 0.5 * low) & (high <= 2.4 * low) & (gap <= WORD_GAP * high) & (gap > -0.5 * low)
         first.append(np.full(near.sum(), order[i]))
         second.append(order[j[near]])
     if not first:
@@ -153,12 +170,19 @@ def _line_of(parts: Components, stroke: Array) -> Region | None:
     top, bottom = int(parts.top.min()), int(parts.bottom.max())
     tall = float(np.quantile(parts.height, 0.8))
     words = int((parts.width > 1.8 * parts.height).sum())  # letters that touch
-    if len(parts) + 2 * words < 3 or right - left < 1.6 * tall or bottom - top > 2.2 * tall or tall < 4:
+    if (
+        len(parts) < 2
+        or len(parts) + 2 * words < 3
+        or right - left < 1.6 * tall
+        or bottom - top > 2.2 * tall
+        or tall < 4
+    ):
         return None
     if float(np.median(stroke)) > 0.36 * tall or np.std(stroke) > 0.6 * np.mean(stroke) + 0.5:
         return None
-    if len(parts) >= 4 and np.ptp(parts.width) <= 1 and np.ptp(parts.height) <= 1:
-        return None  # all alike: a pattern
+    alike = max(np.ptp(parts.width), np.ptp(parts.height)) <= 1
+    if len(parts) >= 4 and alike and np.ptp(parts.area) <= 0.15 * parts.area.mean():
+        return None  # a pattern
     gaps = np.sort(parts.left)[1:] - np.sort(parts.right)[:-1]
     filled = parts.area.sum() / ((right - left) * (bottom - top))
     if not 0.08 < filled < 0.75 or (len(gaps) and np.median(gaps) > 0.8 * tall):
@@ -178,6 +202,8 @@ def thin_lines(layers: Sequence[Marks], taken: Sequence[Region]) -> list[Region]
         for index in np.nonzero(fits)[0]:
             box = _box(parts, index)
             if covered(box, taken, 0.5) or not _plain(layer, box):
+                continue
+            if not _alone(layer, box, int(parts.area[index])):
                 continue
             if min(parts.width[index], parts.height[index]) > PIECE:
                 box = _piece(layer.mask, box)
@@ -201,7 +227,9 @@ def small_objects(layers: Sequence[Marks], taken: Sequence[Region], planes: Arra
             continue
         contrast = _apart(planes, box)
         if contrast >= 2 * LEAST:
-            found.append(Region("object", box, float(max(width, height)), weight=contrast * np.sqrt(width * height)))
+            found.append(
+                Region("object", box, float(max(width, height)), weight=contrast * np.sqrt(width * height))
+            )
     return best(found, 0.5)[:MOST]
 
 

@@ -90,7 +90,7 @@ def _energy(tiles: Array, window: Array, double: Array) -> Array:
 
 
 def _peaks(planes: Array, side: int) -> tuple[Array, Array, Array, Array]:
-    """Of each tile (rows, columns): the share of its two strongest waves, the stronger one's period and angle, and RMS."""
+    """Of each tile (rows, columns): the share of its two strongest waves, the stronger one's period, angle, and RMS."""
     height, width = planes.shape[1:]
     shape = _grid(height, side), _grid(width, side)
     fy, fx = np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij")
