@@ -14,7 +14,7 @@ from sfumato.errors import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-EXAMPLE = "sfumato chart -m pocket -m sd_xl_base_1.0.safetensors -o charts"
+EXAMPLE = "sfumato chart -m sd_xl_base_1.0.safetensors -m runs/mine -o charts"
 
 
 def chart(

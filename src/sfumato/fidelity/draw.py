@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -34,9 +34,9 @@ STYLE = {
     "pdf.fonttype": 42,
 }
 ROWS = (  # of the table of limits: name, words, unit
-    ("text", "words are read from", "px"),
-    ("text_bold", "bold words from", "px"),
-    ("text_quarter_contrast", "faint words from", "px"),
+    ("text", "words are read from a font size of", "px"),
+    ("text_bold", "bold words from a font size of", "px"),
+    ("text_quarter_contrast", "faint words from a font size of", "px"),
     ("object", "shapes told apart from", "px"),
     ("object_colour", "colours told apart from", "px"),
     ("line", "lines kept by half from", "px"),
@@ -80,7 +80,7 @@ def _figure(charts: Sequence[Chart], seen: Sequence[Sequence[Specimen]]) -> Figu
         raise SfumatoError(
             "charts are drawn with matplotlib: `pip install matplotlib`, or write JSON"
         ) from None
-    with rc_context(STYLE):
+    with rc_context(cast(Any, STYLE)):
         lines = len(ROWS) / 2 if len(charts) == 1 else len(ROWS)
         table = 0.24 * (lines + 5) if seen else 0.0
         pictures = 2.35 * (len(seen) + 1) if seen else 0.0
@@ -89,7 +89,7 @@ def _figure(charts: Sequence[Chart], seen: Sequence[Sequence[Specimen]]) -> Figu
         if not seen:
             _plots(figure, charts)
             return figure
-        parts = figure.subfigures(3, 1, height_ratios=[table, 5.8, pictures])
+        parts: Any = figure.subfigures(3, 1, height_ratios=[table, 5.8, pictures])
         _table(parts[0], charts)
         _plots(parts[1], charts)
         _pictures(parts[2], charts, seen)
@@ -261,7 +261,7 @@ def _table(figure: Any, charts: Sequence[Chart]) -> None:
         _columns(axes, charts, rows, 0.45 if len(halves) == 2 else 0.22)
 
 
-def _columns(axes: Axes, charts: Sequence[Chart], rows: Sequence[tuple[str, str, str]], left: float) -> None:
+def _columns(axes: Any, charts: Sequence[Chart], rows: Sequence[tuple[str, str, str]], left: float) -> None:
     head = [
         f"{_short(chart.model)}\n{chart.factor}×{chart.factor} px a cell, {chart.channels} channels"
         for chart in charts

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from sfumato.fidelity.words import OTHER_FONTS, font
 Array = NDArray[np.floating]
 SIDE = 256
 Colour = tuple[int, int, int]
+Chance = random.Random
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def held_out(kind: str, number: int) -> HeldOut:
     return HeldOut(kind, np.asarray(image.convert("RGB"), np.float64) / 255, tuple(placed))
 
 
-def page(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
+def page(chance: Chance) -> tuple[Image.Image, list[Placed]]:
     """Lines of words and figures, each in its own font, size and colour."""
     ground = _colour(chance)
     image = Image.new("RGB", (SIDE, SIDE), ground)
@@ -66,7 +68,7 @@ def page(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
     return image, placed
 
 
-def scenes(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
+def scenes(chance: Chance) -> tuple[Image.Image, list[Placed]]:
     """Four scenes of the made world, of which no model has seen these."""
     from sfumato.scenes import render, sample_scene
 
@@ -81,12 +83,12 @@ def scenes(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
         for label in range(1, int(which[number].max()) + 1):
             ys, xs = np.nonzero(which[number] == label)
             if len(ys):
-                box = left + xs.min(), top + ys.min(), left + xs.max() + 1, top + ys.max() + 1
-                placed.append(Placed("object", tuple(int(v) for v in box)))
+                first, last = (left + int(xs.min()), top + int(ys.min())), (int(xs.max()), int(ys.max()))
+                placed.append(Placed("object", (*first, left + last[0] + 1, top + last[1] + 1)))
     return Image.fromarray((whole * 255).round().astype(np.uint8)), placed
 
 
-def icons(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
+def icons(chance: Chance) -> tuple[Image.Image, list[Placed]]:
     """Sixteen small drawings of a few shapes each, 6 to 56 pixels across."""
     ground = _colour(chance)
     image = Image.new("RGB", (SIDE, SIDE), ground)
@@ -102,7 +104,7 @@ def icons(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
     return image, placed
 
 
-def patterns(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
+def patterns(chance: Chance) -> tuple[Image.Image, list[Placed]]:
     """Four fields of stripes, dots, bricks, weaves or waves."""
     half = SIDE // 2
     whole, placed = np.zeros((SIDE, SIDE, 3)), []
@@ -127,7 +129,7 @@ def patterns(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
     return Image.fromarray(whole.round().clip(0, 255).astype(np.uint8)), placed
 
 
-def drawing(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
+def drawing(chance: Chance) -> tuple[Image.Image, list[Placed]]:
     """Straight lines and curves, one to five pixels thick."""
     ground = _colour(chance)
     fine = 4
@@ -150,7 +152,7 @@ def drawing(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
     return image.resize((SIDE, SIDE), Image.Resampling.BOX), placed
 
 
-def textures(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
+def textures(chance: Chance) -> tuple[Image.Image, list[Placed]]:
     """Fields of irregular detail, from clouds to sand, with a line of words over them."""
     whole = np.zeros((SIDE, SIDE, 3))
     half = SIDE // 2
@@ -174,7 +176,7 @@ def textures(chance: random.Random) -> tuple[Image.Image, list[Placed]]:
     return image, [Placed("text", (box[0], box[1], min(box[2], SIDE), box[3]))]
 
 
-KINDS: dict[str, Callable[[random.Random], tuple[Image.Image, list[Placed]]]] = {
+KINDS: dict[str, Callable[[Chance], tuple[Image.Image, list[Placed]]]] = {
     "page": page,
     "scenes": scenes,
     "icons": icons,
@@ -184,11 +186,11 @@ KINDS: dict[str, Callable[[random.Random], tuple[Image.Image, list[Placed]]]] = 
 }
 
 
-def _colour(chance: random.Random) -> Colour:
+def _colour(chance: Chance) -> Colour:
     return chance.randrange(256), chance.randrange(256), chance.randrange(256)
 
 
-def _other(chance: random.Random, than: Colour) -> Colour:
+def _other(chance: Chance, than: Colour) -> Colour:
     """A colour whose brightness differs so that it can be seen."""
     weights = (0.299, 0.587, 0.114)
     while True:
@@ -197,7 +199,7 @@ def _other(chance: random.Random, than: Colour) -> Colour:
             return colour
 
 
-def _phrase(chance: random.Random, letters: int) -> str:
+def _phrase(chance: Chance, letters: int) -> str:
     """Made-up words and figures, up to that many letters, at least three."""
     text = ""
     while len(text) < max(letters, 3):
@@ -211,18 +213,19 @@ def _phrase(chance: random.Random, letters: int) -> str:
     return text[: max(letters, 3)].strip() or "abc"
 
 
-def _icon(chance: random.Random, ground: Colour) -> tuple[Image.Image, Image.Image]:
+def _icon(chance: Chance, ground: Colour) -> tuple[Image.Image, Image.Image]:
     """A drawing and what of it is there, each 128 pixels across."""
     icon, alpha = Image.new("RGB", (128, 128), ground), Image.new("L", (128, 128), 0)
     pens = ImageDraw.Draw(icon), ImageDraw.Draw(alpha)
-    ink = _other(chance, ground)
+    ink: Any = _other(chance, ground)
     for layer in range(chance.randrange(1, 5)):
         inset = 4 + layer * 14
         reach = 128 - 2 * inset
         x, y = (inset + (chance.randrange(0, 16) - 8 if layer else 0) for _ in range(2))
         box = (x, y, x + reach, y + chance.choice((reach, reach * 3 // 4)))
         form = chance.randrange(4)
-        for pen, fill in zip(pens, (ink, 255), strict=True):
+        fills: tuple[Any, Any] = ink, 255
+        for pen, fill in zip(pens, fills, strict=True):
             if form == 0:
                 pen.ellipse(box, fill=fill)
             elif form == 1:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-Picture = NDArray[np.float32]  # (H, W, 3), display values in [0, 1]
+Picture = NDArray[np.floating]  # (H, W, 3), display values in [0, 1]
 BATCH_PIXELS = 2**18  # of pictures that go through together
 TILE, MARGIN = 1024, 128  # pixels; larger pictures go in tiles, whose margins are thrown away
 

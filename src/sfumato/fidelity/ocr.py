@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,9 @@ def _rapidocr() -> Reader:
     engine = RapidOCR(params={"Global.log_level": "critical"})
 
     def read(picture: Array) -> tuple[str, float]:
-        found = engine(np.asarray(_line(picture))[..., ::-1], use_det=False, use_cls=False)  # it wants BGR
+        found: Any = engine(
+            np.asarray(_line(picture))[..., ::-1], use_det=False, use_cls=False
+        )  # it wants BGR
         if not getattr(found, "txts", None):
             return "", 0.0
         return str(found.txts[0]), float(found.scores[0])

@@ -28,6 +28,7 @@ th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #e4e4e
 .note{color:#666;font-size:.9rem}img{max-width:100%}
 .grid{display:grid;gap:.6rem}.grid img{image-rendering:pixelated;width:100%}
 figure{margin:0}figcaption{font-size:.8rem;color:#666}
+svg{max-width:100%;height:auto}.two{display:flex;gap:1rem;flex-wrap:wrap;align-items:flex-start}
 .lost{background:#fbe3de}.worn{background:#fdf3d6}.kept{background:#e6f2e3}
 .map{position:relative;display:inline-block}.map a{position:absolute;border:2px solid;box-sizing:border-box}
 a.lost{border-color:#c4371d;background:#c4371d22}a.worn{border-color:#c79a14;background:#c79a1422}

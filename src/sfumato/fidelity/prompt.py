@@ -142,7 +142,8 @@ def largest_type(text: str, size: tuple[int, int]) -> tuple[float, int]:
 def _broken(words: list[str], count: int) -> list[str]:
     """Words in at most `count` lines of about equal length."""
     target = (sum(map(len, words)) + len(words)) / count
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
     for word in words:
         if line and len(line) + len(word) / 2 > target and len(lines) < count - 1:
             lines.append(line)

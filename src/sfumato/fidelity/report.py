@@ -14,7 +14,7 @@ from sfumato.fidelity.preflight import Finding, Preflight
 from sfumato.fidelity.prompt import Wish
 from sfumato.fidelity.regions.region import KINDS
 
-SHOWN = 900  # pixels of a picture's longer side on the page
+SHOWN = 560  # pixels of a picture's longer side on the page
 SMALL = 160  # of the pictures in a table
 SORT = """
 for (const head of document.querySelectorAll('th[data-sort]')) head.onclick = () => {
@@ -39,7 +39,7 @@ def folder_page(reports: Sequence[Preflight], model: str) -> str:
     head = "<th></th>" + "".join(f'<th data-sort="">{column}</th>' for column in columns)
     body = "".join(_row(number, report) for number, report in enumerate(ordered))
     parts = "".join(
-        f'<section id="p{number}">{_one(report, SHOWN // 2)}</section>'
+        f'<section id="p{number}"><h2>{escape(report.name)}</h2>{_one(report, SHOWN)}</section>'
         for number, report in enumerate(ordered)
         if report.count("lost") + report.count("worn")
     )
@@ -75,18 +75,17 @@ def _one(report: Preflight, side: int) -> str:
     boxes = "".join(_box(number, finding, width, height) for number, finding in enumerate(report.findings, 1))
     rows = "".join(_finding(number, finding) for number, finding in enumerate(report.findings, 1))
     notes = "".join(f"<p class=note>{escape(note)}</p>" for note in report.notes)
-    pictures = ""
+    shown = ""
     if report.picture is not None:
-        pictures = f'<div class=map><img alt="" src="{data_url(_shown(report.picture, side))}">{boxes}</div>'
+        shown = f'<div class=map><img alt="" src="{data_url(_shown(report.picture, side))}">{boxes}</div>'
     if report.after is not None:
-        back = data_url(_shown(report.after, side))
-        pictures += f'<h2>As it comes back</h2><img alt="as it comes back" src="{back}">'
+        shown += f'<img alt="as it comes back" src="{data_url(_shown(report.after, side))}">'
+    pictures = f"<div class=two>{shown}</div>"
     table = (
         "<table><tr><th></th><th>what</th><th>foretold loss</th><th>measured</th><th>why</th><th>what helps</th></tr>"
         f"{rows}</table>"
     )
     return (
-        f"<h2>{escape(report.name)}</h2>"
         f"<p>{width}x{height} with {escape(report.model)}: <b>{report.score:g}</b> of 100; "
         f"{report.count('lost')} lost, {report.count('worn')} worn, {report.count('kept')} kept</p>"
         f"{pictures}{table if rows else '<p>Nothing was found that is small or fine.</p>'}{notes}"

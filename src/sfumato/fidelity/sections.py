@@ -36,7 +36,7 @@ Told = Callable[[int, int], None]  # how many of how many pictures are done
 Foretell = Callable[[Array], float]  # what a picture (H, W, 3) is foretold to lose, see `predict.py`
 
 SIDE, PATCH = 256, 64  # pixels of a sheet and of a patch on it: 16 go together
-INNER = slice(8, PATCH - 8)  # of a patch, what is measured
+INNER = np.s_[8 : PATCH - 8]  # of a patch, what is measured
 FREQUENCIES = (1 / 64, 1 / 32, 1 / 24, 1 / 16, 1 / 12, 1 / 10, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 0.45)
 ANGLES = {"luma": (0, 45, 90), "red-green": (0, 45), "blue-yellow": (0, 45)}
 CONTRASTS = {"luma": (0.9, 0.3, 0.1), "red-green": (0.9, 0.3), "blue-yellow": (0.9, 0.3)}
@@ -302,7 +302,8 @@ def told_shape(picture: Array, size: float, ground: Sequence[float], offset: tup
     for kind in targets.SHAPES:
         mask = targets.shape_mask(PATCH, kind, size, offset)[where].ravel()
         mask = mask - mask.mean()
-        score = abs(float(mask @ seen)) / (np.linalg.norm(mask) * np.linalg.norm(seen - seen.mean()) + 1e-12)
+        length = float(np.linalg.norm(mask) * np.linalg.norm(seen - seen.mean()))
+        score = abs(float(mask @ seen)) / (length + 1e-12)
         if score > best:
             best, name = score, kind
     return name
@@ -339,23 +340,23 @@ def text(
         for word in page:
             left, top, right, bottom = word.box
             box = slice(max(top, 0), bottom), slice(max(left, 0), right)
-            row = {
+            one: Row = {
                 "position": word.position,
                 "letters": words.right_letters(word.text, words.read_by_shape(word, after)),
                 "foretold": foretell(before[box]),
                 "loss": measured(before[box], after[box]),
             }
             if reader is not None:
-                row["ocr_before"] = words.right_letters(word.text, reader.read(before[box])[0])
-                row["ocr"] = words.right_letters(word.text, reader.read(after[box])[0])
-            found[weight, contrast, size].append(row)
+                one["ocr_before"] = words.right_letters(word.text, reader.read(before[box])[0])
+                one["ocr"] = words.right_letters(word.text, reader.read(after[box])[0])
+            found[weight, contrast, size].append(one)
     rows = []
     for (weight, contrast, size), each in found.items():
         by_place = [
             _mean(row["letters"] for row in each if row["position"] == p)
             for p in {row["position"] for row in each}
         ]
-        row = {"weight": weight, "contrast": contrast, "size": size}
+        row: Row = {"weight": weight, "contrast": contrast, "size": size}
         row |= {name: _mean(r[name] for r in each) for name in each[0] if name != "position"}
         rows.append(row | {"letters_low": min(by_place), "letters_high": max(by_place)})
     return rows

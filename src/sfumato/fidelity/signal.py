@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 # luma, red against green-blue, blue against yellow: the rows of Y'CbCr (BT.601), Cr before Cb, of unit range
-OPPONENT = np.array([[0.299, 0.587, 0.114], [0.5, -0.4187, -0.0813], [-0.1687, -0.3313, 0.5]])
+OPPONENT = ((0.299, 0.587, 0.114), (0.5, -0.4187, -0.0813), (-0.1687, -0.3313, 0.5))
 CHANNELS = ("luma", "red-green", "blue-yellow")
 
 

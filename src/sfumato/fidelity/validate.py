@@ -41,13 +41,14 @@ def judge(
     instrument: Instrument,
     chart: Chart,
     each: int,
+    first: int = 0,
     reader: Reader | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Regions found in `each` pictures of every kind: what was foretold, and measured; and what was not found."""
     judged: list[Judged] = []
     placed: dict[str, list[bool]] = {}
-    numbers = [(kind, number) for kind in KINDS for number in range(each)]
+    numbers = [(kind, first + number) for kind in KINDS for number in range(each)]
     for within, (kind, number) in enumerate(numbers):
         shown = held_out(kind, number)
         report = preflight(shown.picture.astype(np.float32), instrument, chart, reader=reader)
@@ -113,7 +114,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     ranks = [_ranks(np.asarray(values)) for values in (first, second)]
     if any(np.ptp(each) == 0 for each in ranks):
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -143,6 +144,9 @@ def main() -> None:
     )
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--each", type=int, default=15, help="pictures of each kind")
+    parser.add_argument(
+        "--first", type=int, default=1000, help="number of the first; thresholds were set on 0 to 11"
+    )
     parser.add_argument("--plot", type=Path, help="a picture of the dots")
     parser.add_argument("--json", type=Path, help="every region")
     args = parser.parse_args()
@@ -153,7 +157,7 @@ def main() -> None:
 
     instrument = open_instrument(args.model)
     chart = store.find(instrument) or measure(instrument, find_reader())
-    found = judge(instrument, chart, args.each)
+    found = judge(instrument, chart, args.each, args.first)
     if args.plot:
         plot(found, args.plot)
     if args.json:

