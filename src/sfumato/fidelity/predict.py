@@ -2,7 +2,8 @@
 
 The loss of a region is the RMS of the error over the RMS of what varies in it, from 0 (the same) to 1 (nothing that
 stood there is left; more is called 1). A region is a sum of waves; of a wave, the chart says how large its error is, by
-channel, contrast, direction and frequency, and errors of different waves add as energies.
+channel, contrast, direction and frequency, and errors of different waves add as energies; so does what even a plain
+patch of the region's colour is off.
 
 Autoencoders are no linear instruments: of an edge they keep more than of the waves that it consists of, since few
 numbers say where it is. So the chart also holds what was foretold of its own words, objects and lines beside what they
@@ -36,7 +37,8 @@ class Transfer:
     """Errors of waves from a chart.
 
     errors: by channel, (contrasts, angles, frequencies), for an amplitude of 1. curves: by kind of region, what it is
-    foretold to lose and what such things lost, both rising.
+    foretold to lose and what such things lost, both rising. floor: RMS of the error of plain patches, by `tones` of
+    red, green and blue.
     """
 
     frequencies: Array
@@ -44,6 +46,8 @@ class Transfer:
     angles: Mapping[str, Array]
     errors: Mapping[str, Array]
     curves: Mapping[str, tuple[Array, Array]]
+    tones: Array
+    floor: Array
 
     @classmethod
     def of(cls, sections: Mapping[str, list[dict[str, Any]]]) -> Transfer:
@@ -69,7 +73,12 @@ class Transfer:
             for kind, names in CURVES.items()
             if all(name in sections for name in names)
         }
-        return cls(frequencies, contrasts, angles, errors, curves)
+        plain = sections.get("colour", [])
+        tones = np.array(sorted({tone for row in plain for tone in row["colour"]}) or [0.0, 1.0])
+        floor = np.zeros((len(tones),) * 3)
+        for row in plain:
+            floor[tuple(int(np.argmin(np.abs(tones - tone))) for tone in row["colour"])] = row["floor"]
+        return cls(frequencies, contrasts, angles, errors, curves, tones, floor)
 
     def error(self, channel: str, contrast: float, frequency: Array, angle: Array) -> Array:
         """Of waves of a channel at these frequencies (cycles per pixel) and angles (0 to 90 degrees)."""
@@ -90,6 +99,16 @@ class Transfer:
         upper = np.take_along_axis(by_angle, first[None] + 1, 0)[0]
         return lower * (1 - weight) + upper * weight
 
+    def shift(self, colour: Array) -> float:
+        """RMS of the error of a plain patch of that colour (3,), from those of the colours around it."""
+        place = np.interp(colour, self.tones, np.arange(len(self.tones)))
+        low = np.clip(place.astype(int), 0, len(self.tones) - 2)
+        share, total = place - low, 0.0
+        for corner in np.ndindex(2, 2, 2):
+            weight = np.prod(np.where(corner, share, 1 - share))
+            total += float(weight * self.floor[tuple(low + np.array(corner))])
+        return total
+
     def corrected(self, loss: float, kind: str) -> float:
         """What is foretold of a region of that kind, by what such things in the chart lost."""
         if kind not in self.curves:
@@ -105,10 +124,11 @@ class Waves:
     frequency: Array  # (H, W) cycles per pixel
     angle: Array  # (H, W) degrees, 0 to 90
     energy: Array  # (3, H, W) mean squares
+    colour: Array  # (3,) red, green and blue of the mean
 
     @classmethod
     def of(cls, picture: Array) -> Waves:
-        return cls(*spectrum(opponent(picture)))
+        return cls(*spectrum(opponent(picture)), picture.mean((0, 1)))
 
     @property
     def contrast(self) -> float:
@@ -121,7 +141,7 @@ def predict(waves: Waves, transfer: Transfer, kind: str = "", scale: float = 1.0
     energy = waves.energy.sum()
     if waves.contrast < FAINT:
         return 0.0
-    error = 0.0
+    error = transfer.shift(waves.colour) ** 2
     for number, channel in enumerate(CHANNELS):
         mine = waves.energy[number]
         if mine.sum() < 1e-3 * energy:
