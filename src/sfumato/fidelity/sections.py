@@ -82,7 +82,7 @@ def gratings(instrument: Instrument, told: Told | None = None) -> list[Row]:
         for angle in ANGLES[channel]
         for frequency in FREQUENCIES
     ]
-    places = targets.positions(instrument.factor)
+    places = targets.shifts(instrument.factor)
     shown = [
         targets.grating(PATCH, frequency, angle, channel=channel, contrast=contrast, offset=(place, place))
         for channel, contrast, angle, frequency in asked
@@ -180,7 +180,7 @@ def star(instrument: Instrument, told: Told | None = None) -> list[Row]:
 
 def checkers(instrument: Instrument, told: Told | None = None) -> list[Row]:
     """Checkerboards by the side of their cells: contrast kept, error, and moiré."""
-    places = targets.positions(instrument.factor)
+    places = targets.shifts(instrument.factor)
     asked = [(cell, (x, y)) for cell in CELLS for x, y in zip(places, (*places[1:], places[0]), strict=True)]
     shown = [targets.checkerboard(PATCH, cell, offset=offset) for cell, offset in asked]
     found = defaultdict(list)
@@ -202,7 +202,7 @@ def checkers(instrument: Instrument, told: Told | None = None) -> list[Row]:
 
 def lines(instrument: Instrument, foretell: Foretell, told: Told | None = None) -> list[Row]:
     """Lines by thickness, angle and contrast: contrast kept, error, and how far they leave the straight, in pixels."""
-    places = targets.positions(instrument.factor)
+    places = targets.shifts(instrument.factor)
     asked = [
         (thick, angle, contrast, place)
         for thick in THICK
@@ -264,14 +264,16 @@ def _centres(picture: Array, angle: float, place: int) -> Array:
 
 def objects(instrument: Instrument, foretell: Foretell, told: Told | None = None) -> list[Row]:
     """Small coloured shapes by size: how many of eight shapes, and how many of six colours, are told right."""
-    places = targets.positions(instrument.factor)
+    places = targets.shifts(instrument.factor)
     asked = []
     for size in SIZES:
+        room = PATCH // 2 - int(np.ceil(size / 2)) - 1  # or a large object would leave its patch
         for number, kind in enumerate(targets.SHAPES):
             for turn, place in enumerate(places):
                 colour = tuple(COLOURS)[(number + turn) % len(COLOURS)]
                 other = places[(turn + number) % len(places)]
-                asked.append((size, kind, colour, GROUNDS[(number + turn) % 2], (place, other)))
+                offset = int(np.clip(place, -room, room)), int(np.clip(other, -room, room))
+                asked.append((size, kind, colour, GROUNDS[(number + turn) % 2], offset))
     shown = [
         targets.small_object(PATCH, kind, size, COLOURS[colour], ground, offset)
         for size, kind, colour, ground, offset in asked

@@ -22,6 +22,13 @@ def positions(factor: int) -> tuple[int, ...]:
     return tuple(sorted({round(k * factor / 4) for k in range(4)})) if factor > 1 else (0, 1)
 
 
+def shifts(factor: int) -> tuple[int, ...]:
+    """The same places as moves from the middle of a picture, as short as they can be: half a cell at most."""
+    return tuple(
+        (place + factor // 2) % factor - factor // 2 if factor > 1 else place for place in positions(factor)
+    )
+
+
 def grating(
     side: int,
     frequency: float,
@@ -87,12 +94,15 @@ def noise(side: int, deviation: float, seed: int) -> Array:
     return np.clip(0.5 + np.repeat(wave[..., None], 3, -1), 0, 1)
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(2048)
 def shape_mask(side: int, kind: str, size: float, offset: tuple[int, int] = (0, 0)) -> Array:
-    """How much of each pixel (side, side) a shape covers: one of `SHAPES`, `size` pixels across, in the middle."""
-    samples = (np.arange(side * FINE) + 0.5) / FINE
-    x = (samples[None, :] - side // 2 - offset[0]) * 2 / size
-    y = (samples[:, None] - side // 2 - offset[1]) * 2 / size
+    """How much of each pixel (side, side) a shape covers: one of `SHAPES`, `size` pixels across, in the middle.
+
+    It must lie within, moved by `offset` pixels.
+    """
+    reach = min(int(np.ceil(size / 2)) + 1, side // 2)
+    samples = ((np.arange(2 * reach * FINE) + 0.5) / FINE - reach) * 2 / size
+    x, y = samples[None, :], samples[:, None]
     radius, inside = np.hypot(x, y), np.maximum(np.abs(x), np.abs(y)) <= 1
     turn = np.arctan2(x, -y)
     spike = 0.45 + 0.55 * np.abs(((turn * 5 / (2 * np.pi)) % 1) * 2 - 1) ** 1.5
@@ -106,7 +116,11 @@ def shape_mask(side: int, kind: str, size: float, offset: tuple[int, int] = (0, 
         "diamond": np.abs(x) + np.abs(y) <= 1,
         "bar": (np.abs(x) <= 1) & (np.abs(y) <= 0.4),
     }
-    return masks[kind].reshape(side, FINE, side, FINE).mean((1, 3))
+    cover = np.zeros((side, side), np.float32)
+    left, top = (side // 2 - reach + shift for shift in offset)
+    inner = masks[kind].reshape(2 * reach, FINE, 2 * reach, FINE).mean((1, 3))
+    cover[top : top + 2 * reach, left : left + 2 * reach] = inner
+    return cover
 
 
 def small_object(

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--each", type=int, default=15, help="pictures of each kind")
     parser.add_argument(
-        "--first", type=int, default=2000, help="number of the first; thresholds were set on 0 to 11, and 1000 to 1014 seen"
+        "--first", type=int, default=2000, help="number of the first; those below 2000 were looked at"
     )
     parser.add_argument("--plot", type=Path, help="a picture of the dots")
     parser.add_argument("--json", type=Path, help="every region")
