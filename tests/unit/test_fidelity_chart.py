@@ -17,7 +17,7 @@ from sfumato.fidelity import ocr, sections, store, targets, words
 from sfumato.fidelity.chart import Chart, crossing, measure
 from sfumato.fidelity.instrument import Instrument, open_instrument
 from sfumato.fidelity.predict import Transfer, rising
-from sfumato.fidelity.validate import judge
+from sfumato.fidelity.validate import composed, judge
 
 CPU = torch.device("cpu")
 SIGMA = 1.5
@@ -81,7 +81,7 @@ def test_a_linear_instrument_is_told_almost_exactly():
     half = np.sqrt(np.log(2) / 2) / (np.pi * SIGMA)  # cycles per pixel at which half is kept
     assert blurred.limits["finest_luma"] == pytest.approx(1 / half, rel=0.02)
     assert blurred.limits["bend"] < 0.06
-    found = judge(BLUR, blurred, each=2, first=50)
+    found = judge(BLUR, blurred, composed(2, 50))
     assert found["all"]["regions"] > 50
     assert found["all"]["rank_correlation"] > 0.97
     assert found["all"]["rms"] < 0.06

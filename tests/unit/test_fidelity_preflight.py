@@ -21,7 +21,7 @@ from sfumato.fidelity.prompt import counted, examine, largest_type, quoted, scor
 from sfumato.fidelity.regions.find import find
 from sfumato.fidelity.regions.region import shared
 from sfumato.fidelity.report import folder_page, picture_page, prompt_page
-from sfumato.fidelity.validate import seen
+from sfumato.fidelity.validate import composed, judge, seen
 from sfumato.fidelity.words import font
 
 IDENTITY = Instrument("identity", 8, 3, lambda x: x, "", torch.device("cpu"))
@@ -100,9 +100,7 @@ def test_what_is_placed_is_found(kind):
 
 def test_losses_foretold_for_pocket_rank_as_the_measured_ones(pocket):
     """A small part of what `python -m sfumato.fidelity.validate` measures."""
-    from sfumato.fidelity.validate import judge
-
-    found = judge(*pocket, each=2, first=70)
+    found = judge(*pocket, composed(2, 70))
     assert found["all"]["regions"] > 60
     assert found["all"]["rank_correlation"] > 0.8
 

@@ -156,9 +156,6 @@ def _text(axes: Axes, charts: Sequence[Chart]) -> None:
                 lw=1.5,
                 label=_label(charts, chart, weight),
             )
-        rows = chart.rows("text", weight="regular", contrast=1.0)
-        low, high = ([row[name] for row in rows] for name in ("letters_low", "letters_high"))
-        axes.fill_between([row["size"] for row in rows], low, high, color=ink, alpha=0.12, lw=0)
     _sizes(axes, "font size, px", READ)
     who = charts[0].reader.split()[0] if charts[0].reader else "letter shapes"
     axes.set(title=f"Words, read by {who}", ylabel="letters read right")
@@ -177,6 +174,9 @@ def _text_faint(axes: Axes, charts: Sequence[Chart]) -> None:
                 lw=1.5,
                 label=_label(charts, chart, f"contrast {contrast:g}"),
             )
+        rows = chart.rows("text", weight="regular", contrast=1.0)
+        low, high = ([row[name] for row in rows] for name in ("letters_low", "letters_high"))
+        axes.fill_between([row["size"] for row in rows], low, high, color=ink, alpha=0.12, lw=0)
     _sizes(axes, "font size, px", READ)
     axes.set(title="Words, told by the shape of letters", ylabel="letters told right")
     axes.legend(loc="lower right")

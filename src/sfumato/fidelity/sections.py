@@ -56,7 +56,7 @@ COLOURS = {
 GROUNDS = ((0.5, 0.5, 0.5), (0.75, 0.7, 0.6))
 FONT_SIZES = (6, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
 TEXTS = (("regular", 1.0), ("bold", 1.0), ("regular", 0.5), ("regular", 0.25))  # weight and contrast
-WORDS_EACH = 8
+WORDS_EACH, OF_LARGE = 8, 4  # words of each size, and of those from 40 px on, of which few go on a sheet
 DEVIATIONS = (2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255)
 
 
@@ -333,7 +333,7 @@ def text(
         (weight, contrast, size, page)
         for weight, contrast in TEXTS
         for size in FONT_SIZES
-        for page in words.sheets(weight, size, contrast, WORDS_EACH, SIDE, places, first=size)
+        for page in words.sheets(weight, size, contrast, count_of(size), SIDE, places, first=size)
     ]
     shown = [words.draw(page, SIDE).astype(np.float32) for *_, page in pages]
     back = instrument.pictures(shown, None if told is None else lambda done: told(done, len(shown)))
@@ -362,6 +362,11 @@ def text(
         row |= {name: _mean(r[name] for r in each) for name in each[0] if name != "position"}
         rows.append(row | {"letters_low": min(by_place), "letters_high": max(by_place)})
     return rows
+
+
+def count_of(size: int) -> int:
+    """How many words of a font size are shown."""
+    return WORDS_EACH if size < 40 else OF_LARGE
 
 
 def colour(instrument: Instrument, told: Told | None = None) -> list[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import numpy as np
 from sfumato.fidelity.chart import Chart
 from sfumato.fidelity.heldout import KINDS, HeldOut, held_out
 from sfumato.fidelity.instrument import Instrument
-from sfumato.fidelity.ocr import Reader
 from sfumato.fidelity.predict import LOST
 from sfumato.fidelity.preflight import preflight
 from sfumato.fidelity.regions.region import Region, area, shared
+from sfumato.pictures import decode, read_file
 
 FOUND = 0.5  # of something placed that regions must cover for it to count as found
 
@@ -37,38 +37,41 @@ class Judged:
     measured: float
 
 
-def judge(
-    instrument: Instrument,
-    chart: Chart,
-    each: int,
-    first: int = 0,
-    reader: Reader | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Regions found in `each` pictures of every kind: what was foretold, and measured; and what was not found."""
+def composed(each: int, first: int = 0) -> list[HeldOut]:
+    """`each` pictures of every kind, beginning with that number."""
+    return [held_out(kind, first + number) for kind in KINDS for number in range(each)]
+
+
+def of_folder(folder: Path) -> list[HeldOut]:
+    """The pictures of a folder, of which nobody says what is in them."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
+    images = (decode(read_file(file), str(file)) for file in files)
+    return [HeldOut("folder", np.asarray(image, np.float64) / 255, ()) for image in images]
+
+
+def judge(instrument: Instrument, chart: Chart, pictures: Sequence[HeldOut]) -> dict[str, Any]:
+    """The regions found in pictures: what was foretold of them, and measured; and how much of what is placed in them
+    was not found."""
     judged: list[Judged] = []
     placed: dict[str, list[bool]] = {}
-    numbers = [(kind, first + number) for kind in KINDS for number in range(each)]
-    for within, (kind, number) in enumerate(numbers):
-        shown = held_out(kind, number)
-        report = preflight(shown.picture.astype(np.float32), instrument, chart, reader=reader)
+    for within, shown in enumerate(pictures):
+        report = preflight(shown.picture.astype(np.float32), instrument, chart)
         for finding in report.findings:
-            run = finding.measured
-            judged.append(
-                Judged(finding.region.kind, kind, within, finding.predicted, 0.0 if run is None else run)
-            )
+            run = 0.0 if finding.measured is None else finding.measured
+            judged.append(Judged(finding.region.kind, shown.kind, within, finding.predicted, run))
         for what, there in seen(shown, [finding.region for finding in report.findings]):
             placed.setdefault(what, []).append(there)
-        if on_progress is not None:
-            on_progress(within + 1, len(numbers))
-    kinds = sorted({region.kind for region in judged})
+
+    def by(name: str) -> dict[str, Any]:
+        kinds = sorted({getattr(region, name) for region in judged})
+        return {kind: summary([r for r in judged if getattr(r, name) == kind]) for kind in kinds}
+
     return {
         "model": chart.model,
-        "pictures": len(numbers),
-        "reader": chart.reader,
+        "pictures": len(pictures),
         "all": summary(judged),
-        "kinds": {kind: summary([r for r in judged if r.kind == kind]) for kind in kinds},
-        "pictures_of": {kind: summary([r for r in judged if r.of == kind]) for kind in KINDS},
+        "kinds": by("kind"),
+        "pictures_of": by("of"),
         "found": {what: {"share": float(np.mean(v)), "count": len(v)} for what, v in sorted(placed.items())},
         "regions": [[r.kind, r.of, r.within, round(r.predicted, 4), round(r.measured, 4)] for r in judged],
     }
@@ -128,7 +131,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(5.4, 5), layout="constrained")
     axes = figure.subplots()
-    axes.axhspan(LOST, 1.02, LOST, 1, color="#eee8d8", zorder=0)
+    axes.fill_between([LOST, 1.02], LOST, 1.02, color="#eee8d8", lw=0, zorder=0)
     for kind in found["kinds"]:
         dots = [(p, m) for k, _, _, p, m in found["regions"] if k == kind]
         axes.plot(*zip(*dots, strict=True), ".", ms=5, alpha=0.6, label=f"{kind} ({len(dots)})")
@@ -147,6 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--first", type=int, default=2000, help="number of the first; those below 2000 were looked at"
     )
+    parser.add_argument("--folder", type=Path, help="judge by the pictures of a folder instead")
     parser.add_argument("--plot", type=Path, help="a picture of the dots")
     parser.add_argument("--json", type=Path, help="every region")
     args = parser.parse_args()
@@ -157,7 +161,9 @@ def main() -> None:
 
     instrument = open_instrument(args.model)
     chart = store.find(instrument) or measure(instrument, find_reader())
-    found = judge(instrument, chart, args.each, args.first)
+    found = judge(
+        instrument, chart, of_folder(args.folder) if args.folder else composed(args.each, args.first)
+    )
     if args.plot:
         plot(found, args.plot)
     if args.json:
