@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfumato.adapters.delta import Decomposed, LowRank
+from sfumato.adapters.write import kohya
 from sfumato.errors import InputError
 
-PRESETS = ("attention", "all")
 ATTENTION = re.compile(  # projections of attentions, as the networks here call them
     r"(^|\.)(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|qkv|attn\.out|[qkv]_proj|out_proj)$"
 )
@@ -132,7 +132,7 @@ class TrainedLora(nn.Module):
         super().__init__()
         if not layers:
             raise InputError("a LoRA needs at least one layer to be beside", argument="lora.targets")
-        self.rank, self.alpha, self.acting = rank, alpha, True
+        self.acting = True
         self.factors = nn.ModuleDict()
         self._hooks = []
         for path, layer in layers.items():
@@ -180,8 +180,7 @@ def written(own: Factors, spelled: str, layout: str) -> dict[str, Tensor]:
     """
     up, down, magnitude = own.up.detach(), own.down.detach(), own.magnitude
     if layout == "kohya":
-        tensors = {f"{spelled}.lora_up.weight": up, f"{spelled}.lora_down.weight": down}
-        tensors[f"{spelled}.alpha"] = torch.tensor(own.scale * down.shape[0])
+        tensors = kohya(spelled, up, down, own.scale * len(down))
         if magnitude is not None:
             tensors[f"{spelled}.dora_scale"] = magnitude.detach().view(-1, *[1] * (up.ndim - 1))
         return tensors

@@ -20,6 +20,7 @@ from sfumato.cli import (
     lora,
     models,
     preflight,
+    replay,
     scenes,
     train,
 )
@@ -33,6 +34,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
     "chart": (chart.chart, chart.EXAMPLE),
     "preflight": (preflight.preflight, preflight.EXAMPLE),
+    "replay": (replay.replay, replay.EXAMPLE),
     "cost": (cost.cost, cost.EXAMPLE),
     "inspect": (inspect.inspect, inspect.EXAMPLE),
     "convert": (convert.convert, convert.EXAMPLE),

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from sfumato.adapters.fold import Adapters, Touched
 from sfumato.adapters.merge import merged
-from sfumato.adapters.svd import Kept, check_rank, low_rank, write_lora
+from sfumato.adapters.svd import Kept, check_rank, low_rank
+from sfumato.adapters.write import check_target, kohya
 from sfumato.checkpoint.fill import finite
 from sfumato.checkpoint.rules import info
+from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.lora import TITLES
 from sfumato.families.sd.adapters import check, few_steps, names_of
@@ -86,12 +88,12 @@ def extract(
     Layers that did not change are left out. `CheckpointError` when the two are of different kinds, or are equal.
     """
     check_rank(rank)
+    place = check_target(target)
     first, second = open_checkpoint(base), open_checkpoint(tuned)
     if first.system is None or first.kind != second.kind or "unet" not in first.parts:
         raise CheckpointError(
             f"{base} is of {first.kind} and {tuned} of {second.kind}; two models of one kind are right"
         )
-    assert first.system is not None
     prefixes = kohya_parts(first.system)
     pairs = [
         (part, name)
@@ -120,8 +122,7 @@ def extract(
         delta, share = low_rank(change, rank)
         kept += share
         key = prefixes[part] + name.removesuffix(".weight").replace(".", "_")
-        tensors |= {f"{key}.lora_up.weight": delta.up, f"{key}.lora_down.weight": delta.down}
-        tensors[f"{key}.alpha"] = torch.tensor(float(delta.rank))
+        tensors |= kohya(key, delta.up, delta.down, delta.rank)
     if not tensors:
         raise CheckpointError(f"{tuned} differs from {base} in no layer that a LoRA changes")
     notes = {
@@ -130,5 +131,5 @@ def extract(
         "ss_network_alpha": str(rank),
         "modelspec.title": f"{TITLES.get(first.kind, first.kind)} LoRA extracted by rank {rank}",
     }
-    written = write_lora(target, tensors, notes, dtype)
+    written = write_tensors(place, tensors, dtype=dtype, metadata=notes)
     return Kept(len(tensors) // 3, min(kept / whole, 1.0), left, written)
