@@ -17,7 +17,7 @@ LEVELS = [
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
-    {"drawing", "generate", "planning", "train", "evaluate", "receipts"},
+    {"drawing", "generate", "planning", "train", "evaluate", "receipts", "fidelity"},
     {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
