@@ -20,7 +20,7 @@ from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.openers import blank
 from sfumato.families.sd.shapes import SYSTEMS as OTHERS
-from sfumato.families.sd3 import keys
+from sfumato.families.sd3.family import FAMILY
 from sfumato.families.sd3.shapes import SYSTEMS
 from sfumato.families.sd3.system import open_system
 from sfumato.generate import Model
@@ -207,7 +207,7 @@ def published(tmp_path_factory):
         if "position_ids" not in name
     }
     path = tmp_path_factory.mktemp("published") / "sd3_medium_incl_clips_t5xxlfp16.safetensors"
-    hollow(keys.file_map(system).to_theirs(ours), path)
+    hollow(FAMILY.file_map(system).to_theirs(ours), path)
     t5_tokenizer(path.parent)
     return path
 
