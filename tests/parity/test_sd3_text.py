@@ -12,10 +12,11 @@ from diffusers import (
 )
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from sfumato.families.sd3.condition import READERS, TextOptions, TextStack, encode_prompts
+from sfumato.families.published.condition import TextOptions
+from sfumato.families.sd3.condition import READERS, TextStack, encode_prompts
 from sfumato.families.sd3.text import text_openers, tokenizers_of
 from sfumato.text.clip_tokens import bundled, save_folder
-from small_sd3 import CONFIGS, DEEP, PARTS, SHAPE, t5_tokenizer, theirs
+from small_sd3 import CONFIGS, DEEP, PARTS, SHAPE, named, t5_tokenizer, theirs
 
 CPU = torch.device("cpu")
 CLOSE = 1e-5  # ‖ours − theirs‖ / ‖theirs‖
@@ -67,9 +68,9 @@ def pipeline(encoders, folder):
 
 
 def stack(encoders, folder, readers=READERS, **options) -> TextStack:
-    parts = {part: network.state_dict() for part, network in encoders.items()}
+    parts = {part: named(part, network.state_dict()) for part, network in encoders.items()}
     opened = text_openers(
-        readers, parts, dict(zip(PARTS, PARTS, strict=True)), torch.float32, CPU, configs=CONFIGS, **options
+        readers, CONFIGS, parts, dict(zip(PARTS, PARTS, strict=True)), torch.float32, CPU, **options
     )
     tokenizers = tokenizers_of(readers, folder, "the model", vocabulary=DEEP.vocabulary)
     return TextStack(_Asked(opened), tokenizers, SHAPE)

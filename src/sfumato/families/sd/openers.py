@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sfumato.adapters.fold import Touched
 from sfumato.checkpoint.fill import refill, refill_layers
-from sfumato.families.clip import load_encoder
 from sfumato.families.published.openers import autoencoder, blank, denoiser
+from sfumato.families.published.text import open_clip
 from sfumato.families.sd.condition import TextStack, plan_of
 from sfumato.nn.packed import packed
 from sfumato.nn.quantized import stand_in, units
@@ -32,8 +32,7 @@ def openers(
 
     def text() -> TextStack:
         encoders = tuple(
-            load_encoder(part.config, parts[part.name], system.kept, sources[part.name], system.device)
-            for part in shapes.text
+            open_clip(part.config, parts[part.name], sources[part.name], *form) for part in shapes.text
         )
         return TextStack(plan_of(system.config.kind), encoders, system.tokenizers, system.inversions)
 

@@ -16,14 +16,13 @@ from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import beta_levels, beta_table, zero_terminal_snr
 from sfumato.errors import InputError
-from sfumato.families.clip import tokenizer_of
 from sfumato.families.published.checkpoint import Checkpoint, Families
+from sfumato.families.published.condition import TextFeatures, TextOptions
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import check_engine, require_offload
 from sfumato.families.published.system import Controller, Preset, PublishedSystem, opened, ready
+from sfumato.families.published.text import tokenizer_of
 from sfumato.families.sd.condition import (
-    TextFeatures,
-    TextOptions,
     TextStack,
     encode_prompts,
     fit,
@@ -222,7 +221,7 @@ class System(PublishedSystem):
 
         Sizes: where `request.micro` does not say otherwise, the picture is uncropped and of the size that is drawn.
         """
-        options = TextOptions(request.prompt_rules or "a1111", request.weighting, request.clip_skip)
+        options = TextOptions.of(request)
         half = len(prompts) // 2
         text = self.text
         wanted, unwanted = encode_prompts(

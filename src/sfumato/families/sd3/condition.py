@@ -27,15 +27,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.condition import TextFeatures, TextOptions, check_prompts
 from sfumato.text.clip_tokens import ClipTokenizer
-from sfumato.text.syntax import Sections, parse, rule_named
+from sfumato.text.syntax import Sections, parse
 from sfumato.text.t5 import T5Encoder
 from sfumato.text.t5_tokens import LENGTH, T5Tokenizer
 from sfumato.text.t5_tokens import lay_out as lay_out_t5
-from sfumato.text.weighting import Hidden, encode_rows, encode_windows, ids_of, visible_of, weighting_named
-from sfumato.text.windows import BACKTRACK, Window, lay_out, level
+from sfumato.text.weighting import Hidden, encode_rows, encode_windows, ids_of, visible_of
 from sfumato.text.windows import LENGTH as WINDOW
-from sfumato.types import MAX_TEXT_LENGTH as MOST
+from sfumato.text.windows import Window, lay_out, level
 
 CLIP_SKIP = 2  # the layer before the last
 
@@ -64,38 +64,6 @@ class TextShape:
     clip: tuple[int, int] = (768, 1280)
     pooled: tuple[int, int] = (768, 1280)
     joint: int = 4096
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """How prompts are read. rule, weighting, backtrack: as for Stable Diffusion; clip_skip: the layer read of the
-    CLIPs, 1 the last, None the one before it; diffusers' `clip_skip` plus 2, which skips none of a negative prompt's.
-    length: T5's tokens, at least.
-    """
-
-    rule: str = "a1111"
-    weighting: str | None = None
-    clip_skip: int | None = None
-    backtrack: int = BACKTRACK
-    length: int | None = None
-
-    def __post_init__(self) -> None:
-        rule_named(self.rule)
-        if self.weighting is not None:
-            weighting_named(self.weighting)
-        if self.length is not None and not 1 <= self.length <= MOST:
-            raise InputError(
-                f"text_length must be from 1 to {MOST} tokens of T5, not {self.length}",
-                argument="text_length",
-            )
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """tokens: (B, N, 4096). pooled: (B, 2048)."""
-
-    tokens: Tensor
-    pooled: Tensor
 
 
 @dataclass(frozen=True)
@@ -157,22 +125,11 @@ def encode_prompts(
     filled up to the longest. Deterministic; float32, on the encoders' device.
     """
     options = TextOptions() if options is None else options
-    if not prompts:
-        raise InputError("give at least one prompt", argument="prompts")
-    if negatives is not None and len(negatives) != len(prompts):
-        raise InputError(
-            f"{len(prompts)} prompts need as many negatives, not {len(negatives)}", argument="negatives"
-        )
+    check_prompts(prompts, negatives)
     texts = [*prompts, *(text or "" for text in negatives or ())]
     sections = [parse(text, options.rule) for text in texts]
     features = _encode(stack, sections, options)
-    count = len(prompts)
-    if negatives is None:
-        return features, None
-    return (
-        TextFeatures(features.tokens[:count], features.pooled[:count]),
-        TextFeatures(features.tokens[count:], features.pooled[count:]),
-    )
+    return (features, None) if negatives is None else features.parted(len(prompts))
 
 
 def _encode(stack: TextStack, sections: Sequence[Sections], options: TextOptions) -> TextFeatures:
@@ -202,7 +159,7 @@ def _encode(stack: TextStack, sections: Sequence[Sections], options: TextOptions
             level(rows[clip.part], tokenizer, windows),
             clip_skip=CLIP_SKIP if options.clip_skip is None else options.clip_skip,
             final_norm=False,
-            weighting=_weighting(options),
+            weighting=options.weighs,
         )
         found.append(features)  # (B, 77·k, D of this encoder)
         pooled.append(embedding)
@@ -237,8 +194,4 @@ def _encode_t5(
         return encoder(ids_of(rows, device), visible_of(rows, hidden, device)), None
 
     nothing = lay_out_t5([((),)], tokenizer, len(rows[0].ids))[0]
-    return encode_rows(encode, nothing, [(row,) for row in rows], _weighting(options))[0]
-
-
-def _weighting(options: TextOptions) -> str:
-    return options.rule if options.weighting is None else options.weighting
+    return encode_rows(encode, nothing, [(row,) for row in rows], options.weighs)[0]

@@ -15,13 +15,13 @@ from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import flow_levels
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.checkpoint import Checkpoint, Families
+from sfumato.families.published.condition import TextOptions
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import autoencoder, check_engine, denoiser, require_offload
 from sfumato.families.published.system import Place, Preset, PublishedSystem, opened, ready
 from sfumato.families.sd3.condition import (
     READERS,
     Reader,
-    TextOptions,
     TextShape,
     TextStack,
     encode_prompts,
@@ -84,10 +84,10 @@ class System(PublishedSystem):
         shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
         texts = text_openers(
             self.readers,
+            {part.name: part.config for part in shapes.text},
             parts,
             sources,
             *form,
-            configs={part.name: part.config for part in shapes.text},
             text_dtype=self.text_dtype,
             stream=stream and self.text_dtype != torch.int8,
         )
@@ -150,18 +150,14 @@ class System(PublishedSystem):
 
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from; one that is not there is the empty one."""
-        options = TextOptions(
-            request.prompt_rules or "a1111",
-            request.weighting,
-            request.clip_skip,
-            length=request.text_length,
-        )
+        options = TextOptions.of(request)
         half = len(prompts) // 2
         wanted, unwanted = encode_prompts(
             self.text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
         )
         assert unwanted is not None
         tokens = torch.cat([wanted.tokens, unwanted.tokens])
+        assert wanted.pooled is not None and unwanted.pooled is not None
         return Conditioning(tokens, None, torch.cat([wanted.pooled, unwanted.pooled]))
 
     def network(
