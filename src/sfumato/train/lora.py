@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.adapters.trainable import TrainedLora, chosen, layers_of, written
+from sfumato.adapters.trainable import TrainedLora, check_spelled, chosen, layers_of, written
 from sfumato.checkpoint.writer import write_tensors
 from sfumato.data.folder import FolderSource
 from sfumato.data.latents import LatentCache, build_latents
@@ -82,7 +82,7 @@ class LoraRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         trainee, identity, layers = self.trainee, self.identity, self.layers
         has_state(place / "state", identity)
-        trainee.spell(next(iter(layers)), own.layout)
+        check_spelled((trainee.spell(path, own.layout) for path in layers), own.dora)
         source = self.source("train")
         self.note(
             f"{len(source):,} pictures in {len(source.buckets())} sizes; {len(layers)} layers of {own.base}"
@@ -281,9 +281,9 @@ class LoraRun:
 
     def export(self, lora: TrainedLora, step: int) -> Path:
         """Write the file, whole or not at all."""
-        tensors: dict[str, Tensor] = {}
-        for path, own in lora.named_factors():
-            tensors |= written(own, self.trainee.spell(path, self.own.layout), self.own.layout)
+        layout = self.own.layout
+        factors = ((own, self.trainee.spell(path, layout)) for path, own in lora.named_factors())
+        tensors = written(factors, layout)
         notes = notes_of(self.recipe, self.trainee, step)
         write_tensors(self.file, tensors, dtype=DTYPES[self.own.dtype], metadata=notes)
         hashed = {"sshs_model_hash": data_hash(self.file)}

@@ -10,6 +10,7 @@ from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.detect import Signature
 from sfumato.checkpoint.rules import Drop, KeyMap
 from sfumato.families.published import keys
+from sfumato.families.published.adapters import Naming
 from sfumato.nn.mmdit import MMDiTConfig
 from sfumato.nn.unet import UNetConfig
 from sfumato.text.clip import ClipConfig
@@ -63,6 +64,7 @@ class Family:
     denoiser_config, scheduler_config, model_index(checkpoint): the JSON of a diffusers folder.
     pads(kind): of each part whose tokenizer comes with the package, the id that pads (see `ClipTokenizer`).
     same_tensors: kinds that no tensor tells apart, to the one that their files are taken for.
+    naming: what its denoiser is called in adapters' files.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Family:
     model_index: Callable[[Checkpoint, str], dict[str, Any]]
     pads: Callable[[str], Mapping[str, int | None]]
     same_tensors: Mapping[str, str]
+    naming: Naming
 
     def prefixes(self, kind: Kind, names: Iterable[str] | None = None) -> dict[str, str]:
         """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""

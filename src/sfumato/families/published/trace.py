@@ -14,9 +14,10 @@ from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
 from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
+from sfumato.families.published.controls import Controller
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import require_offload
-from sfumato.families.published.system import Controller, PublishedSystem
+from sfumato.families.published.system import PublishedSystem
 from sfumato.memory import LiveBytes, Stage, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
@@ -131,7 +132,7 @@ def _denoise_bytes(
     told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 
-    picture = torch.empty(1, 3, height, width, device=ghost.device)
+    picture = torch.empty(ghost.shown_shape(height, width), device=ghost.device)
     shown = [show(picture) for show in controls]
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:

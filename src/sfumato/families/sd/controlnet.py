@@ -10,77 +10,31 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sfumato.checkpoint.detect import Shape, Signature, identify
-from sfumato.checkpoint.fill import fill, fill_layers
 from sfumato.checkpoint.layout import find_parts
 from sfumato.checkpoint.rules import Drop, KeyMap, Rename, Rule, expand, shapes, within
 from sfumato.checkpoint.source import open_folder, open_weights
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.controls import ControlFile, Controller
 from sfumato.families.published.folder import WEIGHTS
 from sfumato.families.published.keys import WB, same
 from sfumato.families.sd import keys
 from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
-from sfumato.nn.quantized import quantize
 from sfumato.nn.unet import UNetConfig
-from sfumato.runtime import fast_dtype
+from sfumato.types import Conditioning
 
 PREFIX = "control_model."
 KINDS = ("sd1", "sd2", "sdxl")  # of systems that have ControlNets; others with the same U-Net take theirs
 HINT = "controlnet_cond_embedding."
 AROUND = "the checkpoint that it was trained with; give that one as the model, if it is wanted"
 BEGUN = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")
-
-
-@dataclass(frozen=True)
-class ControlFile:
-    """A ControlNet's tensors under our names. kind: of `KINDS`. source: what it is called in errors."""
-
-    kind: str
-    config: ControlNetConfig
-    tensors: Mapping[str, Tensor]
-    source: str
-
-    def check(self, unet: UNetConfig, kind: str) -> None:
-        """`InputError` unless it is for this U-Net, of a system of this kind."""
-        own = self.config.unet
-        ours, theirs = ((u.channels, u.context, u.vector, u.linear) for u in (unet, own))
-        if ours != theirs:
-            told = f" and a vector of {own.vector}" if own.vector else ""
-            wants = f" and a vector of {unet.vector}" if unet.vector else ""
-            raise InputError(
-                f"{self.source} is a ControlNet of {self.kind}, which reads text {own.context} wide{told}; the model "
-                f"is of {kind}, with text {unet.context} wide{wants}: give a ControlNet of {kind.split('-')[0]}",
-                argument="controlnet",
-            )
-
-    def network(
-        self, device: torch.device, dtype: torch.dtype, *, stream: bool = False, plain: bool = False
-    ) -> ControlNet:
-        """The network, laid out as the U-Net beside it: packed for a CPU, in eight bits, or streamed from its file.
-
-        plain: of ordinary layers instead, which can be trained.
-        """
-        eight_bits = dtype == torch.int8
-        kept = fast_dtype(device) if eight_bits else dtype
-        with torch.device("meta"):
-            made = ControlNet(self.config)
-        if plain:
-            fill(made, self.tensors, self.source, kept, device)
-            return made
-        pack = not eight_bits
-        fill_layers(made, self.tensors, self.source, kept, device, pack=pack, stream=stream)
-        made.eval().requires_grad_(False)
-        if eight_bits:
-            quantize(made)
-        return made
 
 
 def open_control(
@@ -108,6 +62,34 @@ def open_control(
     table = control_map(config) if original else KeyMap(same(control_map(config).ours))
     table = table.within(at, "") | KeyMap((), (*keys.EXTRAS, *(_around() if at else ())))
     return ControlFile(match.kind, config, table.to_ours(weights, str(path)), str(path))
+
+
+def check(file: ControlFile, unet: UNetConfig, kind: str) -> None:
+    """`InputError` unless a ControlNet is for this U-Net, of a system of this kind."""
+    own = file.config.unet
+    ours, theirs = ((u.channels, u.context, u.vector, u.linear) for u in (unet, own))
+    if ours != theirs:
+        told = f" and a vector of {own.vector}" if own.vector else ""
+        wants = f" and a vector of {unet.vector}" if unet.vector else ""
+        raise InputError(
+            f"{file.source} is a ControlNet of {file.kind}, which reads text {own.context} wide{told}; the model "
+            f"is of {kind}, with text {unet.context} wide{wants}: give a ControlNet of {kind.split('-')[0]}",
+            argument="controlnet",
+        )
+
+
+def controller(network: ControlNet, pixels: Tensor) -> Controller:
+    """What a ControlNet adds to the U-Net's skips and to its middle, shown this picture: (1, 3, H, W) in [0, 1]."""
+    hint = network.features(pixels)
+    channels = network.config.in_channels
+
+    def adds(x: Tensor, time: Tensor, cond: Conditioning, guess: bool) -> tuple[Tensor, ...]:
+        # an inpainting U-Net reads more behind the noisy latent
+        x = x[:, :channels, 0]
+        vector = cond.vector if network.config.vector else None
+        return network(x, time, cond.tokens, vector, hint=hint, guess=guess)
+
+    return adds
 
 
 def control_map(config: ControlNetConfig) -> KeyMap:
@@ -233,7 +215,6 @@ def _relatives() -> list[Signature]:
         each = [(mark,) if isinstance(mark, str) else mark for mark in marks]
         return [Signature("", "", "", dict.fromkeys(names), refusal=what) for names in each]
 
-    later = "not supported yet"
     return [
         *refused(
             "a mixture of two layouts, diffusers' and the original; write it anew in one",
@@ -244,7 +225,7 @@ def _relatives() -> list[Signature]:
         *refused("a union ControlNet (several kinds in one), not supported", "*task_embedding", "*control_type_proj*",
                  "*control_add_embedding.*"),
         *refused(
-            f"a ControlNet of SD3, {later}",
+            "a ControlNet of SD3, which belongs on one",
             ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"),
             ("controlnet_blocks.0.weight", "pos_embed.proj.weight"),
         ),

@@ -1,0 +1,73 @@
+"""ControlNets that a system has opened beside its own networks, and what of them stays in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoint.rules import Joined
+from sfumato.families.published.networks import part_hash
+from sfumato.families.published.openers import denoiser
+from sfumato.types import Conditioning
+
+# (x, time, cond, guess) → what a ControlNet adds to what the denoiser works with
+Controller = Callable[[Tensor, Tensor, Conditioning, bool], tuple[Tensor, ...]]
+Stand = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ControlFile:
+    """A ControlNet's tensors under our names.
+
+    kind: of the models that it is for. config: of its network. source: what it is called in errors. beside: tensors of
+    the base that its network works with too.
+    """
+
+    kind: str
+    config: Any
+    tensors: Mapping[str, Tensor]
+    source: str
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def network(self, device: torch.device, dtype: torch.dtype, *, stream: bool = False) -> Any:
+        """The network, laid out as the denoiser beside it: packed for a CPU, in eight bits, or streamed from its file."""
+        tensors = Joined(("", self.tensors), ("", self.beside)) if self.beside else self.tensors
+        return denoiser(self.config, tensors, self.source, device, dtype, stream=stream)
+
+    def with_tensors(self, stand: Stand) -> ControlFile:
+        """The same with what stands for its tensors."""
+        return replace(self, tensors=stand(self.tensors), beside=stand(self.beside))
+
+
+@dataclass(frozen=True)
+class Controls:
+    """ControlNets by name. offload: as of the networks beside them, with which they work.
+
+    With "none" those that were asked for stay. Otherwise one lives as long as somebody draws with it; with "sequential"
+    its layers are read from the file at every call. Threads may share it.
+    """
+
+    files: Mapping[str, ControlFile] = field(default_factory=dict)
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    offload: str = "none"
+    _held: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def __getitem__(self, name: str) -> Any:
+        with self._lock:
+            if name in self._held:
+                return self._held[name]
+            made = self.files[name].network(self.device, self.dtype, stream=self.offload == "sequential")
+            if self.offload == "none":
+                self._held[name] = made
+            return made
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the tensors of each as its file has them."""
+        return {name: part_hash(file.tensors) for name, file in self.files.items()}
