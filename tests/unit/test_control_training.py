@@ -22,7 +22,9 @@ from sfumato.generate import Model
 from sfumato.scenes import render, sample_scene
 from sfumato.scenes.controls import PICTURES, control_pictures
 from sfumato.storage import read_json, save_tensors
-from sfumato.train import control
+from sfumato.train import run
+from sfumato.train.control import ControlJob
+from sfumato.train.recipe import DataRecipe, read_recipe
 from sfumato.types import Control, Request
 from small_sd import SMALL, write
 
@@ -99,7 +101,7 @@ def test_a_fresh_one_leaves_the_answer_as_it_is(tmp_path, family):
 
 
 def test_it_learns_and_its_file_draws(recipe):
-    file = control.run(recipe, out=recipe.parent / "run", overrides={"control.train.steps": 60})
+    file = run(recipe, out=recipe.parent / "run", overrides={"control.train.steps": 60})
     rows = (recipe.parent / "run" / "control" / "log.csv").read_text().splitlines()
     place = rows[0].split(",").index("loss")
     losses = [float(row.split(",")[place]) for row in rows[1:]]
@@ -113,12 +115,10 @@ def test_it_learns_and_its_file_draws(recipe):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(recipe):
-    whole = control.run(recipe, out=recipe.parent / "whole")
-    control.run(
-        recipe, out=recipe.parent / "parts", overrides={"control.train.steps": 2, "control.train.decay": 0.0}
-    )
-    control.run(recipe, out=recipe.parent / "other", overrides={"control.train.decay": 0.0})
-    parts = control.run(recipe, out=recipe.parent / "parts", overrides={"control.train.decay": 0.0})
+    whole = run(recipe, out=recipe.parent / "whole")
+    run(recipe, out=recipe.parent / "parts", overrides={"control.train.steps": 2, "control.train.decay": 0.0})
+    run(recipe, out=recipe.parent / "other", overrides={"control.train.decay": 0.0})
+    parts = run(recipe, out=recipe.parent / "parts", overrides={"control.train.decay": 0.0})
     assert parts.read_bytes() == (recipe.parent / "other" / "control-edge.safetensors").read_bytes()
     assert whole.read_bytes() != parts.read_bytes()
 
@@ -130,7 +130,6 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path):
             noise(64, 64, seed + plus).save(tmp_path / place / f"{name}.png")
         (tmp_path / "pictures" / f"{name}.txt").write_text("a cat")
     system = open_system(write("sd1", tmp_path / "sd"), CPU, torch.float32, systems=SMALL)
-    model = Model(system, CPU, "sd")
     told = {"control.kind": "pose", "control.pictures": str(tmp_path / "poses"), "control.train.batch": 2,
             "control.train.microbatch": 0, "control.train.steps": 3}  # fmt: skip
     seen = []
@@ -139,9 +138,12 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path):
         def with_controls(self, files, systems=None):
             return super().with_controls(files, SMALL)
 
-    model = Model(Small(**{k: v for k, v in vars(system).items()}), CPU, "sd")
-    file = control.run(recipe, out=tmp_path / "run", overrides=told, data=tmp_path / "pictures", base=model,
-                       on_event=lambda event: seen.append(event.kind))  # fmt: skip
+    made = replace(
+        read_recipe(recipe, told), data=DataRecipe(path=str(tmp_path / "pictures"), size=64, held_out=0.0)
+    )
+    job = ControlJob(made, tmp_path / "run", CPU, lambda event: seen.append(event.kind))
+    job.model = Model(Small(**vars(system)), CPU, "sd")
+    file = job.whole()
     assert "done" in seen and (tmp_path / "run" / "sheets").is_dir()
     drawn = Model(system.with_controls({"pose": file}, SMALL), CPU, "sd").generate(
         Request("a cat", steps=2, size=(64, 64), controls=(Control("pose", noise(64, 64)),))
@@ -149,7 +151,7 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path):
     assert drawn.images[0].size == (64, 64)
     (tmp_path / "poses" / "b.png").unlink()
     with pytest.raises(DataError, match=r"holds no control picture b\.png"):
-        control.run(recipe, out=tmp_path / "run2", overrides=told, data=tmp_path / "pictures", base=model)
+        ControlJob(made, tmp_path / "other", CPU, print).pairs("all")
 
 
 @pytest.mark.parametrize(
@@ -159,14 +161,14 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path):
         ({"control.bocks": 2}, "control has no"),
         ({"control.train.batch": 6}, "must be a multiple of microbatch"),
         ({"control.blocks": 9}, "blocks and outputs must be from 1 to the base's 1 blocks"),
-        ({"data.kind": "folder"}, "a folder needs data.path"),
+        ({"data.kind": "folder"}, "needs control.pictures"),
         ({"data.flip": True}, "leave it out"),
         ({"control.drop_prompt": 2.0}, "drop_prompt must be from 0 to 1"),
     ],
 )
 def test_a_bad_recipe_is_refused(recipe, overrides, words):
     with pytest.raises(InputError, match=words.replace(".", r"\.") if "has no" not in words else "bocks"):
-        control.run(recipe, out=recipe.parent / "run", overrides=overrides)
+        run(recipe, out=recipe.parent / "run", overrides=overrides)
 
 
 def test_a_damaged_or_foreign_file_is_refused(recipe, tmp_path):

@@ -122,9 +122,9 @@ def _part(module: str) -> str:
 
 def _width(modules: Mapping[str, Spelled], shapes: Mapping[str, Sequence[int]]) -> int | None:
     for module, spelled in modules.items():
-        if not SPATIAL.search(module) and (STREAMS.search(module) or "joint_blocks" in module):
-            if TOKENS.search(module) and (width := _inputs(spelled, shapes)):
-                return width
+        joint = not SPATIAL.search(module) and (STREAMS.search(module) or "joint_blocks" in module)
+        if joint and TOKENS.search(module) and (width := _inputs(spelled, shapes)):
+            return width
     return None
 
 
@@ -136,9 +136,9 @@ def _family(
             if not SPATIAL.search(module) and mark.search(module):
                 return family, f"it has {module}"
     for module in modules:
-        if not SPATIAL.search(module) and STREAMS.search(module):
-            if width in JOINT or (CONTEXT.search(module) and width != OTHER):
-                return "sd3", f"it has {module}"
+        joint = not SPATIAL.search(module) and STREAMS.search(module)
+        if joint and (width in JOINT or (CONTEXT.search(module) and width != OTHER)):
+            return "sd3", f"it has {module}"
     for module, spelled in modules.items():
         if KEYS.search(module) and SPATIAL.search(module):
             width = _inputs(spelled, shapes)
@@ -147,7 +147,7 @@ def _family(
     texts = {
         _part(module): _inputs(spelled, shapes)
         for module, spelled in modules.items()
-        if re.search(r"q_proj|SelfAttention", module)
+        if "q_proj" in module or "SelfAttention" in module
     }
     if "text_encoder_3" in texts:
         return "sd3", "it changes a third text encoder"

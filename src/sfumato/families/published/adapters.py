@@ -1,4 +1,4 @@
-"""What the modules of published checkpoints are called in LoRAs' files, and how LoRAs made for few steps are drawn with.
+"""What modules of published checkpoints are called in LoRAs' files, and how LoRAs made for few steps are drawn with.
 
 Sources of the spellings: kohya-ss/sd-scripts networks/lora.py, networks/lora_sd3.py and library/sdxl_model_util.py;
 diffusers utils/state_dict_utils.py; LyCORIS (`lycoris_` of its wrapper); ComfyUI comfy/lora.py, which reads what

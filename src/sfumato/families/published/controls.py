@@ -35,7 +35,7 @@ class ControlFile:
     beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def network(self, device: torch.device, dtype: torch.dtype, *, stream: bool = False) -> Any:
-        """The network, laid out as the denoiser beside it: packed for a CPU, in eight bits, or streamed from its file."""
+        """The network, laid out as the denoiser beside it: packed for a CPU, in eight bits, or streamed."""
         tensors = Joined(("", self.tensors), ("", self.beside)) if self.beside else self.tensors
         return denoiser(self.config, tensors, self.source, device, dtype, stream=stream)
 
@@ -52,9 +52,9 @@ class Controls:
     its layers are read from the file at every call. Threads may share it.
     """
 
-    files: Mapping[str, ControlFile] = field(default_factory=dict)
-    device: torch.device = torch.device("cpu")
-    dtype: torch.dtype = torch.float32
+    files: Mapping[str, ControlFile]
+    device: torch.device
+    dtype: torch.dtype
     offload: str = "none"
     _held: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)

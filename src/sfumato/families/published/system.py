@@ -77,7 +77,7 @@ class PublishedSystem:
     engine: str = "torch"
     inversions: tuple[Mapping[str, Inversion], ...] = ()
     loras: Adapters | None = None
-    controlnets: Controls = field(default_factory=Controls)
+    controlnets: Controls = field(default_factory=lambda: Controls({}, torch.device("cpu"), torch.float32))
 
     family: ClassVar[Family]
     told_guidance: ClassVar[Any] = False
