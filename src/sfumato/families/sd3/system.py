@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.adapters.fold import Touched
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import flow_levels
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.checkpoint import Checkpoint, Families
 from sfumato.families.published.condition import TextOptions
+from sfumato.families.published.kinds import TextConfig
 from sfumato.families.published.networks import Networks
-from sfumato.families.published.openers import autoencoder, check_engine, denoiser, require_offload
+from sfumato.families.published.openers import autoencoder, check_engine, denoiser, renewed, require_offload
 from sfumato.families.published.system import Place, Preset, PublishedSystem, opened, ready
 from sfumato.families.sd3.condition import (
     READERS,
@@ -31,7 +33,7 @@ from sfumato.families.sd3.family import FAMILY, distilled_by
 from sfumato.families.sd3.folder import SHIFT
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
 from sfumato.families.sd3.shapes import System as Kind
-from sfumato.families.sd3.text import text_openers, tokenizers_of
+from sfumato.families.sd3.text import text_openers, text_renewers, tokenizers_of
 from sfumato.nn.mmdit import check_cells
 from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.t5 import T5Config
@@ -76,7 +78,12 @@ class System(PublishedSystem):
     without: tuple[str, ...] = ()
     text_dtype: torch.dtype | None = None
 
-    part = "transformer"
+    family = FAMILY
+
+    @property
+    def configs(self) -> dict[str, TextConfig]:
+        """Of the text encoders, by part."""
+        return {part.name: part.config for part in self.shapes.text}
 
     def openers(
         self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
@@ -84,7 +91,7 @@ class System(PublishedSystem):
         shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
         texts = text_openers(
             self.readers,
-            {part.name: part.config for part in shapes.text},
+            self.configs,
             parts,
             sources,
             *form,
@@ -96,6 +103,22 @@ class System(PublishedSystem):
         return texts | {
             "denoiser": lambda: denoiser(shapes.transformer, weights, where, *of, stream=stream),
             "autoencoder": lambda: autoencoder(shapes.vae, parts["vae"], sources["vae"], *form),
+        }
+
+    def renewers(
+        self, parts: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Callable[[Any, Touched], bool]]:
+        shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
+
+        def transformer(network: Any, touched: Touched) -> bool:
+            names, config = touched.get("transformer", frozenset()), shapes.transformer
+            of = sources["transformer"], self.device, self.dtype
+            return renewed(network, config, parts["transformer"], names, *of)
+
+        texts = text_renewers(self.readers, self.configs, parts, sources, *form, text_dtype=self.text_dtype)
+        return texts | {
+            "denoiser": transformer,
+            "autoencoder": lambda network, touched: "vae" not in touched,
         }
 
     @property

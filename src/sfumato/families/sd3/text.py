@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.adapters.fold import Touched
+from sfumato.checkpoint.fill import refill, refill_layers
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.folder import tokenizer_folder
 from sfumato.families.published.kinds import TextConfig
-from sfumato.families.published.text import open_clip, open_t5, t5_dtype, tokenizer_of
+from sfumato.families.published.openers import blank
+from sfumato.families.published.text import open_clip, open_t5, t5_dtype, t5_form, tokenizer_of
 from sfumato.families.sd3.condition import READERS, Reader
 from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.t5 import T5_XXL, T5Config
@@ -54,6 +57,34 @@ def text_openers(
         else:
             made[reader.part] = partial(open_clip, config, tensors, where, dtype, device)
     return made
+
+
+def text_renewers(
+    readers: Sequence[Reader],
+    configs: Mapping[str, TextConfig],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    sources: Mapping[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    text_dtype: torch.dtype | None = None,
+) -> dict[str, Callable[[Any, Touched], bool]]:
+    """How each encoder that `text_openers` made takes over tensors of its part that have changed."""
+
+    def renewer(part: str, config: TextConfig) -> Callable[[Any, Touched], bool]:
+        def renew(encoder: Any, touched: Touched) -> bool:
+            names, tensors, where = touched.get(part, frozenset()), parts[part], sources[part]
+            if isinstance(config, T5Config):
+                kept, twin = t5_form(t5_dtype(dtype if text_dtype is None else text_dtype))
+                ways: dict[str, Any] = {} if twin is None else {"twin": lambda path, layer: twin(layer)}
+                refill_layers(encoder, blank(config), tensors, names, where, kept, device, **ways)
+            else:
+                refill(encoder, tensors, names, where)
+            return True
+
+        return renew
+
+    return {reader.part: renewer(reader.part, configs[reader.part]) for reader in readers}
 
 
 def tokenizers_of(
