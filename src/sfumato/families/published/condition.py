@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from sfumato.errors import InputError
+from sfumato.errors import CheckpointError, InputError
+from sfumato.families.lora import CONTEXTS, TITLES
+from sfumato.text.inversion import LABELS, UNLABELLED, Inversion
 from sfumato.text.syntax import rule_named
 from sfumato.text.weighting import weighting_named
 from sfumato.text.windows import BACKTRACK
@@ -73,3 +75,31 @@ def check_prompts(prompts: Sequence[str], negatives: Sequence[str | None] | None
         raise InputError(
             f"{len(prompts)} prompts need as many negatives, not {len(negatives)}", argument="negatives"
         )
+
+
+def fit_inversion(
+    title: str, labels: Sequence[str], widths: Sequence[int], found: Mapping[str, Inversion]
+) -> tuple[Inversion, ...]:
+    """A textual inversion's vectors for each of a family's encoders, of these labels and widths.
+
+    `CheckpointError` names the family that they were made for. title: ours in it.
+    """
+    name = next(iter(found.values())).name
+    chosen = []
+    if LABELS[1] in labels or LABELS[1] not in found:  # vectors for two encoders do not serve one of them
+        unlabelled = found.get(UNLABELLED) if len(labels) == 1 else None
+        chosen = [i for label in labels if (i := found.get(label, unlabelled))]
+    if [i.width for i in chosen] != list(widths):
+        theirs = [f"{label or 'one encoder'} of width {i.width}" for label, i in found.items()]
+        made_for = _made_for(found)
+        raise CheckpointError(
+            f"the textual inversion {name!r} holds vectors for {' and '.join(theirs)}"
+            f"{f', those of {made_for}' if made_for else ''}; {title} reads width {' and '.join(map(str, widths))}"
+        )
+    return tuple(chosen)
+
+
+def _made_for(found: Mapping[str, Inversion]) -> str:
+    if set(found) == set(LABELS):
+        return TITLES["sdxl"]
+    return TITLES.get(CONTEXTS.get(next(iter(found.values())).width, ""), "")

@@ -40,6 +40,7 @@ from sfumato.text.inversion import Inversion
 
 PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
 Place = str | os.PathLike[str]
+Embeddings = Iterable[Place] | Mapping[str, Place]  # files of textual inversions, perhaps by name
 
 
 @dataclass(frozen=True)

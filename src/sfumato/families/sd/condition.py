@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.published.condition import TextFeatures, TextOptions, check_prompts
+from sfumato.families.published.condition import TextFeatures, TextOptions, check_prompts, fit_inversion
 from sfumato.nn.embed import sinusoid
 from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipConfig, ClipTextEncoder
 from sfumato.text.clip_tokens import EOS, ClipTokenizer, bundled
-from sfumato.text.inversion import LABELS, UNLABELLED, Inversion
+from sfumato.text.inversion import Inversion
 from sfumato.text.syntax import parse
 from sfumato.text.weighting import encode_windows
 from sfumato.text.windows import Window, lay_out, level
@@ -129,37 +129,9 @@ def fit(
                 f"the tokenizer has {len(tokenizer)} ids and its end mark {EOS} is {tokenizer.eos}; the encoder "
                 f"reads {config.vocabulary} ids, and {bundled().eos} as the end"
             )
-    rows = [fit_inversion(plan, configs, found) for found in inversions]
+    labels, widths = [reader.label for reader in plan.readers], [config.width for config in configs]
+    rows = [fit_inversion(plan.title, labels, widths, found) for found in inversions]
     return tuple(zip(*rows, strict=True)) if rows else ((),) * len(configs)
-
-
-def fit_inversion(
-    plan: TextPlan, configs: Sequence[ClipConfig], found: Mapping[str, Inversion]
-) -> tuple[Inversion, ...]:
-    """The file's vectors for each of the family's encoders. `CheckpointError` names the family they were made for."""
-    name = next(iter(found.values())).name
-    labels = [reader.label for reader in plan.readers]
-    chosen = []
-    if LABELS[1] in labels or LABELS[1] not in found:  # vectors for two encoders do not serve one of them
-        unlabelled = found.get(UNLABELLED) if len(labels) == 1 else None
-        chosen = [i for label in labels if (i := found.get(label, unlabelled))]
-    widths = [config.width for config in configs]
-    if [i.width for i in chosen] != widths:
-        theirs = [f"{label or 'one encoder'} of width {i.width}" for label, i in found.items()]
-        made_for = _made_for(found)
-        raise CheckpointError(
-            f"the textual inversion {name!r} holds vectors for {' and '.join(theirs)}"
-            f"{f', those of {made_for}' if made_for else ''}; {plan.title} reads width {' and '.join(map(str, widths))}"
-        )
-    return tuple(chosen)
-
-
-def _made_for(found: Mapping[str, Inversion]) -> str:
-    if set(found) == set(LABELS):
-        return PLANS["sdxl"].title
-    width = next(iter(found.values())).width
-    alone = [plan for plan in PLANS.values() if len(plan.readers) == 1]
-    return next((plan.title for plan in alone if plan.readers[0].config.width == width), "")
 
 
 def encode_prompts(

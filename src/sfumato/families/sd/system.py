@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from sfumato.families.published.condition import TextFeatures, TextOptions
 from sfumato.families.published.controls import ControlFile, Controller
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import check_engine, require_offload
-from sfumato.families.published.system import Place, Preset, PublishedSystem, opened, ready
+from sfumato.families.published.system import Embeddings, Place, Preset, PublishedSystem, opened, ready
 from sfumato.families.published.text import tokenizer_of
 from sfumato.families.sd.condition import (
     TextStack,
@@ -46,8 +45,6 @@ from sfumato.types import Conditioning, Micro, Request
 
 if TYPE_CHECKING:
     from sfumato.families.sd.control_training import ControlTrainee
-
-Embeddings = Iterable[str | Path] | Mapping[str, str | Path]  # files of textual inversions, perhaps by name
 
 
 @dataclass(frozen=True)

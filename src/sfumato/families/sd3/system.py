@@ -20,13 +20,14 @@ from sfumato.families.published.condition import TextOptions
 from sfumato.families.published.kinds import TextConfig
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import autoencoder, check_engine, denoiser, renewed, require_offload
-from sfumato.families.published.system import Place, Preset, PublishedSystem, opened, ready
+from sfumato.families.published.system import Embeddings, Place, Preset, PublishedSystem, opened, ready
 from sfumato.families.sd3.condition import (
     READERS,
     Reader,
     TextShape,
     TextStack,
     encode_prompts,
+    fit,
     readers_of,
 )
 from sfumato.families.sd3.family import FAMILY, distilled_by
@@ -34,8 +35,10 @@ from sfumato.families.sd3.folder import SHIFT
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
 from sfumato.families.sd3.shapes import System as Kind
 from sfumato.families.sd3.text import text_openers, text_renewers, tokenizers_of
+from sfumato.families.trainee import Trainee
 from sfumato.nn.mmdit import check_cells
 from sfumato.text.clip_tokens import ClipTokenizer
+from sfumato.text.inversion import read_inversions
 from sfumato.text.t5 import T5Config
 from sfumato.text.t5_tokens import T5Tokenizer
 from sfumato.types import Conditioning, Request
@@ -136,7 +139,7 @@ class System(PublishedSystem):
 
     @property
     def text(self) -> TextStack:
-        return TextStack(self.networks, self.tokenizers, text_shape(self.shapes))
+        return TextStack(self.networks, self.tokenizers, text_shape(self.shapes), self.inversions)
 
     @property
     def parameterization(self) -> Parameterization:
@@ -154,6 +157,12 @@ class System(PublishedSystem):
     def reads(self) -> frozenset[str]:
         """What of a request `condition` reads that other systems may not: see `Model`."""
         return frozenset(["prompt_rules", "weighting", "text_length"])
+
+    def trainee(self, text: bool) -> Trainee:
+        """Itself as a model that a LoRA is trained for, its CLIPs too with `text`; see `training.trainee`."""
+        from sfumato.families.sd3.training import trainee  # which needs this module
+
+        return trainee(self, text)
 
     @property
     def layers(self) -> int:
@@ -236,6 +245,7 @@ def build(
     text_dtype: torch.dtype | None = None,
     tokenizer: Place | None = None,
     preset: str | None = None,
+    embeddings: Embeddings = (),
 ) -> System:
     """Networks of an opened checkpoint, with weights in `dtype` on `device`. `name` stands for it in errors.
 
@@ -243,12 +253,15 @@ def build(
     another autoencoder, a file or a folder. engine: "torch", or what `nn.openvino.plugin` takes. offload: see
     `Networks`. without: text encoders to leave out, of clip_l, clip_g and t5. text_dtype: of T5's weights, float32,
     bfloat16 or int8. tokenizer: T5's, where the checkpoint has none. preset: "turbo" or "plain", over what name and
-    notes of a large one say.
+    notes of a large one say. embeddings: files of textual inversions, called in prompts by their names or by those
+    they are given here.
     """
     found, guess = as_preset(found, name, preset)
     check_engine(engine, device, dtype)
     require_offload(offload, engine, dtype)
     made = ready(found, name, (), vae, families)
+    inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
+    fit(text_shape(found.system), inversions)
     readers = readers_of(found.parts, without, name)
     t5 = next(part.config for part in found.system.text if isinstance(part.config, T5Config))
     tokenizers = tokenizers_of(
@@ -270,6 +283,7 @@ def build(
         parts=made.parts,
         sources=made.sources,
         engine=engine,
+        inversions=inversions,
         readers=readers,
         tokenizers=tokenizers,
         without=tuple(without),
