@@ -17,6 +17,7 @@ from sfumato.memory import OFFLOADS, check_offload
 from sfumato.nn import mmdit, quantized
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.mmdit import MMDiT, MMDiTConfig
+from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
 from sfumato.nn.openvino import PRECISIONS, OpenVINONetwork, plugin
 from sfumato.nn.packed import packed
 from sfumato.nn.quantized import quantize, require_eight_bits, stand_in, units
@@ -31,6 +32,7 @@ NETWORKS: Mapping[
     UNetConfig: UNet,
     MMDiTConfig: MMDiT,
     ControlNetConfig: ControlNet,
+    MMDiTControlConfig: MMDiTControl,
     KLConfig: AutoencoderKL,
     ClipConfig: ClipTextEncoder,
     T5Config: T5Encoder,
@@ -39,6 +41,7 @@ NOT_EIGHT_BITS = {
     UNetConfig: quantized.KEPT,
     MMDiTConfig: mmdit.KEPT,
     ControlNetConfig: quantized.KEPT,
+    MMDiTControlConfig: CONTROL_KEPT,
 }  # parts of names of layers that stay as they are
 
 

@@ -84,6 +84,7 @@ class PublishedSystem:
     told_guidance: ClassVar[Any] = False
     inpaint_channels: ClassVar[Any] = None
     split: ClassVar[Any] = None
+    controls_encoded: ClassVar[bool] = False  # ControlNets read latents of their pictures
 
     @abstractmethod
     def openers(
@@ -143,6 +144,11 @@ class PublishedSystem:
         """Names of the ControlNets that it has opened."""
         return tuple(self.controlnets.files)
 
+    @property
+    def masked_controls(self) -> frozenset[str]:
+        """Names of those that are shown what is to be painted, too."""
+        return frozenset()
+
     def control_hashes(self) -> dict[str, str]:
         """SHA-256 of the tensors of each ControlNet, by name."""
         return self.controlnets.digests()
@@ -166,16 +172,19 @@ class PublishedSystem:
         return replace(self, controlnets=known)
 
     @abstractmethod
-    def shown(self, name: str, pixels: Tensor) -> Tensor:
-        """What the ControlNet of that name reads of pixels (1, 3, H, W) in [0, 1]."""
+    def shown(self, name: str, pixels: Tensor, mask: Tensor | None) -> Tensor:
+        """What the ControlNet of that name reads of pixels (1, 3, H, W) in [0, 1]; mask: as of `controller`."""
 
     @abstractmethod
     def control(self, name: str, network: Any, shown: Tensor) -> Controller:
         """What a ControlNet's network adds at every step. shown: of `shown`, or a tensor of its form."""
 
-    def controller(self, name: str, pixels: Tensor) -> Controller:
-        """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
-        shown = self.shown(name, pixels)
+    def controller(self, name: str, pixels: Tensor, mask: Tensor | None = None) -> Controller:
+        """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1].
+
+        mask: (1, 1, H, W), 1 where to paint, for those of `masked_controls`; None is everywhere.
+        """
+        shown = self.shown(name, pixels, mask)
         return self.control(name, self.controlnets[name], shown)
 
     def control_openers(
@@ -192,7 +201,7 @@ class PublishedSystem:
 
         return {name: opener(name) for name in names if name in self.controlnets.files}
 
-    def shown_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def shown_shape(self, name: str, height: int, width: int) -> tuple[int, ...]:
         """Of what `shown` gives for a picture of that size in pixels."""
         return 1, PIXEL_CHANNELS, height, width
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ def trace(
             system, networks=Networks({name: lambda n=name: networks[n] for name in networks})
         )
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
-        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls.values())
+        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
     if cpu and keeps:
         denoise += HOLES * denoise
     load = max(loading, key=lambda stage: stage.bytes)
@@ -97,7 +97,7 @@ def trace(
     ]
     held = min(stages[0].weights, load.bytes)
     stages[0] = Stage("load", held, load.bytes - held)
-    if encodes:
+    if encodes or (controls and system.controls_encoded):
         stages.insert(
             2, Stage("encode", resident["autoencoder"], _autoencoder_bytes(system, "encode", size, batch))
         )
@@ -123,7 +123,7 @@ def _denoise_bytes(
     request: Request,
     size: tuple[int, int],
     batch: int,
-    controls: Iterable[Callable[[Tensor], Controller]],
+    controls: Mapping[str, Callable[[Tensor], Controller]],
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
@@ -132,8 +132,10 @@ def _denoise_bytes(
     told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 
-    picture = torch.empty(ghost.shown_shape(height, width), device=ghost.device)
-    shown = [show(picture) for show in controls]
+    shown = [
+        show(torch.empty(ghost.shown_shape(name, height, width), device=ghost.device))
+        for name, show in controls.items()
+    ]
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if ghost.inpaint_channels is not None:

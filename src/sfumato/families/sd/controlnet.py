@@ -7,23 +7,26 @@ otherwise are refused by name. What no tensor says comes from a folder's config.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sfumato.checkpoint.detect import Shape, Signature, identify
-from sfumato.checkpoint.layout import find_parts
 from sfumato.checkpoint.rules import Drop, KeyMap, Rename, Rule, expand, shapes, within
-from sfumato.checkpoint.source import open_folder, open_weights
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.published.controls import ControlFile, Controller
-from sfumato.families.published.folder import WEIGHTS
+from sfumato.families.published.controls import (
+    ControlFile,
+    Controller,
+    Place,
+    control_weights,
+    relatives,
+    together,
+)
 from sfumato.families.published.keys import WB, same
+from sfumato.families.published.signatures import refused
 from sfumato.families.sd import keys
 from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
@@ -38,20 +41,13 @@ BEGUN = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block
 
 
 def open_control(
-    path: str | os.PathLike[str], variant: str | None = None, systems: Mapping[str, System] | None = None
+    path: Place, variant: str | None = None, systems: Mapping[str, System] | None = None
 ) -> ControlFile:
     """The ControlNet in a .safetensors file, a diffusers folder, or a folder's part.
 
     `CheckpointError` when it is damaged, mixed of two layouts, none, or one of a kind that is not read, which it names.
     """
-    path, said = Path(path), {}
-    if path.is_dir():
-        part = find_parts(path).parts.get("model")
-        if part is None:
-            raise CheckpointError(f"{path} is the folder of a whole model; name that of its ControlNet")
-        weights, said = open_folder(path, part.stem or WEIGHTS["unet"], variant), part.config
-    else:
-        weights = open_weights(path)
+    weights, said = control_weights(path, variant)
     found = shapes(weights)
     kinds = {kind: system for kind, system in (systems or SYSTEMS).items() if kind in KINDS}
     match = identify(found, signatures(kinds), str(path))
@@ -209,35 +205,18 @@ def _marks(unet: UNetConfig, original: bool) -> dict[str, Shape]:
 
 
 def _relatives() -> list[Signature]:
-    """What controls a model too and is no ControlNet, or one that works otherwise; and two layouts in one file."""
-
-    def refused(what: str, *marks: str | tuple[str, ...]) -> list[Signature]:
-        each = [(mark,) if isinstance(mark, str) else mark for mark in marks]
-        return [Signature("", "", "", dict.fromkeys(names), refusal=what) for names in each]
-
+    """Those of `relatives`, of another family, and two layouts in one file."""
     return [
         *refused(
             "a mixture of two layouts, diffusers' and the original; write it anew in one",
-            ("*input_hint_block.0.weight", f"{HINT}*"),
-            (f"{PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight"),
-            ("*zero_convs.0.0.weight", "controlnet_down_blocks.*"),
+            together("*input_hint_block.0.weight", f"{HINT}*"),
+            together(f"{PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight"),
+            together("*zero_convs.0.0.weight", "controlnet_down_blocks.*"),
         ),
-        *refused("a union ControlNet (several kinds in one), not supported", "*task_embedding", "*control_type_proj*",
-                 "*control_add_embedding.*"),
         *refused(
             "a ControlNet of SD3, which belongs on one",
-            ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"),
-            ("controlnet_blocks.0.weight", "pos_embed.proj.weight"),
+            together("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"),
+            together("controlnet_blocks.0.weight", "pos_embed.proj.weight"),
         ),
-        *refused("a ControlNet of FLUX, not supported", "controlnet_x_embedder.weight",
-                 ("controlnet_blocks.0.weight", "single_transformer_blocks.0.attn.to_q.weight")),
-        *refused("a T2I-Adapter, not supported", "adapter.body.*", "body.0.in_conv.weight", "body.0.block1.weight",
-                 "body.0.resnets.0.block1.weight"),
-        *refused("a Control-LoRA, not supported", "lora_controlnet"),
-        *refused("a ControlLLLite, not supported", "lllite_*"),
-        *refused(
-            "a ControlNet kept as its difference from a base model; take the file that holds it whole", "difference"
-        ),
-        *refused("an IP-Adapter, not supported", "image_proj.*", "ip_adapter.*"),
-        *refused("a LoRA, not a ControlNet", "*.lora_down.weight", "*.lora_A.weight", "*.lora.down.weight"),
-    ]  # fmt: skip
+        *relatives(),
+    ]

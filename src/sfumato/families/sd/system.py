@@ -101,7 +101,7 @@ class System(PublishedSystem):
         check(found, self.shapes.unet, self.config.kind)
         return found
 
-    def shown(self, name: str, pixels: Tensor) -> Tensor:
+    def shown(self, name: str, pixels: Tensor, mask: Tensor | None) -> Tensor:
         return pixels
 
     def control(self, name: str, network: Any, shown: Tensor) -> Controller:

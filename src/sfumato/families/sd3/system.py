@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from sfumato.diffusion.schedules import flow_levels
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.checkpoint import Checkpoint, Families
 from sfumato.families.published.condition import TextOptions
+from sfumato.families.published.controls import ControlFile, Controller
 from sfumato.families.published.kinds import TextConfig
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import autoencoder, check_engine, denoiser, renewed, require_offload
@@ -30,6 +32,8 @@ from sfumato.families.sd3.condition import (
     fit,
     readers_of,
 )
+from sfumato.families.sd3.controlnet import open_control
+from sfumato.families.sd3.controls import controller, read_picture
 from sfumato.families.sd3.family import FAMILY, distilled_by
 from sfumato.families.sd3.folder import SHIFT
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
@@ -37,11 +41,15 @@ from sfumato.families.sd3.shapes import System as Kind
 from sfumato.families.sd3.text import text_openers, text_renewers, tokenizers_of
 from sfumato.families.trainee import Trainee
 from sfumato.nn.mmdit import check_cells
+from sfumato.nn.mmdit_control import MMDiTControl
 from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.inversion import read_inversions
 from sfumato.text.t5 import T5Config
 from sfumato.text.t5_tokens import T5Tokenizer
 from sfumato.types import Conditioning, Request
+
+if TYPE_CHECKING:
+    from sfumato.families.sd3.control_training import ControlTrainee
 
 # steps and guidance of the published model cards
 PRESETS = {
@@ -82,6 +90,7 @@ class System(PublishedSystem):
     text_dtype: torch.dtype | None = None
 
     family = FAMILY
+    controls_encoded = True
 
     @property
     def configs(self) -> dict[str, TextConfig]:
@@ -193,11 +202,46 @@ class System(PublishedSystem):
         return Conditioning(tokens, None, torch.cat([wanted.pooled, unwanted.pooled]))
 
     def network(
-        self, x: Tensor, time: Tensor, cond: Conditioning, skip_layers: tuple[int, ...] = ()
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        skip_layers: tuple[int, ...] = (),
+        control: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """(B, 16, 1, H, W) → (B, 16, 1, H, W); the transformer works on pictures and in the type of its weights."""
-        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, skip_layers=skip_layers)
+        """(B, 16, 1, H, W) → (B, 16, 1, H, W); the transformer works on pictures and in the type of its weights.
+
+        control: what ControlNets add to its tokens.
+        """
+        more: dict[str, Any] = {"control": control} if control else {}
+        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, skip_layers=skip_layers, **more)
         return out[:, :, None]
+
+    # --- ControlNets -----------------------------------------------------------------------------------------------
+
+    def control_file(self, path: Place, systems: Mapping[str, Kind] | None) -> ControlFile:
+        return open_control(path, self.shapes.transformer, self.config.kind, self.parts["transformer"])
+
+    @property
+    def masked_controls(self) -> frozenset[str]:
+        return frozenset(name for name, file in self.controlnets.files.items() if file.config.extra)
+
+    def shown(self, name: str, pixels: Tensor, mask: Tensor | None) -> Tensor:
+        return read_picture(self, self.controlnets.files[name].config, pixels, mask)
+
+    def shown_shape(self, name: str, height: int, width: int) -> tuple[int, ...]:
+        channels, _, *cells = self.latent_shape(1, height, width)
+        return 1, channels + self.controlnets.files[name].config.extra, *cells
+
+    def control(self, name: str, network: MMDiTControl, shown: Tensor) -> Controller:
+        together = lcm(*(file.config.blocks.layers for file in self.controlnets.files.values()))
+        return controller(network, shown, together // network.config.blocks.layers)
+
+    def control_trainee(self, blocks: int, outputs: int) -> ControlTrainee:
+        """A fresh ControlNet of so many of the transformer's first blocks, as training wants it; each of them adds."""
+        from sfumato.families.sd3.control_training import ControlTrainee
+
+        return ControlTrainee(self, blocks)
 
 
 def _thousandths(sigma: Tensor) -> Tensor:
