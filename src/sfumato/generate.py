@@ -23,7 +23,7 @@ from sfumato.drawing.sample import origin_of, sample, second_pass
 from sfumato.drawing.script import Script, script
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
-from sfumato.runtime import autocast, drawing_dtype, pick_device
+from sfumato.runtime import autocast, drawing_dtype, kernels, pick_device
 from sfumato.sampling import Step
 from sfumato.storage import tensors_hash
 from sfumato.tasks import canvas as tasks
@@ -208,9 +208,9 @@ class Model:
         return found
 
     def with_loras(self, request: Request) -> AbstractContextManager[None]:
-        """While inside, the networks are those of the request's LoRAs; of those opened here, should it be another's."""
+        """While inside, the networks are those of the request's LoRAs."""
         found = getattr(self.system, "adapters", None)
-        return nullcontext() if found is None else found.using(found.known(request.loras))
+        return nullcontext() if found is None else found.using(request.loras)
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
@@ -404,7 +404,8 @@ class Model:
             "device": self.device.type,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "seconds": round(seconds, 3),
+            "kernels": kernels(self.device),
+            **({} if torch.are_deterministic_algorithms_enabled() else {"seconds": round(seconds, 3)}),
         }
 
     def _controls_drawn(self, request: Request) -> dict[str, Any]:

@@ -195,6 +195,24 @@ def test_a_damaged_or_foreign_file_is_refused(recipe, tmp_path):
         load("pocket", controlnets={"edge": file})
 
 
+def test_a_controlnet_opened_beside_a_lora_leaves_the_base_what_it_was(recipe, tmp_path):
+    system = base(recipe).system
+    before = {name: tensor.clone() for name, tensor in system.denoiser.state_dict().items()}
+    change = {"up": (192, 2), "down": (2, 64)}
+    save_tensors(
+        tmp_path / "lora.safetensors",
+        {f"dit.blocks.0.attn.qkv.lora_{role}.weight": torch.ones(shape) for role, shape in change.items()},
+    )
+    system.adapters.attach(tmp_path / "lora.safetensors")
+    assert not torch.equal(system.denoiser.state_dict()["dit.blocks.0.attn.qkv.weight"],
+                           before["dit.blocks.0.attn.qkv.weight"])  # fmt: skip
+    made = system.control_trainee(1, 1)
+    file = made.save(made.network.state_dict(), tmp_path / "control-edge.safetensors")
+    other = system.with_controls({"edge": file})
+    other.adapters.detach()
+    assert all(torch.equal(other.denoiser.state_dict()[name], before[name]) for name in before)
+
+
 def test_control_pictures_of_scenes_are_the_renderer_s_truth():
     scene = sample_scene(4, split="train")
     made = render([scene], size=64)

@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from sfumato.adapters.delta import Decomposed, LowRank
 from sfumato.adapters.names import Share
+from sfumato.adapters.write import kohya
 from sfumato.errors import InputError
 
-PRESETS = ("attention", "all")
 ATTENTION = re.compile(  # projections of attentions, as the networks here call them
     r"(^|\.)(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|qkv|attn\.out|[qkv]_proj|out_proj)$"
 )
@@ -133,7 +133,7 @@ class TrainedLora(nn.Module):
         super().__init__()
         if not layers:
             raise InputError("a LoRA needs at least one layer to be beside", argument="lora.targets")
-        self.rank, self.alpha, self.acting = rank, alpha, True
+        self.acting = True
         self.factors = nn.ModuleDict()
         self._hooks = []
         for path, layer in layers.items():
@@ -199,8 +199,7 @@ def written(factors: Iterable[tuple[Factors, Share]], layout: str) -> dict[str, 
     for name, members in _grouped(factors).items():
         up, down, scale, magnitude = _fused(members)
         if layout == "kohya":
-            tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
-            tensors[f"{name}.alpha"] = torch.tensor(scale * down.shape[0])
+            tensors |= kohya(name, up, down, scale * len(down))
             if magnitude is not None:
                 tensors[f"{name}.dora_scale"] = magnitude.view(-1, *[1] * (up.ndim - 1))
             continue
@@ -235,13 +234,14 @@ def _fused(members: Sequence[tuple[Factors, Share]]) -> tuple[Tensor, Tensor, fl
     up = down.new_zeros(share.of * height, len(down), *first.up.shape[2:])
     magnitude = None if first.magnitude is None else down.new_zeros(share.of * height)
     column = 0
-    for own, (rows, rank) in ((own, (share.rows, len(own.down))) for own, share in members):
-        for row, part in zip(rows, own.up.detach().chunk(len(rows)), strict=True):
-            up[row * height : (row + 1) * height, column : column + rank] = part * (own.scale / first.scale)
-        if magnitude is not None and own.magnitude is not None:
-            for row, part in zip(rows, own.magnitude.detach().chunk(len(rows)), strict=True):
-                magnitude[row * height : (row + 1) * height] = part
-        column += rank
+    for own, share in members:
+        columns = slice(column, column + len(own.down))
+        column = columns.stop
+        for number, row in enumerate(share.rows):
+            there, here = (slice(k * height, (k + 1) * height) for k in (row, number))
+            up[there, columns] = own.up.detach()[here] * (own.scale / first.scale)
+            if magnitude is not None and own.magnitude is not None:
+                magnitude[there] = own.magnitude.detach()[here]
     return up, down, first.scale, magnitude
 
 

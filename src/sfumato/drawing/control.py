@@ -82,6 +82,8 @@ def controlled(answer: Network, controls: list[Acting], halves: bool) -> Network
     """
 
     def network(x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        if not controls:
+            return answer(x, time, cond)
         level = float(time.flatten()[0])  # a sampler tells all rows one time
         slack = 1e-6 * max(abs(level), 1e-6)
         total: tuple[Tensor, ...] | None = None

@@ -21,12 +21,14 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from sfumato.adapters.svd import MAX_RANK
 from sfumato.autoencoder import AutoencoderConfig
 from sfumato.autoencoder.losses import LossConfig
 from sfumato.diffusion.loss import DENSITIES, WEIGHTINGS
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_FAMILY, family_named
 from sfumato.families.trainee import LAYOUTS
+from sfumato.train.activations import CHOICES
 
 STAGES = ("autoencoder", "denoiser")  # of a model, in this order
 BESIDE = ("lora", "control")  # instead: what is trained beside a finished model
@@ -321,7 +323,7 @@ def _check_lora(recipe: LoraRecipe) -> None:
     _one_of("lora.loss.density", recipe.loss.density, DENSITIES)
     _one_of("lora.layout", recipe.layout, LAYOUTS)
     _one_of("lora.dtype", recipe.dtype, ("float32", "float16", "bfloat16"))
-    _one_of("lora.recompute", recipe.recompute, ("auto", "on", "off"))
+    _one_of("lora.recompute", recipe.recompute, CHOICES)
     if not recipe.targets:
         raise InputError(
             "lora.targets must be attention, all, or patterns of layers; it is empty", argument="lora.targets"
@@ -388,7 +390,7 @@ RANGES = {  # of the numbers in a TrainRecipe
     "crop": (0, math.inf),
 }
 DENOISER_LOSS_RANGES = {"std": (0, math.inf), "labels": (0, math.inf), "drop_prompt": (0, 1)}
-LORA_RANGES = {"rank": (1, 4096), "alpha": (0, math.inf)}
+LORA_RANGES = {"rank": (1, MAX_RANK), "alpha": (0, math.inf)}
 LORA_LOSS_RANGES = {
     "std": (0, math.inf),
     "shift": (0, math.inf),

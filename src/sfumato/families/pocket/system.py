@@ -24,6 +24,7 @@ from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.families.trainee import Trainee
 from sfumato.nn.dit import DiT, DiTConfig
+from sfumato.nn.dit_control import DiTControl
 from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
 from sfumato.text import TextConfig, TextEncoder, Tokenizer
 from sfumato.types import Conditioning, Request
@@ -136,9 +137,22 @@ class System:
     def with_controls(self, files: Mapping[str, str | os.PathLike[str]]) -> System:
         """The same with the ControlNets in these files, by name, besides its own."""
         added = {name: Path(file) for name, file in files.items()}
-        for file in added.values():
-            nets.open_file(file, self.denoiser.dit, self.device)
-        return replace(self, control_files={**self.control_files, **added})
+        other = replace(self, control_files={**self.control_files, **added})
+        other.__dict__["adapters"] = self.adapters  # they are of the denoiser that both have
+        for name in added:
+            other._control(name)
+        return other
+
+    def _control(self, name: str) -> DiTControl:
+        """The ControlNet of that name, read once."""
+        if name not in self._opened:
+            file = self.control_files[name]
+            self._opened[name] = nets.open_file(file, self.denoiser.dit, self.device)
+        return self._opened[name]
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, DiTControl]:
+        return {}
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +160,8 @@ class System:
 
     def controller(self, name: str, pixels: Tensor) -> nets.Controller:
         """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
-        control = nets.open_file(self.control_files[name], self.denoiser.dit, self.device)
         hint = self.encode(2 * pixels[:, :, None] - 1)
-        return nets.controller(control, self.denoiser.dit, hint)
+        return nets.controller(self._control(name), self.denoiser.dit, hint)
 
     def control_trainee(self, blocks: int, outputs: int) -> nets.ControlTrainee:
         """A fresh ControlNet beside this model, as training wants it."""

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from sfumato.adapters.merge import merged
 from sfumato.adapters.names import WEIGHT
-from sfumato.adapters.svd import Kept, check_rank, low_rank, write_lora
+from sfumato.adapters.svd import Kept, check_rank, low_rank
+from sfumato.adapters.write import check_target, kohya
 from sfumato.checkpoint.fill import finite
 from sfumato.checkpoint.rules import info
+from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.lora import TITLES, mark_of
 from sfumato.families.published.adapters import adapters_of, kohya_map, kohya_prefix
@@ -77,6 +79,7 @@ def extract(
     Layers that did not change are left out. `CheckpointError` when the two are of different kinds, or are equal.
     """
     check_rank(rank)
+    place = check_target(target)
     first, second = (open_checkpoint(path, families) for path in (base, tuned))
     if first.kind != second.kind or not first.draws:
         raise CheckpointError(
@@ -103,8 +106,7 @@ def extract(
             continue
         delta, share = low_rank(change, rank)
         kept += share
-        tensors |= {f"{key}.lora_up.weight": delta.up, f"{key}.lora_down.weight": delta.down}
-        tensors[f"{key}.alpha"] = torch.tensor(float(delta.rank))
+        tensors |= kohya(key, delta.up, delta.down, delta.rank)
     if not tensors:
         raise CheckpointError(f"{tuned} differs from {base} in no layer that a LoRA changes")
     notes = {
@@ -113,7 +115,7 @@ def extract(
         "ss_network_alpha": str(rank),
         "modelspec.title": f"{TITLES[mark_of(first.kind)]} LoRA extracted by rank {rank}",
     }
-    written = write_lora(target, tensors, notes, dtype)
+    written = write_tensors(place, tensors, dtype=dtype, metadata=notes)
     return Kept(len(tensors) // 3, min(kept / whole, 1.0), left, written)
 
 
