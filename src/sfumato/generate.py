@@ -146,7 +146,8 @@ class Model:
         controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
             -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
             the tensors that one adds, shown a picture (1, 3, H, W) in [0, 1]. `network(x, time, cond, control=…)`
-            takes these.
+            takes these. masked_controls: names of those whose `controller` takes `mask=` too, (1, 1, H, W) with 1 where
+            to paint, or None for everywhere.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
     """

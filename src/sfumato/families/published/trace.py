@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
 from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
+from sfumato.families.published.controls import Controller
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import require_offload
-from sfumato.families.published.system import Controller, PublishedSystem
+from sfumato.families.published.system import PublishedSystem
 from sfumato.flops import attention_flops
 from sfumato.memory import Stage, Tracer, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
@@ -91,11 +92,12 @@ def trace(
         marks = [tracer.flops]
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
         marks.append(tracer.flops)
-        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls.values())
+        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
         marks.append(tracer.flops)
         drawn = torch.empty(batch, *ghost.latent_shape(1, size[1], size[0]), device=system.device)
         networks["autoencoder"].decode(drawn)
         marks.append(tracer.flops)
+        encodes = encodes or (bool(controls) and system.controls_encoded)
         if encodes:
             networks["autoencoder"].encode(torch.empty(batch, 3, 1, size[1], size[0], device=system.device))
         marks.append(tracer.flops)
@@ -148,7 +150,7 @@ def _denoise_bytes(
     request: Request,
     size: tuple[int, int],
     batch: int,
-    controls: Iterable[Callable[[Tensor], Controller]],
+    controls: Mapping[str, Callable[[Tensor], Controller]],
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
@@ -157,8 +159,10 @@ def _denoise_bytes(
     told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 
-    picture = torch.empty(1, 3, height, width, device=ghost.device)
-    shown = [show(picture) for show in controls]
+    shown = [
+        show(torch.empty(ghost.shown_shape(name, height, width), device=ghost.device))
+        for name, show in controls.items()
+    ]
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if ghost.inpaint_channels is not None:
