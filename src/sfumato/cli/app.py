@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sfumato.cli import (
+    chart,
     convert,
     cost,
     evaluate,
@@ -19,6 +20,8 @@ from sfumato.cli import (
     keys,
     lora,
     models,
+    preflight,
+    replay,
     scenes,
     train,
     usage,
@@ -31,6 +34,9 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (train.train, train.EXAMPLE),
     "scenes": (scenes.scenes, scenes.EXAMPLE),
     "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
+    "chart": (chart.chart, chart.EXAMPLE),
+    "preflight": (preflight.preflight, preflight.EXAMPLE),
+    "replay": (replay.replay, replay.EXAMPLE),
     "cost": (cost.cost, cost.EXAMPLE),
     "inspect": (inspect.inspect, inspect.EXAMPLE),
     "convert": (convert.convert, convert.EXAMPLE),
