@@ -23,6 +23,7 @@ from sfumato.cli import (
     preflight,
     replay,
     scenes,
+    serve,
     train,
     usage,
 )
@@ -41,6 +42,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "inspect": (inspect.inspect, inspect.EXAMPLE),
     "convert": (convert.convert, convert.EXAMPLE),
     "models": (models.models, models.EXAMPLE),
+    "serve": (serve.serve, serve.EXAMPLE),
     "usage": (usage.usage, usage.EXAMPLE),
 }
 

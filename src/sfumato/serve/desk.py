@@ -28,7 +28,8 @@ RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined ont
 @dataclass(frozen=True)
 class Ask:
     """What a client wants drawn. request: plain JSON with pictures by id. digest: of what was sent. retry: it says that
-    it tries again. keep: the job goes on when the client is gone. looks: pictures of it forming, of `look_format`.
+    it tries again. keep: the job goes on when the client is gone. looks: pictures of it forming, of `look_format`. via:
+    the interface that it came by.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Ask:
     idempotency: str | None = None
     retry: bool = False
     keep: bool = True
+    via: str = "native"
 
 
 class Desk:
@@ -150,7 +152,7 @@ class Desk:
             raise Refused(503 if code == "draining" else 429, code, message, retry_after=after)
 
     async def _accept(self, key: Key, ask: Ask) -> tuple[Record, Live | None]:
-        pictures, parts = await self._pictures(key, ask.request)
+        pictures, parts = await self.pictures(key, ask.request)
         checked = await self.expected(ask, pictures, parts)
         expected, made = checked["expected"], now()
         seconds = min(ask.deadline or self.settings.deadline, self.settings.longest)
@@ -178,6 +180,7 @@ class Desk:
                 "look_format": ask.look_format,
                 "pictures": pictures,
                 "keep": ask.keep,
+                "via": ask.via,
                 **{name: checked[name] for name in ("expected", "sampler_steps", "tune")},
             },
             digest=ask.digest,
@@ -203,7 +206,7 @@ class Desk:
         self.metrics.accepted.labels(record.model).inc()
         return record, live
 
-    async def _pictures(self, key: Key, request: dict[str, Any]) -> tuple[list[str], list[bytes]]:
+    async def pictures(self, key: Key, request: dict[str, Any]) -> tuple[list[str], list[bytes]]:
         """The pictures that a request names, by id, and their bytes."""
         names = pictures_of(request)
         parts = []
@@ -215,6 +218,16 @@ class Desk:
 
     async def expected(self, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
         """What a worker says that a request will take, memory planned; `Refused` if it cannot be drawn."""
+        return await self._asked("check", ask, pictures, parts)
+
+    async def preflight(self, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
+        """What of a request will not survive the model's autoencoder."""
+        return (await self._asked("preflight", ask, pictures, parts))["preflight"]
+
+    async def _asked(
+        self, what: str, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]
+    ) -> dict[str, Any]:
+        """A worker's answer; `Refused` if it says no, or none answers."""
         if ask.model not in {model.name for model in self.settings.models}:
             known = ", ".join(model.name for model in self.settings.models)
             raise Refused(
@@ -224,7 +237,7 @@ class Desk:
                 param="model",
             )
         message = {
-            "model": ask.model, "request": ask.request, "pictures": list(pictures), "format": ask.format,
+            "do": what, "model": ask.model, "request": ask.request, "pictures": list(pictures), "format": ask.format,
         }  # fmt: skip
         for _ in range(2):
             device = await self.floor.some_device()

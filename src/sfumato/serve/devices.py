@@ -72,11 +72,11 @@ class Device:
                 self.process.send_signal(signal.SIGKILL)
 
     async def check(self, message: dict[str, Any], parts: Sequence[bytes]) -> dict[str, Any]:
-        """What a request will take, or the `Refused` that it cannot be drawn. `wire.Broken` if the worker is lost."""
+        """A worker's answer to a check or a preflight, or the `Refused` that it is. `wire.Broken` if it is lost."""
         number = next(self._numbers)
         answer = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
-            self._say({"do": "check", "number": number, **message}, parts)
+            self._say({"number": number, **message}, parts)
             async with asyncio.timeout(PATIENCE):
                 found = await answer
         finally:

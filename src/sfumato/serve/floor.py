@@ -57,7 +57,9 @@ class Floor:
             await device.open()
         ledger = self.books.ledger
         for record in await self.books.write(ledger.open_jobs):
-            live = Live(record, alone=record.state == RUNNING)
+            live = Live(
+                record, alone=record.state == RUNNING
+            )  # who waited for it is gone, and may ask for it
             if record.state == RUNNING:
                 await self.books.write(ledger.requeue, record.id)
                 live.record = replace(record, state=QUEUED, started=None)
@@ -358,7 +360,11 @@ class Floor:
         while True:
             with contextlib.suppress(LedgerError, OSError):
                 for record in await self.books.write(self.books.ledger.open_jobs):
-                    if record.id not in self.live and record.state == QUEUED and record.made < now() - AGAIN * 60:
+                    if (
+                        record.id not in self.live
+                        and record.state == QUEUED
+                        and record.made < now() - AGAIN * 60
+                    ):
                         self.add(Live(record))
                 keep = self.settings.keep + self.settings.longest
                 for name in await self.books.write(self.books.ledger.old_uploads, now() - keep):

@@ -302,7 +302,9 @@ class Ledger:
         """Write an upload down; False if the tenant would then have more than `most` bytes of them."""
         c = self.uploads.c
         with self._transaction() as run:
-            kept = run.execute(sql.select(sql.func.sum(c.bytes)).where(c.tenant == upload.tenant)).scalar() or 0
+            kept = (
+                run.execute(sql.select(sql.func.sum(c.bytes)).where(c.tenant == upload.tenant)).scalar() or 0
+            )
             if most is not None and int(kept) + upload.bytes > most:
                 return False
             run.execute(sql.insert(self.uploads).values(**vars(upload)))

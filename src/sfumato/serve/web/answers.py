@@ -17,7 +17,13 @@ from sfumato.serve.ledger import CANCELLED, SUCCEEDED, Record
 from sfumato.serve.refusals import Refused
 
 HEARTBEAT = 15.0  # seconds between comments on a silent stream
-STATUS = {"bad_input": 400, "bad_data": 400, "deadline_exceeded": 504, "out_of_memory": 503, "worker_lost": 503}
+STATUS = {
+    "bad_input": 400,
+    "bad_data": 400,
+    "deadline_exceeded": 504,
+    "out_of_memory": 503,
+    "worker_lost": 503,
+}
 
 
 class Answer(Response):

@@ -1,4 +1,4 @@
-"""Bodies read strictly: JSON without doubtful spots, forms within limits, pictures decoded once before they are kept."""
+"""Bodies read strictly: JSON without doubtful spots, forms within limits, pictures decoded before they are kept."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def is_retry(request: Request) -> bool:
 
 
 def unbase64(value: Any, param: str) -> bytes:
-    """The bytes of base64, with or without a data: URL's beginning. `Refused` for anything else, addresses above all."""
+    """The bytes of base64, with or without what a data: URL begins with. `Refused` for anything else, as addresses."""
     if not isinstance(value, str):
         raise bad(f"{param} must be a picture as base64", param)
-    head, comma, rest = value[:100].partition(",")
+    head, comma, _ = value[:100].partition(",")
     text = value[len(head) + 1 :] if comma and head.startswith("data:") else value
     try:
         return base64.b64decode(text, validate=True)

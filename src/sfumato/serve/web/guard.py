@@ -82,7 +82,9 @@ class Guard:
 
     def _admitted(self, scope: Scope) -> Key | None:
         """Whose request it is; None on public routes. `Refused` for who may not."""
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
         if self.ring is None:
             self._check_place(headers)
         length = headers.get("content-length", "0")
@@ -100,7 +102,9 @@ class Guard:
         if key is None:
             raise Refused(401, "invalid_api_key", "give a key that is in use: Authorization: Bearer sfk_…")
         if (key.role == WATCH) != (path == WATCHED):
-            raise Refused(403, "forbidden", f"this key is for {'/metrics alone' if key.role == WATCH else 'drawing'}")
+            raise Refused(
+                403, "forbidden", f"this key is for {'/metrics alone' if key.role == WATCH else 'drawing'}"
+            )
         return key
 
     def _check_place(self, headers: dict[str, str]) -> None:

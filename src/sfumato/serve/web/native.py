@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
-import importlib.util
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -78,7 +78,9 @@ def routes(desk: Desk) -> APIRouter:
         await desk.books.work(desk.store.drop, file)
         return Answer({"object": "file", "id": file, "deleted": True})
 
-    @router.post("/estimate", summary="What a job would cost and take", openapi_extra=described(body, example))
+    @router.post(
+        "/estimate", summary="What a job would cost and take", openapi_extra=described(body, example)
+    )
     async def estimate(request: Request) -> Response:
         ask = await _ask(desk, request)
         pictures, parts = await desk.pictures(_key(request), ask.request)
@@ -86,18 +88,21 @@ def routes(desk: Desk) -> APIRouter:
         most = desk.price(ask.model, expected)
         price = {"currency": desk.prices.currency, "most_micros": most, "headroom": HEADROOM}
         waits = round(desk.floor.wait(), 3)
-        return Answer({"object": "estimate", "model": ask.model, **expected, "price": price, "wait_seconds": waits})
+        return Answer(
+            {"object": "estimate", "model": ask.model, **expected, "price": price, "wait_seconds": waits}
+        )
 
-    @router.post("/preflight", summary="What of a picture or prompt will not survive (where it is installed)",
-                 openapi_extra=described(body, example))  # fmt: skip
+    @router.post(
+        "/preflight", summary="What of a request will not survive", openapi_extra=described(body, example)
+    )
     async def preflight(request: Request) -> Response:
         ask = await _ask(desk, request)
         pictures, parts = await desk.pictures(_key(request), ask.request)
-        if importlib.util.find_spec("sfumato.fidelity") is None:
-            raise Refused(501, "not_available", "this version has no preflight")
         return Answer(await desk.preflight(ask, pictures, parts))
 
-    @router.post("/jobs", status_code=202, summary="Have pictures drawn", openapi_extra=described(body, example))
+    @router.post(
+        "/jobs", status_code=202, summary="Have pictures drawn", openapi_extra=described(body, example)
+    )
     async def submit(request: Request) -> Response:
         ask = await _ask(desk, request)
         record, live = await desk.submit(_key(request), ask)
@@ -115,7 +120,9 @@ def routes(desk: Desk) -> APIRouter:
     async def state(request: Request, job: str) -> Response:
         return Answer(_json(desk, *await _job(desk, request, job)))
 
-    @router.get("/jobs/{job}/events", summary="A job's state, progress and previews as they happen (server-sent)")
+    @router.get(
+        "/jobs/{job}/events", summary="A job's state, progress and previews as they happen (server-sent)"
+    )
     async def events(request: Request, job: str) -> Response:
         record, live = await _job(desk, request, job)
         return streamed(_events(desk, record, live))
@@ -126,8 +133,6 @@ def routes(desk: Desk) -> APIRouter:
         if live is not None:
             desk.floor.stop(live, "cancelled")
             with contextlib.suppress(TimeoutError):
-                import asyncio
-
                 async with asyncio.timeout(2):
                     await live.ended.wait()
             record = live.record

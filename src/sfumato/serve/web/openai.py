@@ -38,7 +38,14 @@ from sfumato.serve.web.body import (
 from sfumato.serve.web.schema import described
 
 MOST = 10  # pictures
-QUALITY = {"low": 0.5, "standard": 1.0, "medium": 1.0, "auto": 1.0, "high": 2.0, "hd": 2.0}  # of the model's steps
+QUALITY = {
+    "low": 0.5,
+    "standard": 1.0,
+    "medium": 1.0,
+    "auto": 1.0,
+    "high": 2.0,
+    "hd": 2.0,
+}  # of the model's steps
 IGNORED = {"user", "safety_identifier", "moderation"}  # nothing here is moderated, and users are keys
 NEUTRAL = {  # field → values that ask for nothing we do not do
     "background": ("auto", "opaque"),
@@ -70,7 +77,9 @@ class Wanted:
 def routes(desk: Desk) -> APIRouter:
     """All of them, on one desk."""
     router = APIRouter(prefix="/v1", tags=["openai"])
-    ours = {name: {"type": {int: "integer", float: "number", str: "string"}[kind]} for name, kind in OURS.items()}
+    ours = {
+        name: {"type": {int: "integer", float: "number", str: "string"}[kind]} for name, kind in OURS.items()
+    }
     fields = {
         "prompt": {"type": "string", "maxLength": checks.MAX_PROMPT},
         "model": {"type": "string"},
@@ -97,7 +106,9 @@ def routes(desk: Desk) -> APIRouter:
                 return Answer(_model(facts))
         raise Refused(404, "model_not_found", f"there is no model {model[:80]!r}", param="model")
 
-    @router.post("/images/generations", summary="Pictures from a prompt", openapi_extra=described(schema, EXAMPLE))
+    @router.post(
+        "/images/generations", summary="Pictures from a prompt", openapi_extra=described(schema, EXAMPLE)
+    )
     async def generations(request: Request) -> Response:
         body, digest = await json_body(request)
         return await _drawn(desk, request, _wanted(desk, body), digest, "image_generation")
@@ -174,7 +185,9 @@ def _wanted(desk: Desk, body: dict[str, Any]) -> Wanted:
         raise bad("stream must be true or false", "stream")
     for name, values in NEUTRAL.items():
         if name in body and (given := body.pop(name)) not in values:
-            allowed = checks.either([*map(str, values[:-1]), str(values[-1])]) if len(values) > 1 else values[0]
+            allowed = (
+                checks.either([*map(str, values[:-1]), str(values[-1])]) if len(values) > 1 else values[0]
+            )
             raise bad(f"{name} can only be {allowed} here, not {checks.shown(given)}", name)
     for name in [name for name in body if name in OURS]:
         request[name] = body.pop(name)
@@ -309,7 +322,7 @@ def _hole(image: bytes, mask: bytes | None) -> bytes | None:
     if not clear:
         return mask
     alpha = opened.convert("RGBA").getchannel("A")
-    if mask is None and alpha.getextrema()[0] > 0:
+    if mask is None and not alpha.histogram()[0]:
         return None
     stream = io.BytesIO()
     alpha.point(lambda value: 255 if value == 0 else 0).save(stream, "PNG")

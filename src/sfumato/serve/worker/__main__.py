@@ -49,12 +49,14 @@ class Worker:
             torch.set_num_threads(start["threads"])
         self.together = Together(Bench(place), 2 * start["batch"])
         self.models = {}
-        for row in start["models"]:
-            opened = open_model(ModelSpec(**row), start["device"], self.together, start["memory"])
+        self.specs = [ModelSpec(**row) for row in start["models"]]
+        self.preflights: dict[str, Any] = {}
+        for spec in self.specs:
+            opened = open_model(spec, start["device"], self.together, start["memory"])
             self.models[opened.name] = opened
         room = available(place)
         room = room if start["memory"] is None else min(room, start["memory"])
-        self.costs = {name: Costs(o.model, self.together.bench, room) for name, o in self.models.items()}
+        self.costs = {name: Costs(o.model, room) for name, o in self.models.items()}
         self.stops: dict[str, threading.Event] = {}  # of the jobs at work
         self.checks = ThreadPoolExecutor(1, "check")
         for name in self.models:
@@ -73,8 +75,8 @@ class Worker:
         """Until the front is gone."""
         while True:
             message, parts = self.line.receive()
-            if message["do"] == "check":
-                self.checks.submit(self._check, message, parts)
+            if message["do"] in ("check", "preflight"):
+                self.checks.submit(self._answer, message, parts)
             elif message["do"] == "draw":
                 stop = self.stops[message["job"]] = threading.Event()
                 threading.Thread(target=self._draw, args=(message, parts, stop), name=message["job"]).start()
@@ -97,15 +99,27 @@ class Worker:
         check_recipe(request, SUFFIXES[message["format"]])
         return request, self.costs[message["model"]].expected(request)
 
-    def _check(self, message: dict[str, Any], parts: list[bytes]) -> None:
+    def _answer(self, message: dict[str, Any], parts: list[bytes]) -> None:
+        """What a request will take, or what of it will not survive; or the error that it is."""
+        answer: dict[str, Any]
         try:
             request, expected = self._asked(message, parts)
+            if message["do"] == "preflight":
+                answer = {"preflight": self._survives(message["model"], request)}
+            else:
+                tune = [use.to_json() for use in request.loras or ()]
+                answer = {"expected": expected.to_json(), "sampler_steps": expected.steps, "tune": tune}
         except Exception as error:
-            self.tell({"is": "checked", "number": message["number"], "error": told(error)})
-            return
-        tune = [use.to_json() for use in request.loras or ()]
-        answer = {"expected": expected.to_json(), "sampler_steps": expected.steps, "tune": tune}
+            answer = {"error": told(error)}
         self.tell({"is": "checked", "number": message["number"], **answer})
+
+    def _survives(self, name: str, request: Any) -> dict[str, Any]:
+        from sfumato.serve.worker.preflight import Preflights
+
+        if name not in self.preflights:
+            spec = next(spec for spec in self.specs if spec.name == name)
+            self.preflights[name] = Preflights(spec, self.models[name].model, self.together.bench)
+        return self.preflights[name].of(request)
 
     def _draw(self, message: dict[str, Any], parts: list[bytes], stop: threading.Event) -> None:
         from sfumato.serve.worker.job import Job
@@ -124,6 +138,7 @@ class Worker:
                 time.monotonic() + message["left"],
                 self.tell,
                 stop,
+                self.costs[message["model"]].joules,
             )
             spent = job.draw(self.together)
             self.costs[message["model"]].learn(expected, spent)

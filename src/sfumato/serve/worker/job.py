@@ -32,7 +32,7 @@ class TooLate(SfumatoError):
 class Job:
     """What is drawn. request: complete. looks: how many pictures of it forming are wanted, of what format.
 
-    deadline: by `time.monotonic`. tell: hears messages for the front. stop: set to cancel.
+    deadline: by `time.monotonic`. tell: hears messages for the front. stop: set to cancel. joules: of seconds.
     """
 
     id: str
@@ -45,6 +45,7 @@ class Job:
     deadline: float
     tell: Tell
     stop: threading.Event
+    joules: Callable[[float], float | None]
 
     def draw(self, together: Together) -> Spent:
         """Draw it and tell the front; returns the device's seconds. Raises what drawing raises, `Cancelled`, `TooLate`.
@@ -80,6 +81,7 @@ class Job:
             "expected_seconds": round(self.expected.seconds, 4),
             "seconds": round(spent.network + spent.other, 4),
             "seconds_of": seconds,
+            "joules": self.joules(spent.network + spent.other),
         }
         self.tell({"is": "done", "job": self.id, "receipt": receipt, "recipe": result.recipe}, files)
         return spent

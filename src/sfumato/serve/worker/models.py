@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from sfumato import planning
+from sfumato.diffusion.schedules import SCHEDULES
 from sfumato.errors import InputError
-from sfumato.generate import Model, load
+from sfumato.generate import Model, eta_samplers, load
 from sfumato.runtime import DTYPES
+from sfumato.sampling import SAMPLERS
 from sfumato.serve.settings import ModelSpec
 from sfumato.serve.worker.together import Precision, Together
 from sfumato.types import Conditioning, Request
@@ -70,6 +72,9 @@ class Opened:
             "controls": list(getattr(system, "controls", ())),
             "weights": self.model.hashes,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "samplers": list(SAMPLERS),
+            "schedules": list(SCHEDULES),
+            "eta_samplers": eta_samplers(),
         }
 
 
