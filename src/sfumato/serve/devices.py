@@ -82,14 +82,9 @@ class Device:
         finally:
             self._asked.pop(number, None)
         if (error := found.get("error")) is not None:
-            status = 400 if error["client"] else 503
-            raise Refused(
-                status,
-                error["code"],
-                error["message"],
-                param=error["param"],
-                retry_after=None if error["client"] else 5,
-            )
+            status = 400 if error["client"] else 500 if error["code"] == "internal" else 503
+            after = 5 if status == 503 else None
+            raise Refused(status, error["code"], error["message"], param=error["param"], retry_after=after)
         return found
 
     @property
