@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,7 +199,7 @@ def generate(
         controlnets=networks,
     )
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
-        _note(note)
+        show.note(note)
     _note_guess(loaded)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
@@ -208,14 +207,18 @@ def generate(
         return
     if like is not None and said is not None:
         for note in likeness.differences(like, said, loaded, request):
-            _note(note)
+            show.note(note)
     _note_size(loaded, request)
+    from sfumato.receipts.bill import Meter, billed
+
+    meter = Meter()
     with show.progress() as bar:
         watch, clean = _watcher(bar, loaded, output if preview else None)
         try:
             result = loaded.generate(request, on_step=watch)
         finally:
             clean()
+    result = billed(loaded, request, result, meter)
     files = result.save(output)
     seconds = time.perf_counter() - started
     if as_json:
@@ -268,7 +271,7 @@ def _note_size(loaded: Any, request: Any) -> None:
     size, usual = loaded.complete(request).size, loaded.preset["size"]
     if size[0] * size[1] > MUCH_LARGER * usual[0] * usual[1]:
         shown, known = (f"{side[0]}x{side[1]}" for side in (size, usual))
-        _note(
+        show.note(
             f"{shown} is much larger than the {known} this model is made for, and things may stand there twice; "
             "--hires enlarges a picture of its own size"
         )
@@ -279,13 +282,7 @@ def _note_guess(loaded: Any) -> None:
     config = loaded.system.config
     if getattr(config, "guessed", ""):
         calls = f"its file calls it {config.guessed[:80]!r}"
-        _note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
-
-
-def _note(message: str) -> None:
-    line = " ".join(message.split())
-    encoding = sys.stderr.encoding or "utf-8"
-    sys.stderr.write("note: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        show.note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
 
 
 def _preview_of(output: Path) -> Path:

@@ -41,6 +41,13 @@ def line(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
+def note(text: str) -> None:
+    """Print a remark as one line on standard error."""
+    encoding = sys.stderr.encoding or "utf-8"
+    remark = "note: " + " ".join(text.split())
+    sys.stderr.write(remark.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
 def table(title: str, columns: list[str], rows: list[list[str]], keys: int = 1) -> None:
     """Print a table on standard output; one too wide for it in parts, each with the first `keys` columns."""
     from rich.console import Console

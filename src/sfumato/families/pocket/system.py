@@ -30,6 +30,7 @@ from sfumato.text import TextConfig, TextEncoder, Tokenizer
 from sfumato.types import Conditioning, Request
 
 FORMAT = "sfumato model 1"
+PARTS = ("autoencoder", "denoiser")
 
 
 class TextDenoiser(nn.Module):
@@ -207,7 +208,7 @@ def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = 
     """Write bfloat16 weights into a folder, and then `model.json`: where the card is, the model is whole."""
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[str]] = {}
-    for name in ("autoencoder", "denoiser"):
+    for name in PARTS:
         for old in directory.glob(f"{name}*.safetensors"):
             if (directory / "model.json").exists():
                 (directory / "model.json").unlink()
@@ -223,6 +224,23 @@ def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = 
 
 def open_folder(directory: Path, device: torch.device) -> System:
     """Read what `save_folder` wrote, strictly: every tensor present, of its shape, finite, and none besides."""
+    card, config = _card(directory)
+    with torch.device("meta"):
+        system = build(config)
+    for name in PARTS:
+        _read(getattr(system, name), name, directory, card, device)
+    return replace(system, control_files=nets.beside(directory))
+
+
+def open_autoencoder(directory: Path, device: torch.device) -> Autoencoder:
+    """The autoencoder of such a folder alone, as strictly."""
+    card, config = _card(directory)
+    with torch.device("meta"):
+        autoencoder = Autoencoder(config.autoencoder)
+    return _read(autoencoder, "autoencoder", directory, card, device)
+
+
+def _card(directory: Path) -> tuple[dict[str, Any], PocketConfig]:
     card = read_json(directory / "model.json")
     if card.get("format") != FORMAT:
         raise CheckpointError(
@@ -230,14 +248,14 @@ def open_folder(directory: Path, device: torch.device) -> System:
         )
     config = PocketConfig.from_dict(card)
     files = card.get("files")
-    for name in ("autoencoder", "denoiser"):
+    for name in PARTS:
         if not isinstance(files, dict) or not isinstance(files.get(name), list):
             raise CheckpointError(f"{directory / 'model.json'} lacks the list of {name} under 'files'")
-    with torch.device("meta"):
-        system = build(config)
-    for name in ("autoencoder", "denoiser"):
-        module = getattr(system, name)
-        tensors = load_sharded(directory, card["files"][name])
-        fill(module, tensors, f"{directory} ({name})", torch.float32)
-        module.to(device).eval().requires_grad_(False)
-    return replace(system, control_files=nets.beside(directory))
+    return card, config
+
+
+def _read(module: Any, name: str, directory: Path, card: dict[str, Any], device: torch.device) -> Any:
+    """The network with the weights that the card names for it."""
+    tensors = load_sharded(directory, card["files"][name])
+    fill(module, tensors, f"{directory} ({name})", torch.float32)
+    return module.to(device).eval().requires_grad_(False)
