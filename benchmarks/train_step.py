@@ -25,7 +25,7 @@ from sfumato.data.latents import LatentCache, build_latents
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Size
 from sfumato.families.pocket import PocketConfig, build
-from sfumato.receipts.flops import module_size
+from sfumato.flops import module_size
 from sfumato.runtime import fast_dtype, pick_device
 from sfumato.train.denoiser import Examples, picture_flops
 from sfumato.train.lanes import Feed, short_turns

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import sys
+import time
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,6 +49,24 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+class Clock:
+    """Seconds of the stages of work on a device, which is waited for at the end of each."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, dict[str, float]()
+        self._since = time.perf_counter()
+
+    def lap(self, stage: str, counts: bool = True) -> None:
+        """The time since the last lap was this stage's; where it does not count, the next one's."""
+        if not counts:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
 
 
 def deterministic() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import small_sd3
 from helpers import CPU, TINY, apart, noise, tiny_folder
 from sfumato import load
 from sfumato.autoencoder import AutoencoderConfig
@@ -18,6 +19,7 @@ from sfumato.families import PACKAGED
 from sfumato.families.pocket import build, save_folder
 from sfumato.families.pocket.config import DenoiserConfig, Preset
 from sfumato.families.sd.system import open_system
+from sfumato.families.sd3 import system as sd3
 from sfumato.generate import Model
 from sfumato.scenes import render, sample_scene
 from sfumato.scenes.controls import PICTURES, control_pictures
@@ -78,11 +80,14 @@ def base(recipe: Path) -> Model:
     return load(recipe.parent / "base", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", ["own", "sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["own", "sd1", "sdxl", "sd3.5-medium"])
 @torch.no_grad()
 def test_a_fresh_one_leaves_the_answer_as_it_is(tmp_path, family):
     if family == "own":
         system = load(tiny_folder(tmp_path / "m"), dtype=torch.float32).system
+    elif family in small_sd3.SMALL:
+        place = small_sd3.write(family, tmp_path / "m")
+        system = sd3.open_system(place, CPU, torch.float32, systems=small_sd3.SMALL)
     else:
         system = open_system(write(family, tmp_path / "m"), CPU, torch.float32, systems=SMALL)
     trainee = system.control_trainee(1, 1)
@@ -96,7 +101,7 @@ def test_a_fresh_one_leaves_the_answer_as_it_is(tmp_path, family):
     if family == "own":
         assert torch.equal(trainee.answer(x, time, cond, added), system.network(x, time, cond))
     else:
-        plain = trainee.unet(x[:, :, 0], time, cond.tokens, cond.vector)
+        plain = trainee.base(x[:, :, 0], time, cond.tokens, cond.vector)
         assert torch.equal(trainee.answer(x, time, cond, added)[:, :, 0], plain)
 
 
@@ -123,20 +128,25 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(recipe):
     assert whole.read_bytes() != parts.read_bytes()
 
 
-def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path):
+@pytest.mark.parametrize("kind", ["sd1", "sd3-medium"])
+def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path, kind):
     for name, seed in (("a", 1), ("b", 2)):
         for place, plus in (("pictures", 0), ("poses", 10)):
             (tmp_path / place).mkdir(exist_ok=True)
             noise(64, 64, seed + plus).save(tmp_path / place / f"{name}.png")
         (tmp_path / "pictures" / f"{name}.txt").write_text("a cat")
-    system = open_system(write("sd1", tmp_path / "sd"), CPU, torch.float32, systems=SMALL)
+    if kind == "sd1":
+        systems, system = SMALL, open_system(write(kind, tmp_path / "sd"), CPU, torch.float32, systems=SMALL)
+    else:
+        systems, place = small_sd3.SMALL, small_sd3.write(kind, tmp_path / "sd")
+        system = sd3.open_system(place, CPU, torch.float32, systems=systems)
     told = {"control.kind": "pose", "control.pictures": str(tmp_path / "poses"), "control.train.batch": 2,
             "control.train.microbatch": 0, "control.train.steps": 3}  # fmt: skip
     seen = []
 
     class Small(type(system)):
-        def with_controls(self, files, systems=None):
-            return super().with_controls(files, SMALL)
+        def with_controls(self, files, others=None):
+            return super().with_controls(files, systems)
 
     made = replace(
         read_recipe(recipe, told), data=DataRecipe(path=str(tmp_path / "pictures"), size=64, held_out=0.0)
@@ -145,7 +155,7 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path):
     job.model = Model(Small(**vars(system)), CPU, "sd")
     file = job.whole()
     assert "done" in seen and (tmp_path / "run" / "sheets").is_dir()
-    drawn = Model(system.with_controls({"pose": file}, SMALL), CPU, "sd").generate(
+    drawn = Model(system.with_controls({"pose": file}, systems), CPU, "sd").generate(
         Request("a cat", steps=2, size=(64, 64), controls=(Control("pose", noise(64, 64)),))
     )
     assert drawn.images[0].size == (64, 64)

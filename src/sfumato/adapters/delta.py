@@ -156,10 +156,10 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The `place`-th of `of` equal parts along the rows of a change to a fused layer, such as q of q, k and v."""
+    """Rows of a change to a layer that is laid out otherwise there: of its `of` equal parts, those numbered `rows`."""
 
-    inner: LowRank | Hadamard | Kronecker | Difference
-    place: int
+    inner: Hadamard | Kronecker | Difference | LowRank
+    rows: tuple[int, ...]
     of: int
 
     @property
@@ -168,15 +168,13 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows, *rest = self.inner.shape
-        return (rows // self.of, *rest)
+        height, *rest = self.inner.shape
+        return (height // self.of * len(self.rows), *rest)
 
     def full(self, shape: Shape) -> Tensor:
-        rows, *rest = shape
-        if isinstance(self.inner, LowRank) and self.inner.mid is None:  # only the rows that are asked for
-            up = self.inner.up.chunk(self.of)[self.place]
-            return LowRank(up, self.inner.down, self.inner.scale).full(shape)
-        return self.inner.full((rows * self.of, *rest)).chunk(self.of)[self.place]
+        height, *rest = shape
+        whole = self.inner.full((height // len(self.rows) * self.of, *rest))
+        return _rows_of(whole, self.rows, self.of)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +185,7 @@ class Decomposed:
     outputs: which of the two.
     """
 
-    inner: LowRank | Hadamard | Kronecker | Difference
+    inner: LowRank | Hadamard | Kronecker | Difference | Rows
     magnitude: Tensor
     outputs: bool
 
@@ -211,6 +209,28 @@ class Decomposed:
 
 Delta = LowRank | Hadamard | Kronecker | Difference | Rows | Decomposed
 Change = tuple[float, Delta]  # with its weight
+
+
+def rows_of(delta: Delta, rows: tuple[int, ...], of: int) -> Delta:
+    """The change to some of a layer's rows: of its `of` equal parts, those numbered `rows`, in their order.
+
+    `ValueError` where no rows can be told from the rest: DoRA over inputs has one norm for all.
+    """
+    if of == 1:
+        return delta
+    if delta.shape[0] % of:
+        raise ValueError(f"{delta.shape[0]} rows do not fall into {of} equal parts")
+    if isinstance(delta, Decomposed):
+        if not delta.outputs and len(rows) != of:
+            raise ValueError(f"DoRA over the inputs of a layer that is {of} here")
+        inner = rows_of(delta.inner, rows, of)
+        assert not isinstance(inner, Decomposed)
+        magnitude = _rows_of(delta.magnitude.flatten(), rows, of) if delta.outputs else delta.magnitude
+        return Decomposed(inner, magnitude, delta.outputs)
+    assert not isinstance(delta, Rows)
+    if isinstance(delta, LowRank):
+        return replace(delta, up=_rows_of(delta.up, rows, of))
+    return Rows(delta, rows, of)
 
 
 def folded(base: Tensor, changes: Sequence[Change], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -254,9 +274,14 @@ def _on(delta: Delta, device: torch.device) -> Delta:
         elif isinstance(value, Factor):
             parts = {g.name: getattr(value, g.name) for g in fields(value)}
             moved[f.name] = Factor(**{k: v if v is None else v.to(device) for k, v in parts.items()})
-        elif isinstance(value, LowRank | Hadamard | Kronecker | Difference):
+        elif isinstance(value, LowRank | Hadamard | Kronecker | Difference | Rows):
             moved[f.name] = _on(value, device)
     return replace(delta, **moved)
+
+
+def _rows_of(tensor: Tensor, rows: tuple[int, ...], of: int) -> Tensor:
+    parts = tensor.chunk(of)
+    return parts[rows[0]] if len(rows) == 1 else torch.cat([parts[k] for k in rows])
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -209,12 +209,16 @@ def generate(
         for note in likeness.differences(like, said, loaded, request):
             show.note(note)
     _note_size(loaded, request)
+    from sfumato.receipts.bill import Meter, billed
+
+    meter = Meter()
     with show.progress() as bar:
         watch, clean = _watcher(bar, loaded, output if preview else None)
         try:
             result = loaded.generate(request, on_step=watch)
         finally:
             clean()
+    result = billed(loaded, request, result, meter)
     files = result.save(output)
     seconds = time.perf_counter() - started
     if as_json:

@@ -16,7 +16,7 @@ from sfumato.diffusion.loss import flow_density, prediction_loss, spread, table_
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels
-from sfumato.receipts.flops import count_flops
+from sfumato.flops import count_flops
 from sfumato.train.loop import Loss, seeded
 from sfumato.train.recipe import LoraLoss, TrainRecipe
 from sfumato.types import Conditioning

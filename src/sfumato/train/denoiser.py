@@ -16,7 +16,7 @@ from sfumato.data.source import Source
 from sfumato.diffusion.loss import flow_density, prediction_loss, spread, training_pair
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.errors import InputError
-from sfumato.receipts.flops import count_flops
+from sfumato.flops import count_flops
 from sfumato.text import Tokenizer, pad
 from sfumato.train.loop import Loss, Player, seeded
 from sfumato.train.recipe import DenoiserLoss, DenoiserRecipe

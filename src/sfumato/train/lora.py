@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.adapters.trainable import TrainedLora, chosen, layers_of, written
+from sfumato.adapters.trainable import TrainedLora, check_spelled, chosen, layers_of, written
 from sfumato.checkpoint.writer import write_tensors
 from sfumato.data.folder import FolderSource
 from sfumato.data.latents import LatentCache, build_latents
@@ -67,7 +67,7 @@ class LoraJob(Job):
         self.folder.mkdir(parents=True, exist_ok=True)
         trainee, identity, layers = self.trainee, self.identity, self.layers
         has_state(place / "state", identity)
-        trainee.spell(next(iter(layers)), own.layout)
+        check_spelled((trainee.spell(path, own.layout) for path in layers), own.dora)
         source = self.source(self.multiple, "train")
         self.describe(source, f"; {len(layers)} layers of {own.base}")
         pictures = Pictures(source, self.latents(source), self.caption)
@@ -259,9 +259,9 @@ class LoraJob(Job):
 
     def export(self, lora: TrainedLora, step: int) -> Path:
         """Write the file, whole or not at all."""
-        tensors: dict[str, Tensor] = {}
-        for path, own in lora.named_factors():
-            tensors |= written(own, self.trainee.spell(path, self.own.layout), self.own.layout)
+        layout = self.own.layout
+        factors = ((own, self.trainee.spell(path, layout)) for path, own in lora.named_factors())
+        tensors = written(factors, layout)
         notes = notes_of(self.recipe, self.trainee, step)
         write_tensors(self.file, tensors, dtype=DTYPES[self.own.dtype], metadata=notes)
         hashed = {"sshs_model_hash": data_hash(self.file)}

@@ -113,7 +113,7 @@ def neighbours() -> list[Signature]:
             "decoder.mid_block.resnets.0.temporal_res_block.conv1.weight",
         ),
         *refused(
-            f"an SD3 ControlNet, {LATER}",
+            "an SD3 ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one",
             {"controlnet_blocks.0.weight": None, "pos_embed_input.proj.weight": None},
         ),
         *refused(
