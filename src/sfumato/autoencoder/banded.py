@@ -183,6 +183,19 @@ class Moments:
         return bool(torch.isfinite(self.mean + self.square).all())
 
 
+def normalise(x: Tensor, norm: nn.GroupNorm, moments: Moments, wide: torch.dtype) -> None:
+    """In place, by given statistics, which is what a batch norm does outside training; in one rounding.
+
+    x: (1, C, H, W). wide: the type of the arithmetic.
+    """
+    mean, variance = (value.to(wide) for value in moments.of_groups(norm.num_groups))
+    weight, bias = norm.weight.to(wide), norm.bias.to(wide)
+    unused = x.new_empty(0, dtype=wide)
+    torch.native_batch_norm(
+        x, weight, bias, mean, variance, False, 0.0, norm.eps, out=(x, unused, unused.clone())
+    )
+
+
 @dataclass
 class Stage:
     """The activation between two layers: channels [at, at + channels) of a level's memory, and their statistics."""
@@ -465,13 +478,7 @@ class Pass:
         return F.conv2d(x, *self.cast(conv))
 
     def normalise(self, x: Tensor, norm: nn.GroupNorm, moments: Moments) -> None:
-        """In place, by given statistics, which is what a batch norm does outside training; in one rounding."""
-        mean, variance = (value.to(self.wide) for value in moments.of_groups(norm.num_groups))
-        weight, bias = norm.weight.to(self.wide), norm.bias.to(self.wide)
-        unused = x.new_empty(0, dtype=self.wide)
-        torch.native_batch_norm(
-            x, weight, bias, mean, variance, False, 0.0, norm.eps, out=(x, unused, unused.clone())
-        )
+        normalise(x, norm, moments, self.wide)
 
     def activate(self, window: Tensor, norm: nn.GroupNorm, moments: Moments, top: bool, bottom: bool) -> None:
         """silu(norm(window)) in place. Rows beyond the picture's top and bottom are a convolution's padding: zero."""
