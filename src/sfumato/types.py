@@ -37,21 +37,26 @@ MAX_LAYERS = 1_000  # of a network
 MAX_TEXT_LENGTH = 512  # tokens of a text encoder without windows; T5 was trained on these
 MAX_CONTROL = 10.0  # weight of a control picture
 MAX_TOLD = 2**16  # pixels; of sizes that a network is told
+MAX_FRAMES = 1_000
+MAX_FPS = 240.0
+MAX_MOTION = 1_023  # buckets; training had 0 to 255
 FITS = ("cover", "contain", "stretch")
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is told. The last three are for networks that ask for them, and None for others.
+    """What a denoiser is told. The last four are for networks that ask for them, and None for others.
 
-    tokens: (B, N, D) text features. mask: (B, N) bool, True where a token is real; None where all are read.
-    vector: (B, V) pooled text and sizes. guidance: (B, G) the guidance scale, embedded.
+    tokens: (B, N, D) features of a text, or of a picture. mask: (B, N) bool, True where a token is real; None where all
+    are read. vector: (B, V) pooled text and sizes. guidance: (B, G) the guidance scale, embedded. channels: (B, E, T,
+    H, W) what the network sees beside the sample; of one frame where all frames see the same.
     """
 
     tokens: Tensor
     mask: Tensor | None = None
     vector: Tensor | None = None
     guidance: Tensor | None = None
+    channels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -244,6 +249,18 @@ class Micro:
 
 
 @dataclass(frozen=True)
+class Motion:
+    """What Stable Video Diffusion is told of a clip beside the picture it begins with and its frames per second.
+
+    bucket: how much moves, 0 to 255 in training. augment: deviation of the noise laid over the picture's pixels in
+    [-1, 1]; more of it lets the clip part further from the picture.
+    """
+
+    bucket: int = 127
+    augment: float = 0.02
+
+
+@dataclass(frozen=True)
 class SkipLayers:
     """Guidance away from what the network draws without some of its layers (`diffusion.guidance.Skipping`).
 
@@ -291,6 +308,13 @@ class Request:
     micro: what SDXL is told of sizes, crops and aesthetics.
     refine_at: the share of the noise levels, from the noisiest, after which a model's refiner takes over, diffusers'
         denoising_end; None is 0.8 where there is a refiner.
+    Clips, of models that draw them:
+        frames: how many; None is as many as the model was made for. A model of clips draws a picture of 1.
+        fps: frames per second, of which such a model may be told, and at which the clip is shown.
+        image: the clip's first picture; `fit` is then cover unless it says otherwise, and without `size` the clip has
+            the model's own, on end if the picture is.
+        guidance_first: guidance of the first frame; from there it changes evenly to `guidance`, which is the last's.
+        motion: how much is to move.
     loras: which of the LoRAs that the model has opened to draw with, and how much; None is as they were attached.
     controls: pictures that ControlNets of the model read. Then `fit` brings these to the size that is drawn, too.
     """
@@ -324,6 +348,15 @@ class Request:
     refine_at: float | None = None
     loras: tuple[LoraUse, ...] | None = None
     controls: tuple[Control, ...] | None = None
+    frames: int | None = None
+    fps: float | None = None
+    guidance_first: float | None = None
+    motion: Motion | None = None
+
+    @property
+    def moves(self) -> bool:
+        """Whether a clip is asked for."""
+        return (self.frames or 1) > 1
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], pictures: Iterable[Image] = ()) -> Request:
@@ -391,7 +424,12 @@ class Request:
     def for_some(self) -> list[str]:
         """The fields given, inner ones as `micro.crop`, that only some families of models read."""
         given = [
-            name for name in ("prompt_rules", "weighting", "text_length") if getattr(self, name) is not None
+            name
+            for name in (
+                *("prompt_rules", "weighting", "text_length"),
+                *("frames", "fps", "guidance_first", "motion"),
+            )
+            if getattr(self, name) is not None
         ]
         if self.micro is not None:
             given += [
@@ -423,6 +461,12 @@ class Request:
             _integer("steps", self.steps, 1, MAX_STEPS)
         if self.guidance is not None:
             _number("guidance", self.guidance, 0.0, 100.0)
+        if self.guidance_first is not None:
+            _number("guidance_first", self.guidance_first, 0.0, 100.0)
+        if self.frames is not None:
+            _integer("frames", self.frames, 1, MAX_FRAMES)
+        if self.fps is not None:
+            _number("fps", self.fps, 1.0, MAX_FPS)
         for name in ("sampler", "schedule", "prompt_rules", "weighting"):
             _name(name, getattr(self, name))
         if self.size is not None:
@@ -518,6 +562,9 @@ class Request:
             _number("variation.strength", self.variation.strength, 0.0, 1.0)
         if self.micro is not None:
             _validate_micro(self.micro)
+        if self.motion is not None:
+            _integer("motion.bucket", self.motion.bucket, 0, MAX_MOTION)
+            _number("motion.augment", self.motion.augment, 0.0, 10.0)
         if self.skip_layers is not None:
             _validate_skip_layers(self.skip_layers)
 
@@ -527,6 +574,7 @@ _NESTED: dict[str, type] = {
     "hires": HiRes,
     "variation": Variation,
     "micro": Micro,
+    "motion": Motion,
     "skip_layers": SkipLayers,
 }
 
@@ -566,17 +614,40 @@ def _validate_micro(micro: Micro) -> None:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Pictures of one size, shown one after the other. fps: how many a second."""
+
+    frames: tuple[Image, ...]
+    fps: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.frames[0].size
+
+    @property
+    def seconds(self) -> float:
+        return len(self.frames) / self.fps
+
+
+@dataclass(frozen=True)
 class Result:
-    """Pictures and how they came to be. `recipe` is plain JSON: request, model, hashes, versions, seconds."""
+    """Pictures, or clips, and how they came to be. `recipe` is plain JSON: request, model, hashes, versions, seconds."""
 
     images: tuple[Image, ...]
     recipe: dict[str, Any] = field(default_factory=dict)
+    clips: tuple[Clip, ...] = ()
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write `path`, or `name-0.png` … `name-(n-1).png` for several, atomically, each with its recipe inside."""
+        """Write `path`, or `name-0.png` … `name-(n-1).png` for several, atomically, each with its recipe inside.
+
+        Pictures are written as .png, .jpg or .webp, clips as .mp4, .webm, .gif, .webp or, without an ending, as folders
+        of .png.
+        """
+        from sfumato.receipts.clips import save_clips
         from sfumato.receipts.provenance import save_images
 
-        return save_images(self, path)
+        return save_clips(self, path) if self.clips else save_images(self, path)
 
 
 def _text(name: str, value: object) -> None:

@@ -146,7 +146,7 @@ def rescued(
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    if not torch.isfinite(x).all():
+    if (~torch.isfinite(x)).any():
         raise InputError(f"{name} must be finite, but holds NaN or infinity", argument=name)
 
 
@@ -180,7 +180,7 @@ class Moments:
         return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
 
     def finite(self) -> bool:
-        return bool(torch.isfinite(self.mean + self.square).all())
+        return not bool((~torch.isfinite(self.mean + self.square)).any())
 
 
 def normalise(x: Tensor, norm: nn.GroupNorm, moments: Moments, wide: torch.dtype) -> None:
@@ -257,7 +257,7 @@ class Pass:
         self.leave(stage, encoder.conv_norm_out, encoder.conv_out, out)
         if self.model.quant_conv is not None:
             out.copy_(self.pointwise(self.model.quant_conv, out.to(self.dtype)))
-            if not torch.isfinite(out).all():
+            if (~torch.isfinite(out)).any():
                 raise self.failure(self.model.quant_conv)
 
     # --- layers ---
@@ -278,13 +278,13 @@ class Pass:
     def leave(self, stage: Stage, norm: nn.GroupNorm, conv: nn.Conv2d, out: Tensor) -> None:
         """The last norm and convolution: the residual stream → out (1, C, H, W)."""
         convolve = self.convolution(conv, out.shape[3])
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        wrong = torch.zeros((), dtype=torch.bool, device=self.device)
         for y0, y1, window in self.windows(stage.x, conv.out_channels):
             self.activate(window, norm, stage.moments, y0 == 0, y1 == out.shape[2])
             rows = convolve(window)
             out[:, :, y0:y1] = rows
-            finite &= torch.isfinite(rows).all()
-        if not finite:
+            wrong |= (~torch.isfinite(rows)).any()
+        if wrong:
             raise self.failure(norm, conv)
 
     def mid(self, stage: Stage, block: MidBlock) -> None:

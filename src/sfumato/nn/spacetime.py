@@ -177,8 +177,8 @@ class Middle(nn.Module):
 class SpaceTimeUNet(nn.Module):
     """Network of a denoiser of clips: (noisy latent, time, context, numbers) → a field shaped like the latent.
 
-    Its weights may be of any floating type; activations have the type of the weights. Activations are channels-last in
-    memory, and weights are used fastest if they are too, or on a CPU packed (`nn/packed.py`).
+    Its weights may be of any floating type; activations have the type of the weights, and are channels-last in memory.
+    On a CPU weights are used fastest packed (`nn/packed.py`).
     """
 
     def __init__(self, config: SpaceTimeConfig):

@@ -32,10 +32,7 @@ def as_frames(x: Tensor, height: int, width: int) -> Tensor:
 
 
 class TemporalConv(nn.Module):
-    """A 3×1×1 convolution of clips (B, C, T, H·W) along T, zeros before the first frame and after the last.
-
-    padding: frames of zeros at either end; 0 for a window of frames that has its neighbours with it.
-    """
+    """A 3×1×1 convolution of clips (B, C, T, H·W) along T, zeros before the first frame and after the last."""
 
     def __init__(self, channels: int, out: int):
         super().__init__()
@@ -43,9 +40,13 @@ class TemporalConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
-    def forward(self, x: Tensor, padding: int = 1) -> Tensor:
-        kernel = self.weight[..., 0]  # (O, C, 3, 1)
-        return functional.conv2d(x, kernel, self.bias, padding=(padding, 0))
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.flat, self.bias, padding=(1, 0))
+
+    @property
+    def flat(self) -> Tensor:
+        """(O, C, 3, 1): the kernel on a map that is T high and H·W wide."""
+        return self.weight[..., 0]
 
 
 class Mixer(nn.Module):

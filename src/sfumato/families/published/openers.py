@@ -9,33 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.autoencoder import temporal
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
-from sfumato.checkpoint.fill import fill_layers
+from sfumato.checkpoint.fill import fill, fill_layers
 from sfumato.errors import InputError
 from sfumato.families.published.kinds import DenoiserConfig
 from sfumato.families.published.networks import part_hash
 from sfumato.memory import OFFLOADS, check_offload
-from sfumato.nn import mmdit, quantized
+from sfumato.nn import mmdit, quantized, spacetime
 from sfumato.nn.mmdit import MMDiT, MMDiTConfig
 from sfumato.nn.openvino import PRECISIONS, OpenVINONetwork, plugin
 from sfumato.nn.quantized import quantize, require_eight_bits
+from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
 from sfumato.text.clip import ClipConfig, ClipTextEncoder
 from sfumato.text.t5 import T5Config, T5Encoder
+from sfumato.text.vision import ClipVisionConfig, ClipVisionEncoder
 
 NETWORKS: Mapping[
     type, Callable[[Any], nn.Module]
 ] = {  # a configuration's class to the network of that shape
     UNetConfig: UNet,
     MMDiTConfig: MMDiT,
-    KLConfig: AutoencoderKL,
+    SpaceTimeConfig: SpaceTimeUNet,
+    KLConfig: temporal.build,
     ClipConfig: ClipTextEncoder,
+    ClipVisionConfig: ClipVisionEncoder,
     T5Config: T5Encoder,
 }
 NOT_EIGHT_BITS = {
     UNetConfig: quantized.KEPT,
     MMDiTConfig: mmdit.KEPT,
+    SpaceTimeConfig: spacetime.KEPT,
 }  # parts of names of layers that stay as they are
 
 
@@ -49,9 +55,21 @@ def autoencoder(
     config: KLConfig, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype, device: torch.device
 ) -> AutoencoderKL:
     """The autoencoder with these weights. `where` stands for them in errors."""
-    with torch.device("meta"):
-        model = AutoencoderKL(config)
+    model: Any = blank(config)
     fill_layers(model, tensors, where, dtype, device)
+    return model.eval().requires_grad_(False)
+
+
+def picture_encoder(
+    config: ClipVisionConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ClipVisionEncoder:
+    """CLIP's picture encoder with these weights. `where` stands for them in errors."""
+    model: Any = blank(config)
+    fill(model, tensors, where, dtype, device)
     return model.eval().requires_grad_(False)
 
 
@@ -64,7 +82,7 @@ def denoiser(
     engine: str = "torch",
     *,
     stream: bool = False,
-) -> UNet | MMDiT | OpenVINONetwork:
+) -> UNet | MMDiT | SpaceTimeUNet | OpenVINONetwork:
     """The network that draws with these weights, laid out for what runs it. `where` stands for the weights in errors.
 
     stream: its layers are read whenever they are called, which `offloads` must allow.
