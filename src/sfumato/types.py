@@ -632,7 +632,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures, or clips, and how they came to be. `recipe` is plain JSON: request, model, hashes, versions, seconds."""
+    """Pictures, or clips, and how they came to be. recipe: plain JSON: request, model, hashes, versions, seconds."""
 
     images: tuple[Image, ...]
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from sfumato.autoencoder.banded import Moments, NonFiniteError, check_finite, normalise, rescued
 from sfumato.autoencoder.kl import norm_silu
@@ -44,6 +45,8 @@ def decode_framed(
     ignored. There are no gradients. Raises `InputError` on a wrong shape or a latent that is not finite,
     `NonFiniteError` when a layer overflows.
     """
+    if has_torch_function((latent,)):  # a mode that counts operations sees this one whole
+        return handle_torch_function(decode_framed, (latent,), model, latent, band=band, dtype=dtype)
     model.check_latent(latent)
     check_finite(latent, "latent")
     B, _, T, H, W = latent.shape
@@ -81,15 +84,14 @@ class Pass:
         """latent: (C, T, H/f, W/f); out: (3, T, H, W), written."""
         decoder, first = self.model.decoder, self.model.post_quant_conv
         x = [frame[None].to(self.dtype) for frame in latent.unbind(1)]  # T of (1, C, H/f, W/f)
-        if first is not None:
-            self.each(x, first)
-        self.each(x, decoder.conv_in)
+        alone: list[nn.Module] = [*([] if first is None else [first]), decoder.conv_in]
         for layer in decoder.layers():
             if isinstance(layer, SpaceTimeResnet):
-                self.each(x, layer.spatial_res_block)
+                self.each(x, *alone, layer.spatial_res_block)
                 self.mix(x, layer)
+                alone = []
             else:
-                self.each(x, layer)
+                alone.append(layer)
         norm, conv = self.cast(decoder.conv_norm_out), self.cast(decoder.conv_out)
         frames = len(x)
         for t in range(frames):
@@ -98,11 +100,14 @@ class Pass:
         out.copy_(as_frames(shown, *out.shape[-2:]).movedim(0, 1))
         self.check(out.sum(), decoder.conv_out)
 
-    def each(self, x: list[Tensor], layer: nn.Module) -> None:
-        """A layer of one frame on every frame, in place of what it read."""
-        layer = self.cast(layer)
+    def each(self, x: list[Tensor], *layers: nn.Module) -> None:
+        """Layers of one frame, one after the other on every frame, in place of what they read: what is wider between
+        them is that of one frame alone.
+        """
+        ready = [self.cast(layer) for layer in layers]
         for t in range(len(x)):
-            x[t] = layer(x[t].contiguous(memory_format=torch.channels_last))
+            for layer in ready:
+                x[t] = layer(x[t].contiguous(memory_format=torch.channels_last))
 
     def mix(self, x: list[Tensor], layer: SpaceTimeResnet) -> None:
         """The temporal half of a block, in place."""
