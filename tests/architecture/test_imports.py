@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 LEVELS = [
-    {"errors", "types", "storage", "runtime", "pictures", "memory"},
+    {"errors", "types", "storage", "runtime", "pictures", "memory", "video"},
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},

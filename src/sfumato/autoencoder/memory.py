@@ -107,7 +107,9 @@ def clip_bytes(
     """
     check_size(config.factor, height, width)
     size, result = dtype.itemsize, PIXEL_CHANNELS * frames * height * width * 4
-    worst = before = alone = 0  # bytes: at most; of a frame as the last temporal half left it; of layers since, at most
+    worst = before = alone = (
+        0  # bytes: at most; of a frame as the last temporal half left it; of layers since, at most
+    )
     for layer in layers_of(config, "decode", height, width):
         kind, _, out, rows, columns = layer
         alone = max(alone, plain_bytes(layer, size))
