@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sfumato.cli import controls, loras, options, parse, show
+from sfumato.cli import controls, loras, options, parse, show, watch
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from sfumato.receipts.provenance import Like
     from sfumato.types import Request
 
@@ -139,7 +134,7 @@ def generate(
     shown = controls.given([] if control in (None, controls.NONE) else control)
     networks = controls.files(controlnet or [])
     adapters = loras.given([] if lora in (None, loras.NONE) else lora)
-    default = {name for name in given if _left_open(context, name)}
+    default = {name for name in given if options.left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
     if image is not None:
         given["image"] = parse.picture("image", image)
@@ -166,7 +161,7 @@ def generate(
     request = Request.from_dict(_merged(given, told))
     check_output(output, request.count, request)
     if preview:
-        _check_preview(output)
+        watch.check_preview(output)
 
     started = time.perf_counter()
     from sfumato.generate import DEFAULT_MODEL, MODELS, load
@@ -195,8 +190,10 @@ def generate(
         tokenizer=tokenizer,
         controlnets=networks,
     )
+    if getattr(loaded.system, "animates", False):
+        raise InputError(f"{model} draws clips and no pictures; use sfumato animate", argument="model")
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
-        _note(note)
+        show.note(note)
     _note_guess(loaded)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
@@ -206,9 +203,9 @@ def generate(
         _note_differences(like, said, loaded, request)
     _note_size(loaded, request)
     with show.progress() as bar:
-        watch, clean = _watcher(bar, loaded, output if preview else None)
+        hear, clean = watch.watcher(bar, loaded, output if preview else None)
         try:
-            result = loaded.generate(request, on_step=watch)
+            result = loaded.generate(request, on_step=hear)
         finally:
             clean()
     files = result.save(output)
@@ -226,12 +223,6 @@ def generate(
     else:
         for file in files:
             show.line(str(file))
-
-
-def _left_open(context: typer.Context, name: str) -> bool:
-    """Whether the option has its value by default, so that a picture to be like may give another."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "DEFAULT"
 
 
 def _said(like: Path, given: dict[str, Any], dropped: set[str], refiner: str | None) -> Like:
@@ -263,14 +254,8 @@ def _said(like: Path, given: dict[str, Any], dropped: set[str], refiner: str | N
 
 
 def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a request from those `given`, some of them inner ones such as `hires.scale`, laid over those `said`."""
-    values = dict(said)
-    for name, value in given.items():
-        outer, dot, inner = name.partition(".")
-        if dot:
-            values[outer] = {**(values.get(outer) or {}), inner: value}
-        else:
-            values[outer] = value
+    """Fields of a request from those `given` laid over those `said`, with what cannot stand alone."""
+    values = parse.merged(given, said)
     if "prompt" not in values:
         raise InputError(
             "give a prompt (it may be empty), or a picture to take it from by --like", argument="prompt"
@@ -291,39 +276,39 @@ def _note_differences(like: Path | None, said: Like, loaded: Any, request: Reque
     if said.weights is not None:
         _note_weights(f"{like} was drawn", said.weights, loaded.hashes, f"the model {said.model!r}", "-m")
     elif said.weights is None and said.model is not None:
-        _note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
+        show.note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
     if loaded.refiner is not None and said.refiner_weights is not None:
         of = said.refiner_weights, loaded.refiner.hashes
         _note_weights(f"{like} was finished", *of, f"the refiner {said.refiner!r}", "--refiner")
     read_as = getattr(loaded.system, "read_as", {})
     for name, value in said.read_as.items():
         if (taken := read_as.get(name, value)) != value:
-            _note(f"{like} was drawn with the {name} {value!r} and not {taken!r}; give it by --{name}")
+            show.note(f"{like} was drawn with the {name} {value!r} and not {taken!r}; give it by --{name}")
     ours, theirs = set(loaded.without), set(said.without)
     if said.weights is not None and ours != theirs:
         more = [f"with {name}" for name in sorted(ours - theirs)]
-        _note(
+        show.note(
             f"{like} was drawn {' and '.join([*more, *(f'without {name}' for name in sorted(theirs - ours))])}; "
             "which text encoders are read is said by --no-t5, --no-clip-l and --no-clip-g"
         )
     for name, digest in said.embeddings.items():
         digest_here = loaded.embeddings.get(name)
         if digest_here is None:
-            _note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
+            show.note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
         elif not digest_here.startswith(digest):
-            _note(f"{like} was drawn with another embedding {name!r} than this file's")
+            show.note(f"{like} was drawn with another embedding {name!r} than this file's")
     ours = {} if request.loras is None else loaded.system.adapters.digests(request.loras)
     for note in loras.differences(like, said.loras, ours):
-        _note(note)
+        show.note(note)
     drawn = (
         loaded.system.control_hashes()
         if said.controlnets and hasattr(loaded.system, "control_hashes")
         else {}
     )
     for note in controls.differences(like, said.controlnets, drawn):
-        _note(note)
+        show.note(note)
     if said.ignored:
-        _note(f"not taken over from {like}: {', '.join(said.ignored)}")
+        show.note(f"not taken over from {like}: {', '.join(said.ignored)}")
 
 
 def _note_size(loaded: Any, request: Any) -> None:
@@ -331,7 +316,7 @@ def _note_size(loaded: Any, request: Any) -> None:
     size, usual = loaded.complete(request).size, loaded.preset["size"]
     if size[0] * size[1] > MUCH_LARGER * usual[0] * usual[1]:
         shown, known = (f"{side[0]}x{side[1]}" for side in (size, usual))
-        _note(
+        show.note(
             f"{shown} is much larger than the {known} this model is made for, and things may stand there twice; "
             "--hires enlarges a picture of its own size"
         )
@@ -342,78 +327,14 @@ def _note_guess(loaded: Any) -> None:
     config = loaded.system.config
     if getattr(config, "guessed", ""):
         calls = f"its file calls it {config.guessed[:80]!r}"
-        _note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
+        show.note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
 
 
 def _note_weights(what: str, said: dict[str, str], ours: dict[str, str], model: str, option: str) -> None:
     """Say whose weights differ: another model's, or a part's of the same. A part that only one side names is none."""
     other = [part for part, digest in said.items() if ours.get(part, digest) != digest]
     if not said.keys() & ours.keys() or "denoiser" in other:
-        _note(f"{what} by other weights, of {model}; choose the model by {option}")
+        show.note(f"{what} by other weights, of {model}; choose the model by {option}")
     elif other:
         by = "; give it by --vae" if "autoencoder" in other else ""
-        _note(f"{what} with other weights of {' and '.join(other)}, by {model}{by}")
-
-
-def _note(message: str) -> None:
-    line = " ".join(message.split())
-    encoding = sys.stderr.encoding or "utf-8"
-    sys.stderr.write("note: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-
-
-def _preview_of(output: Path) -> Path:
-    return output.with_name(f"{output.stem}-preview.png")
-
-
-def _check_preview(output: Path) -> None:
-    """Raise `InputError` if the forming picture would go to a file, and one of its name is there already."""
-    file = _preview_of(output)
-    if not show.console().is_terminal and os.path.lexists(file):
-        raise InputError(
-            f"the preview would overwrite {str(file)!r}; move that file, or name another output",
-            argument="preview",
-        )
-
-
-def _watcher(
-    bar: Progress, model: Any, preview: Path | None
-) -> tuple[Callable[[Any], None], Callable[[], None]]:
-    """(on_step, clean up): moves the bar, and shows the forming picture in the terminal or in `name-preview.png`.
-
-    Only a file that was written here is removed.
-    """
-    task = bar.add_task("drawing", total=None)
-    file = None if preview is None else _preview_of(preview)
-    written = False
-    live = None
-    if preview is not None and bar.console.is_terminal:
-        from rich.live import Live
-
-        live = Live(console=bar.console, transient=True, auto_refresh=False)
-        bar.stop()
-        live.start()
-
-    def watch(step: Any) -> None:
-        nonlocal written
-        bar.update(task, total=step.total, completed=step.index + 1)
-        if preview is None:
-            return
-        picture = model.preview(step.denoised[:1])
-        if live is not None:
-            from rich.console import Group
-
-            live.update(Group(show.half_blocks(picture), bar.get_renderable()), refresh=True)
-        elif file is not None:
-            from sfumato.storage import atomic_file
-
-            written = True  # before it is: an interrupt may come as soon as it is there
-            with atomic_file(file) as temporary:
-                picture.save(temporary, format="PNG")
-
-    def clean() -> None:
-        if live is not None:
-            live.stop()
-        elif file is not None and written:
-            file.unlink(missing_ok=True)
-
-    return watch, clean
+        show.note(f"{what} with other weights of {' and '.join(other)}, by {model}{by}")

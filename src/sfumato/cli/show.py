@@ -41,6 +41,13 @@ def line(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
+def note(message: str) -> None:
+    """Print one line on standard error, of something that should be known and hinders nothing."""
+    line = " ".join(message.split())
+    encoding = sys.stderr.encoding or "utf-8"
+    sys.stderr.write("note: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
 def table(title: str, columns: list[str], rows: list[list[str]], keys: int = 1) -> None:
     """Print a table on standard output; one too wide for it in parts, each with the first `keys` columns."""
     from rich.console import Console

@@ -29,9 +29,11 @@ REFINE_AT = (
 def complete(model: Model, request: Request) -> Request:
     """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
     sizes and steps. Doing it twice changes nothing."""
-    request = request.validate().with_defaults(**_of_clips(model))
+    request = request.validate()
+    if getattr(model.system, "animates", False):
+        request = request.with_defaults(frames=model.preset["frames"])
     request = settle(request, model.system.config.multiple, model.preset["size"])
-    request = request.with_defaults(**model.preset | _loras(model, request)).validate()
+    request = request.with_defaults(**_preset(model, request) | _loras(model, request)).validate()
     assert request.size and request.sampler and request.schedule and request.steps
     check_size(request.size, model.system.config.multiple)
     _check_clip(model, request)
@@ -66,9 +68,10 @@ def complete(model: Model, request: Request) -> Request:
     return request
 
 
-def _of_clips(model: Model) -> dict[str, Any]:
-    """What a clip gets that leaves it open, of a model that draws clips."""
-    return {name: model.preset[name] for name in ("frames", "fps", "guidance_first") if name in model.preset}
+def _preset(model: Model, request: Request) -> dict[str, Any]:
+    """What the request gets that it leaves open. How many frames is asked for, or else it is a picture."""
+    left = {"frames"} if request.moves else {"frames", "fps", "guidance_first"}
+    return {name: value for name, value in model.preset.items() if name not in left}
 
 
 def _check_clip(model: Model, request: Request) -> None:

@@ -83,11 +83,11 @@ def _metadata(recipe: dict[str, Any], kind: str) -> dict[str, Any]:
     return {}
 
 
-def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_recipe(path: str | os.PathLike[str], argument: str = "path") -> dict[str, Any]:
     """The recipe inside a clip written by `save_clips`. Raises `InputError` if there is none or it is no clip."""
     from sfumato.video.read import notes
 
-    found = notes(path)
+    found = notes(path, argument)
     text = found.get("comment", "")
     if "sfumato" not in found and text.startswith("{"):  # of a GIF
         found = found | {"sfumato": text}

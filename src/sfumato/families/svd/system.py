@@ -9,7 +9,7 @@ network is told three numbers: frames per second less one, how much moves, and h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from sfumato.families.published.openers import (
     require_offload,
 )
 from sfumato.families.published.system import Place, Preset, PublishedSystem, opened, ready
-from sfumato.families.svd.family import FAMILY, levels_of, long_by
+from sfumato.families.svd.family import FAMILY, levels_of
 from sfumato.families.svd.shapes import IMAGE_ENCODER, SYSTEMS
 from sfumato.families.svd.shapes import System as Kind
 from sfumato.sampling.noise import SeededNoise
@@ -46,14 +46,11 @@ AUGMENTING = 1  # the draw of a seed's beginning that is the noise in the pictur
 
 @dataclass(frozen=True)
 class Config:
-    """kind: a key of `SYSTEMS`. multiple: what a clip's sides are multiples of. guessed: the words by which a file was
-    taken for the long kind, if it was.
-    """
+    """kind: a key of `SYSTEMS`. multiple: what a clip's sides are multiples of."""
 
     kind: str
     preset: Preset
     multiple: int = 8
-    guessed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +147,6 @@ def open_system(
     """The model at `path`, a single file or a diffusers folder. options: of `build`; the rest as for
     `published.system.opened`.
     """
-    from dataclasses import replace
-
     families = (replace(FAMILY, systems=systems),)
     found = opened(path, families, variant=variant, parts=parts)
     return build(found, str(path), device, dtype, families, **options)
@@ -180,7 +175,7 @@ def build(
     require_offload(offload, engine, dtype)
     made = ready(found, name, (IMAGE_ENCODER,), vae, families)
     unopened = System(
-        config=Config(found.kind, preset_of(found), made.shapes.vae.factor, guessed_by(found, name)),
+        config=Config(found.kind, preset_of(found), made.shapes.vae.factor),
         shapes=made.shapes,
         networks=Networks({}),
         levels=noise_levels(*levels_of(found, name)),
@@ -191,11 +186,6 @@ def build(
         engine=engine,
     )
     return unopened.offloaded(offload)
-
-
-def guessed_by(found: Checkpoint, name: str) -> str:
-    """The words by which a single file was taken for the long kind."""
-    return long_by(found, name) if found.folder is None and found.kind == "svd-xt" else ""
 
 
 def usual_preset(found: Checkpoint) -> Preset:
