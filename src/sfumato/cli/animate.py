@@ -33,8 +33,8 @@ Seed = Annotated[str, Option(metavar="N", help="Clip k is the clip of seed + k."
 Guidance = Annotated[
     str | None,
     Option(
-        metavar="X[:Y]",
-        help="How strictly to follow the picture or the prompt: all along, or from the first frame to the last.",
+        metavar="[X:]Y",
+        help="How strictly to follow the picture or the prompt: from X at the first frame to Y at the last.",
     ),
 ]
 Image = Annotated[

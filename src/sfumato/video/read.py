@@ -214,7 +214,7 @@ def _turned(picture: Image.Image, degrees: float) -> Image.Image:
         180: Image.Transpose.ROTATE_180,
         270: Image.Transpose.ROTATE_270,
     }
-    found = turns.get(degrees % 360)
+    found = turns.get(int(degrees) % 360)
     return picture if found is None else picture.transpose(found)
 
 
