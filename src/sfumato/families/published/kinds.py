@@ -12,23 +12,26 @@ from sfumato.checkpoint.rules import Drop, KeyMap
 from sfumato.families.published import keys
 from sfumato.families.published.adapters import Naming
 from sfumato.nn.mmdit import MMDiTConfig
+from sfumato.nn.spacetime import SpaceTimeConfig
 from sfumato.nn.unet import UNetConfig
 from sfumato.text.clip import ClipConfig
 from sfumato.text.t5 import T5Config
+from sfumato.text.vision import ClipVisionConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.families.published.checkpoint import Checkpoint
 
-DenoiserConfig = UNetConfig | MMDiTConfig
-TextConfig = ClipConfig | T5Config
+DenoiserConfig = UNetConfig | MMDiTConfig | SpaceTimeConfig
+TextConfig = ClipConfig | T5Config | ClipVisionConfig  # of what reads the prompt, or the picture in its place
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text encoder's place. name: of the part, and of its diffusers folder. prefixes: in a single file; the first
-    is the one written. open_clip: a single file keeps it in open_clip's layout, else in transformers'.
+    """The place of an encoder of prompts, texts or pictures. name: of the part, and of its diffusers folder. prefixes:
+    in a single file; the first is the one written. open_clip: a single file keeps it in open_clip's layout, else in
+    transformers'.
     """
 
     name: str
@@ -60,7 +63,8 @@ class Family:
     signatures(systems): the marks of its denoisers, alone and in whole files.
     denoiser_map(config): the denoiser's original names to ours. extras: what single files hold beside their networks.
     settled(checkpoint, source): the checkpoint, once what its tensors and its scheduler's JSON (`configs`) say is read.
-    unsayable(checkpoint): why a single file cannot say what it is, or "". markers(checkpoint): tensors that say it.
+    unsayable(checkpoint): why a single file cannot say what it is, or "". markers(checkpoint): tensors that say it, and
+        what else readers of such a file expect beside its parts.
     denoiser_config, scheduler_config, model_index(checkpoint): the JSON of a diffusers folder.
     pads(kind): of each part whose tokenizer comes with the package, the id that pads (see `ClipTokenizer`).
     same_tensors: kinds that no tensor tells apart, to the one that their files are taken for.
@@ -77,7 +81,7 @@ class Family:
     extras: tuple[Drop, ...]
     settled: Callable[[Checkpoint, str], Checkpoint]
     unsayable: Callable[[Checkpoint], str]
-    markers: Callable[[Checkpoint], dict[str, Tensor]]
+    markers: Callable[[Checkpoint], Mapping[str, Tensor]]
     denoiser_config: Callable[[Checkpoint], dict[str, Any]]
     scheduler_config: Callable[[Checkpoint], dict[str, Any]]
     model_index: Callable[[Checkpoint, str], dict[str, Any]]
