@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.detect import Signature
-from sfumato.checkpoint.rules import Drop, KeyMap
+from sfumato.checkpoint.rules import Drop, KeyMap, within
 from sfumato.families.published import keys
 from sfumato.families.published.adapters import Naming
 from sfumato.nn.mmdit import MMDiTConfig
@@ -68,7 +68,9 @@ class Family:
     denoiser_config, scheduler_config, model_index(checkpoint): the JSON of a diffusers folder.
     pads(kind): of each part whose tokenizer comes with the package, the id that pads (see `ClipTokenizer`).
     same_tensors: kinds that no tensor tells apart, to the one that their files are taken for.
-    naming: what its denoiser is called in adapters' files.
+    naming: what its denoiser is called in adapters' files; None of one that takes none.
+    vae_file_map(config, names): the autoencoder's names in a single file to ours, prefixes and all, where they are not
+        those of `keys.vae_map` under one prefix.
     """
 
     name: str
@@ -87,7 +89,8 @@ class Family:
     model_index: Callable[[Checkpoint, str], dict[str, Any]]
     pads: Callable[[str], Mapping[str, int | None]]
     same_tensors: Mapping[str, str]
-    naming: Naming
+    naming: Naming | None
+    vae_file_map: Callable[[KLConfig, Collection[str] | None], KeyMap] | None = None
 
     def prefixes(self, kind: Kind, names: Iterable[str] | None = None) -> dict[str, str]:
         """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""
@@ -102,7 +105,12 @@ class Family:
         names: all of the file's, None to write one. What real files hold beside their networks is dropped by name.
         """
         places = self.prefixes(kind) if places is None else places
-        return keys.file_map(kind, self._denoiser(kind), places, self.extras, names)
+        if self.vae_file_map is None or "vae" not in places:
+            return keys.file_map(kind, self._denoiser(kind), places, self.extras, names)
+        others = {part: prefix for part, prefix in places.items() if part != "vae"}
+        vae = self.vae_file_map(kind.vae, names)
+        whole = keys.file_map(kind, self._denoiser(kind), others, self.extras, names)
+        return whole | KeyMap(within("", "vae.", vae.rules), vae.drops)
 
     def folder_map(self, kind: Kind, part: str, names: Collection[str]) -> KeyMap:
         """A part's names in a diffusers folder to ours: the same, save for older spellings, twins and buffers."""
