@@ -261,6 +261,58 @@ class Motion:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Pictures of one size, shown one after the other. fps: how many a second."""
+
+    frames: tuple[Image, ...]
+    fps: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.frames[0].size
+
+    @property
+    def seconds(self) -> float:
+        return len(self.frames) / self.fps
+
+    def validate(self) -> Clip:
+        """`InputError` for what no clip is: fewer than two pictures, of several sizes, or a rate that is none."""
+        if not isinstance(self.frames, tuple) or len(self.frames) < 2:
+            raise InputError("a clip to begin with needs two frames or more", argument="clip")
+        for frame in self.frames:
+            _picture("clip", frame)
+        if len({frame.size for frame in self.frames}) > 1:
+            raise InputError("the frames of a clip must have one size", argument="clip")
+        _number("a clip's fps", self.fps, 0.0, MAX_FPS, "clip")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the frames by their fingerprints."""
+        return {"frames": [_fingerprint(frame) for frame in self.frames], "fps": self.fps}
+
+    @classmethod
+    def from_json(cls, value: object, pictures: dict[str, Image] | None = None) -> Clip:
+        """From such values, with the frames among `pictures`."""
+        if isinstance(value, cls):
+            return value
+        try:
+            found = _nested(cls, "clip", value)
+        except InputError as error:
+            raise InputError(str(error), argument="clip") from None
+        assert isinstance(found, cls)
+        named = found.frames if isinstance(found.frames, tuple) else ()
+        missing = [name for name in named if isinstance(name, str) and name not in (pictures or {})]
+        if missing:
+            raise InputError(
+                f"clip names {len(missing)} frames, of which {_shown(missing[0])} is the first; give the clip itself",
+                argument="clip",
+            )
+        frames = tuple((pictures or {})[name] if isinstance(name, str) else name for name in named)
+        return cls(frames, found.fps)
+
+
+@dataclass(frozen=True)
 class SkipLayers:
     """Guidance away from what the network draws without some of its layers (`diffusion.guidance.Skipping`).
 
@@ -315,6 +367,9 @@ class Request:
             the model's own, on end if the picture is.
         guidance_first: guidance of the first frame; from there it changes evenly to `guidance`, which is the last's.
         motion: how much is to move.
+        clip: frames to begin with instead of noise, as `strength` of them is redrawn; 0.75 by default. Without `frames`
+            all are taken, without `fps` their own rate, and without `image` the first is the picture. `fit` as of
+            image.
     loras: which of the LoRAs that the model has opened to draw with, and how much; None is as they were attached.
     controls: pictures that ControlNets of the model read. Then `fit` brings these to the size that is drawn, too.
     """
@@ -352,6 +407,7 @@ class Request:
     fps: float | None = None
     guidance_first: float | None = None
     motion: Motion | None = None
+    clip: Clip | None = None
 
     @property
     def moves(self) -> bool:
@@ -381,6 +437,8 @@ class Request:
         for name, kind in _NESTED.items():
             if values.get(name) is not None:
                 values[name] = _nested(kind, name, values[name])
+        if values.get("clip") is not None:
+            values["clip"] = Clip.from_json(values["clip"], _fingerprints(pictures := tuple(pictures)))
         if isinstance(values.get("controls"), list | tuple):
             known_controls = _control_fingerprints(pictures := tuple(pictures))
             values["controls"] = tuple(Control.from_json(each, known_controls) for each in values["controls"])
@@ -407,6 +465,8 @@ class Request:
                 value = _fingerprint(value)
             elif f.name == "mask":
                 value = _mask_fingerprint(value)
+            elif f.name == "clip":
+                value = value.to_json()
             elif f.name == "loras":
                 value = [use.to_json() for use in value]
             elif f.name == "controls":
@@ -427,7 +487,7 @@ class Request:
             name
             for name in (
                 *("prompt_rules", "weighting", "text_length"),
-                *("frames", "fps", "guidance_first", "motion"),
+                *("frames", "fps", "guidance_first", "motion", "clip"),
             )
             if getattr(self, name) is not None
         ]
@@ -505,8 +565,13 @@ class Request:
                 _picture(name, getattr(self, name))
         for name in ("strength", "fit", "mask", "outpaint"):
             given = self.image is not None or (name == "fit" and bool(self.controls))
+            given = given or (name in ("fit", "strength") and self.clip is not None)
             if getattr(self, name) is not None and not given:
                 raise InputError(f"{name} needs an image to work on", argument=name)
+        if self.clip is not None:
+            if not isinstance(self.clip, Clip):
+                raise InputError(f"clip must be of type Clip, not {_shown(self.clip)}", argument="clip")
+            self.clip.validate()
         if self.strength is not None:
             _number("strength", self.strength, 0.0, 1.0)
         if self.fit is not None and self.fit not in FITS:
@@ -611,23 +676,6 @@ def _validate_micro(micro: Micro) -> None:
             raise InputError(f"{name} must be {pair}, not {_shown(value)}", argument=name)
         for side in value:
             _integer(name, side, 0 if f.name.endswith("crop") else 1, MAX_TOLD)
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Pictures of one size, shown one after the other. fps: how many a second."""
-
-    frames: tuple[Image, ...]
-    fps: float
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        return self.frames[0].size
-
-    @property
-    def seconds(self) -> float:
-        return len(self.frames) / self.fps
 
 
 @dataclass(frozen=True)

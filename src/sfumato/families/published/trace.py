@@ -122,7 +122,12 @@ def trace(
     stages[0] = Stage("load", held, load.bytes - held)
     if encodes:
         stages.insert(
-            2, Stage("encode", resident["autoencoder"], _autoencoder_bytes(system, "encode", size, batch))
+            2,
+            Stage(
+                "encode",
+                resident["autoencoder"],
+                _autoencoder_bytes(system, "encode", size, batch * (request.frames or 1)),
+            ),
         )
     added = system.added if cpu else 0  # LoRAs stay as their files' pages
     return tuple(replace(stage, weights=stage.weights + added) for stage in stages)

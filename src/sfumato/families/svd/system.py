@@ -62,7 +62,7 @@ class System(PublishedSystem):
 
     part = "unet"
     animates = True
-    reads = frozenset(["frames", "fps", "guidance_first", "motion"])
+    reads = frozenset(["frames", "fps", "guidance_first", "motion", "clip"])
 
     def openers(
         self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
