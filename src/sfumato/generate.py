@@ -146,8 +146,8 @@ class Model:
         latent_space: two models with equal ones can draw on each other's latents.
         animates: it draws a clip from a picture, which a request must have, and reads no prompt. A model of clips has a
             preset with `frames`, more than 1, and `fps`, and in `reads` what it reads of "frames", "fps",
-            "guidance_first" and "motion"; `latent_shape` says of a number of frames what latents it makes, or refuses
-            it.
+            "guidance_first", "motion" and "clip"; `latent_shape` says of a number of frames what latents it makes, or
+            refuses it.
         controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
             -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
             the tensors that one adds, shown a picture (1, 3, H, W) in [0, 1]. `network(x, time, cond, control=…)`
@@ -263,9 +263,13 @@ class Model:
         if len({image.size for image in images}) > 1:
             raise InputError("the pictures to encode together must have one size", argument="images")
         check_size(images[0].size, self.system.config.multiple)
-        pixels = torch.stack([to_pixels(image) for image in images]).to(self.device)
+        return self.encode_pixels(torch.stack([to_pixels(image) for image in images]))
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H·f, W·f) in [-1, 1] → normalised latents (B, C, T, H, W)."""
         with self.precision():
-            return self.system.encode(pixels).float()
+            return self.system.encode(pixels.to(self.device)).float()
 
     @torch.inference_mode()
     def decode_pixels(self, latent: Tensor) -> Tensor:

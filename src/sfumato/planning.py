@@ -73,6 +73,7 @@ def one(model: Model, request: Request, offload: str, limit: int | None) -> Memo
         size = enlarged_size(size, request.hires.scale, model.system.config.multiple)
     # a clip's first picture is encoded when it is told to the network, and clips are drawn one by one
     encodes = not request.moves and (request.image is not None or request.hires is not None)
+    encodes = encodes or request.clip is not None
     batch = 1 if request.moves else min(request.count, BATCH)
     stages = model.system.trace(request, size, batch, encodes=encodes, offload=offload)
     remember(model, request, size, stages, batch)

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.parts import (
+    MAX_FPS,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
+    Clip,
     Control,
     HiRes,
     Inpaint,
@@ -46,7 +48,6 @@ MAX_CLIP_SKIP = 24
 MAX_REUSE = 10  # calls that share deep features; DeepCache goes to 10
 MAX_TEXT_LENGTH = 512  # tokens of a text encoder without windows; T5 was trained on these
 MAX_FRAMES = 1_000
-MAX_FPS = 240.0
 FITS = ("cover", "contain", "stretch")
 PARTS: dict[str, type[Part]] = {
     "inpaint": Inpaint,
@@ -125,6 +126,9 @@ class Request:
             the model's own, on end if the picture is.
         guidance_first: guidance of the first frame; from there it changes evenly to `guidance`, which is the last's.
         motion: how much is to move.
+        clip: frames to begin with instead of noise, as `strength` of them is redrawn; 0.75 by default. Without `frames`
+            all are taken, without `fps` their own rate, and without `image` the first is the picture. `fit` as of
+            image.
     loras: which of the LoRAs that the model has opened to draw with, and how much; None is as they were attached.
     controls: pictures that ControlNets of the model read. Then `fit` brings these to the size that is drawn, too.
     """
@@ -162,6 +166,7 @@ class Request:
     fps: float | None = None
     guidance_first: float | None = None
     motion: Motion | None = None
+    clip: Clip | None = None
 
     @property
     def moves(self) -> bool:
@@ -196,6 +201,8 @@ class Request:
         for name in ("image", "mask"):
             if isinstance(values.get(name), str):
                 values[name] = known_picture(name, values[name], pictures, name)
+        if values.get("clip") is not None:
+            values["clip"] = Clip.from_json(values["clip"], pictures)
         return cls(**values).validate()
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,6 +214,8 @@ class Request:
                 continue
             if f.name in ("image", "mask"):
                 value = fingerprint(f.name, value)
+            elif f.name == "clip":
+                value = value.to_json()
             elif f.name in LISTS:
                 value = [each.to_json() for each in value]
             elif is_dataclass(value):
@@ -225,7 +234,7 @@ class Request:
             name
             for name in (
                 *("prompt_rules", "weighting", "text_length"),
-                *("frames", "fps", "guidance_first", "motion"),
+                *("frames", "fps", "guidance_first", "motion", "clip"),
             )
             if getattr(self, name) is not None
         ]
@@ -296,8 +305,13 @@ class Request:
                 checks.picture(name, getattr(self, name))
         for name in ("strength", "fit", "mask", "outpaint"):
             given = self.image is not None or (name == "fit" and bool(self.controls))
+            given = given or (name in ("fit", "strength") and self.clip is not None)
             if getattr(self, name) is not None and not given:
                 raise InputError(f"{name} needs an image to work on", argument=name)
+        if self.clip is not None:
+            if not isinstance(self.clip, Clip):
+                raise InputError(f"clip must be of type Clip, not {checks.shown(self.clip)}", argument="clip")
+            self.clip.validate()
         if self.strength is not None:
             checks.number("strength", self.strength, 0.0, 1.0)
         if self.fit is not None and self.fit not in FITS:
@@ -351,23 +365,6 @@ class Request:
                 "do one after the other",
                 argument="hires",
             )
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Pictures of one size, shown one after the other. fps: how many a second."""
-
-    frames: tuple[Image, ...]
-    fps: float
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        return self.frames[0].size
-
-    @property
-    def seconds(self) -> float:
-        return len(self.frames) / self.fps
 
 
 @dataclass(frozen=True)

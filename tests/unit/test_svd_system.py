@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from helpers import hollow, relative_error
 from sfumato import planning
 from sfumato.cli.app import run
+from sfumato.drawing.clips import origin_of_clip
 from sfumato.errors import InputError
 from sfumato.families.published.openers import blank
 from sfumato.families.svd.family import FAMILY
@@ -30,8 +31,10 @@ from sfumato.generate import Model, load
 from sfumato.memory import LiveBytes
 from sfumato.receipts.clips import read_recipe
 from sfumato.tasks.canvas import first_picture
+from sfumato.tasks.pixels import to_image, to_pixels
 from sfumato.types import Clip, Control, HiRes, Motion, Request, Variation
 from sfumato.video.read import read_clip
+from sfumato.video.write import staged, write_clip
 from small_svd import SIZE, SMALL, original, picture, write
 
 CPU = torch.device("cpu")
@@ -400,3 +403,91 @@ def test_pictures_in_files_of_other_forms(small, place, capsys):
     animated(capsys, place, "--image", "clear.webp", "-o", "a.gif")
     Image.new("L", (1, 1)).save("dot.png")
     animated(capsys, place, "--image", "dot.png", "-o", "b.gif")
+
+
+# --- beginning with a clip -----------------------------------------------------------------------------------------
+
+
+def frames_of(count: int = 3, size: tuple[int, int] = SIZE) -> Clip:
+    return Clip(tuple(picture(size, seed) for seed in range(count)), 12.0)
+
+
+def test_what_a_clip_to_begin_with_leaves_open(place):
+    request = opened(place).complete(Request(clip=frames_of(), steps=8))
+    assert (request.frames, request.fps, request.strength, request.size) == (3, 12.0, 0.75, SIZE)
+    assert request.image.tobytes() == request.clip.frames[0].tobytes()
+    fewer = opened(place).complete(
+        Request(clip=frames_of(4), frames=2, fps=7.0, image=picture(seed=9), steps=8)
+    )
+    assert (len(fewer.clip.frames), fewer.fps, fewer.image.tobytes()) == (2, 7.0, picture(seed=9).tobytes())
+    values = json.loads(json.dumps(request.to_dict()))
+    assert Request.from_dict(values, request.clip.frames) == request
+    with pytest.raises(InputError, match="clip names 3 frames"):
+        Request.from_dict({"clip": values["clip"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"frames": 9}, "frames asks for 9, and the clip to begin with has 3"),
+        ({"clip": Clip((picture(),), 7)}, "two frames or more"),
+        ({"clip": Clip((picture(), picture((8, 8))), 7)}, "must have one size"),
+        ({"clip": Clip((picture(), picture()), float("nan"))}, "a clip's fps must be between 0 and 240"),
+        ({"clip": picture()}, "clip must be of type Clip"),
+        ({"strength": 0.01}, "strength 0.01 of 8 steps is less than one step"),
+        ({"clip": None, "image": picture(), "strength": 0.5}, "strength is for pictures"),
+    ],
+    ids=str,
+)
+def test_clips_that_nothing_begins_with(place, changes, words):
+    with pytest.raises(InputError, match=words):
+        opened(place).complete(replace(Request(clip=frames_of(), steps=8), **changes))
+
+
+def test_strength_goes_from_the_clip_itself_to_noise_alone(place):
+    """0 is the clip through the autoencoder, 1 is the clip from noise to the bit, and between them it parts slowly."""
+    model = opened(place)
+    base = Request(clip=frames_of(), seed=3, steps=8)
+
+    def drawn(strength: float) -> Clip:
+        return model.generate(replace(base, strength=strength)).clips[0]
+
+    encoded = model.encode_pixels(torch.stack([to_pixels(f)[:, 0] for f in base.clip.frames], 1)[None])
+    through = model.decode_pixels(encoded)[0]
+    kept = drawn(0.0)
+    for number, frame in enumerate(kept.frames):
+        assert (
+            np.abs(np.asarray(frame, int) - np.asarray(to_image(through[:, number : number + 1]), int)).max()
+            <= 1
+        )
+    alone = model.generate(Request(image=base.clip.frames[0], seed=3, steps=8, frames=3, fps=12.0)).clips[0]
+    assert [f.tobytes() for f in drawn(1.0).frames] == [f.tobytes() for f in alone.frames]
+    latents = []
+    for strength in (0.25, 0.5, 0.75):
+        request = model.complete(replace(base, strength=strength))
+        origin = origin_of_clip(model, request)
+        latents.append(model.sample(model.condition(request), request.seeds(), request, origin=origin))
+    parted = [relative_error(latent, encoded) for latent in latents]
+    assert parted == sorted(parted)
+
+
+def test_animate_from_a_clip(small, place, capsys):
+    with staged("in.gif") as target:
+        write_clip(frames_of(5, (80, 60)), target, "gif", {})
+    svd = ["-m", str(place), "--dtype", "fp32", "--steps", "4"]
+    assert (
+        run(["animate", *svd, "--init", "in.gif", "--strength", "0.5", "--frames", "3", "-o", "out.webp"])
+        == 0
+    )
+    captured = capsys.readouterr()
+    assert captured.out == "out.webp\n" and captured.err == ""
+    request = read_recipe("out.webp")["request"]
+    assert request["strength"] == 0.5 and len(request["clip"]["frames"]) == 3
+    assert read_clip("out.webp").fps == pytest.approx(12, rel=0.05)
+    assert "began with a picture" in refused(capsys, *svd, "--like", "out.webp")
+    picture((80, 60)).save("photo.png")
+    assert "give that one, or a new one, by --init" in refused(
+        capsys, *svd, "--like", "out.webp", "--image", "photo.png"
+    )
+    assert "init 'photo.png' is a picture" in refused(capsys, *svd, "--init", "photo.png")
+    assert "init 'none.mp4' does not exist" in refused(capsys, *svd, "--init", "none.mp4")

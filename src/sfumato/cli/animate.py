@@ -15,7 +15,7 @@ from sfumato.errors import InputError
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
-    from sfumato.types import Request
+    from sfumato.types import Clip, Request
 
 EXAMPLE = "sfumato animate --image photo.png -m svd.safetensors -o out.mp4 --seed 7"
 CLIP = "The clip"
@@ -50,6 +50,22 @@ Fit = Annotated[
 ]
 Frames = Annotated[
     str | None, Option(metavar="N", rich_help_panel=CLIP, help="How many; the model's own by default.")
+]
+Init = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        rich_help_panel=CLIP,
+        help="A clip to begin with instead of noise: mp4, mov, webm, mkv, avi, GIF, WebP, or a folder of pictures.",
+    ),
+]
+Strength = Annotated[
+    str | None,
+    Option(
+        metavar="X",
+        rich_help_panel=CLIP,
+        help="How much of --init to redraw: 0 keeps it, 1 forgets it. 0.75 by default.",
+    ),
 ]
 Fps = Annotated[
     str | None, Option(metavar="X", rich_help_panel=CLIP, help="Frames per second, drawn for and shown at.")
@@ -91,6 +107,8 @@ def animate(
     like: Like = None,
     image: Image = None,
     fit: Fit = None,
+    init: Init = None,
+    strength: Strength = None,
     frames: Frames = None,
     fps: Fps = None,
     motion: Motion = None,
@@ -126,12 +144,15 @@ def animate(
         "fps": None if fps is None else parse.number("fps", fps),
         "motion.bucket": None if motion is None else parse.whole("motion", motion),
         "motion.augment": None if augment is None else parse.number("augment", augment),
+        "strength": None if strength is None else parse.number("strength", strength),
         "eta": None if eta is None else parse.number("eta", eta),
     }
     open_ = {name for name in given if options.left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in open_}
     if image is not None:
         given["image"] = parse.picture("image", image)
+    if init is not None:
+        given["clip"] = _clip(init, given.get("frames"), given.get("fps"))
     said = {} if like is None else _said(like, given)
     request = Request.from_dict(parse.merged(given, {"prompt": "", **said}))
     check_output(output, request.count)
@@ -190,9 +211,9 @@ def _of_clips(loaded: Model, request: Request) -> Request:
             f"{loaded.name!r} draws pictures and no clips; give a model that does by -m, or use sfumato generate",
             argument="model",
         )
-    if request.frames is None:
+    if request.frames is None and request.clip is None:
         request = replace(request, frames=loaded.preset["frames"])
-    if not request.moves:
+    if request.frames == 1:
         raise InputError("a clip has 2 frames or more; for a picture use sfumato generate", argument="frames")
     return request
 
@@ -204,22 +225,35 @@ def _said(like: Path, given: dict[str, Any]) -> dict[str, Any]:
     said = read_recipe(like, "like").get("request")
     if not isinstance(said, dict):
         raise InputError(f"{like} carries a recipe without a request", argument="like")
-    if "image" in said and "image" not in given:
-        raise InputError(
-            f"{like} began with a picture; give that one, or a new one, by --image", argument="image"
-        )
+    for field, option, what in (("image", "image", "picture"), ("clip", "init", "clip")):
+        if field in said and field not in given:
+            raise InputError(
+                f"{like} began with a {what}; give that one, or a new one, by --{option}", argument=option
+            )
     return said
+
+
+def _clip(file: Path, frames: object, fps: object) -> Clip:
+    """The clip to begin with. frames: how many of its beginning are wanted; fps: of a folder, which does not say it."""
+    from sfumato.types import MAX_FRAMES
+    from sfumato.video.read import read_clip
+
+    most = min(max(frames, 1), MAX_FRAMES) if isinstance(frames, int) else None
+    return read_clip(file, argument="init", frames=most, fps=fps if isinstance(fps, float) else None)
 
 
 def _note_picture(loaded: Model, request: Request, image: Path | None) -> None:
     """Say where a picture is cropped, which was not asked for."""
-    if request.image is None or request.fit is not None:
+    if request.fit is not None:
         return
-    size = loaded.complete(request).size
-    assert size is not None
-    (width, height), shown = request.image.size, f"{size[0]}x{size[1]}"
+    complete = loaded.complete(request)
+    shown_first = request.image or complete.image
+    size = complete.size
+    if shown_first is None or size is None:
+        return
+    (width, height), shown = shown_first.size, f"{size[0]}x{size[1]}"
     if abs(width * size[1] - height * size[0]) > 0.02 * width * size[1]:
         show.note(
-            f"{image} is {width}x{height} and is cropped to the shape of {shown}; --size asks for another size, and "
-            "--fit contain or stretch for another way"
+            f"{image or 'the clip'} is {width}x{height} and is cropped to the shape of {shown}; --size asks for "
+            "another size, and --fit contain or stretch for another way"
         )

@@ -30,7 +30,7 @@ def complete(model: Model, request: Request) -> Request:
     """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
     sizes and steps. Doing it twice changes nothing."""
     request = request.validate()
-    if getattr(model.system, "animates", False):
+    if getattr(model.system, "animates", False) and request.clip is None:
         request = request.with_defaults(frames=model.preset["frames"])
     request = settle(request, model.system.config.multiple, model.preset["size"])
     request = request.with_defaults(**_preset(model, request) | _loras(model, request)).validate()

@@ -151,7 +151,7 @@ def trace(
     held = min(stages[0].weights, load.bytes)
     stages[0] = Stage("load", held, load.bytes - held)
     if encodes:
-        encode = _autoencoder_bytes(system, "encode", size, batch)
+        encode = _autoencoder_bytes(system, "encode", size, batch * (request.frames or 1))
         stages.insert(2, Stage("encode", resident["autoencoder"], encode, flops["encode"]))
     added = system.added if cpu else 0  # LoRAs stay as their files' pages
     return tuple(replace(stage, weights=stage.weights + added) for stage in stages)
