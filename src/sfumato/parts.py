@@ -19,6 +19,7 @@ MAX_BLUR = 256  # pixels
 MAX_WEIGHT = 100.0  # of a LoRA
 MAX_LAYERS = 1_000  # of a network
 MAX_CONTROL = 10.0  # weight of a control picture
+MAX_MOTION = 1_023  # buckets; training had 0 to 255
 MAX_TOLD = 2**16  # pixels; of sizes that a network is told
 
 
@@ -250,6 +251,23 @@ class Micro(Part):
                 raise InputError(f"{name} must be {pair}, not {checks.shown(value)}", argument=name)
             for side in value:
                 checks.integer(name, side, 0 if f.name.endswith("crop") else 1, MAX_TOLD)
+        return self
+
+
+@dataclass(frozen=True)
+class Motion(Part):
+    """What Stable Video Diffusion is told of a clip beside the picture it begins with and its frames per second.
+
+    bucket: how much moves, 0 to 255 in training. augment: deviation of the noise laid over the picture's pixels in
+    [-1, 1]; more of it lets the clip part further from the picture.
+    """
+
+    bucket: int = 127
+    augment: float = 0.02
+
+    def validate(self) -> Self:
+        checks.integer("motion.bucket", self.bucket, 0, MAX_MOTION)
+        checks.number("motion.augment", self.augment, 0.0, 10.0)
         return self
 
 

@@ -62,6 +62,8 @@ def settle(request: Request, multiple: int, size: Size) -> Request:
     if request.image is None:
         return request
     image = flatten(request.image, "image")
+    if request.moves:
+        return _settle_first(request, image, size)
     mask = None if request.mask is None else binary(request.mask, "mask")
     paints = mask is not None or request.outpaint is not None
     inpaint = (request.inpaint or Inpaint()) if paints else None
@@ -84,6 +86,24 @@ def settle(request: Request, multiple: int, size: Size) -> Request:
     if strength is None:
         strength = 1.0 if paints else STRENGTH
     return replace(request, image=image, mask=mask, inpaint=inpaint, size=wanted, strength=strength)
+
+
+def _settle_first(request: Request, image: Image.Image, size: Size) -> Request:
+    """The same of a clip, whose first picture it is: brought to the clip's size rather than the reverse."""
+    for name in ("strength", "mask", "outpaint", "inpaint", "hires"):
+        if getattr(request, name) is not None:
+            raise InputError(f"{name} is for pictures; a clip begins with its image as it is", argument=name)
+    upright = (image.height > image.width) == (size[1] > size[0]) or image.height == image.width
+    wanted = request.size or (size if upright else size[::-1])
+    return replace(request, image=image, size=wanted, fit=request.fit or "cover")
+
+
+def first_picture(request: Request) -> Image.Image:
+    """What a settled request for a clip begins with, at its size."""
+    assert request.image is not None and request.size is not None and request.fit is not None
+    if request.image.size == request.size:
+        return request.image
+    return fitted(request.image, request.size, request.fit)
 
 
 def _wanted_size(request: Request, given: Size, multiple: int) -> Size:
