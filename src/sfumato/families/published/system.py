@@ -285,10 +285,7 @@ class PublishedSystem:
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents → pixels, in bounded memory; in a wider type where the weights' own overflows."""
         autoencoder = self.autoencoder
-        unscaled = autoencoder.denormalize(latent.float())
-        if isinstance(autoencoder, TemporalAutoencoderKL):
-            return framed.decode_safe(autoencoder, unscaled)
-        return decode_safe(autoencoder, unscaled)
+        return decoded(autoencoder, autoencoder.denormalize(latent.float()))
 
     def preview(self, latent: Tensor) -> Tensor:
         """(1, C, T, H, W) → (1, 3, T, h, w): a look at a latent that is forming.
@@ -304,6 +301,13 @@ class PublishedSystem:
             size = max(round(height / shrink), 1), max(round(width / shrink), 1)
             latent = F.interpolate(latent[:, :, 0], size, mode="area")[:, :, None]
         return self.decode(latent)
+
+
+def decoded(autoencoder: AutoencoderKL | TemporalAutoencoderKL, latent: Tensor) -> Tensor:
+    """Pixels of a latent as the autoencoder has it, in bounded memory; in a wider type where its own overflows."""
+    if isinstance(autoencoder, TemporalAutoencoderKL):
+        return framed.decode_safe(autoencoder, latent)
+    return decode_safe(autoencoder, latent)
 
 
 def opened(
