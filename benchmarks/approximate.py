@@ -26,10 +26,10 @@ import sfumato
 from sfumato.evaluate.detect_network import load_detector
 from sfumato.evaluate.score import score
 from sfumato.evaluate.tasks import Task, task_groups
+from sfumato.flops import count_flops
 from sfumato.generate import BATCH, Model
 from sfumato.nn.packed import pack
 from sfumato.nn.unet import UNet
-from sfumato.receipts.flops import count_flops
 
 GROUPS = ("single", "colors", "two", "binding", "counting", "relations", "three", "held_pairs")
 REFERENCE = 100  # steps

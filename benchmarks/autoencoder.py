@@ -10,7 +10,7 @@ import torch
 from common import arguments, interleaved, keep, model_folder, probe, scratch, show
 
 import sfumato
-from sfumato.receipts.flops import count_flops, module_size
+from sfumato.flops import count_flops, module_size
 from sfumato.runtime import autocast
 
 

@@ -17,10 +17,10 @@ import torch
 from common import interleaved, keep, probe, show
 from torch import Tensor, nn
 
+from sfumato.flops import count_flops, module_size
 from sfumato.nn.openvino import converted, settings
 from sfumato.nn.packed import pack
 from sfumato.nn.quantized import KEPT, quantize
-from sfumato.receipts.flops import count_flops, module_size
 
 LAST = torch.channels_last
 LARGE = {  # these hold the weights in float32 once more, and NNCF takes minutes

@@ -17,7 +17,7 @@ from pathlib import Path
 from common import arguments, interleaved, keep, model_folder, probe, scratch, show
 
 import sfumato
-from sfumato.receipts.flops import count_flops, module_size
+from sfumato.flops import count_flops, module_size
 
 PROMPT = "a red metal sphere behind a small blue cube"
 MANY = 16

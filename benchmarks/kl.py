@@ -27,8 +27,8 @@ from torch import nn
 from sfumato.autoencoder.banded import BAND, decode_banded
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
 from sfumato.autoencoder.memory import peak_bytes
+from sfumato.flops import count_flops
 from sfumato.nn.openvino import converted, settings
-from sfumato.receipts.flops import count_flops
 
 WAYS = ("ours, full", "ours, banded", "diffusers, plain", "diffusers, tiled")
 DEFAULT = ("ours, banded, bfloat16, channels-last", "diffusers, plain, bfloat16, channels-last")

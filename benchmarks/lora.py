@@ -18,7 +18,8 @@ import torch
 from sfumato.adapters.fold import Adapters
 from sfumato.checkpoint.fill import fill_layers, refill_layers
 from sfumato.checkpoint.source import open_weights
-from sfumato.families.sd.adapters import names_of
+from sfumato.families.published.adapters import names_of
+from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.nn.packed import packed
 from sfumato.nn.unet import UNet
@@ -78,7 +79,7 @@ def measure(system, base: Path, lora: Path, dtype: torch.dtype, options) -> None
         packs = lambda path, layer: packed(layer)  # noqa: E731
         refill_layers(network, blank(), adapters.parts["unet"], touched["unet"], "base", *form, twin=packs)
 
-    names = names_of("sdxl", system)
+    names = names_of(FAMILY, "sdxl", system)
     adapters = Adapters(lambda: names, {"unet": open_weights(base)}, renew)
     network = blank()
     started = time.perf_counter()

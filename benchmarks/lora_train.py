@@ -14,8 +14,8 @@ import torch
 from common import arguments, interleaved, keep, probe, show
 
 from sfumato.adapters.trainable import TrainedLora, chosen, layers_of
+from sfumato.flops import count_flops
 from sfumato.nn.unet import UNet, UNetConfig
-from sfumato.receipts.flops import count_flops
 from sfumato.runtime import fast_dtype, pick_device
 
 TOKENS = 77

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from common import arguments, interleaved, keep, probe, show
+from sfumato.receipts.flops import count_flops
 from torch import Tensor, nn
 
 from sfumato.checkpoint.fill import fill_layers
 from sfumato.memory import peak_resident, resident
 from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
-from sfumato.receipts.flops import count_flops
 
 CONFIG = SpaceTimeConfig()
 KINDS = ("diffusers float32", "diffusers bfloat16", "diffusers bfloat16, channels last", "ours bfloat16")

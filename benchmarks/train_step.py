@@ -25,14 +25,14 @@ from sfumato.data.latents import LatentCache, build_latents
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Size
 from sfumato.families.pocket import PocketConfig, build
-from sfumato.receipts.flops import module_size
+from sfumato.flops import module_size
 from sfumato.runtime import fast_dtype, pick_device
 from sfumato.train.denoiser import Examples, picture_flops
 from sfumato.train.lanes import Feed, short_turns
 from sfumato.train.loop import Clock, World, open_lanes, optimizer_step
 from sfumato.train.optim import Average, make_optimizers
 from sfumato.train.recipe import Recipe, read_recipe
-from sfumato.train.stages import Run
+from sfumato.train.stages import ModelJob
 from sfumato.train.tasks import DenoiserTask
 
 CACHED = 40_000  # latents of the cache whose reading is measured
@@ -93,7 +93,7 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 class Made:
     """What the trainer makes before the denoiser's first step."""
 
-    run: Run
+    run: ModelJob
     source: SceneSource
     autoencoder: Autoencoder
     words: tuple[str, ...]
@@ -108,7 +108,7 @@ def prepare(recipe: Recipe, folder: Path, pictures: int) -> Made:
         data=replace(recipe.data, kind="scenes", count=pictures, cache=str(folder / "scenes")),
         autoencoder=replace(recipe.autoencoder, train=replace(recipe.autoencoder.train, steps=0)),
     )
-    run = Run(silent, folder, pick_device(), lambda event: None)
+    run = ModelJob(silent, folder, pick_device(), lambda event: None)
     torch.manual_seed(recipe.seed)
     multiple = recipe.autoencoder.model.factor * recipe.denoiser.model.patch
     source: Any = run.source(multiple)

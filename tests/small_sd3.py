@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from sfumato.autoencoder.kl import AutoencoderKL
+from sfumato.checkpoint.rules import View
 from sfumato.families.published import folder as published
+from sfumato.families.published.keys import text_folder_map
+from sfumato.families.published.kinds import TextPart
 from sfumato.families.sd3 import folder
 from sfumato.families.sd3.condition import READERS, TextShape
 from sfumato.families.sd3.shapes import SYSTEMS, System
@@ -99,6 +102,11 @@ def theirs(seed: int = 3) -> dict[str, torch.nn.Module]:
             elif not any(part in name for part in ("embedding", "shared", "embed_tokens")):
                 weight.data.normal_(std=weight.shape[1] ** -0.5 * (0.5 if "SelfAttention" in name else 1))
     return {part: network.eval() for part, network in made.items()}
+
+
+def named(part: str, state: Mapping[str, torch.Tensor]) -> View:
+    """An encoder's tensors under our names, from those that transformers saves."""
+    return text_folder_map(TextPart(part, CONFIGS[part], ()), state.keys()).to_ours(state, part)
 
 
 # --- whole models --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sfumato.autoencoder.temporal import build
 from sfumato.families.published import folder as published
 from sfumato.families.published.openers import blank
 from sfumato.families.svd import folder, keys
+from sfumato.families.svd.family import FAMILY
 from sfumato.families.svd.shapes import IMAGE_ENCODER, SYSTEMS, System
 from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
 from sfumato.storage import save_tensors, write_json
@@ -79,7 +80,7 @@ def original(kind: str = "svd", seed: int = 5) -> dict[str, torch.Tensor]:
     """The tensors of a single file as training wrote it: two autoencoders, and what is left of CLIP's texts."""
     system, parts = SMALL[kind], tensors_of(seed)
     ours = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-    file = dict(keys.file_map(system).to_theirs(ours))
+    file = dict(FAMILY.file_map(system).to_theirs(ours))
     torch.manual_seed(seed + 1)
     other = blank(replace(system.vae, temporal=False, use_post_quant_conv=True)).state_dict()
     spare = keys.vae_map(replace(system.vae, temporal=False, use_post_quant_conv=True)).to_theirs(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,7 +23,7 @@ from sfumato.drawing.sample import origin_of, sample, second_pass
 from sfumato.drawing.script import Script, script
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
-from sfumato.runtime import autocast, drawing_dtype, pick_device
+from sfumato.runtime import Clock, autocast, drawing_dtype, kernels, pick_device
 from sfumato.sampling import Step
 from sfumato.storage import tensors_hash
 from sfumato.tasks import canvas as tasks
@@ -152,7 +151,8 @@ class Model:
         controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
             -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
             the tensors that one adds, shown a picture (1, 3, H, W) in [0, 1]. `network(x, time, cond, control=…)`
-            takes these.
+            takes these. masked_controls: names of those whose `controller` takes `mask=` too, (1, 1, H, W) with 1 where
+            to paint, or None for everywhere.
 
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
     """
@@ -166,6 +166,9 @@ class Model:
         refiner: Model | None = None,
     ):
         self.system, self.device, self.name, self.refiner = system, device, name, refiner
+        self.counted: dict[
+            Any, dict[str, int]
+        ] = {}  # FLOPs that were counted, by what decides them (receipts/work.py)
         if refiner is not None:
             ours, theirs = (getattr(model.system, "latent_space", None) for model in (self, refiner))
             if ours is None or ours != theirs:
@@ -217,9 +220,9 @@ class Model:
         return found
 
     def with_loras(self, request: Request) -> AbstractContextManager[None]:
-        """While inside, the networks are those of the request's LoRAs; of those opened here, should it be another's."""
+        """While inside, the networks are those of the request's LoRAs."""
         found = getattr(self.system, "adapters", None)
-        return nullcontext() if found is None else found.using(found.known(request.loras))
+        return nullcontext() if found is None else found.using(request.loras)
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
@@ -332,13 +335,16 @@ class Model:
             return self._generate(request, on_step)
 
     def _generate(self, request: Request, on_step: Callable[[Step], None] | None) -> Result:
-        started = time.perf_counter()
+        clock = Clock(self.device)
         if request.moves:
             clips = draw_clips(self, request, on_step)
-            return Result((), self.recipe(request, time.perf_counter() - started), clips)
+            clock.lap("denoise")
+            return Result((), self.recipe(request, clock.seconds), clips)
         cond = self.condition(request)
+        clock.lap("text")
         canvas = tasks.canvas(request)
         origin = None if canvas is None else origin_of(self, canvas, request)
+        clock.lap("encode", origin is not None)
         images: list[Image.Image] = []
         shown = request
         if canvas is not None and request.inpaint is not None and request.inpaint.padding is not None:
@@ -349,10 +355,12 @@ class Model:
             if part.hires is not None:
                 untouched = canvas.picture if canvas is not None and request.strength == 0 else None
                 latent = second_pass(self, latent, part, part.hires, on_step, untouched)
+            clock.lap("denoise")
             images += self.decode(latent)
+            clock.lap("decode")
         if canvas is not None:
             images = [canvas.finish(image) for image in images]
-        return Result(tuple(images), self.recipe(request, time.perf_counter() - started))
+        return Result(tuple(images), self.recipe(request, clock.seconds))
 
     def generate_pixels(self, prompts: Sequence[str], seeds: Sequence[int], **changes: Any) -> Tensor:
         """One picture for each prompt and seed: pixels (B, 3, H, W) in [-1, 1]. `changes` are fields of a `Request` for
@@ -403,8 +411,8 @@ class Model:
         """Its name and the hashes of its weights."""
         return {"model": self.name, "weights": self.hashes}
 
-    def recipe(self, request: Request, seconds: float) -> dict[str, Any]:
-        """Everything needed to draw the same pictures again."""
+    def recipe(self, request: Request, seconds: Mapping[str, float]) -> dict[str, Any]:
+        """Everything needed to draw the same pictures again. seconds: by stage."""
         return {
             "sfumato": sfumato.__version__,
             "model": self.name,
@@ -422,7 +430,8 @@ class Model:
             "device": self.device.type,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "seconds": round(seconds, 3),
+            "kernels": kernels(self.device),
+            **({} if torch.are_deterministic_algorithms_enabled() else _took(seconds)),
         }
 
     def _controls_drawn(self, request: Request) -> dict[str, Any]:
@@ -436,3 +445,8 @@ class Model:
         """(C, T, H/f, W/f) of so many frames of so many pixels."""
         owner = self.system if hasattr(self.system, "latent_shape") else self.system.autoencoder
         return owner.latent_shape(frames, height, width)
+
+
+def _took(seconds: Mapping[str, float]) -> dict[str, Any]:
+    stages = {name: round(value, 4) for name, value in seconds.items()}
+    return {"seconds": round(sum(seconds.values()), 3), "stages": stages}

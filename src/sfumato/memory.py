@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sfumato.errors import InputError
+from sfumato.flops import formulas
 
 OFFLOADS = ("none", "model", "sequential")  # diffusers' words, from the most memory to the least
 BLOCK = 4 << 20  # bytes; smaller blocks are many, and leave small holes
@@ -41,12 +42,13 @@ def check_offload(name: str) -> None:
 @dataclass(frozen=True)
 class Stage:
     """One stage of drawing. weights: bytes of weights that are in memory in it. activations: bytes that it holds
-    beside them at its worst moment, among them what is read of a file meanwhile.
+    beside them at its worst moment, among them what is read of a file meanwhile. flops: of denoising, those of a step.
     """
 
     name: str
     weights: int
     activations: int
+    flops: int = 0
 
     @property
     def bytes(self) -> int:
@@ -106,9 +108,8 @@ class MemoryPlan:
 # --- work on tensors without memory --------------------------------------------------------------------------------
 
 
-Whole = Callable[
-    ..., tuple[int, Callable[[], Any] | None]
-]  # of a call's arguments: its bytes, and its answer
+# of a call's arguments: its bytes, its FLOPs, and its answer
+Whole = Callable[..., tuple[int, int, Callable[[], Any] | None]]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -165,10 +166,20 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class _OfFakes(LiveBytes):
-    """The same for fake tensors. Numbers that code asks for are all 0."""
+class Tracer(LiveBytes):
+    """The same for fake tensors, and FLOPs of what is done. Numbers that code asks for are all 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self._formulas = 0, formulas()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        answer = self._run(func, args, kwargs)
+        if (count := self._formulas.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=answer)
+        return answer
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         aten = torch.ops.aten
         if func in (aten._local_scalar_dense.default, aten.item.default):
             return 0.0
@@ -186,7 +197,7 @@ class _OfFakes(LiveBytes):
 class _Whole(TorchFunctionMode):
     """Takes functions as one operation whose bytes are known, instead of going through their loops."""
 
-    def __init__(self, tracer: LiveBytes, known: Mapping[Callable[..., Any], Whole]):
+    def __init__(self, tracer: Tracer, known: Mapping[Callable[..., Any], Whole]):
         super().__init__()
         self.tracer, self.known = tracer, known
 
@@ -195,21 +206,22 @@ class _Whole(TorchFunctionMode):
     ) -> Any:
         if func not in self.known:
             return func(*args, **(kwargs or {}))
-        count, answer = self.known[func](*args, **(kwargs or {}))
+        count, flops, answer = self.known[func](*args, **(kwargs or {}))
         self.tracer.take(count)
+        self.tracer.flops += flops
         return answer() if answer else None
 
 
 @contextmanager
-def tracing(known: Mapping[Callable[..., Any], Whole]) -> Iterator[LiveBytes]:
+def tracing(known: Mapping[Callable[..., Any], Whole]) -> Iterator[Tracer]:
     """Within it every new tensor is fake, and the tracer counts. Without gradients.
 
     known: functions that are overridable (`torch.overrides`), to what tells of a call the most bytes that it allocates,
-    its answer among them, and how an answer of that form is made, or None if it gives none.
+    its answer among them, its FLOPs, and how an answer of that form is made, or None if it gives none.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    tracer = _OfFakes()
+    tracer = Tracer()
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True), tracer, _Whole(tracer, known):
         yield tracer
 

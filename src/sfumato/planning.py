@@ -12,6 +12,7 @@ from sfumato.drawing.request import enlarged_size
 from sfumato.errors import InputError
 from sfumato.generate import BATCH, Model
 from sfumato.memory import OFFLOADS, MemoryPlan, Stage, available, check_offload, resident
+from sfumato.receipts.work import remember
 from sfumato.tasks.canvas import by, nearest_size
 from sfumato.types import Request
 
@@ -57,7 +58,9 @@ def offloaded(model: Model, offload: str) -> Model:
 def _changed(model: Model, change: Callable[[Any], Any]) -> Model:
     """The model with its system changed, and that of its refiner."""
     refiner = None if model.refiner is None else _changed(model.refiner, change)
-    return Model(change(model.system), model.device, model.name, refiner=refiner)
+    changed = Model(change(model.system), model.device, model.name, refiner=refiner)
+    changed.counted = model.counted
+    return changed
 
 
 def one(model: Model, request: Request, offload: str, limit: int | None) -> MemoryPlan:
@@ -73,6 +76,7 @@ def one(model: Model, request: Request, offload: str, limit: int | None) -> Memo
     encodes = encodes or request.clip is not None
     batch = 1 if request.moves else min(request.count, BATCH)
     stages = model.system.trace(request, size, batch, encodes=encodes, offload=offload)
+    remember(model, request, size, stages, batch)
     if model.refiner is not None:
         second = model.refiner.system.trace(request, size, batch, encodes=False, offload=offload)
         stages = _together(stages, second)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import sys
+import time
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -46,6 +49,45 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+class Clock:
+    """Seconds of the stages of work on a device, which is waited for at the end of each."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, dict[str, float]()
+        self._since = time.perf_counter()
+
+    def lap(self, stage: str, counts: bool = True) -> None:
+        """The time since the last lap was this stage's; where it does not count, the next one's."""
+        if not counts:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
+
+
+def deterministic() -> None:
+    """From now on only kernels that give the same numbers every time, in the whole process: for a program to ask.
+
+    On a CPU they are so for one number of threads; on a GPU those without are an error that PyTorch names.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, since CUDA 10.2
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
+def kernels(device: torch.device) -> dict[str, Any]:
+    """What decides, beside versions and types, how sums are rounded: the processor's instructions and the threads, or
+    the GPU and its libraries; and whether `deterministic` was asked for.
+    """
+    found: dict[str, Any] = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    if device.type == "cuda":
+        gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        return found | gpu | {"cudnn": torch.backends.cudnn.version()}
+    return found | {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def give_back() -> None:

@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 LEVELS = [
-    {"errors", "types", "storage", "runtime", "pictures", "memory", "video"},
+    {"errors", "checks", "parts", "types", "storage", "runtime", "pictures", "memory", "flops", "video"},
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
-    {"drawing", "generate", "planning", "train", "evaluate", "receipts"},
+    {"drawing", "generate", "planning", "train", "evaluate", "receipts", "fidelity"},
     {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -12,7 +12,7 @@ import torch
 
 from sfumato.autoencoder.kl import AutoencoderKL
 from sfumato.checkpoint.rules import shapes
-from sfumato.families.sd import keys
+from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.nn.unet import UNet
 from sfumato.text.clip import ClipTextEncoder
@@ -38,7 +38,7 @@ def test_memory_holds_a_few_tensors_and_not_the_model(target, tmp_path):
     ours = {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
     ours = {name: tensor for name, tensor in ours.items() if "position_ids" not in name}
     header, end = {}, 0
-    for name, shape in shapes(keys.file_map(system).to_theirs(ours)).items():
+    for name, shape in shapes(FAMILY.file_map(system).to_theirs(ours)).items():
         start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()

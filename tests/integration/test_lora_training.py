@@ -13,15 +13,18 @@ import torch
 from PIL import Image
 
 import sfumato
+import small_sd
+import small_sd3
 from helpers import CPU, array, tiny_folder
 from sfumato.checkpoint.header import read_header
 from sfumato.errors import CheckpointError, DataError, InputError, SfumatoError
-from sfumato.families.sd.system import open_system
+from sfumato.families.sd import system as sd_system
+from sfumato.families.sd3 import system as sd3_system
 from sfumato.storage import load_tensors
 from sfumato.train import lora as lora_room
 from sfumato.train import run
 from sfumato.train.recipe import parse_recipe
-from small_sd import SIDE, SMALL, write
+from small_sd import SIDE
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 
@@ -132,17 +135,19 @@ def test_another_recipe_does_not_go_on_from_it(whole: Path, base: Path, pictures
         run(recipe_of(base, prior=PRIOR, text=True, dora=True), data=pictures, out=whole, device="cpu")
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3.5-medium"])
 def test_stable_diffusion_from_the_recipe_to_the_file(
     kind: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With cached texts and recomputed blocks; in bfloat16 weights where the CPU is fast in them."""
-    place = write(kind, tmp_path / "model")
+    family, small = (sd3_system, small_sd3) if kind in small_sd3.SMALL else (sd_system, small_sd)
+    place = small.write(kind, tmp_path / "model")
     before = frozen_bytes(place)
+    own = {"offload": "model", "systems": small.SMALL}
     monkeypatch.setattr(
         lora_room,
         "open_model",
-        lambda base, device, dtype, options: open_system(base, device, dtype, offload="model", systems=SMALL),
+        lambda base, device, dtype, options: family.open_system(base, device, dtype, **own),
     )
     recipe = recipe_of(
         place,
@@ -157,7 +162,7 @@ def test_stable_diffusion_from_the_recipe_to_the_file(
     )
     file = run(recipe, data=pictures, out=tmp_path / "run", device="cpu")
     assert frozen_bytes(place) == before
-    found = open_system(place, CPU, torch.float32, systems=SMALL)
+    found = family.open_system(place, CPU, torch.float32, systems=small.SMALL)
     report = found.adapters.attach(file)
     assert not report.left and report.formats == ("kohya",)
     notes = found.adapters.opened["tiny"].metadata

@@ -22,8 +22,8 @@ from sfumato.data.source import to_float
 from sfumato.errors import CheckpointError, InputError
 from sfumato.storage import load_tensors
 from sfumato.train import run
+from sfumato.train.job import training_pictures
 from sfumato.train.recipe import parse_recipe, read_recipe
-from sfumato.train.stages import training_pictures
 
 RECIPE = """
 name = "tiny"

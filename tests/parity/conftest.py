@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_reference import KINDS
+from clip_reference import KINDS, opened
 from helpers import relative_error
-from sfumato.families.clip import load_encoder
 from sfumato.families.sd.condition import PLANS, TextStack
 from sfumato.text.clip import ClipConfig
 from sfumato.text.clip_tokens import MERGES
@@ -98,7 +97,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def ours(theirs):
-    return lambda config: load_encoder(config, theirs(config).state_dict())
+    return lambda config: opened(config, theirs(config).state_dict())
 
 
 @pytest.fixture(scope="module")

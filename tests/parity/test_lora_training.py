@@ -57,10 +57,7 @@ def a_batch() -> Batch:
 
 
 def tensors_of(trainee, lora: TrainedLora, layout: str = "diffusers") -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for path, own in lora.named_factors():
-        found |= written(own, trainee.spell(path, layout), layout)
-    return found
+    return written(((own, trainee.spell(path, layout)) for path, own in lora.named_factors()), layout)
 
 
 CASES = [

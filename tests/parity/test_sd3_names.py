@@ -16,7 +16,9 @@ from sfumato.errors import CheckpointError, InputError
 from sfumato.families import checkpoint_families
 from sfumato.families.published import folder as published
 from sfumato.families.published.checkpoint import all_signatures, open_checkpoint
+from sfumato.families.published.keys import DENOISER_PREFIX
 from sfumato.families.sd3 import folder, keys
+from sfumato.families.sd3.family import FAMILY
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
 from sfumato.text.t5 import T5Config
 
@@ -72,7 +74,7 @@ def full() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
 def original(kind: str, full: dict) -> dict[str, torch.Tensor]:
     """A complete single file with the tensors' full-size shapes."""
     ours = {f"{part}.{name}": tensor for part, named in full[kind].items() for name, tensor in named.items()}
-    return dict(keys.file_map(SYSTEMS[kind]).to_theirs(ours))
+    return dict(FAMILY.file_map(SYSTEMS[kind]).to_theirs(ours))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +84,7 @@ def test_our_names_are_those_of_the_full_size_networks(kind, full):
     assert transformer["pos_embed.pos_embed"].numel() == table
     assert sum(tensor.numel() for tensor in transformer.values()) == weights + table
     theirs = [f"{part}.{name}" for part, named in full[kind].items() for name in named]
-    assert sorted(keys.file_map(SYSTEMS[kind]).ours) == sorted(theirs)
+    assert sorted(FAMILY.file_map(SYSTEMS[kind]).ours) == sorted(theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +100,7 @@ def test_diffusers_converts_the_same_tensors_to_the_same_names(kind, full):
         )
     ours["context_embedder.weight"] = torch.ones(width, 2)  # diffusers takes the width from it
     theirs = keys.transformer_map(SYSTEMS[kind].transformer).to_theirs(ours)
-    prefixed = {f"{keys.PREFIX}{name}": tensor for name, tensor in theirs.items()}
+    prefixed = {f"{DENOISER_PREFIX}{name}": tensor for name, tensor in theirs.items()}
     converted = diffusers_files.convert_sd3_transformer_checkpoint_to_diffusers(prefixed)
     assert sorted(converted) == sorted(ours)
     for name, tensor in converted.items():
@@ -118,7 +120,9 @@ def test_a_file_with_or_without_encoders_and_autoencoder_is_recognised(kind, ful
         some = {name: tensor for name, tensor in file.items() if not name.startswith(left_out)}
         match = identify(shapes(some), SIGNATURES)
         assert (match.kind, match.part) == (kind, "checkpoint")
-    bare = {name.removeprefix(keys.PREFIX): t for name, t in file.items() if name.startswith(keys.PREFIX)}
+    bare = {
+        name.removeprefix(DENOISER_PREFIX): t for name, t in file.items() if name.startswith(DENOISER_PREFIX)
+    }
     match = identify(shapes(bare), SIGNATURES)
     assert (match.kind, match.part, match.layout) == (kind, "transformer", "original")
 
@@ -143,7 +147,7 @@ def test_a_full_size_file_is_opened_without_reading_it(kind, full, tmp_path):
 
 def test_the_distilled_one_is_known_by_its_name_or_what_is_said(full, tmp_path):
     [(turbo, large)] = SAME_TENSORS.items()
-    alone = {n: t for n, t in original(large, full).items() if n.startswith(keys.PREFIX)}
+    alone = {n: t for n, t in original(large, full).items() if n.startswith(DENOISER_PREFIX)}
     assert open_checkpoint(hollow(alone, tmp_path / "sd3.5_large.safetensors"), FAMILIES).kind == large
     file = hollow(alone, tmp_path / "sd3.5_large_turbo.safetensors")
     assert open_checkpoint(file, FAMILIES).kind == turbo
@@ -184,12 +188,12 @@ def test_what_is_nearly_one_is_told_apart_by_its_tensors(full):
         return str(caught.value)
 
     file = shapes(original("sd3-medium", full))
-    wide = file | {f"{keys.PREFIX}pos_embed": (1, 100, 1536)}
+    wide = file | {f"{DENOISER_PREFIX}pos_embed": (1, 100, 1536)}
     assert told(wide) == (
         "x.st is of no known kind: the nearest is sd3-medium (original names), but model.diffusion_model.pos_embed is "
         "(1, 100, 1536) where (1, 36864, 1536) is right"
     )
-    deeper = file | {f"{keys.PREFIX}joint_blocks.24.x_block.attn.qkv.weight": (4608, 1536)}
+    deeper = file | {f"{DENOISER_PREFIX}joint_blocks.24.x_block.attn.qkv.weight": (4608, 1536)}
     assert "joint_blocks.24.x_block.attn.qkv.weight does not belong there" in told(deeper)
     flux = {"double_blocks.0.img_attn.norm.key_norm.scale": (128,)}
     assert "this is a FLUX checkpoint" in told(flux)

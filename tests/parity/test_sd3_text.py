@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import (
@@ -12,10 +15,13 @@ from diffusers import (
 )
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from sfumato.families.sd3.condition import READERS, TextOptions, TextStack, encode_prompts
+from sfumato.families.published.condition import TextOptions
+from sfumato.families.sd3.condition import READERS, TextStack, encode_prompts
 from sfumato.families.sd3.text import text_openers, tokenizers_of
+from sfumato.storage import save_tensors
 from sfumato.text.clip_tokens import bundled, save_folder
-from small_sd3 import CONFIGS, DEEP, PARTS, SHAPE, t5_tokenizer, theirs
+from sfumato.text.inversion import read_inversion
+from small_sd3 import CONFIGS, DEEP, PARTS, SHAPE, named, t5_tokenizer, theirs
 
 CPU = torch.device("cpu")
 CLOSE = 1e-5  # ‖ours − theirs‖ / ‖theirs‖
@@ -67,9 +73,9 @@ def pipeline(encoders, folder):
 
 
 def stack(encoders, folder, readers=READERS, **options) -> TextStack:
-    parts = {part: network.state_dict() for part, network in encoders.items()}
+    parts = {part: named(part, network.state_dict()) for part, network in encoders.items()}
     opened = text_openers(
-        readers, parts, dict(zip(PARTS, PARTS, strict=True)), torch.float32, CPU, configs=CONFIGS, **options
+        readers, CONFIGS, parts, dict(zip(PARTS, PARTS, strict=True)), torch.float32, CPU, **options
     )
     tokenizers = tokenizers_of(readers, folder, "the model", vocabulary=DEEP.vocabulary)
     return TextStack(_Asked(opened), tokenizers, SHAPE)
@@ -141,3 +147,40 @@ def test_a_batch_is_its_prompts(encoders, folder, pipeline, agrees):
     ours, negative = encode_prompts(stack(encoders, folder), prompts, unwanted, TextOptions(rule="none"))
     agrees("SD3's text, tokens", "two prompts", ours.tokens, want[0], CLOSE, THEIRS)
     agrees("SD3's text, tokens", "two negatives", negative.tokens, want[1], CLOSE, THEIRS)
+
+
+def test_inversions_as_tokens_that_both_vocabularies_learnt(encoders, folder, pipeline, agrees, tmp_path):
+    """The oracle is the pipeline whose CLIPs have their tables grown by the vectors, as diffusers does it for SDXL."""
+    draw = torch.Generator().manual_seed(3)
+    vectors = {
+        "clip_l": torch.randn(2, 32, generator=draw) * 0.02,
+        "clip_g": torch.randn(2, 48, generator=draw) * 0.02,
+    }
+    save_tensors(tmp_path / "style.safetensors", vectors)
+    inversions = (read_inversion(tmp_path / "style.safetensors"),)
+    grown = copy.copy(pipeline)
+    for rows, part in zip(vectors.values(), ("text_encoder", "text_encoder_2"), strict=True):
+        encoder = copy.deepcopy(encoders[part])
+        place = folder / part.replace("text_encoder", "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(place)
+        tokenizer.add_tokens(["<one>", "<two>"])
+        encoder.resize_token_embeddings(len(tokenizer))
+        encoder.get_input_embeddings().weight.data[-2:] = rows
+        setattr(grown, part, encoder)
+        setattr(grown, place.name, tokenizer)
+    grown.text_encoder_3 = None
+    want = grown.encode_prompt("a <one> <two> cat", None, None, do_classifier_free_guidance=False)
+    plain = stack(encoders, folder, READERS[:2])
+    learnt = replace(plain, inversions=inversions)
+    options = TextOptions(rule="none")
+    ours, _ = encode_prompts(learnt, ["a style cat"], options=options)
+    agrees("SD3's text, tokens", "a learnt word, without T5", ours.tokens, want[0], CLOSE, THEIRS)
+    agrees("SD3's text, pooled embedding", "a learnt word, without T5", ours.pooled, want[2], CLOSE, THEIRS)
+    assert not torch.equal(ours.tokens, encode_prompts(plain, ["a style cat"], options=options)[0].tokens)
+    # T5 reads the word as it is written
+    whole = stack(encoders, folder)
+    with_it, without = (
+        encode_prompts(each, ["a style cat"], options=options)[0].tokens
+        for each in (replace(whole, inversions=inversions), whole)
+    )
+    assert torch.equal(with_it[:, 77:], without[:, 77:]) and torch.equal(with_it[:, :77], ours.tokens[:, :77])

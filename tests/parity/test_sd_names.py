@@ -24,6 +24,7 @@ from sfumato.families import checkpoint_families
 from sfumato.families.published.checkpoint import all_signatures
 from sfumato.families.sd import folder, keys
 from sfumato.families.sd.checkpoint import open_checkpoint
+from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.shapes import SYSTEMS
 
 PARAMETERS = {  # of the U-Nets, as they are published
@@ -81,14 +82,14 @@ ORIGINAL = [kind for kind in SYSTEMS if not kind.endswith("-lcm")]
 def original(kind: str, full: dict) -> dict[str, torch.Tensor]:
     """A complete single file with the tensors' full-size shapes, as training code wrote it."""
     ours = {f"{part}.{name}": tensor for part, named in full[kind].items() for name, tensor in named.items()}
-    return dict(keys.file_map(SYSTEMS[kind]).to_theirs(ours))
+    return dict(FAMILY.file_map(SYSTEMS[kind]).to_theirs(ours))
 
 
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_our_names_are_those_of_the_full_size_networks(kind, full):
     unet = full[kind]["unet"]
     assert sum(tensor.numel() for tensor in unet.values()) == PARAMETERS[kind]
-    ours = keys.file_map(SYSTEMS[kind]).ours
+    ours = FAMILY.file_map(SYSTEMS[kind]).ours
     theirs = [f"{part}.{name}" for part, named in full[kind].items() for name in named]
     assert sorted(ours) == sorted(theirs)
 
@@ -104,7 +105,7 @@ def test_diffusers_converts_the_same_tensors_to_the_same_names(kind, full):
             for n, (name, tensor) in enumerate(named.items())
         }
     flat = {f"{part}.{name}": tensor for part, named in ours.items() for name, tensor in named.items()}
-    file = dict(keys.file_map(system).to_theirs(flat))
+    file = dict(FAMILY.file_map(system).to_theirs(flat))
 
     unet_config = dict(UNet2DConditionModel.from_config(folder.unet_config(SMALL_UNETS[kind], 64)).config)
     theirs = diffusers_files.convert_ldm_unet_checkpoint(dict(file), unet_config)
@@ -169,7 +170,7 @@ def test_a_file_without_vae_or_text_is_recognised(kind, full):
     alone = {name: t for name, t in file.items() if name.startswith(keys.UNET_PREFIX)}
     match = identify(shapes(alone), SIGNATURES)
     assert (match.kind, match.part) == (kind, "checkpoint")
-    assert keys.prefixes(SYSTEMS[kind], alone) == {"unet": keys.UNET_PREFIX}
+    assert FAMILY.prefixes(SYSTEMS[kind], alone) == {"unet": keys.UNET_PREFIX}
     bare = {name.removeprefix(keys.UNET_PREFIX): t for name, t in alone.items()}
     match = identify(shapes(bare), SIGNATURES)
     assert (match.kind, match.part, match.layout, match.prefix) == (kind, "unet", "original", "")
@@ -205,7 +206,7 @@ def test_markers_of_v_prediction_are_read(kind, markers, traits, full):
     file = original(kind, full) | {name: torch.zeros(0) for name in markers}
     match = identify(shapes(file), SIGNATURES)
     assert (match.kind, match.traits) == (kind, traits)
-    report = keys.file_map(SYSTEMS[kind]).match(file)
+    report = FAMILY.file_map(SYSTEMS[kind]).match(file)
     assert report.complete and set(report.dropped) == set(markers)
 
 

@@ -88,12 +88,12 @@ def test_our_names_are_those_of_the_full_size_networks(full):
     counts = {part: sum(t.numel() for t in tensors.values()) for part, tensors in full.items()}
     assert counts == {"unet": 1_524_623_082, "vae": 97_742_847, IMAGE_ENCODER: 632_076_800}
     theirs = [f"{part}.{name}" for part, tensors in full.items() for name in tensors]
-    assert sorted(keys.file_map(SYSTEMS["svd"]).ours) == sorted(theirs)
+    assert sorted(FAMILY.file_map(SYSTEMS["svd"]).ours) == sorted(theirs)
 
 
 def test_names_of_a_single_file_are_those_of_its_code():
     """A sample of sgm's, one of each kind of block."""
-    theirs = set(keys.file_map(SYSTEMS["svd"]).theirs)
+    theirs = set(FAMILY.file_map(SYSTEMS["svd"]).theirs)
     unet, clip = "model.diffusion_model.", "conditioner.embedders.0.open_clip.model.visual."
     assert {
         f"{unet}label_emb.0.2.bias",
@@ -117,7 +117,7 @@ def test_names_of_a_single_file_are_those_of_its_code():
 
 def single(full: dict) -> dict[str, torch.Tensor]:
     ours = {f"{part}.{name}": tensor for part, named in full.items() for name, tensor in named.items()}
-    return dict(keys.file_map(SYSTEMS["svd"]).to_theirs(ours))
+    return dict(FAMILY.file_map(SYSTEMS["svd"]).to_theirs(ours))
 
 
 def test_files_and_networks_are_told_apart(full):

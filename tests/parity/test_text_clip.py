@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_reference import CLOSE, PROMPTS, SMALL_G, SMALL_H, SMALL_L, TIGHT
+from clip_reference import CLOSE, PROMPTS, SMALL_G, SMALL_H, SMALL_L, TIGHT, opened
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.clip import load_encoder
 from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipConfig, ClipTextEncoder
 from sfumato.text.clip_tokens import bundled
 from sfumato.text.syntax import parse
@@ -129,9 +128,9 @@ def test_both_layouts_of_names_load(theirs, config):
     if not config.projection:
         old["text_projection.weight"] = torch.ones(3, 3)
     ids = torch.tensor([empty_window(bundled()).ids])
-    expected = load_encoder(config, state)(ids)[0]
+    expected = opened(config, state)(ids)[0]
     for layout in (bare, named, old):
-        encoder = load_encoder(config, layout)
+        encoder = opened(config, layout)
         assert set(encoder.state_dict()) == set(named)
         assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
         assert torch.equal(encoder(ids)[0], expected)
@@ -140,10 +139,10 @@ def test_both_layouts_of_names_load(theirs, config):
 def test_weights_are_copied_and_may_be_cast(theirs):
     state = theirs(SMALL_L).state_dict()
     key = "embeddings.token_embedding.weight"
-    encoder = load_encoder(SMALL_L, state)
+    encoder = opened(SMALL_L, state)
     table = encoder.text_model.embeddings.token_embedding.weight
     assert torch.equal(table, state[key]) and table.data_ptr() != state[key].data_ptr()
-    half = load_encoder(SMALL_L, state, torch.bfloat16)
+    half = opened(SMALL_L, state, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     ids = torch.tensor([empty_window(bundled()).ids])
     assert half(ids)[0].dtype == torch.bfloat16
@@ -169,7 +168,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(theirs, change, message):
     state = dict(theirs(SMALL_L).state_dict())
     change(state)
     with pytest.raises(CheckpointError, match=f"^first part.*{message}") as caught:
-        load_encoder(SMALL_L, state, name="first part")
+        opened(SMALL_L, state, name="first part")
     assert "\n" not in str(caught.value)
 
 

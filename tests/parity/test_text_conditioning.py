@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from clip_reference import CLOSE, KINDS, PROMPTS, SMALL_L, TIGHT
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.condition import TextOptions
 from sfumato.families.sd.condition import (
     NEGATIVE_AESTHETIC,
     PLANS,
-    TextOptions,
     TextStack,
     encode_prompts,
     score_numbers,

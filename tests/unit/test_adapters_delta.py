@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sfumato.adapters.delta import Decomposed, Difference, LowRank, Rows, change_of, folded
+from sfumato.adapters.delta import Decomposed, Difference, LowRank, change_of, folded, rows_of
 from sfumato.adapters.lora import delta_of
 
 O, I, R, K = 12, 8, 3, 3  # outputs, inputs, rank, side of a kernel
@@ -178,11 +178,37 @@ def test_rows_of_a_fused_layer():
     whole = inner.full((3 * O, I))
     for form in (inner, Difference(whole)):
         for place in range(3):
-            part = Rows(form, place, 3)
+            part = rows_of(form, (place,), 3)
             assert part.shape == (O, I)
             assert torch.allclose(
                 change_of(part, torch.zeros(O, I)), whole[place * O : (place + 1) * O], atol=1e-6
             )
+
+
+def test_halves_in_the_other_order():
+    inner = LowRank(numbers(2 * O, R), numbers(R, I))
+    whole = inner.full((2 * O, I))
+    wanted = torch.cat([whole[O:], whole[:O]])
+    for form in (inner, Difference(whole)):
+        assert torch.allclose(rows_of(form, (1, 0), 2).full((2 * O, I)), wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="rows do not fall into 5 equal parts"):
+        rows_of(inner, (1,), 5)
+
+
+@pytest.mark.parametrize("outputs", [True, False])
+def test_dora_of_rows(outputs):
+    """The norm is over a row, so rows can be told apart; over the inputs of all rows they cannot."""
+    base, delta = numbers(3 * O, I), LowRank(numbers(3 * O, R), numbers(R, I))
+    dora = Decomposed(delta, numbers(3 * O, 1) if outputs else numbers(1, I), outputs)
+    whole = change_of(dora, base)
+    order = torch.cat([whole[2 * O :], whole[:O], whole[O : 2 * O]])
+    mixed = torch.cat([base[2 * O :], base[:O], base[O : 2 * O]])
+    assert torch.allclose(change_of(rows_of(dora, (2, 0, 1), 3), mixed), order, atol=1e-5)
+    if not outputs:
+        with pytest.raises(ValueError, match="DoRA over the inputs of a layer that is 3 here"):
+            rows_of(dora, (1,), 3)
+        return
+    assert torch.allclose(change_of(rows_of(dora, (1,), 3), base[O : 2 * O]), whole[O : 2 * O], atol=1e-5)
 
 
 @pytest.mark.parametrize(

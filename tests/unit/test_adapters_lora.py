@@ -16,10 +16,10 @@ from sfumato.adapters.lora import Lora, read_lora
 from sfumato.adapters.names import Names, PartNames, modules
 from sfumato.checkpoint.rules import KeyMap, Rename, Split, shapes
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd.adapters import few_steps, names_of
+from sfumato.families.published.adapters import adapters_of, few_steps, names_of
 from sfumato.families.sd.checkpoint import open_checkpoint
+from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.keys import unet_map
-from sfumato.families.sd.loras import adapters_of
 from small_sd import SMALL, write
 
 KINDS = ("sd1", "sd2", "sdxl")
@@ -31,7 +31,7 @@ def bases(tmp_path_factory):
     """kind → (its names, the parts of a small model)."""
     return {
         kind: (
-            names_of(kind, SMALL[kind]),
+            names_of(FAMILY, kind, SMALL[kind]),
             open_checkpoint(write(kind, tmp_path_factory.mktemp(kind) / "model"), systems=SMALL).parts,
         )
         for kind in KINDS
@@ -312,7 +312,7 @@ MODULE = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 
 
 def adapters(bases, kind: str):
-    return adapters_of(kind, SMALL[kind], bases[kind][1], lambda touched: None)
+    return adapters_of(FAMILY, kind, SMALL[kind], bases[kind][1], lambda touched: None)
 
 
 @pytest.mark.parametrize("ours", KINDS)
@@ -377,7 +377,7 @@ def test_blocks_that_do_not_exist(bases, tmp_path):
 )
 def test_loras_for_few_steps_bring_their_way_of_drawing(bases, tmp_path, name, notes, wanted):
     found = read(bases, "sd1", one(bases), tmp_path, notes or None, name=name)
-    preset = few_steps(found)
+    preset = few_steps(found, FAMILY.naming.few)
     right = {} if wanted is None else dict(zip(("sampler", "schedule", "steps"), wanted, strict=True))
     assert preset == (right | {"guidance": 1.0} if right else {})
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sfumato.adapters.delta import folded
+from sfumato.adapters.names import Share
 from sfumato.adapters.trainable import TrainedLora, chosen, layers_of, written
 from sfumato.errors import InputError
 
@@ -92,7 +93,7 @@ def test_what_is_written_is_read_as_what_acted(layout: str, dora: bool) -> None:
 
     _, lora, _ = made(dora)
     for path, own in lora.named_factors():
-        tensors = written(own, path, layout)
+        tensors = written([(own, Share(path))], layout)
         modules, unknown, again = group(tensors)
         assert not unknown and not again and list(modules) == [path]
         found, bias = delta_of({role: tensors[key] for role, key in modules[path].tensors.items()})

@@ -368,7 +368,7 @@ def test_a_table_too_wide_comes_in_parts(capsys, monkeypatch, width, parts):
 
 
 def test_cost_compares_latents_with_pixels(model, capsys):
-    assert run(["cost", "-m", model, "--steps", "2", "--json"]) == 0
+    assert run(["cost", "-m", model, "--steps", "2", "--pixels", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     latent, pixel = report["latent"], report["pixel"]
     width, height = report["size"]
@@ -381,7 +381,7 @@ def test_cost_compares_latents_with_pixels(model, capsys):
         assert flops["picture"] == flops["text"] + 2 * flops["step"] + flops["decode"]
         assert 0 < part["tensor_bytes"] < part["peak_bytes"]
         assert part["weight_bytes"] >= 4 * part["parameters"]
-    assert run(["cost", "-m", model, "--steps", "1"]) == 0
+    assert run(["cost", "-m", model, "--steps", "1", "--pixels"]) == 0
     assert "pixel twin" in capsys.readouterr().out
 
 

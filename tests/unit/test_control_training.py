@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import small_sd3
 from helpers import CPU, TINY, apart, noise, tiny_folder
 from sfumato import load
 from sfumato.autoencoder import AutoencoderConfig
@@ -18,11 +19,14 @@ from sfumato.families import PACKAGED
 from sfumato.families.pocket import build, save_folder
 from sfumato.families.pocket.config import DenoiserConfig, Preset
 from sfumato.families.sd.system import open_system
+from sfumato.families.sd3 import system as sd3
 from sfumato.generate import Model
 from sfumato.scenes import render, sample_scene
 from sfumato.scenes.controls import PICTURES, control_pictures
 from sfumato.storage import read_json, save_tensors
-from sfumato.train import control
+from sfumato.train import run
+from sfumato.train.control import ControlJob
+from sfumato.train.recipe import DataRecipe, read_recipe
 from sfumato.types import Control, Request
 from small_sd import SMALL, write
 
@@ -76,11 +80,14 @@ def base(recipe: Path) -> Model:
     return load(recipe.parent / "base", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", ["own", "sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["own", "sd1", "sdxl", "sd3.5-medium"])
 @torch.no_grad()
 def test_a_fresh_one_leaves_the_answer_as_it_is(tmp_path, family):
     if family == "own":
         system = load(tiny_folder(tmp_path / "m"), dtype=torch.float32).system
+    elif family in small_sd3.SMALL:
+        place = small_sd3.write(family, tmp_path / "m")
+        system = sd3.open_system(place, CPU, torch.float32, systems=small_sd3.SMALL)
     else:
         system = open_system(write(family, tmp_path / "m"), CPU, torch.float32, systems=SMALL)
     trainee = system.control_trainee(1, 1)
@@ -94,12 +101,12 @@ def test_a_fresh_one_leaves_the_answer_as_it_is(tmp_path, family):
     if family == "own":
         assert torch.equal(trainee.answer(x, time, cond, added), system.network(x, time, cond))
     else:
-        plain = trainee.unet(x[:, :, 0], time, cond.tokens, cond.vector)
+        plain = trainee.base(x[:, :, 0], time, cond.tokens, cond.vector)
         assert torch.equal(trainee.answer(x, time, cond, added)[:, :, 0], plain)
 
 
 def test_it_learns_and_its_file_draws(recipe):
-    file = control.run(recipe, out=recipe.parent / "run", overrides={"control.train.steps": 60})
+    file = run(recipe, out=recipe.parent / "run", overrides={"control.train.steps": 60})
     rows = (recipe.parent / "run" / "control" / "log.csv").read_text().splitlines()
     place = rows[0].split(",").index("loss")
     losses = [float(row.split(",")[place]) for row in rows[1:]]
@@ -113,43 +120,48 @@ def test_it_learns_and_its_file_draws(recipe):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(recipe):
-    whole = control.run(recipe, out=recipe.parent / "whole")
-    control.run(
-        recipe, out=recipe.parent / "parts", overrides={"control.train.steps": 2, "control.train.decay": 0.0}
-    )
-    control.run(recipe, out=recipe.parent / "other", overrides={"control.train.decay": 0.0})
-    parts = control.run(recipe, out=recipe.parent / "parts", overrides={"control.train.decay": 0.0})
+    whole = run(recipe, out=recipe.parent / "whole")
+    run(recipe, out=recipe.parent / "parts", overrides={"control.train.steps": 2, "control.train.decay": 0.0})
+    run(recipe, out=recipe.parent / "other", overrides={"control.train.decay": 0.0})
+    parts = run(recipe, out=recipe.parent / "parts", overrides={"control.train.decay": 0.0})
     assert parts.read_bytes() == (recipe.parent / "other" / "control-edge.safetensors").read_bytes()
     assert whole.read_bytes() != parts.read_bytes()
 
 
-def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path):
+@pytest.mark.parametrize("kind", ["sd1", "sd3-medium"])
+def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path, kind):
     for name, seed in (("a", 1), ("b", 2)):
         for place, plus in (("pictures", 0), ("poses", 10)):
             (tmp_path / place).mkdir(exist_ok=True)
             noise(64, 64, seed + plus).save(tmp_path / place / f"{name}.png")
         (tmp_path / "pictures" / f"{name}.txt").write_text("a cat")
-    system = open_system(write("sd1", tmp_path / "sd"), CPU, torch.float32, systems=SMALL)
-    model = Model(system, CPU, "sd")
+    if kind == "sd1":
+        systems, system = SMALL, open_system(write(kind, tmp_path / "sd"), CPU, torch.float32, systems=SMALL)
+    else:
+        systems, place = small_sd3.SMALL, small_sd3.write(kind, tmp_path / "sd")
+        system = sd3.open_system(place, CPU, torch.float32, systems=systems)
     told = {"control.kind": "pose", "control.pictures": str(tmp_path / "poses"), "control.train.batch": 2,
             "control.train.microbatch": 0, "control.train.steps": 3}  # fmt: skip
     seen = []
 
     class Small(type(system)):
-        def with_controls(self, files, systems=None):
-            return super().with_controls(files, SMALL)
+        def with_controls(self, files, others=None):
+            return super().with_controls(files, systems)
 
-    model = Model(Small(**{k: v for k, v in vars(system).items()}), CPU, "sd")
-    file = control.run(recipe, out=tmp_path / "run", overrides=told, data=tmp_path / "pictures", base=model,
-                       on_event=lambda event: seen.append(event.kind))  # fmt: skip
+    made = replace(
+        read_recipe(recipe, told), data=DataRecipe(path=str(tmp_path / "pictures"), size=64, held_out=0.0)
+    )
+    job = ControlJob(made, tmp_path / "run", CPU, lambda event: seen.append(event.kind))
+    job.model = Model(Small(**vars(system)), CPU, "sd")
+    file = job.whole()
     assert "done" in seen and (tmp_path / "run" / "sheets").is_dir()
-    drawn = Model(system.with_controls({"pose": file}, SMALL), CPU, "sd").generate(
+    drawn = Model(system.with_controls({"pose": file}, systems), CPU, "sd").generate(
         Request("a cat", steps=2, size=(64, 64), controls=(Control("pose", noise(64, 64)),))
     )
     assert drawn.images[0].size == (64, 64)
     (tmp_path / "poses" / "b.png").unlink()
     with pytest.raises(DataError, match=r"holds no control picture b\.png"):
-        control.run(recipe, out=tmp_path / "run2", overrides=told, data=tmp_path / "pictures", base=model)
+        ControlJob(made, tmp_path / "other", CPU, print).pairs("all")
 
 
 @pytest.mark.parametrize(
@@ -159,14 +171,14 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path):
         ({"control.bocks": 2}, "control has no"),
         ({"control.train.batch": 6}, "must be a multiple of microbatch"),
         ({"control.blocks": 9}, "blocks and outputs must be from 1 to the base's 1 blocks"),
-        ({"data.kind": "folder"}, "a folder needs data.path"),
+        ({"data.kind": "folder"}, "needs control.pictures"),
         ({"data.flip": True}, "leave it out"),
         ({"control.drop_prompt": 2.0}, "drop_prompt must be from 0 to 1"),
     ],
 )
 def test_a_bad_recipe_is_refused(recipe, overrides, words):
     with pytest.raises(InputError, match=words.replace(".", r"\.") if "has no" not in words else "bocks"):
-        control.run(recipe, out=recipe.parent / "run", overrides=overrides)
+        run(recipe, out=recipe.parent / "run", overrides=overrides)
 
 
 def test_a_damaged_or_foreign_file_is_refused(recipe, tmp_path):
@@ -181,6 +193,24 @@ def test_a_damaged_or_foreign_file_is_refused(recipe, tmp_path):
             load(recipe.parent / "base", controlnets={"edge": tmp_path / f"{name}.safetensors"})
     with pytest.raises(InputError, match="is a ControlNet for a model of width 64"):
         load("pocket", controlnets={"edge": file})
+
+
+def test_a_controlnet_opened_beside_a_lora_leaves_the_base_what_it_was(recipe, tmp_path):
+    system = base(recipe).system
+    before = {name: tensor.clone() for name, tensor in system.denoiser.state_dict().items()}
+    change = {"up": (192, 2), "down": (2, 64)}
+    save_tensors(
+        tmp_path / "lora.safetensors",
+        {f"dit.blocks.0.attn.qkv.lora_{role}.weight": torch.ones(shape) for role, shape in change.items()},
+    )
+    system.adapters.attach(tmp_path / "lora.safetensors")
+    assert not torch.equal(system.denoiser.state_dict()["dit.blocks.0.attn.qkv.weight"],
+                           before["dit.blocks.0.attn.qkv.weight"])  # fmt: skip
+    made = system.control_trainee(1, 1)
+    file = made.save(made.network.state_dict(), tmp_path / "control-edge.safetensors")
+    other = system.with_controls({"edge": file})
+    other.adapters.detach()
+    assert all(torch.equal(other.denoiser.state_dict()[name], before[name]) for name in before)
 
 
 def test_control_pictures_of_scenes_are_the_renderer_s_truth():

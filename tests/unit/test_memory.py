@@ -21,7 +21,7 @@ from sfumato.cli.app import run
 from sfumato.cli.parse import size_in_bytes
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published import networks
-from sfumato.families.sd import keys
+from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
@@ -64,7 +64,7 @@ def file(tmp_path_factory):
     """A single file of a small SD 1 with random weights, in half precision."""
     torch.manual_seed(0)
     ours = names_of(networks_of(SMALL["sd1"]))
-    theirs = keys.file_map(SMALL["sd1"]).to_theirs({name: t.half() for name, t in ours.items()})
+    theirs = FAMILY.file_map(SMALL["sd1"]).to_theirs({name: t.half() for name, t in ours.items()})
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     save_tensors(path, dict(theirs))
     return path
@@ -80,7 +80,7 @@ def published(tmp_path_factory):
     with torch.device("meta"):
         ours = names_of(networks_of(SD1))
     header, end = {}, 0
-    for name, shape in shapes(keys.file_map(SD1).to_theirs(ours)).items():
+    for name, shape in shapes(FAMILY.file_map(SD1).to_theirs(ours)).items():
         start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()

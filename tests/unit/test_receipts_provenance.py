@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.ExifTags import IFD
 
+from sfumato.checks import MAX_PROMPT
 from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts import provenance
 from sfumato.receipts.provenance import COMPOSITE_TYPE, SOURCE_TYPE, check_output, read_recipe, save_images
-from sfumato.types import MAX_PROMPT, MAX_SEED, Request, Result, Variation
+from sfumato.types import MAX_SEED, Request, Result, Variation
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".PNG"]
 

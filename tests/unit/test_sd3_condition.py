@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from sfumato.errors import CheckpointError, InputError, SfumatoError
-from sfumato.families.sd3.condition import READERS, TextOptions, TextStack, encode_prompts, readers_of
-from sfumato.families.sd3.text import open_t5, t5_named, text_openers, tokenizers_of
+from sfumato.families.published.condition import TextOptions
+from sfumato.families.published.keys import t5_map
+from sfumato.families.published.text import open_t5
+from sfumato.families.sd3.condition import READERS, TextStack, encode_prompts, readers_of
+from sfumato.families.sd3.text import text_openers, tokenizers_of
 from sfumato.nn.narrow import size_of
 from sfumato.text.clip_tokens import bundled
 from sfumato.text.syntax import parse
 from sfumato.text.t5 import T5Config, T5Encoder
 from sfumato.text.t5_tokens import find, lay_out, open_file
 from sfumato.types import MAX_TEXT_LENGTH as MOST
-from small_sd3 import CONFIGS, DEEP, SHAPE, t5_tokenizer, theirs
+from small_sd3 import CONFIGS, DEEP, SHAPE, named, t5_tokenizer, theirs
 
 CPU = torch.device("cpu")
 L, G, T5 = READERS
@@ -32,7 +35,7 @@ def no_gradients():
 
 @pytest.fixture(scope="module")
 def weights():
-    return {part: dict(network.state_dict()) for part, network in theirs().items()}
+    return {part: dict(named(part, network.state_dict())) for part, network in theirs().items()}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ class Opened(dict):
 def stack(weights, words):
     def make(readers=READERS, **options):
         sources = {reader.part: f"the file ({reader.part})" for reader in READERS}
-        openers = text_openers(readers, weights, sources, torch.float32, CPU, configs=CONFIGS, **options)
+        openers = text_openers(readers, CONFIGS, weights, sources, torch.float32, CPU, **options)
         tokenizers = tokenizers_of(readers, None, "the file", given=words, vocabulary=DEEP.vocabulary)
         return TextStack(Opened(openers), tokenizers, SHAPE)
 
@@ -226,10 +229,10 @@ def test_t5_xxl_in_eight_bits_is_under_five_gib():
 
 def test_float16_of_t5_becomes_bfloat16(stack, weights):
     sources = {reader.part: reader.part for reader in READERS}
-    openers = text_openers([T5], weights, sources, torch.float16, CPU, configs=CONFIGS)
+    openers = text_openers([T5], CONFIGS, weights, sources, torch.float16, CPU)
     assert openers[T5.part]().shared.weight.dtype == torch.bfloat16
     with pytest.raises(InputError, match="float32, bfloat16 or int8, not float64"):
-        text_openers([T5], weights, sources, torch.float32, CPU, configs=CONFIGS, text_dtype=torch.float64)
+        text_openers([T5], CONFIGS, weights, sources, torch.float32, CPU, text_dtype=torch.float64)
 
 
 def test_t5_read_from_the_file_at_each_call_says_the_same(stack):
@@ -238,17 +241,16 @@ def test_t5_read_from_the_file_at_each_call_says_the_same(stack):
         features(stack([T5], stream=True, text_dtype=torch.int8))
 
 
-def test_t5_of_a_single_file_is_that_of_a_folder(weights):
-    folder = weights[T5.part]
-    single = {
-        f"text_encoders.t5xxl.transformer.{name}": tensor
-        for name, tensor in folder.items()
-        if name != "encoder.embed_tokens.weight"
-    }
+def test_t5_s_table_of_tokens_has_two_names_in_files(weights):
+    folder, prefix = weights[T5.part], "text_encoders.t5xxl.transformer."
+    twin = {"encoder.embed_tokens.weight": folder["shared.weight"]}
+    rest = {name: tensor for name, tensor in folder.items() if name != "shared.weight"}
     ids = torch.arange(30)[None]
-    both = [open_t5(DEEP, tensors, "t5", torch.float32, CPU)(ids) for tensors in (folder, single)]
-    assert torch.equal(*both)
-    assert "shared.weight" in t5_named({"encoder.embed_tokens.weight": folder["shared.weight"]})
+    wanted = open_t5(DEEP, folder, "t5", torch.float32, CPU)(ids)
+    for state in (folder, folder | twin, rest | twin):
+        file = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        tensors = t5_map(DEEP, state.keys()).within(prefix, "").to_ours(file)
+        assert torch.equal(open_t5(DEEP, tensors, "t5", torch.float32, CPU)(ids), wanted)
 
 
 def test_numbers_that_overflow_name_their_block(weights):

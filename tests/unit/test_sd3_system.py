@@ -20,7 +20,7 @@ from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.openers import blank
 from sfumato.families.sd.shapes import SYSTEMS as OTHERS
-from sfumato.families.sd3 import keys
+from sfumato.families.sd3.family import FAMILY
 from sfumato.families.sd3.shapes import SYSTEMS
 from sfumato.families.sd3.system import open_system
 from sfumato.generate import Model
@@ -118,9 +118,6 @@ def test_sizes_follow_patches_and_the_table_of_positions(places):
 
 def test_what_it_is_asked_that_it_does_not_know(small, places, capsys):
     place = places("sd3-medium")
-    Path("x.safetensors").write_bytes(b"")
-    line = refused(capsys, "generate", "a", "-m", place, "--embedding", "x.safetensors")
-    assert "embeddings is for checkpoints of another family" in line and "sd3-medium" in line
     line = refused(capsys, "generate", "a", "-m", place, "--prediction", "v")
     assert "is of sd3-medium, which predicts flow, not v" in line
     other = write_other("sd1", Path("other"))
@@ -207,7 +204,7 @@ def published(tmp_path_factory):
         if "position_ids" not in name
     }
     path = tmp_path_factory.mktemp("published") / "sd3_medium_incl_clips_t5xxlfp16.safetensors"
-    hollow(keys.file_map(system).to_theirs(ours), path)
+    hollow(FAMILY.file_map(system).to_theirs(ours), path)
     t5_tokenizer(path.parent)
     return path
 
@@ -291,15 +288,45 @@ def test_damage_is_one_line_that_names_it(places, tmp_path):
         opened(write("sd3-medium", tmp_path / "shift", shift="x"))
 
 
-def test_loras_are_not_for_it_yet(small, places, capsys):
-    place = places("sd3-medium")
-    save_file(
-        {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 48)}, "lora.safetensors"
-    )
-    line = refused(capsys, "generate", "a", "-m", place, "--lora", "lora.safetensors")
-    assert "takes no LoRAs" in line
-    line = refused(capsys, "convert", place, "merged.safetensors", "--merge", "lora.safetensors")
-    assert "without a U-Net; a LoRA is merged into a model with one" in line
+def picture(name: str) -> np.ndarray:
+    return np.asarray(Image.open(name))
+
+
+def test_a_lora_on_the_command_line(small, places, capsys):
+    """Drawn with, found again by `--like`, merged into the checkpoint; a file of another family is named."""
+    place = str(places("sd3-medium"))
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    factors = {f"{key}.lora_A.weight": torch.randn(4, 48), f"{key}.lora_B.weight": torch.randn(48, 4)}
+    save_file(factors, "ink.safetensors")
+    draw = ["generate", "a red cube", "-m", place, *LIGHT, "--seed", "1"]
+    assert run([*draw, "-o", "plain.png"]) == 0
+    assert run([*draw, "--lora", "ink.safetensors:0.8:blocks.0=0.5", "-o", "ink.png"]) == 0
+    assert (picture("ink.png") != picture("plain.png")).any()
+    again = ["generate", "--like", "ink.png", "-m", place, "--lora", "ink.safetensors", "--dtype", "fp32"]
+    assert run([*again, "-o", "again.png"]) == 0
+    assert (picture("again.png") == picture("ink.png")).all()
+    assert run(["convert", place, "merged", "--merge", "ink.safetensors:0.4"]) == 0
+    assert run([*draw[:3], "merged", *draw[4:], "-o", "merged.png"]) == 0
+    assert np.abs(picture("merged.png").astype(int) - picture("ink.png")).max() <= 1
+    assert run(["lora", "inspect", "ink.safetensors", "-m", place]) == 0
+    assert "1 of transformer" in capsys.readouterr().out
+    save_file({"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight":
+               torch.ones(1, 768)}, "other.safetensors")  # fmt: skip
+    line = refused(capsys, "generate", "a", "-m", place, "--lora", "other.safetensors")
+    assert "is a LoRA for Stable Diffusion 1" in line and "this model is Stable Diffusion 3" in line
+
+
+def test_a_learnt_word_on_the_command_line(small, places, capsys):
+    place = str(places("sd3-medium"))
+    save_file({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 48)}, "toy.safetensors")
+    draw = ["generate", "a toy", "-m", place, *LIGHT, "--seed", "1"]
+    assert run([*draw, "-o", "plain.png"]) == 0
+    assert run([*draw, "--embedding", "toy.safetensors", "-o", "toy.png"]) == 0
+    assert (picture("toy.png") != picture("plain.png")).any()
+    assert set(read_recipe("toy.png")["embeddings"]) == {"toy"}
+    save_file({"emb_params": torch.randn(2, 32)}, "one.safetensors")
+    line = refused(capsys, *draw, "--embedding", "one.safetensors")
+    assert "vectors for one encoder of width 32; Stable Diffusion 3 reads width 32 and 48" in line
 
 
 def test_a_preset_is_over_what_the_name_says(places, tmp_path):

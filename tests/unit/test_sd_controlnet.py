@@ -10,6 +10,7 @@ import torch
 import small_control as small
 from helpers import noise
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.openers import plain_network
 from sfumato.families.sd.controlnet import control_map, open_control
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.system import open_system
@@ -74,7 +75,8 @@ def test_a_folder_says_what_tensors_do_not(tmp_path):
 
 def test_half_precision_is_drawn_in_what_is_asked(tmp_path):
     found = open_control(small.file(tmp_path / "c.safetensors", "sd1", dtype=torch.float16), systems=SMALL)
-    made = found.network(CPU, torch.float32, plain=True)
+    assert {found.tensors.info(name)[0] for name in found.tensors} == {torch.float16}
+    made = plain_network(found.config, found.tensors, found.source, torch.float32, CPU)
     assert {p.dtype for p in made.parameters()} == {torch.float32}
 
 
@@ -147,7 +149,7 @@ def test_one_of_another_family_is_refused_with_both_widths(tmp_path, system, kin
 def test_another_engine_takes_none(tmp_path, system):
     place = small.file(tmp_path / "c.safetensors", "sd1")
     with pytest.raises(
-        InputError, match="ControlNets go with the engine torch; openvino runs the U-Net as it is"
+        InputError, match="ControlNets go with the engine torch; openvino runs a U-Net as it is"
     ):
         replace(system, engine="openvino").with_controls({"canny": place}, SMALL)
 

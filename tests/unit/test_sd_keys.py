@@ -8,6 +8,7 @@ import torch
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
 from sfumato.checkpoint.rules import shapes
 from sfumato.families.sd import keys
+from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.nn.unet import UNet
 from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipTextEncoder
@@ -28,12 +29,12 @@ COUNTS = {
 
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_a_file_has_as_many_tensors_as_the_published_one(kind):
-    assert len(keys.file_map(SYSTEMS[kind]).theirs) == COUNTS[kind]
+    assert len(FAMILY.file_map(SYSTEMS[kind]).theirs) == COUNTS[kind]
 
 
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_there_and_back_is_the_same_for_every_name(kind):
-    table = keys.file_map(SYSTEMS[kind])
+    table = FAMILY.file_map(SYSTEMS[kind])
     ours = {
         name: torch.full((2, 2) if name.endswith("weight") else (2,), float(n))
         for n, name in enumerate(table.ours)
@@ -144,13 +145,13 @@ def test_the_last_block_of_sd2_is_dropped_by_name_and_a_missing_one_is_missed():
 
 def test_a_file_says_which_parts_it_has():
     sd2 = SYSTEMS["sd2"]
-    assert keys.prefixes(sd2) == {
+    assert FAMILY.prefixes(sd2) == {
         "unet": "model.diffusion_model.",
         "vae": "first_stage_model.",
         "text_encoder": "cond_stage_model.model.",
     }
     turbo = ["model.diffusion_model.out.0.bias", "conditioner.embedders.0.model.ln_final.bias"]
-    assert keys.prefixes(sd2, iter(turbo)) == {
+    assert FAMILY.prefixes(sd2, iter(turbo)) == {
         "unet": "model.diffusion_model.",
         "text_encoder": "conditioner.embedders.0.model.",
     }

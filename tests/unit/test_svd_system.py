@@ -24,7 +24,7 @@ from sfumato.cli.app import run
 from sfumato.drawing.clips import origin_of_clip
 from sfumato.errors import InputError
 from sfumato.families.published.openers import blank
-from sfumato.families.svd import keys
+from sfumato.families.svd.family import FAMILY
 from sfumato.families.svd.shapes import IMAGE_ENCODER, SYSTEMS
 from sfumato.families.svd.system import open_system
 from sfumato.generate import Model, load
@@ -255,7 +255,7 @@ def published(tmp_path_factory):
         for name, tensor in blank(config).state_dict().items()
     }
     path = tmp_path_factory.mktemp("published") / "svd.safetensors"
-    return hollow(keys.file_map(system).to_theirs(ours), path)
+    return hollow(FAMILY.file_map(system).to_theirs(ours), path)
 
 
 def test_the_published_one_fits_where_it_should(published):

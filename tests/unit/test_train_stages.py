@@ -16,8 +16,9 @@ from sfumato.data.folder import FolderSource
 from sfumato.data.scenes import SceneSource
 from sfumato.errors import InputError
 from sfumato.train import stages
-from sfumato.train.recipe import Recipe, parse_recipe
-from sfumato.train.stages import Run, multiple_of, source_of, training_pictures, with_data
+from sfumato.train.job import multiple_of, source_of, training_pictures, with_data
+from sfumato.train.recipe import Recipe, parse_recipe, read_recipe
+from sfumato.train.stages import ModelJob
 from sfumato.train.state import tensorboard
 
 SCENES = {"kind": "scenes", "count": 8, "size": 32}
@@ -60,7 +61,7 @@ def test_pictures_looked_at_are_those_trained_on(wide: Path, tmp_path: Path) -> 
     found = training_pictures(path, wide, 3)
     assert len(found) == 3 and found.shape[2] % 16 == found.shape[3] % 16 == 0
     assert found[:, 1:].max() == -1  # red squares on nothing, and no scene
-    own = stages.read_recipe(path)
+    own = read_recipe(path)
     assert multiple_of(own) == 16
     trained = source_of(with_data(own, wide), 16)
     assert found.shape[2:] == max(trained.buckets(), key=lambda size: len(trained.buckets()[size]))
@@ -69,7 +70,7 @@ def test_pictures_looked_at_are_those_trained_on(wide: Path, tmp_path: Path) -> 
 def test_the_pictures_measured_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "LATENT_STATISTICS_PICTURES", 4)
     recipe, told = recipe_of(SCENES), []
-    run = Run(recipe, tmp_path, torch.device("cpu"), told.append)
+    run = ModelJob(recipe, tmp_path, torch.device("cpu"), told.append)
     run._measure(Autoencoder(recipe.autoencoder.model).eval(), SceneSource(8, size=32), tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["pictures"] == 4
     assert "(4 pictures)" in told[0].text
@@ -77,7 +78,7 @@ def test_the_pictures_measured_are_counted(tmp_path: Path, monkeypatch: pytest.M
 
 def test_tensorboard_is_closed_and_forgets_what_a_kill_undid(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = Run(recipe_of(SCENES, log="tensorboard"), tmp_path, torch.device("cpu"), lambda event: None)
+    run = ModelJob(recipe_of(SCENES, log="tensorboard"), tmp_path, torch.device("cpu"), lambda event: None)
     others = set(threading.enumerate())
     for steps, loss in (
         ((1, 2, 3), 1.0),
@@ -101,7 +102,7 @@ def test_tensorboard_is_closed_and_forgets_what_a_kill_undid(tmp_path: Path) -> 
 
 
 def test_a_run_without_tensorboard_has_no_logger(tmp_path: Path) -> None:
-    run = Run(recipe_of(SCENES), tmp_path, torch.device("cpu"), lambda event: None)
+    run = ModelJob(recipe_of(SCENES), tmp_path, torch.device("cpu"), lambda event: None)
     with tensorboard(run.recipe.log, run.world.leads, tmp_path) as log:
         assert log is None
     assert list(tmp_path.iterdir()) == []

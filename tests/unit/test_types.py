@@ -9,19 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sfumato.checks import MAX_PROMPT
 from sfumato.errors import InputError
-from sfumato.types import (
-    MAX_BLUR,
-    MAX_COUNT,
-    MAX_PROMPT,
-    MAX_SEED,
-    MAX_SIDE,
-    MAX_STEPS,
-    HiRes,
-    Inpaint,
-    Request,
-    Variation,
-)
+from sfumato.parts import MAX_BLUR, MAX_SEED, MAX_SIDE, MAX_STEPS, HiRes, Inpaint, Variation
+from sfumato.types import MAX_COUNT, Request
 
 PICTURE, MASK = Image.new("RGB", (8, 8), "red"), Image.new("L", (8, 8), 255)
 

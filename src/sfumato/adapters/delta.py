@@ -10,7 +10,7 @@ prop. 1 and 3), LoKr (Edalati et al. 2022, 2212.10650, sec. 3), DoRA (Liu et al.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -156,10 +156,10 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The `place`-th of `of` equal parts along the rows of a change to a fused layer, such as q of q, k and v."""
+    """Rows of a change to a layer that is laid out otherwise there: of its `of` equal parts, those numbered `rows`."""
 
-    inner: LowRank | Hadamard | Kronecker | Difference
-    place: int
+    inner: Hadamard | Kronecker | Difference | LowRank
+    rows: tuple[int, ...]
     of: int
 
     @property
@@ -168,15 +168,13 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows, *rest = self.inner.shape
-        return (rows // self.of, *rest)
+        height, *rest = self.inner.shape
+        return (height // self.of * len(self.rows), *rest)
 
     def full(self, shape: Shape) -> Tensor:
-        rows, *rest = shape
-        if isinstance(self.inner, LowRank) and self.inner.mid is None:  # only the rows that are asked for
-            up = self.inner.up.chunk(self.of)[self.place]
-            return LowRank(up, self.inner.down, self.inner.scale).full(shape)
-        return self.inner.full((rows * self.of, *rest)).chunk(self.of)[self.place]
+        height, *rest = shape
+        whole = self.inner.full((height // len(self.rows) * self.of, *rest))
+        return _rows_of(whole, self.rows, self.of)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +185,7 @@ class Decomposed:
     outputs: which of the two.
     """
 
-    inner: LowRank | Hadamard | Kronecker | Difference
+    inner: LowRank | Hadamard | Kronecker | Difference | Rows
     magnitude: Tensor
     outputs: bool
 
@@ -213,35 +211,45 @@ Delta = LowRank | Hadamard | Kronecker | Difference | Rows | Decomposed
 Change = tuple[float, Delta]  # with its weight
 
 
-def folded(base: Tensor, changes: Iterable[Change]) -> Tensor:
-    """base + Σ weight · ΔW in float32, on the device of `base`, which stays as it is.
+def rows_of(delta: Delta, rows: tuple[int, ...], of: int) -> Delta:
+    """The change to some of a layer's rows: of its `of` equal parts, those numbered `rows`, in their order.
 
-    Each ΔW is that to `base` itself, so the order of several does not matter, save for rounding.
+    `ValueError` where no rows can be told from the rest: DoRA over inputs has one norm for all.
     """
-    total = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    for weight, delta in changes:
-        if not _product(total, delta, weight):
-            total.add_(change_of(delta, base), alpha=weight)
-    return total
+    if of == 1:
+        return delta
+    if delta.shape[0] % of:
+        raise ValueError(f"{delta.shape[0]} rows do not fall into {of} equal parts")
+    if isinstance(delta, Decomposed):
+        if not delta.outputs and len(rows) != of:
+            raise ValueError(f"DoRA over the inputs of a layer that is {of} here")
+        inner = rows_of(delta.inner, rows, of)
+        assert not isinstance(inner, Decomposed)
+        magnitude = _rows_of(delta.magnitude.flatten(), rows, of) if delta.outputs else delta.magnitude
+        return Decomposed(inner, magnitude, delta.outputs)
+    assert not isinstance(delta, Rows)
+    if isinstance(delta, LowRank):
+        return replace(delta, up=_rows_of(delta.up, rows, of))
+    return Rows(delta, rows, of)
 
 
-def folded_to(base: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
-    """`folded`, rounded once to `dtype`. Of plain products some rows at a time, so that float32 stays in the cache."""
+def folded(base: Tensor, changes: Sequence[Change], dtype: torch.dtype = torch.float32) -> Tensor:
+    """base + Σ weight · ΔW, added in float32 and rounded once to `dtype`, on `base`'s device. `base` stays as it is.
+
+    Each ΔW is that to `base` itself, so the order of several does not matter, save for rounding. Of plain products some
+    rows at a time, so that float32 stays in the cache.
+    """
     if base.ndim < 2 or not all(isinstance(delta, LowRank) and delta.mid is None for _, delta in changes):
-        return folded(base, changes).to(dtype)
+        total = _copied(base)
+        for weight, delta in changes:
+            total.add_(change_of(delta, base), alpha=weight)
+        return total.to(dtype)
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
-    factors = [
-        (
-            weight * delta.scale,
-            _wide(delta.up).flatten(1).to(base.device),
-            _wide(delta.down).flatten(1).to(base.device),
-        )
-        for weight, delta in changes
-        if isinstance(delta, LowRank)
-    ]
+    products = [(weight * d.scale, d.up, d.down) for weight, d in changes if isinstance(d, LowRank)]
+    factors = [(scale, *(_wide(f).flatten(1).to(base.device) for f in pair)) for scale, *pair in products]
     rows = max(HELD // max(base[0].numel(), 1), 1)
     for start in range(0, len(base), rows):
-        part = base[start : start + rows].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        part = _copied(base[start : start + rows])
         for scale, up, down in factors:
             part.view(len(part), -1).addmm_(up[start : start + rows], down, alpha=scale)
         out[start : start + rows] = part
@@ -252,17 +260,6 @@ def change_of(delta: Delta, base: Tensor) -> Tensor:
     """ΔW at weight 1 on `base`, in float32 on its device."""
     delta = _on(delta, base.device)
     return delta.over(_wide(base)) if isinstance(delta, Decomposed) else delta.full(base.shape)
-
-
-def _product(total: Tensor, delta: Delta, weight: float) -> bool:
-    """Add a plain product in one pass over `total`; False where it is none."""
-    if not isinstance(delta, LowRank) or delta.mid is not None:
-        return False
-    delta = _on(delta, total.device)
-    assert isinstance(delta, LowRank)
-    rows = total.view(total.shape[0], -1)
-    rows.addmm_(_wide(delta.up).flatten(1), _wide(delta.down).flatten(1), alpha=weight * delta.scale)
-    return True
 
 
 def _on(delta: Delta, device: torch.device) -> Delta:
@@ -277,9 +274,18 @@ def _on(delta: Delta, device: torch.device) -> Delta:
         elif isinstance(value, Factor):
             parts = {g.name: getattr(value, g.name) for g in fields(value)}
             moved[f.name] = Factor(**{k: v if v is None else v.to(device) for k, v in parts.items()})
-        elif isinstance(value, LowRank | Hadamard | Kronecker | Difference):
+        elif isinstance(value, LowRank | Hadamard | Kronecker | Difference | Rows):
             moved[f.name] = _on(value, device)
     return replace(delta, **moved)
+
+
+def _rows_of(tensor: Tensor, rows: tuple[int, ...], of: int) -> Tensor:
+    parts = tensor.chunk(of)
+    return parts[rows[0]] if len(rows) == 1 else torch.cat([parts[k] for k in rows])
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.adapters.delta import Change, folded, folded_to
+from sfumato.adapters.delta import Change, folded
 from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
 from sfumato.checkpoint.rules import info, shapes
@@ -49,7 +49,7 @@ class Folded(Mapping[str, Tensor]):
         """
         changes = self.changes.get(name)
         if changes and dtype == torch.bfloat16:
-            return folded_to(self.base[name], changes, dtype)
+            return folded(self.base[name], changes, dtype)
         return self[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -84,7 +84,7 @@ class Adapters:
         check: Callable[[Path], None] = lambda path: None,
         presets: Callable[[Lora], dict[str, Any]] = lambda lora: {},
     ):
-        self._names, self._base, self.refresh = names, parts, refresh
+        self._names, self.base, self.refresh = names, parts, refresh
         self._check, self._presets = check, presets
         self.parts = {name: Folded(tensors) for name, tensors in parts.items()}
         self.opened: dict[str, Lora] = {}
@@ -96,19 +96,14 @@ class Adapters:
 
     def moved(self, refresh: Callable[[Touched], None]) -> Adapters:
         """The same LoRAs for other networks of the same base, which are yet to be opened."""
-        other = Adapters(self._names, self._base, refresh, self._check, self._presets)
+        other = Adapters(self._names, self.base, refresh, self._check, self._presets)
         other.opened, other.standing = dict(self.opened), self.standing
         with other.using(other.standing):
             return other
 
     @property
-    def base(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """The base's tensors, without what is added."""
-        return self._base
-
-    @property
     def shapes(self) -> Shapes:
-        return {name: shapes(part) for name, part in self._base.items()}
+        return {name: shapes(part) for name, part in self.base.items()}
 
     @property
     def size(self) -> int:
@@ -166,10 +161,6 @@ class Adapters:
             self._check_blocks(use)
         return tuple(uses)
 
-    def known(self, uses: Sequence[LoraUse] | None) -> tuple[LoraUse, ...] | None:
-        """Those of a request's that are opened here: a refiner is told the request of its base."""
-        return None if uses is None else tuple(u for u in uses if u.name in self.opened or u in self._now)
-
     def preset(self, uses: Sequence[LoraUse]) -> dict[str, Any]:
         """What the LoRAs want of a request that leaves things open; the last one that wants something has its way."""
         wanted: dict[str, Any] = {}
@@ -195,7 +186,7 @@ class Adapters:
         names = self._names()
         for block, _ in use.blocks:
             starts = names.places(block)
-            paths = (f"{part}.{tensor}" for part, tensors in self._base.items() for tensor in tensors)
+            paths = (f"{part}.{tensor}" for part, tensors in self.base.items() for tensor in tensors)
             if not any(_within(path, start) for path in paths for start in starts):
                 raise InputError(
                     f"{names.family} has no block {block!r}; there are {', '.join(names.blocks)} and what lies in "

@@ -20,8 +20,8 @@ from sfumato.adapters.delta import (
     Hadamard,
     Kronecker,
     LowRank,
-    Rows,
     change_of,
+    rows_of,
 )
 from sfumato.adapters.names import BIAS, WEIGHT, Names, Target
 from sfumato.adapters.roles import Spelled, group, refused
@@ -195,19 +195,16 @@ def _changes(
     for delta, ending in ((kernel, WEIGHT), (bias, BIAS)):
         if delta is None:
             continue
-        for target in targets:
-            tensor = target.module + ending
-            wanted = shapes[target.part].get(tensor)
+        for part, share in ((target.part, target.share) for target in targets):
+            if part not in shapes:
+                raise ValueError(f"there is no {part} here")
+            tensor = share.module + ending
+            wanted = shapes[part].get(tensor)
             if wanted is None:
-                raise ValueError(f"{target.module} has no {ending[1:]}")
-            placed: Delta = delta
-            if target.of > 1:
-                if isinstance(delta, Decomposed):
-                    raise ValueError("DoRA of a layer that is three here")
-                assert not isinstance(delta, Rows)
-                placed = Rows(delta, target.place, target.of)
+                raise ValueError(f"{share.module} has no {ending[1:]}")
+            placed = rows_of(delta, share.rows, share.of)
             _check_fit(placed, wanted)
-            yield target.part, tensor, placed
+            yield part, tensor, placed
 
 
 def _check_fit(delta: Delta, wanted: tuple[int, ...]) -> None:
@@ -309,7 +306,7 @@ def _factor(found: Mapping[str, Tensor], whole: str, a: str, b: str, core: str, 
 
 def _decomposed(kernel: Delta, magnitude: Tensor, peft: bool) -> Decomposed:
     """By the magnitude's shape: (O, 1, …) is of outputs, (1, I, …) of inputs; PEFT's are of outputs."""
-    assert not isinstance(kernel, Decomposed | Rows)
+    assert not isinstance(kernel, Decomposed)
     shape, count = tuple(magnitude.shape), magnitude.numel()
     outputs, inputs = kernel.shape[0], kernel.shape[1]
     ahead = shape[0] if shape else 0

@@ -10,32 +10,47 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from sfumato.checkpoint.rules import KeyMap, Split
+from sfumato.checkpoint.rules import KeyMap, Split, SwapHalves
 
 WEIGHT, BIAS = ".weight", ".bias"
+WHOLE, SWAPPED = (0,), (1, 0)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A module, and of which rows of another layout's it is made: of its `of` equal parts, those numbered `rows`.
+
+    One of three that are fused there has the rows (0,), (1,) or (2,) of 3; one whose halves stand in the other order
+    has (1, 0) of 2.
+    """
+
+    module: str
+    rows: tuple[int, ...] = WHOLE
+    of: int = 1
 
 
 @dataclass(frozen=True)
 class Target:
-    """A module of ours. place, of: what a file calls one module are `of` of ours, of which this is number `place`."""
+    """What a file's module changes: a module of a part of ours, by a share of its rows."""
 
     part: str
-    module: str
-    place: int = 0
-    of: int = 1
+    share: Share
+
+
+Table = Mapping[str, tuple[Share, ...]]  # paths of modules in files to ours
 
 
 @dataclass(frozen=True)
 class PartNames:
     """One network as files name it.
 
-    part: its name among ours. tables: from paths of modules there to ours; several where several layouts are in use.
+    part: its name among ours. tables: several where several layouts are in use.
     dotted: prefixes of paths with dots, such as "unet."; "" where paths stand alone. flat: prefixes of paths with
     underscores, such as "lora_unet_".
     """
 
     part: str
-    tables: tuple[Mapping[str, tuple[str, ...]], ...]
+    tables: tuple[Table, ...]
     dotted: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
 
@@ -58,7 +73,7 @@ class Names:
         for part in self.parts:
             for table in part.tables:
                 for theirs, ours in table.items():
-                    targets = tuple(Target(part.part, m, k, len(ours)) for k, m in enumerate(ours))
+                    targets = tuple(Target(part.part, share) for share in ours)
                     for prefix in part.dotted:
                         found.setdefault(prefix + theirs, targets)
                     for prefix in part.flat:
@@ -76,26 +91,42 @@ class Names:
         return (block,)
 
 
-def modules(table: KeyMap, drop: str = "") -> dict[str, tuple[str, ...]]:
-    """Paths of modules with weights, theirs to ours, from a table of tensors. drop: a prefix of theirs to leave out."""
-    found: dict[str, tuple[str, ...]] = {}
+def modules(table: KeyMap) -> dict[str, tuple[Share, ...]]:
+    """Paths of modules with weights, theirs to ours, from a table of tensors.
+
+    One that is several of ours is there as a whole, and each of its parts by its number, as OneTrainer has them.
+    """
+    found: dict[str, tuple[Share, ...]] = {}
     for rule in table.rules:
-        theirs, ours = rule.theirs, rule.ours
-        names = ours if isinstance(rule, Split) else (ours,)
-        if not isinstance(theirs, str) or not theirs.endswith(WEIGHT) or not theirs.startswith(drop):
+        theirs = rule.theirs
+        if not isinstance(theirs, str) or not theirs.endswith(WEIGHT):
             continue
-        found[theirs[len(drop) : -len(WEIGHT)]] = tuple(str(n).removesuffix(WEIGHT) for n in names)
+        path = theirs.removesuffix(WEIGHT)
+        if isinstance(rule, Split):
+            ours = [name.removesuffix(WEIGHT) for name in rule.ours]
+            found[path] = tuple(Share(name, (k,), len(ours)) for k, name in enumerate(ours))
+            found |= {f"{path}.{k}": (Share(name),) for k, name in enumerate(ours)}
+        else:
+            rows = (SWAPPED, 2) if isinstance(rule, SwapHalves) else (WHOLE, 1)
+            found[path] = (Share(str(rule.ours).removesuffix(WEIGHT), *rows),)
     return found
 
 
-def same(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def same(paths: Iterable[str]) -> dict[str, tuple[Share, ...]]:
     """A table of paths that files and we share."""
-    return {path: (path,) for path in paths}
+    return {path: (Share(path),) for path in paths}
 
 
-def with_aliases(
-    table: Mapping[str, tuple[str, ...]], aliases: Mapping[str, str]
-) -> dict[str, tuple[str, ...]]:
+def inverse(table: Table) -> dict[str, Share]:
+    """Each module of ours: the module there that it is a share of, where several say it the first."""
+    found: dict[str, Share] = {}
+    for theirs, shares in table.items():
+        for share in shares:
+            found.setdefault(share.module, Share(theirs, share.rows, share.of))
+    return found
+
+
+def with_aliases(table: Table, aliases: Mapping[str, str]) -> dict[str, tuple[Share, ...]]:
     """The table with other endings of paths beside those there: {"to_out.0": "to_out"}."""
     more = dict(table)
     for path, ours in table.items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,9 +17,10 @@ from sfumato.adapters.config import adapter_file, peft_config
 from sfumato.adapters.delta import Decomposed, Delta, LowRank
 from sfumato.adapters.lora import delta_of
 from sfumato.adapters.roles import KOHYA, Spelled, group, refused
+from sfumato.adapters.write import check_target, kohya
 from sfumato.checkpoint.fill import finite
 from sfumato.checkpoint.header import shown
-from sfumato.checkpoint.source import Weights, open_weights
+from sfumato.checkpoint.source import open_weights
 from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError
 
@@ -84,21 +84,6 @@ def _parts(u: Tensor, s: Tensor, v: Tensor, shape: tuple[int, ...]) -> tuple[Low
     return LowRank(up, down), float(s.double().square().sum())
 
 
-def write_lora(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    dtype: torch.dtype | None,
-) -> int:
-    """Write an adapter, whole or not at all; the bytes of its tensors. `InputError` for a target that exists."""
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        raise InputError(f"the target {str(target)!r} must end in .safetensors", argument="output")
-    if os.path.lexists(target):
-        raise InputError(f"the target {str(target)!r} exists; give another name", argument="output")
-    return write_tensors(target, tensors, dtype=dtype, metadata=metadata)
-
-
 def resize(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -113,6 +98,7 @@ def resize(
     is 1. Whole differences and biases stay. dtype: of what is written, the source's by default.
     """
     check_rank(rank)
+    written = check_target(target)
     file = adapter_file(source)
     weights = open_weights(file)
     config = peft_config(file, weights.metadata)
@@ -142,7 +128,7 @@ def resize(
         if kernel is not None and "diff" not in found:
             new, size, before = _resized(kernel, rank)
             kept, whole = kept + size, whole + before
-            tensors |= _named(spelled, new, weights)
+            tensors |= _named(spelled, new)
         if bias is not None and "up_bias" in found:
             tensors[spelled.tensors["up_bias"]] = bias.full(bias.shape)
         on_module(number, len(modules))
@@ -154,7 +140,7 @@ def resize(
         if "hash" not in key and key != "lora_adapter_metadata"
     }
     notes |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)} if "ss_network_dim" in notes else {}
-    size = write_lora(target, tensors, notes, kind)
+    size = write_tensors(written, tensors, dtype=kind, metadata=notes)
     return Kept(len(modules), kept / whole if whole else 1.0, {}, size)
 
 
@@ -169,11 +155,13 @@ def _resized(kernel: Delta, rank: int) -> tuple[LowRank, float, float]:
     return new, size, float(full.double().square().sum())
 
 
-def _named(spelled: Spelled, new: LowRank, weights: Weights) -> dict[str, Tensor]:
+def _named(spelled: Spelled, new: LowRank) -> dict[str, Tensor]:
     """Under the module's own names where it was a product, else under kohya's; there with an alpha."""
-    up = spelled.tensors.get("up", f"{spelled.module}.lora_up.weight")
-    down = spelled.tensors.get("down", f"{spelled.module}.lora_down.weight")
-    named = {up: new.up, down: new.down}
-    if "up" not in spelled.tensors or KOHYA in spelled.formats or "alpha" in spelled.tensors:
-        named[spelled.tensors.get("alpha", f"{spelled.module}.alpha")] = torch.tensor(float(new.rank))
+    names = kohya(spelled.module, new.up, new.down, new.rank)
+    if "up" not in spelled.tensors:
+        return names
+    named = {spelled.tensors["up"]: new.up, spelled.tensors["down"]: new.down}
+    if KOHYA in spelled.formats or "alpha" in spelled.tensors:
+        alpha = spelled.tensors.get("alpha", f"{spelled.module}.alpha")
+        named[alpha] = names[f"{spelled.module}.alpha"]
     return named

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfumato.adapters.delta import Decomposed, LowRank
+from sfumato.adapters.names import Share
+from sfumato.adapters.write import kohya
 from sfumato.errors import InputError
 
-PRESETS = ("attention", "all")
 ATTENTION = re.compile(  # projections of attentions, as the networks here call them
     r"(^|\.)(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|qkv|attn\.out|[qkv]_proj|out_proj)$"
 )
@@ -132,7 +133,7 @@ class TrainedLora(nn.Module):
         super().__init__()
         if not layers:
             raise InputError("a LoRA needs at least one layer to be beside", argument="lora.targets")
-        self.rank, self.alpha, self.acting = rank, alpha, True
+        self.acting = True
         self.factors = nn.ModuleDict()
         self._hooks = []
         for path, layer in layers.items():
@@ -172,24 +173,76 @@ class TrainedLora(nn.Module):
         self._hooks.clear()
 
 
-def written(own: Factors, spelled: str, layout: str) -> dict[str, Tensor]:
-    """The tensors of one layer's factors as a file has them. spelled: what the layout calls the layer.
+def check_spelled(shares: Iterable[Share], dora: bool) -> None:
+    """`InputError` if `written` could not write factors of layers that a file calls so.
+
+    A magnitude is that of a whole layer: of one that is several here, all of them must have factors.
+    """
+    groups = _grouped((None, share) for share in shares)
+    for name, members in groups.items():
+        rows = sum(len(share.rows) for _, share in members)
+        if dora and rows < members[0][1].of:
+            raise InputError(
+                f"{name} is {members[0][1].of} layers here, of which {len(members)} would be trained: DoRA needs all "
+                "of them in this layout; choose them all, or the layout diffusers",
+                argument="lora.layout",
+            )
+
+
+def written(factors: Iterable[tuple[Factors, Share]], layout: str) -> dict[str, Tensor]:
+    """The tensors of factors as a file has them, each with what the layout calls its layer.
 
     diffusers: PEFT's names, with the scale in `up`: loaders differ in what they take for alpha, and need none so.
-    kohya: with alpha beside.
+    kohya: with alpha beside; layers that are fused there stand in one, whose rank is the sum of theirs.
     """
-    up, down, magnitude = own.up.detach(), own.down.detach(), own.magnitude
-    if layout == "kohya":
-        tensors = {f"{spelled}.lora_up.weight": up, f"{spelled}.lora_down.weight": down}
-        tensors[f"{spelled}.alpha"] = torch.tensor(own.scale * down.shape[0])
+    tensors: dict[str, Tensor] = {}
+    for name, members in _grouped(factors).items():
+        up, down, scale, magnitude = _fused(members)
+        if layout == "kohya":
+            tensors |= kohya(name, up, down, scale * len(down))
+            if magnitude is not None:
+                tensors[f"{name}.dora_scale"] = magnitude.view(-1, *[1] * (up.ndim - 1))
+            continue
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * scale}
         if magnitude is not None:
-            tensors[f"{spelled}.dora_scale"] = magnitude.detach().view(-1, *[1] * (up.ndim - 1))
-        return tensors
-    tensors = {f"{spelled}.lora_A.weight": down, f"{spelled}.lora_B.weight": up * own.scale}
-    if magnitude is not None:
-        shape = (-1,) if up.ndim == 2 else (1, -1, *[1] * (up.ndim - 2))
-        tensors[f"{spelled}.lora_magnitude_vector"] = magnitude.detach().view(shape)
+            shape = (-1,) if up.ndim == 2 else (1, -1, *[1] * (up.ndim - 2))
+            tensors[f"{name}.lora_magnitude_vector"] = magnitude.view(shape)
     return tensors
+
+
+def _grouped(members: Iterable[tuple[Any, Share]]) -> dict[str, list[tuple[Any, Share]]]:
+    """By the module of the file that they are of."""
+    groups: dict[str, list[tuple[Any, Share]]] = {}
+    for own, share in members:
+        groups.setdefault(share.module, []).append((own, share))
+    return groups
+
+
+def _fused(members: Sequence[tuple[Factors, Share]]) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    """(up, down, scale, magnitude) of one module that these are rows of: their ranks side by side."""
+    first, share = members[0]
+    if len(members) == 1 and share.of == 1:
+        magnitude = first.magnitude
+        return (
+            first.up.detach(),
+            first.down.detach(),
+            first.scale,
+            None if magnitude is None else magnitude.detach(),
+        )
+    height = len(first.up) // len(share.rows)  # of one of the equal parts
+    down = torch.cat([own.down.detach() for own, _ in members])
+    up = down.new_zeros(share.of * height, len(down), *first.up.shape[2:])
+    magnitude = None if first.magnitude is None else down.new_zeros(share.of * height)
+    column = 0
+    for own, share in members:
+        columns = slice(column, column + len(own.down))
+        column = columns.stop
+        for number, row in enumerate(share.rows):
+            there, here = (slice(k * height, (k + 1) * height) for k in (row, number))
+            up[there, columns] = own.up.detach()[here] * (own.scale / first.scale)
+            if magnitude is not None and own.magnitude is not None:
+                magnitude[there] = own.magnitude.detach()[here]
+    return up, down, first.scale, magnitude
 
 
 def _row_norms(weight: Tensor) -> Tensor:

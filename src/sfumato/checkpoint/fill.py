@@ -133,7 +133,7 @@ def refill(module: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str
         path, _, own = name.rpartition(".")
         owner = module.get_submodule(path)
         old = getattr(owner, own)
-        tensor, problem = _fitting(tensors[name], old, old.dtype, old.device)
+        tensor, problem = _fitting(_given(tensors, name, old.dtype), old, old.dtype, old.device)
         _refuse([f"{shown(name)} {problem}"] if problem else [], where)
         setattr(owner, own, nn.Parameter(tensor, requires_grad=False))
 

@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from sfumato.cli import animate, convert, cost, evaluate, generate, inspect, lora, models, scenes, train
+from sfumato.cli import (
+    animate,
+    chart,
+    convert,
+    cost,
+    evaluate,
+    generate,
+    inspect,
+    lora,
+    models,
+    preflight,
+    replay,
+    scenes,
+    train,
+)
 from sfumato.errors import Cancelled, SfumatoError
 
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
@@ -20,6 +34,9 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (train.train, train.EXAMPLE),
     "scenes": (scenes.scenes, scenes.EXAMPLE),
     "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
+    "chart": (chart.chart, chart.EXAMPLE),
+    "preflight": (preflight.preflight, preflight.EXAMPLE),
+    "replay": (replay.replay, replay.EXAMPLE),
     "cost": (cost.cost, cost.EXAMPLE),
     "inspect": (inspect.inspect, inspect.EXAMPLE),
     "convert": (convert.convert, convert.EXAMPLE),

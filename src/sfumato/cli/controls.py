@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.cli import parse
+from sfumato.cli.loras import listed
 from sfumato.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 NONE = ["none"]
 FORM = "KIND=IMAGE[:WEIGHT[:START-END]]"
@@ -93,7 +94,7 @@ def requested(
 
     ready: kinds whose picture is taken as it is. said: of `like`, whose pictures must be given again.
     """
-    before = [dict(each) for each in said if isinstance(each, dict)] if isinstance(said, list) else []
+    before = [dict(each) for each in listed(said)]
     if dropped:
         before = []
     for name in ready:
@@ -108,7 +109,12 @@ def requested(
         place = next((k for k, each in enumerate(before) if each.get("name") == one.name), None)
         kept = {} if place is None else before.pop(place)
         prepare = kept.get("prepare") if kept else EDGES.get(one.name)
-        values = {**kept, "name": one.name, "image": picture(one), **one.values}
+        values = {
+            **kept,
+            "name": one.name,
+            "image": parse.picture(f"control {one.name}", Path(one.file), black=True),
+            **one.values,
+        }
         values["prepare"] = None if one.name in ready else prepare
         if guess is not None:
             values["guess"] = guess
@@ -121,23 +127,6 @@ def requested(
             argument="control",
         )
     return made or None
-
-
-def picture(one: Given) -> Image:
-    """The picture of a control, its transparency black."""
-    from sfumato.pictures import BLACK, decode, read_file, shown
-
-    name = f"control {one.name}"
-    return decode(read_file(one.file, name), f"{name} {shown(one.file)}", BLACK)
-
-
-def differences(like: Path | None, said: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """What to say of ControlNets that are others than those of the picture to be like."""
-    return [
-        f"{like} was drawn with another ControlNet {name!r} than this file's"
-        for name, digest in ours.items()
-        if said.get(name, digest) != digest
-    ]
 
 
 def _is_number(text: str) -> bool:

@@ -136,7 +136,7 @@ def _rebuilt(found: dict[str, Any]) -> list[list[str]]:
 
 def _pictures_of(recipe: str, data: Path | None) -> Tensor:
     """Pictures (M, 3, H, W) in [-1, 1] that a recipe trains on, the first thousands of them."""
-    from sfumato.train.stages import training_pictures
+    from sfumato.train.job import training_pictures
 
     return training_pictures(recipe, data, TRAINING_PICTURES)
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from sfumato.cli import controls, loras, options, parse, show, watch
+from sfumato.cli import like as likeness
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
-
-if TYPE_CHECKING:
-    from sfumato.receipts.provenance import Like
-    from sfumato.types import Request
 
 MUCH_LARGER = 2.25  # in pixels: 1.5 times the sides
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
@@ -83,6 +80,7 @@ def generate(
     memory: options.Memory = None,
     offload: options.Offload = None,
     preview: options.Preview = False,
+    deterministic: options.Deterministic = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Draw pictures from a prompt, or from a prompt and a picture. Each file carries its recipe."""
@@ -151,7 +149,7 @@ def generate(
         dropped.add("micro")
     if refiner == "none":
         dropped.add("refine_at")
-    said = None if like is None else _said(like, given, dropped, second)
+    said = None if like is None else likeness.read(like, given, dropped, second)
     told = {} if said is None else dict(said.request)
     drop = control == controls.NONE
     pictured = controls.requested(shown, control_ready or [], guess, told.pop("controls", None), like, drop)
@@ -164,6 +162,10 @@ def generate(
         watch.check_preview(output)
 
     started = time.perf_counter()
+    if deterministic:
+        from sfumato.runtime import deterministic as ask
+
+        ask()
     from sfumato.generate import DEFAULT_MODEL, MODELS, load
 
     if model is None:
@@ -199,15 +201,20 @@ def generate(
     if plan:
         show_plan(found, request, as_json)
         return
-    if said is not None:
-        _note_differences(like, said, loaded, request)
+    if like is not None and said is not None:
+        for note in likeness.differences(like, said, loaded, request):
+            show.note(note)
     _note_size(loaded, request)
+    from sfumato.receipts.bill import Meter, billed
+
+    meter = Meter()
     with show.progress() as bar:
         hear, clean = watch.watcher(bar, loaded, output if preview else None)
         try:
             result = loaded.generate(request, on_step=hear)
         finally:
             clean()
+    result = billed(loaded, request, result, meter)
     files = result.save(output)
     seconds = time.perf_counter() - started
     if as_json:
@@ -225,32 +232,10 @@ def generate(
             show.line(str(file))
 
 
-def _said(like: Path, given: dict[str, Any], dropped: set[str], refiner: str | None) -> Like:
-    """What the picture `like` says of its making, without what was `dropped`. The pictures that it began with must be
-    among those `given`, and a refiner there must be."""
-    from dataclasses import replace
-
-    from sfumato.receipts.provenance import read_like
-
-    said = read_like(like, {*given, *dropped})
-    fields = said.request
-    began_with_one = {"image", "strength", "mask", "inpaint", "outpaint"} & fields.keys()
-    if began_with_one and "image" not in given:
-        raise InputError(
-            f"{like} began with another picture; give that one, or a new one, by --image", argument="image"
-        )
-    painted = "mask" in fields or ("inpaint" in fields and "outpaint" not in fields)
-    if painted and "mask" not in given:
-        raise InputError(
-            f"{like} was painted inside a mask; give it, or a new one, by --mask", argument="mask"
-        )
-    if "refine_at" in fields and refiner is None:
-        raise InputError(
-            f"{like} was finished by the refiner {said.refiner!r}; give it, or a new one, by --refiner, or leave it "
-            "out by --refiner none",
-            argument="refiner",
-        )
-    return replace(said, request={name: value for name, value in fields.items() if name not in dropped})
+def _left_open(context: typer.Context, name: str) -> bool:
+    """Whether the option has its value by default, so that a picture to be like may give another."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
 
 
 def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
@@ -271,46 +256,6 @@ def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _note_differences(like: Path | None, said: Like, loaded: Any, request: Request) -> None:
-    """Say on standard error what stands between the new picture and the one it is to be like."""
-    if said.weights is not None:
-        _note_weights(f"{like} was drawn", said.weights, loaded.hashes, f"the model {said.model!r}", "-m")
-    elif said.weights is None and said.model is not None:
-        show.note(f"{like} was drawn by the model {said.model!r}; this one is {loaded.name!r}")
-    if loaded.refiner is not None and said.refiner_weights is not None:
-        of = said.refiner_weights, loaded.refiner.hashes
-        _note_weights(f"{like} was finished", *of, f"the refiner {said.refiner!r}", "--refiner")
-    read_as = getattr(loaded.system, "read_as", {})
-    for name, value in said.read_as.items():
-        if (taken := read_as.get(name, value)) != value:
-            show.note(f"{like} was drawn with the {name} {value!r} and not {taken!r}; give it by --{name}")
-    ours, theirs = set(loaded.without), set(said.without)
-    if said.weights is not None and ours != theirs:
-        more = [f"with {name}" for name in sorted(ours - theirs)]
-        show.note(
-            f"{like} was drawn {' and '.join([*more, *(f'without {name}' for name in sorted(theirs - ours))])}; "
-            "which text encoders are read is said by --no-t5, --no-clip-l and --no-clip-g"
-        )
-    for name, digest in said.embeddings.items():
-        digest_here = loaded.embeddings.get(name)
-        if digest_here is None:
-            show.note(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
-        elif not digest_here.startswith(digest):
-            show.note(f"{like} was drawn with another embedding {name!r} than this file's")
-    ours = {} if request.loras is None else loaded.system.adapters.digests(request.loras)
-    for note in loras.differences(like, said.loras, ours):
-        show.note(note)
-    drawn = (
-        loaded.system.control_hashes()
-        if said.controlnets and hasattr(loaded.system, "control_hashes")
-        else {}
-    )
-    for note in controls.differences(like, said.controlnets, drawn):
-        show.note(note)
-    if said.ignored:
-        show.note(f"not taken over from {like}: {', '.join(said.ignored)}")
-
-
 def _note_size(loaded: Any, request: Any) -> None:
     """Say that a picture is much larger than those the model usually draws, where things begin to repeat."""
     size, usual = loaded.complete(request).size, loaded.preset["size"]
@@ -328,13 +273,3 @@ def _note_guess(loaded: Any) -> None:
     if getattr(config, "guessed", ""):
         calls = f"its file calls it {config.guessed[:80]!r}"
         show.note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
-
-
-def _note_weights(what: str, said: dict[str, str], ours: dict[str, str], model: str, option: str) -> None:
-    """Say whose weights differ: another model's, or a part's of the same. A part that only one side names is none."""
-    other = [part for part, digest in said.items() if ours.get(part, digest) != digest]
-    if not said.keys() & ours.keys() or "denoiser" in other:
-        show.note(f"{what} by other weights, of {model}; choose the model by {option}")
-    elif other:
-        by = "; give it by --vae" if "autoencoder" in other else ""
-        show.note(f"{what} with other weights of {' and '.join(other)}, by {model}{by}")

@@ -79,10 +79,10 @@ def _blocks(text: str) -> dict[str, float]:
 
 
 def requested(
-    loras: Sequence[Given], said: Sequence[Mapping[str, Any]] | None, like: Path | None, dropped: bool
+    loras: Sequence[Given], said: object, like: Path | None, dropped: bool
 ) -> list[dict[str, Any]] | None:
     """The request's `loras` of those `given`, and those `said` in the picture `like`, which need their files."""
-    told = {str(use.get("name")): use for use in said or () if isinstance(use, Mapping)}
+    told = {str(use.get("name")): use for use in listed(said)}
     if not dropped:
         for name in told:
             if not any(one.name == name for one in loras):
@@ -95,6 +95,11 @@ def requested(
     return found or None
 
 
+def listed(said: object) -> list[dict[str, Any]]:
+    """What a recipe has under a name that should hold a list of objects; what is none says nothing."""
+    return [each for each in said if isinstance(each, dict)] if isinstance(said, list) else []
+
+
 def attach(model: Model, loras: Sequence[Given], wanted: Sequence[Any], partial: bool) -> list[str]:
     """Open them as the request wants them, before networks are read. Returns what is to be said of them."""
     uses = {use.name: use for use in wanted}
@@ -105,12 +110,3 @@ def attach(model: Model, loras: Sequence[Given], wanted: Sequence[Any], partial:
         if report.left:
             notes.append(f"LoRA {one.name}: {report.describe()}")
     return notes
-
-
-def differences(like: Path | None, said: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """What stands between these LoRAs and those that the picture `like` was drawn with, by their hashes."""
-    return [
-        f"{like} was drawn with another LoRA {name!r} than this file's"
-        for name, digest in said.items()
-        if name in ours and not ours[name].startswith(digest)
-    ]

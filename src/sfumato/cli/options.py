@@ -418,6 +418,14 @@ Preview = Annotated[
     bool,
     Option("--preview", help="Show the picture forming; beside the output if this is no terminal."),
 ]
+Deterministic = Annotated[
+    bool,
+    Option(
+        "--deterministic",
+        help="Kernels that give the same numbers every time, and no measured seconds in the recipe: equal machines "
+        "write equal bytes.",
+    ),
+]
 AsJson = Annotated[bool, Option("--json", help="Answer with one JSON object.")]
 
 

@@ -178,11 +178,12 @@ def embeddings(texts: list[str]) -> dict[str, Path]:
     return files
 
 
-def picture(name: str, path: Path, mask: bool = False) -> Image:
-    """The picture or mask in a file, read with care."""
-    from sfumato.pictures import decode, decode_mask, read_file, shown
+def picture(name: str, path: Path, mask: bool = False, black: bool = False) -> Image:
+    """The picture or mask in a file, read with care; black: on which transparency lies, white otherwise."""
+    from sfumato.pictures import BLACK, WHITE, decode, decode_mask, read_file, shown
 
-    return (decode_mask if mask else decode)(read_file(path, name), f"{name} {shown(path)}")
+    data, called = read_file(path, name), f"{name} {shown(path)}"
+    return decode_mask(data, called) if mask else decode(data, called, BLACK if black else WHITE)
 
 
 def dtype(text: str, names: Mapping[str, str] = DTYPES, name: str = "dtype") -> torch.dtype:

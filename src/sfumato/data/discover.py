@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from sfumato.checks import MAX_PROMPT
 from sfumato.data.source import Problem
 from sfumato.errors import DataError
 from sfumato.pictures import describe, sniff
-from sfumato.types import MAX_PROMPT
 
 SIDECARS = (".txt", ".caption")  # the first that exists counts
 PICTURE_NAMES = {

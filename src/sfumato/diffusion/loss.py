@@ -14,11 +14,13 @@ from torch import Tensor
 
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import levels_like
-from sfumato.diffusion.schedules import shift_sigma
+from sfumato.diffusion.schedules import NoiseLevels, shift_sigma
 from sfumato.errors import InputError
 
 Density = Callable[[Tensor], Tensor]  # u in (0, 1) -> sigma, elementwise and increasing
 WEIGHTINGS = ("plain", "min_snr", "flow")
+DENSITIES = ("logit_normal", "uniform")  # of a flow's levels
+EDGE = 1e-4  # how near to the ends of a flow's path training comes
 
 
 def spread(u: Tensor, start: float = 0.0) -> Tensor:
@@ -51,6 +53,21 @@ def log_normal(mean: float = -1.2, std: float = 1.2) -> Density:
 def shifted(density: Density, shift: float) -> Density:
     """Move a density on FLOW towards noise as `shift_sigma` does a schedule."""
     return lambda u: shift_sigma(density(u), shift)
+
+
+def flow_density(
+    kind: str = "logit_normal", mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+) -> Density:
+    """The density of a name among `DENSITIES` on FLOW, shifted, and kept off the path's ends."""
+    density = uniform() if kind == "uniform" else logit_normal(mean, std)
+    moved = shifted(density, shift) if shift != 1 else density
+    return lambda u: moved(u).clamp(EDGE, 1 - EDGE)
+
+
+def table_density(levels: NoiseLevels) -> Density:
+    """Every step of a model's own table equally often."""
+    count = len(levels.sigmas)
+    return lambda u: levels.step_sigma((u * count).long().clamp(max=count - 1))
 
 
 @dataclass(frozen=True)

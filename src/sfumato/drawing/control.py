@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.errors import InputError
 from sfumato.pictures import BLACK, flatten
+from sfumato.tasks.canvas import canvas
 from sfumato.tasks.hints import check_hints, hint
 from sfumato.tasks.pixels import to_pixels
 from sfumato.types import Conditioning, Request
@@ -52,10 +54,21 @@ def acting(model: Model, request: Request, sigmas: Tensor) -> list[Acting]:
             continue
         # a step's levels are its first and those below it, above the first of the next
         low = times[steps[-1] + 1] if steps[-1] + 1 < len(times) else -torch.inf
+        more = {}
+        if control.name in getattr(model.system, "masked_controls", ()):
+            more = {"mask": _to_paint(model, request)}
         with model.precision():
-            adds = model.system.controller(control.name, pixels)
+            adds = model.system.controller(control.name, pixels, **more)
         found.append(Acting(adds, control.weight, control.guess, low, times[steps[0]]))
     return found
+
+
+def _to_paint(model: Model, request: Request) -> Tensor | None:
+    """(1, 1, H, W) of a settled request, 1 where it paints; None for everywhere."""
+    drawn = canvas(request)
+    if drawn is None or drawn.mask is None:
+        return None
+    return torch.from_numpy(np.asarray(drawn.mask) > 0).float()[None, None].to(model.device)
 
 
 def _acts(step: int, steps: int, start: float, end: float) -> bool:
@@ -69,6 +82,8 @@ def controlled(answer: Network, controls: list[Acting], halves: bool) -> Network
     """
 
     def network(x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        if not controls:
+            return answer(x, time, cond)
         level = float(time.flatten()[0])  # a sampler tells all rows one time
         slack = 1e-6 * max(abs(level), 1e-6)
         total: tuple[Tensor, ...] | None = None

@@ -69,10 +69,7 @@ def sample(
     cells = None
     for drawer, told, first, last in _legs(model, cond, request, sigmas, done):
         channels = _inpaint_channels(drawer, origin, height, width)
-        own = request.loras if drawer is model else None  # a refiner has its own
-        asked = replace(request, refine_at=None, loras=own)
-        if drawer is not model:  # a refiner draws without ControlNets
-            asked = replace(asked, controls=None, fit=None if request.image is None else request.fit)
+        asked = replace(request if drawer is model else for_refiner(request), refine_at=None)
         denoise = drawer.denoiser(told, asked, channels)
         cells = None
         if origin is not None and origin.mask is not None and channels is None:
@@ -150,8 +147,14 @@ def _legs(
     change = steps_before(sigmas, model.system.levels, request.refine_at)
     legs: list[tuple[Model, Conditioning | Script, int, int]] = [(model, cond, 0, change)] if change else []
     if change < steps:
-        legs.append((model.refiner, script(model.refiner, request, done), change, steps))
+        legs.append((model.refiner, script(model.refiner, for_refiner(request), done), change, steps))
     return legs
+
+
+def for_refiner(request: Request) -> Request:
+    """What a refiner is told of a request of its base's: it draws with LoRAs of its own, and without ControlNets."""
+    fit = None if request.image is None else request.fit
+    return replace(request, loras=None, controls=None, fit=fit)
 
 
 def _inpaint_channels(model: Model, origin: Origin | None, height: int, width: int) -> Tensor | None:

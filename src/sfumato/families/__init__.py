@@ -3,6 +3,7 @@
 A family of our own is a module with these functions:
 
     open_folder(directory, device) -> System      the packaged or trained model in a folder
+    open_autoencoder(directory, device)           its autoencoder alone
     save_folder(system, directory, extra)         write it so that `open_folder` reads it back
 
 and, where it can be trained from a recipe, with these too:
@@ -90,15 +91,8 @@ def open_model(
     """
     asked = {name: value for name, value in (options or {}).items() if value is not None}
     lazy = asked.get("offload") == "auto" and asked.pop("offload") == "auto"
-    path = PACKAGED.get(str(model), Path(model))
-    if not path.exists():
-        from sfumato.checkpoint.hub import fetch, is_hub_id
-
-        if is_hub_id(str(model)):
-            path = fetch(str(model), asked.get("variant"), UNUSED, progress=True)
-    if path.is_file() or (
-        path.is_dir() and any((path / n).is_file() for n in ("model_index.json", "config.json"))
-    ):
+    path = located(model, asked.get("variant"))
+    if is_checkpoint(path):
         asked |= {"offload": "model"} if lazy else {}
         return _open_checkpoint(path, device, dtype, asked)
     family = family_of(path)
@@ -108,6 +102,22 @@ def open_model(
             argument=next(iter(asked)),
         )
     return family.open_folder(model_folder(path), device)
+
+
+def located(model: str | Path, variant: str | None = None) -> Path:
+    """Where what a user names lies: the folder of a packaged model, a path, or what is fetched of the Hub."""
+    path = PACKAGED.get(str(model), Path(model))
+    if not path.exists():
+        from sfumato.checkpoint.hub import fetch, is_hub_id
+
+        if is_hub_id(str(model)):
+            return fetch(str(model), variant, UNUSED, progress=True)
+    return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a file of weights or a folder in the layout of diffusers, and no model folder of our own."""
+    return path.is_file() or any((path / name).is_file() for name in ("model_index.json", "config.json"))
 
 
 def checkpoint_families() -> tuple[Family, ...]:

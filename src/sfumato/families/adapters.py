@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from sfumato.adapters.svd import Kept
 from sfumato.errors import InputError
-from sfumato.families.sd.loras import extract
+from sfumato.families import checkpoint_families, open_model
+from sfumato.families.published import loras
 
-__all__ = ["extract", "strengths"]
+
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    rank: int,
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    on_module: Callable[[int, int], None] = lambda done, total: None,
+) -> Kept:
+    """See `published.loras.extract`; of models of any family."""
+    return loras.extract(base, tuned, target, rank, checkpoint_families(), dtype=dtype, on_module=on_module)
 
 
 def strengths(
     lora: str | os.PathLike[str], model: str | Path, *, partial: bool = False
 ) -> tuple[str, dict[str, float]]:
     """(the report on the file, ‖ΔW‖/‖W‖ of each part at weight 1) on a model, of which only what changes is read."""
-    from sfumato.families import open_model
-
     system = open_model(model, torch.device("cpu"), torch.float32, {"offload": "auto"})
     adapters = getattr(system, "adapters", None)
     if adapters is None:

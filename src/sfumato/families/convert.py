@@ -12,7 +12,7 @@ from sfumato.errors import InputError
 from sfumato.families import checkpoint_families
 from sfumato.families.published.checkpoint import open_checkpoint
 from sfumato.families.published.convert import Written, write_file, write_folder
-from sfumato.families.sd.loras import with_loras
+from sfumato.families.published.loras import with_loras
 
 LAYOUTS = ("single", "folder")
 SUFFIX = ".safetensors"

@@ -27,22 +27,27 @@ TITLES = {
     "pocket": "pocket",
 }
 CONTEXTS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}  # width of a cross-attention's text
+JOINT = {1536: "3 or 3.5 Medium", 2432: "3.5 Large"}  # widths of Stable Diffusion 3's transformers
 MARKS = (  # of names, first match first
     (re.compile(r"single_transformer_blocks|double_blocks"), "flux"),
-    (
-        re.compile(
-            r"joint_blocks|(?<!single_)transformer_blocks[._]\d+[._](attn2?[._](add_|to_)|norm1_context)"
-        ),
-        "sd3",
-    ),
+    (re.compile(r"joint_blocks"), "sd3"),
     (re.compile(r"(^|\.)dit\.blocks\.\d"), "pocket"),
 )
+OTHER = 3072  # the width of other transformers whose blocks have the same names
+STREAMS = re.compile(
+    r"(?<!single_)transformer_blocks[._]\d+[._](attn2?[._](to_|add_|norm_)|(norm1|ff)(_context)?[._])"
+)
+CONTEXT = re.compile(r"[._](add_[qkv]_proj|to_add_out|norm1_context|ff_context)([._]|$)")
+TOKENS = re.compile(r"(to_[qkv]|add_[qkv]_proj|qkv)$")  # layers that read a transformer's tokens
 SPATIAL = re.compile(r"(down|up|mid)_blocks?|(in|out)put_blocks|middle_block")  # of U-Nets
 KEYS = re.compile(r"attn2[._]to_[kv]$")
 PARTS = (  # of names' beginnings
-    (re.compile(r"(lora|lycoris)_te3|text_encoder_3"), "text_encoder_3"),
-    (re.compile(r"(lora|lycoris)_te2|(base_model\.model\.)?text_encoder_2"), "text_encoder_2"),
-    (re.compile(r"(lora|lycoris)_te1?[_.]|(base_model\.model\.)?(text_encoder|text_model)"), "text_encoder"),
+    (re.compile(r"(lora|lycoris)_te3|(base_model\.model\.)?text_encoder_3|t5\."), "text_encoder_3"),
+    (re.compile(r"(lora|lycoris)_te2|(base_model\.model\.)?text_encoder_2|clip_g\."), "text_encoder_2"),
+    (
+        re.compile(r"(lora|lycoris)_te1?[_.]|(base_model\.model\.)?(text_encoder|text_model)|clip_l\."),
+        "text_encoder",
+    ),
 )
 
 
@@ -51,6 +56,7 @@ class Described:
     """family: a key of `TITLES`, "" where nothing tells; why: what told it. ranks: how many modules have which.
 
     alphas: what the notes in the header say of alpha; those in the tensors are not looked at. parts: modules of each.
+    width: of a transformer's tokens, where a layer tells it.
     """
 
     family: str
@@ -60,6 +66,7 @@ class Described:
     parts: Mapping[str, int]
     alpha: str = ""
     unknown: tuple[str, ...] = field(default_factory=tuple)
+    width: int | None = None
 
 
 def describe(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> Described | None:
@@ -70,15 +77,24 @@ def describe(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -
     formats = {kind: None for spelled in modules.values() for kind in sorted(spelled.formats)}
     ranks = Counter(rank for spelled in modules.values() if (rank := _rank(spelled, shapes)))
     parts = Counter(_part(spelled.module) for spelled in modules.values())
-    family, why = _family(modules, shapes)
+    width = _width(modules, shapes)
+    family, why = _family(modules, shapes, width)
     alpha = metadata.get("ss_network_alpha", "")
     return Described(
-        family, why, tuple(formats), dict(sorted(ranks.items())), dict(parts), alpha, tuple(unknown)
+        family, why, tuple(formats), dict(sorted(ranks.items())), dict(parts), alpha, tuple(unknown), width
     )
 
 
-def require_family(path: Path, family: str) -> None:
-    """`CheckpointError` that says whose LoRA it is, if it plainly is not for this family. Only the header is read."""
+def mark_of(kind: str) -> str:
+    """The key of `TITLES` for a kind of model: "sdxl" for "sdxl-inpaint", "sd3" for "sd3.5-large"."""
+    return max((mark for mark in TITLES if kind.startswith(mark)), key=len)
+
+
+def require_family(path: Path, family: str, width: int | None = None) -> None:
+    """`CheckpointError` that says whose LoRA it is, if it plainly is not for this family. Only the header is read.
+
+    width: of the model's transformer, where it has one.
+    """
     file = adapter_file(path)
     header = read_header(file)
     found = describe({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)
@@ -91,6 +107,11 @@ def require_family(path: Path, family: str) -> None:
             f"{file} is a LoRA for {TITLES.get(found.family, found.family)} ({found.why}); this model is "
             f"{TITLES.get(family, family)}"
         )
+    if found.family and None not in (width, found.width) and width != found.width:
+        theirs, ours = (f" ({JOINT[w]})" if w in JOINT else "" for w in (found.width, width))
+        raise CheckpointError(
+            f"{file} is a LoRA for a {TITLES[family]} of width {found.width}{theirs}; this model's is {width}{ours}"
+        )
 
 
 def _part(module: str) -> str:
@@ -99,18 +120,34 @@ def _part(module: str) -> str:
     return next((part for mark, part in PARTS if mark.match(module)), "denoiser")
 
 
-def _family(modules: Mapping[str, Spelled], shapes: Mapping[str, Sequence[int]]) -> tuple[str, str]:
+def _width(modules: Mapping[str, Spelled], shapes: Mapping[str, Sequence[int]]) -> int | None:
+    for module, spelled in modules.items():
+        joint = not SPATIAL.search(module) and (STREAMS.search(module) or "joint_blocks" in module)
+        if joint and TOKENS.search(module) and (width := _inputs(spelled, shapes)):
+            return width
+    return None
+
+
+def _family(
+    modules: Mapping[str, Spelled], shapes: Mapping[str, Sequence[int]], width: int | None
+) -> tuple[str, str]:
     for mark, family in MARKS:
         for module in modules:
             if not SPATIAL.search(module) and mark.search(module):
                 return family, f"it has {module}"
+    for module in modules:
+        joint = not SPATIAL.search(module) and STREAMS.search(module)
+        if joint and (width in JOINT or (CONTEXT.search(module) and width != OTHER)):
+            return "sd3", f"it has {module}"
     for module, spelled in modules.items():
         if KEYS.search(module) and SPATIAL.search(module):
             width = _inputs(spelled, shapes)
             if width in CONTEXTS:
                 return CONTEXTS[width], f"its cross-attention reads texts of width {width}"
     texts = {
-        _part(module): _inputs(spelled, shapes) for module, spelled in modules.items() if "q_proj" in module
+        _part(module): _inputs(spelled, shapes)
+        for module, spelled in modules.items()
+        if "q_proj" in module or "SelfAttention" in module
     }
     if "text_encoder_3" in texts:
         return "sd3", "it changes a third text encoder"

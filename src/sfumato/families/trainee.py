@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfumato.adapters.names import Share
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.schedules import NoiseLevels
 from sfumato.types import Conditioning
@@ -28,8 +29,9 @@ class Trainee:
     (part and module) of layers in text encoders begin with. repeated: blocks, to be computed twice where memory is
     short. reader(captions): a function that reads any of these captions, as they stand, into rows of one length; with
     gradients. sized(cond, height, width): the rows with what is told of a picture's size in pixels. predict(x, time,
-    cond): the network. spell(path, layout): what a layout calls a layer; `InputError` where it has no names here.
-    identity(): a hash of all weights. notes: for a file's header, of this model.
+    cond): the network. spell(path, layout): what a layout calls a layer, and which rows there are the layer's;
+    `InputError` where it has no names here. identity(): a hash of all weights. notes: for a file's header, of this
+    model.
     """
 
     system: Any
@@ -42,7 +44,7 @@ class Trainee:
     reader: Callable[[Iterable[str]], Read]
     sized: Callable[[Conditioning, int, int], Conditioning]
     predict: Callable[[Tensor, Tensor, Conditioning], Tensor]
-    spell: Callable[[str, str], str]
+    spell: Callable[[str, str], Share]
     identity: Callable[[], str]
     notes: Mapping[str, str] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ without renaming; the original files hold the same numbers under other names.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -258,21 +258,27 @@ class MMDiT(nn.Module):
         vector: Tensor | None = None,
         *,
         skip_layers: Collection[int] = (),
+        control: Sequence[Tensor] = (),
     ) -> Tensor:
         """(B, C, H, W) → (B, C, H, W) in the type of x; H and W are multiples of the patch.
 
         time: (B,) or a scalar, 0 … 1000, a thousand times the noise level. context: (B, M, `config.context`). vector:
-        (B, `config.pooled`), the pooled text. skip_layers: numbers of blocks that are not run, counted from 0. Raises
-        `InputError` where a shape is not the config's, or the picture is larger than the table of positions.
+        (B, `config.pooled`), the pooled text. skip_layers: numbers of blocks that are not run, counted from 0.
+        control: tensors (B, N, D) of which each is added after as many blocks as the others, the last block aside; of
+        `MMDiTControl`. Raises `InputError` where a shape is not the config's, or the picture is larger than the table
+        of positions.
         """
-        pooled = self._checked(x, context, vector)
+        pooled = check_inputs(self.config, x, context, vector)
         dtype = self.dtype
         told = functional.silu(self.time_text_embed(time.expand(len(x)), pooled.to(dtype)))  # (B, D)
         text = self.context_embedder(context.to(dtype))  # (B, M, D)
         h = self.pos_embed(x.to(dtype))  # (B, N, D)
+        layers = len(self.transformer_blocks)
         for number, block in enumerate(self.transformer_blocks):
             if number not in skip_layers:
                 h, text = block(h, text, told)
+            if control and number < layers - 1:
+                h = h + control[number * len(control) // layers].to(h.dtype)
         scale, shift = self.norm_out(told)
         out = self.proj_out(modulated(norm(h), shift, scale))  # (B, N, p²·C)
         return self._to_cells(out, x.shape[-2], x.shape[-1]).to(x.dtype)
@@ -283,23 +289,24 @@ class MMDiT(nn.Module):
         cells = tokens.reshape(len(tokens), height // p, width // p, p, p, C)
         return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), C, height, width)
 
-    def _checked(self, x: Tensor, context: Tensor, vector: Tensor | None) -> Tensor:
-        """The vector, once all shapes are those of the config."""
-        config, B = self.config, len(x)
-        if x.ndim != 4 or x.shape[1] != config.channels:
-            raise InputError(
-                f"x must have shape (B, {config.channels}, H, W), not {tuple(x.shape)}", argument="x"
-            )
-        check_cells(config, *x.shape[-2:])
-        if context.ndim != 3 or context.shape[::2] != (B, config.context):
-            raise InputError(
-                f"context must have shape ({B}, M, {config.context}), not {tuple(context.shape)}",
-                argument="context",
-            )
-        if vector is None or vector.shape != (B, config.pooled):
-            shape = None if vector is None else tuple(vector.shape)
-            raise InputError(f"vector must have shape ({B}, {config.pooled}), not {shape}", argument="vector")
-        return vector
+
+def check_inputs(config: MMDiTConfig, x: Tensor, context: Tensor, vector: Tensor | None) -> Tensor:
+    """The vector, once all shapes are those of the config."""
+    B = len(x)
+    if x.ndim != 4 or x.shape[1] != config.channels:
+        raise InputError(
+            f"x must have shape (B, {config.channels}, H, W), not {tuple(x.shape)}", argument="x"
+        )
+    check_cells(config, *x.shape[-2:])
+    if context.ndim != 3 or context.shape[::2] != (B, config.context):
+        raise InputError(
+            f"context must have shape ({B}, M, {config.context}), not {tuple(context.shape)}",
+            argument="context",
+        )
+    if vector is None or vector.shape != (B, config.pooled):
+        shape = None if vector is None else tuple(vector.shape)
+        raise InputError(f"vector must have shape ({B}, {config.pooled}), not {shape}", argument="vector")
+    return vector
 
 
 def check_cells(config: MMDiTConfig, height: int, width: int) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sfumato.flops import count_flops, module_size
 from sfumato.memory import LiveBytes, peak_resident
-from sfumato.receipts.flops import count_flops, module_size
 from sfumato.types import Request
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ __all__ = ["run"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from sfumato.train.stages import run
+        from sfumato.train.start import run
 
         return run
     raise AttributeError(f"module 'sfumato.train' has no attribute {name!r}")

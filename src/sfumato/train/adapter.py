@@ -12,22 +12,15 @@ from torch import Tensor
 from sfumato.data.buckets import Order
 from sfumato.data.latents import LatentCache
 from sfumato.data.source import Size, Source
-from sfumato.diffusion.loss import (
-    logit_normal,
-    prediction_loss,
-    shifted,
-    spread,
-    training_pair,
-)
+from sfumato.diffusion.loss import flow_density, prediction_loss, spread, table_density, training_pair
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels
-from sfumato.receipts.flops import count_flops
+from sfumato.flops import count_flops
 from sfumato.train.loop import Loss, seeded
 from sfumato.train.recipe import LoraLoss, TrainRecipe
 from sfumato.types import Conditioning
 
-EDGE = 1e-4  # how near to the ends of a flow's path training comes
 Told = Callable[[tuple[str, ...]], Conditioning]  # captions to rows of features
 Call = Callable[..., Any]
 
@@ -113,12 +106,9 @@ class Examples:
 
 def noise_levels(u: Tensor, levels: NoiseLevels, loss: LoraLoss) -> Tensor:
     """(B,) float64 noise levels of uniform draws u: the steps of a model's own table, or on FLOW by the density."""
-    u = u.double()
     if levels.path is not FLOW:
-        return levels.step_sigma((u * len(levels.sigmas)).long().clamp(max=len(levels.sigmas) - 1))
-    density = logit_normal(loss.mean, loss.std) if loss.density == "logit_normal" else lambda v: v
-    shift = loss.shift or levels.shift
-    return (shifted(density, shift) if shift != 1 else density)(u).clamp(EDGE, 1 - EDGE)
+        return table_density(levels)(u.double())
+    return flow_density(loss.density, loss.mean, loss.std, loss.shift or levels.shift)(u.double())
 
 
 def adapter_loss(
@@ -140,8 +130,8 @@ def denoising_error(batch: Batch, subject: Subject, loss: LoraLoss, generator: t
     """(B,) weighted squared errors of the network's prediction."""
     x0 = batch.latents
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    u = spread(torch.rand(len(x0), generator=generator)).to(x0.device)
-    sigma = noise_levels(u, subject.levels, loss)
+    u = spread(torch.rand(len(x0), generator=generator))
+    sigma = noise_levels(u, subject.levels, loss).to(x0.device)
     pair = training_pair(x0, noise, sigma, subject.parameterization, loss.weighting, loss.gamma)
     cond = subject.sized(subject.told(batch.captions), *batch.size)
     return prediction_loss(subject.predict(pair.x, pair.time, cond), pair)

@@ -44,13 +44,9 @@ class Scenes:
     def caption(self, index: int, epoch: int) -> str:
         return self.source.caption(index, epoch)
 
-    def pictures(self, indices: Sequence[int]) -> Tensor:
-        """(B, 3, H, W) uint8."""
-        return self._pictures[list(indices)]
-
-    def controls(self, indices: Sequence[int]) -> Tensor:
-        """(B, 3, H, W) uint8."""
-        return self._controls[list(indices)]
+    def both(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pictures and control pictures, both (B, 3, H, W) uint8."""
+        return self._pictures[list(indices)], self._controls[list(indices)]
 
 
 class Folder:
@@ -79,18 +75,16 @@ class Folder:
     def caption(self, index: int, epoch: int) -> str:
         return self.source.caption(index, epoch)
 
-    def pictures(self, indices: Sequence[int]) -> Tensor:
-        """(B, 3, H, W) uint8."""
-        return torch.from_numpy(np.ascontiguousarray(self.source.pixels(indices))).permute(0, 3, 1, 2)
-
-    def controls(self, indices: Sequence[int]) -> Tensor:
-        """(B, 3, H, W) uint8, of the size of their pictures."""
-        made = []
-        for index, like in zip(indices, self.pictures(indices), strict=True):
+    def both(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pictures and control pictures, both (B, 3, H, W) uint8, of one bucket."""
+        pictures = torch.from_numpy(np.ascontiguousarray(self.source.pixels(indices))).permute(0, 3, 1, 2)
+        size = (pictures.shape[-2], pictures.shape[-1])
+        controls = []
+        for index in indices:
             file = self._files[index]
-            picture = cover(decode(read_file(file, "control"), str(file), BLACK), tuple(like.shape[-2:]))
-            made.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-        return torch.stack(made)
+            picture = cover(decode(read_file(file, "control"), str(file), BLACK), size)
+            controls.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        return pictures, torch.stack(controls)
 
 
 Pairs = Scenes | Folder

@@ -13,18 +13,10 @@ from torch.nn import functional
 from sfumato.data.buckets import Order
 from sfumato.data.latents import LatentCache
 from sfumato.data.source import Source
-from sfumato.diffusion.loss import (
-    Density,
-    logit_normal,
-    prediction_loss,
-    shifted,
-    spread,
-    training_pair,
-    uniform,
-)
+from sfumato.diffusion.loss import flow_density, prediction_loss, spread, training_pair
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.errors import InputError
-from sfumato.receipts.flops import count_flops
+from sfumato.flops import count_flops
 from sfumato.text import Tokenizer, pad
 from sfumato.train.loop import Loss, Player, seeded
 from sfumato.train.recipe import DenoiserLoss, DenoiserRecipe
@@ -91,12 +83,6 @@ class Examples:
         return sorted(rows, key=lambda row: len(row[1]))
 
 
-def density_of(loss: DenoiserLoss) -> Density:
-    """The density of noise levels a recipe asks for."""
-    density = uniform() if loss.density == "uniform" else logit_normal(loss.mean, loss.std)
-    return shifted(density, loss.shift) if loss.shift != 1 else density
-
-
 def denoiser_loss(
     net: Callable[..., tuple[Tensor, Tensor | None]],
     batch: Batch,
@@ -113,7 +99,7 @@ def denoiser_loss(
     u = spread(torch.rand(len(x0), generator=generator, device=generator.device))
     # pictures come in the order of their prompts' lengths, which must not say how noisy they get
     u = u[torch.randperm(len(x0), generator=generator, device=generator.device)].to(x0.device)
-    sigma = density_of(recipe)(u).clamp(1e-4, 1 - 1e-4)
+    sigma = flow_density(recipe.density, recipe.mean, recipe.std, recipe.shift)(u)
     pair = training_pair(x0, noise, sigma, parameterization, recipe.weighting)
     prediction, logits = net(pair.x, pair.time, batch.ids, batch.mask)
     diffusion = prediction_loss(prediction, pair).mean()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.adapters.trainable import TrainedLora, chosen, layers_of, written
+from sfumato.adapters.trainable import TrainedLora, check_spelled, chosen, layers_of, written
 from sfumato.checkpoint.writer import write_tensors
 from sfumato.data.folder import FolderSource
 from sfumato.data.latents import LatentCache, build_latents
@@ -36,11 +34,11 @@ from sfumato.train.adapter import (
     held_out_error,
     picture_flops,
 )
-from sfumato.train.loop import Event, Loss, OnEvent, Player, World, fit, seeded
+from sfumato.train.job import VOLATILE, Job, fingerprint
+from sfumato.train.loop import Event, Loss, Player, fit, seeded
 from sfumato.train.notes import notes_of
 from sfumato.train.prior import draw_class
-from sfumato.train.recipe import LoraRecipe, Recipe
-from sfumato.train.stages import VOLATILE, source_of
+from sfumato.train.recipe import LoraRecipe
 from sfumato.train.state import has_state, tensorboard
 from sfumato.train.tasks import SHEET_WIDTH, save_sheet
 from sfumato.train.texts import TextCache, build_texts
@@ -51,30 +49,17 @@ DRAWS = 1  # to be raised whenever training takes other chance for the same reci
 
 
 @dataclass
-class LoraRun:
-    """One recipe in one folder, in this process. `whole` does all of it; the other methods are its parts."""
+class LoraJob(Job):
+    """A recipe with [lora]. `whole` does all of it; the other methods are its parts."""
 
-    recipe: Recipe
-    folder: Path
-    device: torch.device
-    listener: OnEvent
+    stage = "lora"
 
     def __post_init__(self) -> None:
-        self.world = World.current()
+        super().__post_init__()
         assert self.recipe.lora is not None
         self.own: LoraRecipe = self.recipe.lora
         precision = self.own.train.precision
         self.dtype = fast_dtype(self.device) if precision == "auto" else DTYPES[precision]
-
-    def tell(self, event: Event) -> None:
-        if self.world.leads:
-            self.listener(event)
-
-    def note(self, text: str) -> None:
-        self.tell(Event("note", "lora", text=text))
-
-    def progress(self, stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.tell(Event("prepare", stage, done, total))
 
     def whole(self) -> Path:
         """The trained LoRA's file."""
@@ -82,13 +67,9 @@ class LoraRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         trainee, identity, layers = self.trainee, self.identity, self.layers
         has_state(place / "state", identity)
-        trainee.spell(next(iter(layers)), own.layout)
-        source = self.source("train")
-        self.note(
-            f"{len(source):,} pictures in {len(source.buckets())} sizes; {len(layers)} layers of {own.base}"
-        )
-        for problem in getattr(source, "problems", ())[:1]:
-            self.note(f"{len(source.problems):,} set aside, the first {problem.path}: {problem.reason}")  # type: ignore[attr-defined]
+        check_spelled((trainee.spell(path, own.layout) for path in layers), own.dora)
+        source = self.source(self.multiple, "train")
+        self.describe(source, f"; {len(layers)} layers of {own.base}")
         pictures = Pictures(source, self.latents(source), self.caption)
         prior = self.prior()
         unseen = self.unseen()
@@ -162,7 +143,7 @@ class LoraRun:
             del own[name]
         data = asdict(self.recipe.data) | {"cache": ""}
         parts = [DRAWS, data, self.recipe.seed, own, self.trainee.identity(), str(self.dtype)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return fingerprint(parts)
 
     @contextlib.contextmanager
     def recomputation(self, lora: TrainedLora, examples: Examples, subject: Subject) -> Iterator[None]:
@@ -188,18 +169,14 @@ class LoraRun:
 
     # --- what it learns from -----------------------------------------------------------------------------------------
 
-    def source(self, part: str) -> Source:
-        source = source_of(self.recipe, self.model.system.config.multiple, part, self.folder)
-        if hasattr(source, "prepare") and self.recipe.data.kind == "scenes":
-            if self.world.leads:
-                source.prepare(on_progress=self.progress("rendering"))
-            self.world.wait()
-        return source
+    @property
+    def multiple(self) -> int:
+        return int(self.model.system.config.multiple)
 
     def unseen(self) -> Pictures | None:
         """Pictures held out, to measure on, if there are any."""
         try:
-            source = self.source("held_out")
+            source = self.source(self.multiple, "held_out")
         except DataError:
             return None
         return Pictures(source, self.latents(source), self.caption)
@@ -235,8 +212,9 @@ class LoraRun:
                     self.model, own, place, d.size, seed, self.trainee.identity(), self.progress("prior")
                 )
             self.world.wait()
-        multiple = self.model.system.config.multiple
-        source = FolderSource(place, d.size, multiple=multiple, seed=d.seed, cache=self.folder / "pictures")
+        source = FolderSource(
+            place, d.size, multiple=self.multiple, seed=d.seed, cache=self.folder / "pictures"
+        )
         return Pictures(source, self.latents(source))
 
     def texts(self, all_pictures: list[Pictures]) -> Callable[[tuple[str, ...]], Any]:
@@ -281,9 +259,9 @@ class LoraRun:
 
     def export(self, lora: TrainedLora, step: int) -> Path:
         """Write the file, whole or not at all."""
-        tensors: dict[str, Tensor] = {}
-        for path, own in lora.named_factors():
-            tensors |= written(own, self.trainee.spell(path, self.own.layout), self.own.layout)
+        layout = self.own.layout
+        factors = ((own, self.trainee.spell(path, layout)) for path, own in lora.named_factors())
+        tensors = written(factors, layout)
         notes = notes_of(self.recipe, self.trainee, step)
         write_tensors(self.file, tensors, dtype=DTYPES[self.own.dtype], metadata=notes)
         hashed = {"sshs_model_hash": data_hash(self.file)}
@@ -311,7 +289,7 @@ class LoraTask:
     stage = "lora"
 
     def __init__(
-        self, run: LoraRun, lora: TrainedLora, examples: Examples, subject: Subject, prompts: list[str]
+        self, run: LoraJob, lora: TrainedLora, examples: Examples, subject: Subject, prompts: list[str]
     ):
         self.run, self.lora, self.prompts = run, lora, prompts
         self.recipe = run.own.train

@@ -5,6 +5,7 @@
     [denoiser]     its shape; [denoiser.loss] its loss; [denoiser.train] its optimisation
     [lora]         instead of both: which model to train one beside, and which layers of it; [lora.loss], [lora.train],
                    [lora.prior] its class
+    [control]      instead of all three: which model to train a ControlNet beside; [control.train]
     [preset]       how the finished model draws when the user says nothing
 
 A table that is absent leaves its stage out, or takes its defaults.
@@ -20,14 +21,17 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from sfumato.adapters.svd import MAX_RANK
 from sfumato.autoencoder import AutoencoderConfig
 from sfumato.autoencoder.losses import LossConfig
-from sfumato.diffusion.loss import WEIGHTINGS
+from sfumato.diffusion.loss import DENSITIES, WEIGHTINGS
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_FAMILY, family_named
 from sfumato.families.trainee import LAYOUTS
+from sfumato.train.activations import CHOICES
 
-DENSITIES = ("logit_normal", "uniform")
+STAGES = ("autoencoder", "denoiser")  # of a model, in this order
+BESIDE = ("lora", "control")  # instead: what is trained beside a finished model
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,24 @@ class LoraRecipe:
     samples: tuple[str, ...] = ()  # prompts of the sample sheets; by default some captions
 
 
+@dataclass(frozen=True)
+class ControlRecipe:
+    """A ControlNet: beside which model, for which kind of control picture."""
+
+    train: TrainRecipe
+    base: str = DEFAULT_FAMILY  # a packaged model, a file, a folder or org/name; it stays as it is
+    kind: str = "depth"  # what it is called; of scenes, which picture it reads: depth, edge or mask
+    pictures: str = ""  # of a folder: where the control pictures are, with the names of the pictures
+    blocks: int = 1  # of a model of our own: how many of the base's blocks are copied
+    outputs: int = 4  # of a model of our own: before how many blocks something is added
+    mean: float = (
+        0.8  # of the logit of a flow's noise levels; what stands where is decided at the noisier ones
+    )
+    drop_prompt: float = (
+        0.3  # share of pictures whose caption is emptied, so that the control picture says it all
+    )
+
+
 LORA_TRAIN = {  # what [lora.train] has where it says nothing: few weights, few pictures
     "steps": 1000,
     "batch": 1,
@@ -176,6 +198,7 @@ class Recipe:
     autoencoder: AutoencoderRecipe | None = None
     denoiser: DenoiserRecipe | None = None
     lora: LoraRecipe | None = None
+    control: ControlRecipe | None = None
     preset: Any = None  # the family's Preset
     seed: int = 0
     family: str = DEFAULT_FAMILY
@@ -185,11 +208,6 @@ class Recipe:
 
 def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read and check a recipe. `overrides` are dotted keys, such as {"denoiser.train.steps": 100}."""
-    return parse_recipe(read_tables(path, overrides))
-
-
-def read_tables(path: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The tables of a recipe file with the overrides laid over them, not checked yet; a name if there is none."""
     path = Path(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -211,14 +229,7 @@ def read_tables(path: str | Path, overrides: dict[str, Any] | None = None) -> di
         table[last] = value
     values.setdefault("name", path.stem)
     values.setdefault("data", {})
-    return values
-
-
-def checked(kind: type, values: dict[str, Any], stage: str) -> Any:
-    """A recipe of another kind, with one table `stage` that has a table `train`; errors as of `parse_recipe`."""
-    recipe = _build(kind, values, "")
-    _check_train(f"{stage}.train", getattr(recipe, stage).train)
-    return recipe
+    return parse_recipe(values)
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
@@ -246,28 +257,31 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         values["lora"] = lora | more | ({"train": LORA_TRAIN | train} if isinstance(train, dict) else {})
     values["preset"] = _build(family.Preset, values.get("preset", {}), "preset")
     recipe = _build(Recipe, values, "")
-    _check(recipe)
+    check(recipe)
     return recipe
 
 
-def _check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> None:
+    """`InputError` for what does not go together, or is out of its range."""
     _one_of("data.kind", recipe.data.kind, ("folder", "scenes"))
-    stages = [stage for stage in ("autoencoder", "denoiser", "lora") if getattr(recipe, stage)]
+    stages = [stage for stage in (*STAGES, *BESIDE) if getattr(recipe, stage)]
     if not stages:
-        raise InputError(
-            "the recipe has no [autoencoder], no [denoiser] and no [lora] table: nothing to train",
-            argument="recipe",
-        )
+        tables = ", ".join(f"no [{stage}]" for stage in (*STAGES, *BESIDE))
+        raise InputError(f"the recipe has {tables}: nothing to train", argument="recipe")
     _one_of("log", recipe.log, ("csv", "tensorboard"))
     for stage in stages:
         _check_train(f"{stage}.train", getattr(recipe, stage).train)
-    if recipe.lora:
+    for stage in set(stages) & set(BESIDE):
         if len(stages) > 1:
             raise InputError(
-                "[lora] is trained beside a finished model; give [autoencoder] and [denoiser] a recipe of their own",
-                argument="lora",
+                f"[{stage}] is trained beside a finished model; give "
+                f"{' and '.join(f'[{other}]' for other in stages if other != stage)} a recipe of their own",
+                argument=stage,
             )
+    if recipe.lora:
         _check_lora(recipe.lora)
+    if recipe.control:
+        _check_control(recipe.control, recipe.data)
     if recipe.autoencoder:
         _check_autoencoder(recipe.autoencoder)
     if recipe.denoiser:
@@ -309,7 +323,7 @@ def _check_lora(recipe: LoraRecipe) -> None:
     _one_of("lora.loss.density", recipe.loss.density, DENSITIES)
     _one_of("lora.layout", recipe.layout, LAYOUTS)
     _one_of("lora.dtype", recipe.dtype, ("float32", "float16", "bfloat16"))
-    _one_of("lora.recompute", recipe.recompute, ("auto", "on", "off"))
+    _one_of("lora.recompute", recipe.recompute, CHOICES)
     if not recipe.targets:
         raise InputError(
             "lora.targets must be attention, all, or patterns of layers; it is empty", argument="lora.targets"
@@ -327,6 +341,19 @@ def _check_lora(recipe: LoraRecipe) -> None:
         raise InputError(
             "lora.prior takes a prompt to draw pictures of, or a path to captioned ones; not both",
             argument="lora.prior",
+        )
+
+
+def _check_control(recipe: ControlRecipe, data: DataRecipe) -> None:
+    _within("control", recipe, CONTROL_RANGES)
+    if data.kind == "folder" and not recipe.pictures:
+        raise InputError(
+            "a folder of pictures needs control.pictures, a folder of control pictures with the same names",
+            argument="control.pictures",
+        )
+    if data.flip:
+        raise InputError(
+            "data.flip turns pictures and not their control pictures; leave it out", argument="data.flip"
         )
 
 
@@ -363,13 +390,14 @@ RANGES = {  # of the numbers in a TrainRecipe
     "crop": (0, math.inf),
 }
 DENOISER_LOSS_RANGES = {"std": (0, math.inf), "labels": (0, math.inf), "drop_prompt": (0, 1)}
-LORA_RANGES = {"rank": (1, 4096), "alpha": (0, math.inf)}
+LORA_RANGES = {"rank": (1, MAX_RANK), "alpha": (0, math.inf)}
 LORA_LOSS_RANGES = {
     "std": (0, math.inf),
     "shift": (0, math.inf),
     "drop_prompt": (0, 1),
     "prior_weight": (0, math.inf),
 }
+CONTROL_RANGES = {"blocks": (1, math.inf), "outputs": (1, math.inf), "drop_prompt": (0, 1)}
 PRIOR_RANGES = {"count": (1, 100_000), "steps": (0, 1000), "guidance": (0, math.inf)}
 AUTOENCODER_LOSS_RANGES = {
     **{

@@ -3,179 +3,49 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sfumato.autoencoder import Autoencoder
 from sfumato.autoencoder.metrics import psnr, spectral_error, ssim
-from sfumato.data.folder import FolderSource
 from sfumato.data.latents import LatentCache, build_latents
-from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Source, to_float
 from sfumato.errors import DataError, InputError
 from sfumato.families import family_named
 from sfumato.generate import load
 from sfumato.receipts.probe import matmul_peak
-from sfumato.runtime import autocast, fast_dtype, pick_device
+from sfumato.runtime import autocast, fast_dtype
 from sfumato.storage import load_tensors, save_tensors, tensors_hash, write_json
 from sfumato.text import Tokenizer, learn_words
 from sfumato.train.autoencoder import latent_statistics
 from sfumato.train.denoiser import Examples
-from sfumato.train.loop import Event, OnEvent, World, fit
-from sfumato.train.recipe import Recipe, read_recipe
+from sfumato.train.job import VOLATILE, Job, fingerprint, multiple_of
+from sfumato.train.loop import Event, fit
 from sfumato.train.state import has_state, tensorboard
 from sfumato.train.tasks import AutoencoderTask, DenoiserTask
 
-HELD_OUT_SCENES = 256  # of the val split, to measure the autoencoder on
 LATENT_STATISTICS_PICTURES = (
     2048  # pictures whose latents give the normalisation; held-out ones: that are measured
 )
-PATIENCE = 48  # hours that processes wait for the one that renders and encodes
 DRAWS = 2  # to be raised whenever training takes other noise for the same recipe
-VOLATILE = {"steps", "save_every", "sheet_every"}  # may change between two starts of one run
-
-
-def run(
-    recipe: str | Path | Recipe,
-    *,
-    data: str | Path | None = None,
-    out: str | Path | None = None,
-    overrides: dict[str, Any] | None = None,
-    device: str | None = None,
-    on_event: OnEvent | None = None,
-) -> Path:
-    """Train what `recipe` describes, or go on from where it stopped; return the run's folder, which `load` opens, or
-    the file of a LoRA.
-
-    overrides: dotted keys of a recipe file, such as {"denoiser.train.steps": 100}.
-    Under `torchrun` every process calls this; they share each batch, and rank 0 alone writes. Raises `InputError`
-    for a bad recipe or a run folder of another recipe, `DataError` for unusable data.
-    """
-    if isinstance(recipe, Recipe) and overrides:
-        raise InputError("overrides change a recipe file; give a Recipe as it shall be", argument="overrides")
-    if not isinstance(recipe, Recipe):
-        from sfumato.train import control  # which needs this module
-
-        if control.is_control(recipe):
-            more = {"overrides": overrides, "device": device, "on_event": on_event}
-            return control.run(recipe, data=data, out=out, **more)
-    read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
-    read = with_data(read, data)
-    folder = Path(out or read.out or Path("runs") / read.name)
-    place, joined = _join_world(pick_device(device))
-    listener = on_event or (lambda event: None)
-    try:
-        if read.lora:
-            from sfumato.train.lora import LoraRun  # which needs this module
-
-            return LoraRun(read, folder, place, listener).whole()
-        return Run(read, folder, place, listener).whole()
-    finally:
-        if joined:
-            dist.destroy_process_group()
-
-
-def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
-    """The recipe with its pictures from the folder `data`, whatever they are by its own words; as it is without one."""
-    if data is None:
-        return recipe
-    return replace(recipe, data=replace(recipe.data, kind="folder", path=str(data)))
-
-
-def source_of(
-    recipe: Recipe, multiple: int, part: str = "all", cache: str | Path | None = None
-) -> SceneSource | FolderSource:
-    """The pictures of a recipe, their sides multiples of `multiple`.
-
-    part: all, or what the autoencoder sees (train) or is measured on (held_out). cache: a folder for what is made of
-    them once; None keeps nothing but the scenes of a recipe that names a cache itself. Raises `InputError` when the
-    recipe names no pictures, `DataError` for unusable ones.
-    """
-    d = recipe.data
-    if d.kind == "scenes":
-        split = "val" if part == "held_out" else d.split
-        count = HELD_OUT_SCENES if part == "held_out" else d.count
-        kept = d.cache or (None if cache is None else Path(cache) / "scenes")
-        return SceneSource(count, d.seed, split, d.size, cache=kept)
-    if not d.path:
-        raise InputError(
-            "no pictures were named: give --data DIR, or data.path in the recipe", argument="data"
-        )
-    return FolderSource(
-        d.path,
-        d.size,
-        multiple=multiple,
-        seed=d.seed,
-        flip=d.flip,
-        part=part,
-        held_out=d.held_out,
-        cache=None if cache is None else Path(cache) / "pictures",
-    )
-
-
-def training_pictures(recipe: str | Path, data: str | Path | None, most: int) -> Tensor:
-    """The first `most` pictures that a recipe trains on, of its commonest shape: (M, 3, H, W) in [-1, 1]."""
-    read = with_data(read_recipe(recipe), data)
-    source = source_of(read, multiple_of(read))
-    members = max(source.buckets().values(), key=len)[:most]
-    return to_float(source.pixels(members))[:, :, 0]
-
-
-def multiple_of(recipe: Recipe) -> int:
-    """What the sides of a recipe's pictures must be multiples of, by its autoencoder and its denoiser's family."""
-    if recipe.autoencoder is None:
-        raise InputError("the recipe has no [autoencoder]: give one with init = a model to take it from")
-    if recipe.denoiser is None:
-        return recipe.autoencoder.model.factor
-    shape = recipe.autoencoder.model, recipe.denoiser.model
-    return family_named(recipe.family).configure(*shape, (), recipe.preset).multiple
-
-
-def _join_world(device: torch.device) -> tuple[torch.device, bool]:
-    """Join torchrun's processes, if this is one of them: the device of this one, and whether it has joined here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return device, False
-    cuda = device.type == "cuda"
-    if cuda:  # numbered: a thread that makes batches would take the first GPU for the current one
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=PATIENCE))
-    return device, True
 
 
 @dataclass
-class Run:
-    """One recipe in one folder, in this process. `whole` does all of it; the other methods are its parts."""
+class ModelJob(Job):
+    """A recipe with [autoencoder], and perhaps [denoiser]. `whole` does all of it; the other methods are its parts."""
 
-    recipe: Recipe
-    folder: Path
-    device: torch.device
-    listener: OnEvent
+    stage = "data"
+    peak = 0.0
 
     def __post_init__(self) -> None:
-        self.world = World.current()
+        super().__post_init__()
         self.family = family_named(self.recipe.family)
-        self.peak = 0.0
-
-    def tell(self, event: Event) -> None:
-        if self.world.leads:
-            self.listener(event)
-
-    def note(self, stage: str, text: str) -> None:
-        self.tell(Event("note", stage, text=text))
-
-    def progress(self, stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.tell(Event("prepare", stage, done, total))
 
     def whole(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -185,26 +55,12 @@ class Run:
             has_state(self.folder / "denoiser" / "state", self.identity("denoiser"))
             _ = self._initial
         source = self.source(multiple)
-        self.note("data", f"{len(source):,} pictures in {len(source.buckets())} sizes")
-        if problems := getattr(source, "problems", ()):
-            first = problems[0]
-            self.note("data", f"{len(problems):,} set aside, the first {first.path}: {first.reason}")
+        self.describe(source)
         self.peak = matmul_peak(self.device, fast_dtype(self.device), 0.6)
         autoencoder = self.autoencoder(multiple)
         if self.recipe.denoiser is None:
             return self.folder
         return self.denoiser(source, autoencoder)
-
-    # --- data ----------------------------------------------------------------------------------------------
-
-    def source(self, multiple: int, part: str = "all") -> Source:
-        """The pictures to learn from, as `source_of` says; scenes are rendered. All processes call this together."""
-        source = source_of(self.recipe, multiple, part, self.folder)
-        if isinstance(source, SceneSource):
-            if self.world.leads:
-                source.prepare(on_progress=self.progress("rendering"))
-            self.world.wait()
-        return source
 
     # --- autoencoder -----------------------------------------------------------------------------------------
 
@@ -219,7 +75,7 @@ class Run:
         done = finished.exists()
         self.world.wait()  # all have looked before one writes it
         if done:
-            self.note("autoencoder", f"finished, after {recipe.train.steps:,} steps")
+            self.note(f"finished, after {recipe.train.steps:,} steps", "autoencoder")
         else:
             source, unseen = self.source(multiple, "train"), self._held_out(multiple)
             if recipe.train.steps and model.factor > 1:
@@ -237,7 +93,7 @@ class Run:
         try:
             return self.source(multiple, "held_out")
         except DataError as error:
-            self.note("autoencoder", f"not measured on held-out pictures: {error}")
+            self.note(f"not measured on held-out pictures: {error}", "autoencoder")
             return None
 
     def _finish(
@@ -264,8 +120,8 @@ class Run:
         measured = sum(map(len, sums["psnr"]))
         write_json(path, {"pictures": measured, **means})
         self.note(
-            "autoencoder",
             f"held out: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f} ({measured} pictures)",
+            "autoencoder",
         )
 
     def _fresh_autoencoder(self) -> Autoencoder:
@@ -401,8 +257,6 @@ class Run:
         self.world.wait()
         return load_tensors(kept)["labels"]
 
-    # --- shared ------------------------------------------------------------------------------------------------
-
     def identity(self, stage: str) -> str:
         """A hash of what in the recipe decides the weights of a stage at a given step, but for `VOLATILE`.
 
@@ -417,4 +271,4 @@ class Run:
             volatile = VOLATILE if name == stage else VOLATILE - {"steps"}
             part["train"] = {key: value for key, value in part["train"].items() if key not in volatile}
             parts[name] = part
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return fingerprint(parts)

@@ -15,8 +15,8 @@ from sfumato.autoencoder.discriminator import Discriminator
 from sfumato.data.buckets import Order, raw_bits
 from sfumato.data.source import Source, to_float
 from sfumato.families import family_named
+from sfumato.flops import count_flops
 from sfumato.generate import Model, to_image
-from sfumato.receipts.flops import count_flops
 from sfumato.runtime import autocast, fast_dtype
 from sfumato.storage import atomic_directory, atomic_file
 from sfumato.train.autoencoder import autoencoder_loss, discriminator_loss

@@ -24,11 +24,13 @@ from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.families.trainee import Trainee
 from sfumato.nn.dit import DiT, DiTConfig
+from sfumato.nn.dit_control import DiTControl
 from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
 from sfumato.text import TextConfig, TextEncoder, Tokenizer
 from sfumato.types import Conditioning, Request
 
 FORMAT = "sfumato model 1"
+PARTS = ("autoencoder", "denoiser")
 
 
 class TextDenoiser(nn.Module):
@@ -136,9 +138,22 @@ class System:
     def with_controls(self, files: Mapping[str, str | os.PathLike[str]]) -> System:
         """The same with the ControlNets in these files, by name, besides its own."""
         added = {name: Path(file) for name, file in files.items()}
-        for file in added.values():
-            nets.open_file(file, self.denoiser.dit, self.device)
-        return replace(self, control_files={**self.control_files, **added})
+        other = replace(self, control_files={**self.control_files, **added})
+        other.__dict__["adapters"] = self.adapters  # they are of the denoiser that both have
+        for name in added:
+            other._control(name)
+        return other
+
+    def _control(self, name: str) -> DiTControl:
+        """The ControlNet of that name, read once."""
+        if name not in self._opened:
+            file = self.control_files[name]
+            self._opened[name] = nets.open_file(file, self.denoiser.dit, self.device)
+        return self._opened[name]
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, DiTControl]:
+        return {}
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +161,8 @@ class System:
 
     def controller(self, name: str, pixels: Tensor) -> nets.Controller:
         """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
-        control = nets.open_file(self.control_files[name], self.denoiser.dit, self.device)
         hint = self.encode(2 * pixels[:, :, None] - 1)
-        return nets.controller(control, self.denoiser.dit, hint)
+        return nets.controller(self._control(name), self.denoiser.dit, hint)
 
     def control_trainee(self, blocks: int, outputs: int) -> nets.ControlTrainee:
         """A fresh ControlNet beside this model, as training wants it."""
@@ -194,7 +208,7 @@ def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = 
     """Write bfloat16 weights into a folder, and then `model.json`: where the card is, the model is whole."""
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[str]] = {}
-    for name in ("autoencoder", "denoiser"):
+    for name in PARTS:
         for old in directory.glob(f"{name}*.safetensors"):
             if (directory / "model.json").exists():
                 (directory / "model.json").unlink()
@@ -210,6 +224,23 @@ def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = 
 
 def open_folder(directory: Path, device: torch.device) -> System:
     """Read what `save_folder` wrote, strictly: every tensor present, of its shape, finite, and none besides."""
+    card, config = _card(directory)
+    with torch.device("meta"):
+        system = build(config)
+    for name in PARTS:
+        _read(getattr(system, name), name, directory, card, device)
+    return replace(system, control_files=nets.beside(directory))
+
+
+def open_autoencoder(directory: Path, device: torch.device) -> Autoencoder:
+    """The autoencoder of such a folder alone, as strictly."""
+    card, config = _card(directory)
+    with torch.device("meta"):
+        autoencoder = Autoencoder(config.autoencoder)
+    return _read(autoencoder, "autoencoder", directory, card, device)
+
+
+def _card(directory: Path) -> tuple[dict[str, Any], PocketConfig]:
     card = read_json(directory / "model.json")
     if card.get("format") != FORMAT:
         raise CheckpointError(
@@ -217,14 +248,14 @@ def open_folder(directory: Path, device: torch.device) -> System:
         )
     config = PocketConfig.from_dict(card)
     files = card.get("files")
-    for name in ("autoencoder", "denoiser"):
+    for name in PARTS:
         if not isinstance(files, dict) or not isinstance(files.get(name), list):
             raise CheckpointError(f"{directory / 'model.json'} lacks the list of {name} under 'files'")
-    with torch.device("meta"):
-        system = build(config)
-    for name in ("autoencoder", "denoiser"):
-        module = getattr(system, name)
-        tensors = load_sharded(directory, card["files"][name])
-        fill(module, tensors, f"{directory} ({name})", torch.float32)
-        module.to(device).eval().requires_grad_(False)
-    return replace(system, control_files=nets.beside(directory))
+    return card, config
+
+
+def _read(module: Any, name: str, directory: Path, card: dict[str, Any], device: torch.device) -> Any:
+    """The network with the weights that the card names for it."""
+    tensors = load_sharded(directory, card["files"][name])
+    fill(module, tensors, f"{directory} ({name})", torch.float32)
+    return module.to(device).eval().requires_grad_(False)

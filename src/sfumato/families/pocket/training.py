@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
+from sfumato.adapters.names import Share
 from sfumato.errors import InputError
 from sfumato.families.pocket.system import System
 from sfumato.families.trainee import Read, Trainee
@@ -47,9 +48,9 @@ def trainee(system: System, text: bool) -> Trainee:
     )
 
 
-def _spell(path: str, layout: str) -> str:
+def _spell(path: str, layout: str) -> Share:
     if layout != "diffusers":
         raise InputError(
             f"the layout {layout} has no names for pocket's layers; use diffusers", argument="lora.layout"
         )
-    return path
+    return Share(path)

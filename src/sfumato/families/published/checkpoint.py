@@ -197,7 +197,7 @@ def _network(weights: Weights, match: Match, source: str, family: Family | None)
         system = family.systems[match.kind]
         table = family.denoiser_map(system.denoiser)
         table = table if original else KeyMap(keys.same(table.ours))
-        drops = family.file_map(system, {}, None).drops
+        drops = family.extras
     elif match.part == "vae":
         vae = VAES[match.kind]
         table = (keys.vae_map(vae) if original else keys.vae_folder_map(vae)).within(match.prefix, "")

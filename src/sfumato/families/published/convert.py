@@ -136,8 +136,8 @@ def _original(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     if family is None or not checkpoint.draws:
         [(name, tensors)] = checkpoint.parts.items()
         return keys.vae_map(_vae(checkpoint)).to_theirs(tensors) if name == "vae" else tensors
-    places = family.prefixes(checkpoint.system, None)
-    whole = family.file_map(checkpoint.system, {part: places[part] for part in checkpoint.parts}, None)
+    places = family.prefixes(checkpoint.system)
+    whole = family.file_map(checkpoint.system, {part: places[part] for part in checkpoint.parts})
     ours = Joined(*((f"{part}.", tensors) for part, tensors in checkpoint.parts.items()))
     return Joined(("", whole.to_theirs(ours)), ("", family.markers(checkpoint)))
 

@@ -9,6 +9,7 @@ In templates `{p}` is weight or bias and `{i}` a layer.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.rules import (
@@ -23,11 +24,13 @@ from sfumato.checkpoint.rules import (
     expand,
     within,
 )
-from sfumato.families.published.kinds import Kind, TextPart
 from sfumato.text.clip import PROJECTION, ClipConfig
 from sfumato.text.t5 import T5Config
 from sfumato.text.vision import PROJECTION as VISUAL_PROJECTION
 from sfumato.text.vision import ClipVisionConfig
+
+if TYPE_CHECKING:
+    from sfumato.families.published.kinds import Kind, TextPart
 
 WB = ("weight", "bias")
 DENOISER_PREFIX = "model.diffusion_model."

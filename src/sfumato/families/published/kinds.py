@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.detect import Signature
-from sfumato.checkpoint.rules import KeyMap
+from sfumato.checkpoint.rules import Drop, KeyMap, within
+from sfumato.families.published import keys
+from sfumato.families.published.adapters import Naming
 from sfumato.nn.mmdit import MMDiTConfig
 from sfumato.nn.spacetime import SpaceTimeConfig
 from sfumato.nn.unet import UNetConfig
@@ -59,15 +61,16 @@ class Family:
     network in messages. systems: kind to its networks. predictions: what the network may answer, the usual first.
 
     signatures(systems): the marks of its denoisers, alone and in whole files.
-    prefixes(kind, names), file_map(kind, places, names), folder_map(kind, part, names): the tables of names; `names`
-        are those of a file, or None for what is written.
-    denoiser_map(config): the denoiser's original names to ours.
+    denoiser_map(config): the denoiser's original names to ours. extras: what single files hold beside their networks.
     settled(checkpoint, source): the checkpoint, once what its tensors and its scheduler's JSON (`configs`) say is read.
     unsayable(checkpoint): why a single file cannot say what it is, or "". markers(checkpoint): tensors that say it, and
         what else readers of such a file expect beside its parts.
     denoiser_config, scheduler_config, model_index(checkpoint): the JSON of a diffusers folder.
     pads(kind): of each part whose tokenizer comes with the package, the id that pads (see `ClipTokenizer`).
     same_tensors: kinds that no tensor tells apart, to the one that their files are taken for.
+    naming: what its denoiser is called in adapters' files; None of one that takes none.
+    vae_file_map(config, names): the autoencoder's names in a single file to ours, prefixes and all, where they are not
+        those of `keys.vae_map` under one prefix.
     """
 
     name: str
@@ -76,10 +79,8 @@ class Family:
     systems: Mapping[str, Any]
     predictions: tuple[str, ...]
     signatures: Callable[[Mapping[str, Any]], Sequence[Signature]]
-    prefixes: Callable[[Any, Iterable[str] | None], dict[str, str]]
-    file_map: Callable[[Any, Mapping[str, str], Collection[str] | None], KeyMap]
-    folder_map: Callable[[Any, str, Collection[str]], KeyMap]
     denoiser_map: Callable[[Any], KeyMap]
+    extras: tuple[Drop, ...]
     settled: Callable[[Checkpoint, str], Checkpoint]
     unsayable: Callable[[Checkpoint], str]
     markers: Callable[[Checkpoint], Mapping[str, Tensor]]
@@ -88,3 +89,32 @@ class Family:
     model_index: Callable[[Checkpoint, str], dict[str, Any]]
     pads: Callable[[str], Mapping[str, int | None]]
     same_tensors: Mapping[str, str]
+    naming: Naming | None
+    vae_file_map: Callable[[KLConfig, Collection[str] | None], KeyMap] | None = None
+
+    def prefixes(self, kind: Kind, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""
+        return keys.prefixes(kind, self.denoiser, names)
+
+    def file_map(
+        self, kind: Kind, places: Mapping[str, str] | None = None, names: Collection[str] | None = None
+    ) -> KeyMap:
+        """The whole of a single file to ours, a part's names under `vae.`, `text_encoder.` and so on.
+
+        places: the parts that a file has and their prefixes, from `prefixes`; None is the complete file as we write it.
+        names: all of the file's, None to write one. What real files hold beside their networks is dropped by name.
+        """
+        places = self.prefixes(kind) if places is None else places
+        if self.vae_file_map is None or "vae" not in places:
+            return keys.file_map(kind, self._denoiser(kind), places, self.extras, names)
+        others = {part: prefix for part, prefix in places.items() if part != "vae"}
+        vae = self.vae_file_map(kind.vae, names)
+        whole = keys.file_map(kind, self._denoiser(kind), others, self.extras, names)
+        return whole | KeyMap(within("", "vae.", vae.rules), vae.drops)
+
+    def folder_map(self, kind: Kind, part: str, names: Collection[str]) -> KeyMap:
+        """A part's names in a diffusers folder to ours: the same, save for older spellings, twins and buffers."""
+        return keys.folder_map(kind, self._denoiser(kind), part, names)
+
+    def _denoiser(self, kind: Kind) -> tuple[str, KeyMap]:
+        return self.denoiser, self.denoiser_map(kind.denoiser)

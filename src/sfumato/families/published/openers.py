@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.autoencoder import temporal
-from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
-from sfumato.checkpoint.fill import fill, fill_layers
+from sfumato.autoencoder.kl import KLConfig
+from sfumato.checkpoint.fill import fill, fill_layers, refill_layers
 from sfumato.errors import InputError
-from sfumato.families.published.kinds import DenoiserConfig
 from sfumato.families.published.networks import part_hash
 from sfumato.memory import OFFLOADS, check_offload
 from sfumato.nn import mmdit, quantized, spacetime
+from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.mmdit import MMDiT, MMDiTConfig
+from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
 from sfumato.nn.openvino import PRECISIONS, OpenVINONetwork, plugin
-from sfumato.nn.quantized import quantize, require_eight_bits
+from sfumato.nn.packed import packed
+from sfumato.nn.quantized import quantize, require_eight_bits, stand_in, units
 from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
@@ -32,6 +34,8 @@ NETWORKS: Mapping[
 ] = {  # a configuration's class to the network of that shape
     UNetConfig: UNet,
     MMDiTConfig: MMDiT,
+    ControlNetConfig: ControlNet,
+    MMDiTControlConfig: MMDiTControl,
     SpaceTimeConfig: SpaceTimeUNet,
     KLConfig: temporal.build,
     ClipConfig: ClipTextEncoder,
@@ -41,6 +45,8 @@ NETWORKS: Mapping[
 NOT_EIGHT_BITS = {
     UNetConfig: quantized.KEPT,
     MMDiTConfig: mmdit.KEPT,
+    ControlNetConfig: quantized.KEPT,
+    MMDiTControlConfig: CONTROL_KEPT,
     SpaceTimeConfig: spacetime.KEPT,
 }  # parts of names of layers that stay as they are
 
@@ -53,7 +59,7 @@ def blank(config: Any) -> nn.Module:
 
 def autoencoder(
     config: KLConfig, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype, device: torch.device
-) -> AutoencoderKL:
+) -> Any:
     """The autoencoder with these weights. `where` stands for them in errors."""
     model: Any = blank(config)
     fill_layers(model, tensors, where, dtype, device)
@@ -74,7 +80,7 @@ def picture_encoder(
 
 
 def denoiser(
-    config: DenoiserConfig,
+    config: Any,
     tensors: Mapping[str, Tensor],
     where: str,
     device: torch.device,
@@ -82,8 +88,9 @@ def denoiser(
     engine: str = "torch",
     *,
     stream: bool = False,
-) -> UNet | MMDiT | SpaceTimeUNet | OpenVINONetwork:
-    """The network that draws with these weights, laid out for what runs it. `where` stands for the weights in errors.
+) -> Any:
+    """The network that draws with these weights, or a ControlNet, laid out for what runs it. `where` stands for the
+    weights in errors.
 
     stream: its layers are read whenever they are called, which `offloads` must allow.
     """
@@ -101,6 +108,36 @@ def denoiser(
     if eight_bits:
         quantize(made, NOT_EIGHT_BITS[type(config)])
     return made
+
+
+def renewed(
+    network: Any,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    names: Collection[str],
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
+    """Have a network that `denoiser` made take over the tensors of these names; False where it must be made again."""
+    if not names:
+        return True
+    if isinstance(network, OpenVINONetwork):
+        return False  # it is compiled as a whole
+    ways: dict[str, Any] = {"twin": lambda path, layer: packed(layer)}
+    if dtype == torch.int8:
+        ways = {"units": units, "twin": partial(stand_in, kept=NOT_EIGHT_BITS[type(config)])}
+    refill_layers(network, blank(config), tensors, names, where, kept_dtype(device, dtype), device, **ways)
+    return True
+
+
+def plain_network(
+    config: Any, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The network in ordinary layers, frozen, through which gradients pass."""
+    made = blank(config)
+    fill_layers(made, tensors, where, dtype, device)
+    return made.eval().requires_grad_(False)
 
 
 def kept_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

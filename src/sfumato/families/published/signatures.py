@@ -133,7 +133,7 @@ def neighbours() -> list[Signature]:
             without=(f"{DENOISER_PREFIX}*",),
         ),
         *refused(
-            f"an SD3 ControlNet, {LATER}",
+            "an SD3 ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one",
             {"controlnet_blocks.0.weight": None, "pos_embed_input.proj.weight": None},
         ),
         *refused(

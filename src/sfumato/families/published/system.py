@@ -5,23 +5,26 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.adapters.fold import Adapters, Touched
 from sfumato.autoencoder import framed
 from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
-from sfumato.autoencoder.model import check_size
+from sfumato.autoencoder.model import PIXEL_CHANNELS, check_size
 from sfumato.autoencoder.preview import has_factors, preview
 from sfumato.autoencoder.temporal import TemporalAutoencoderKL
 from sfumato.checkpoint.rules import View
 from sfumato.diffusion.guidance import ALWAYS
 from sfumato.diffusion.schedules import NoiseLevels
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.adapters import adapters_of
 from sfumato.families.published.checkpoint import (
     Checkpoint,
     Families,
@@ -29,16 +32,17 @@ from sfumato.families.published.checkpoint import (
     open_checkpoint,
     same_latents,
 )
+from sfumato.families.published.controls import ControlFile, Controller, Controls, Stand
+from sfumato.families.published.kinds import Family
 from sfumato.families.published.networks import Networks, part_hash
 from sfumato.families.published.openers import kept_dtype, offloads, require_offload
 from sfumato.families.published.signatures import VAES
 from sfumato.memory import Stage
-from sfumato.types import Conditioning
+from sfumato.text.inversion import Inversion
 
 PREVIEW_CELLS = 16  # of the longer side, where a preview has to be decoded
 Place = str | os.PathLike[str]
-# (x, time, cond, guess) → what a ControlNet adds to what the denoiser works with
-Controller = Callable[[Tensor, Tensor, Conditioning, bool], tuple[Tensor, ...]]
+Embeddings = Iterable[Place] | Mapping[str, Place]  # files of textual inversions, perhaps by name
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class PublishedSystem:
     config: with `kind`, `preset` and `multiple`. shapes: what the networks measure. networks: "denoiser",
     "autoencoder" and those of `texts`, opened when needed. dtype: in which the networks work; with int8 that is the
     denoiser's products alone. parts: the files' tensors, read when asked for. sources: what a part is called in errors.
-    engine: what runs the denoiser.
+    engine: what runs the denoiser. inversions: textual ones, as `text.inversion.read_inversion` gives them. loras:
+    those opened for it, and its parts with what they add. controlnets: those opened beside it.
     """
 
     config: Any
@@ -78,11 +83,15 @@ class PublishedSystem:
     parts: Mapping[str, View]
     sources: Mapping[str, str]
     engine: str = "torch"
+    inversions: tuple[Mapping[str, Inversion], ...] = ()
+    loras: Adapters | None = None
+    controlnets: Controls = field(default_factory=lambda: Controls({}, torch.device("cpu"), torch.float32))
 
-    part: ClassVar[str]  # the denoiser's, of `parts`
+    family: ClassVar[Family]
     told_guidance: ClassVar[Any] = False
     inpaint_channels: ClassVar[Any] = None
     split: ClassVar[Any] = None
+    controls_encoded: ClassVar[bool] = False  # ControlNets read latents of their pictures
 
     @abstractmethod
     def openers(
@@ -98,28 +107,112 @@ class PublishedSystem:
     def texts(self) -> tuple[str, ...]:
         """Names of the networks that read prompts."""
 
+    @abstractmethod
+    def renewers(
+        self, parts: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Callable[[Any, Touched], bool]]:
+        """How each network takes over tensors of its parts that have changed; False where it must be opened again."""
+
+    @property
+    def part(self) -> str:
+        """The denoiser's name, of `parts`."""
+        return self.family.denoiser
+
+    # --- adapters --------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRAs opened for it. Text encoders that are not read take none."""
+        if self.loras is not None:
+            return self.loras
+        read = {name: self.parts[name] for name in (self.part, "vae", *self.text_parts)}
+        return adapters_of(self.family, self.config.kind, self.shapes, read, lambda touched: None)
+
     @property
     def drawn_from(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What the networks are made from: the tensors of `parts`, and what adapters add to them."""
-        return self.parts
+        return self.adapters.parts
 
     @property
     def added(self) -> int:
         """Bytes of what adapters add, which stay in memory beside the networks."""
-        return 0
+        return self.adapters.size
+
+    @property
+    def embeddings(self) -> dict[str, str]:
+        """Textual inversions by the names that call them, with the hashes of their files."""
+        found = [next(iter(inversions.values())) for inversions in self.inversions]
+        return {inversion.name: inversion.digest for inversion in found}
+
+    # --- ControlNets -----------------------------------------------------------------------------------------------
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the ControlNets that it has opened."""
+        return tuple(self.controlnets.files)
+
+    @property
+    def masked_controls(self) -> frozenset[str]:
+        """Names of those that are shown what is to be painted, too."""
+        return frozenset()
+
+    def control_hashes(self) -> dict[str, str]:
+        """SHA-256 of the tensors of each ControlNet, by name."""
+        return self.controlnets.digests()
+
+    @abstractmethod
+    def control_file(self, path: Place, systems: Mapping[str, Any] | None) -> ControlFile:
+        """The ControlNet in a file or folder, for this model; only headers are read. systems: instead of the family's.
+
+        `InputError` for one of another family; `CheckpointError` for what is none.
+        """
+
+    def with_controls(self, files: Mapping[str, Place], systems: Mapping[str, Any] | None = None) -> Self:
+        """The same with the ControlNets in these files, by name, besides its own. Errors of `control_file`."""
+        if self.engine != "torch":
+            raise InputError(
+                f"ControlNets go with the engine torch; {self.engine} runs {self.family.called} as it is",
+                argument="engine",
+            )
+        found = {name: self.control_file(path, systems) for name, path in files.items()}
+        known = Controls({**self.controlnets.files, **found}, self.device, self.dtype, self.offload)
+        return replace(self, controlnets=known)
+
+    @abstractmethod
+    def shown(self, name: str, pixels: Tensor, mask: Tensor | None) -> Tensor:
+        """What the ControlNet of that name reads of pixels (1, 3, H, W) in [0, 1]; mask: as of `controller`."""
+
+    @abstractmethod
+    def control(self, name: str, network: Any, shown: Tensor) -> Controller:
+        """What a ControlNet's network adds at every step. shown: of `shown`, or a tensor of its form."""
+
+    def controller(self, name: str, pixels: Tensor, mask: Tensor | None = None) -> Controller:
+        """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1].
+
+        mask: (1, 1, H, W), 1 where to paint, for those of `masked_controls`; None is everywhere.
+        """
+        shown = self.shown(name, pixels, mask)
+        return self.control(name, self.controlnets[name], shown)
 
     def control_openers(
-        self,
-        names: Iterable[str],
-        tensors: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
-        *,
-        stream: bool,
+        self, names: Iterable[str], stand: Stand, *, stream: bool
     ) -> dict[str, Callable[[], Callable[[Tensor], Controller]]]:
-        """How each ControlNet of these names is opened: to what it adds, shown pixels (1, 3, H, W) in [0, 1].
+        """How each ControlNet of these names is opened: to what it adds, given a tensor of the form of `shown`.
 
-        tensors: what stands for those of its file. Empty for families that take none.
+        stand: makes what stands for the tensors of its file.
         """
-        return {}
+
+        def opener(name: str) -> Callable[[], Callable[[Tensor], Controller]]:
+            ghost = self.controlnets.files[name].with_tensors(stand)
+            return lambda: partial(self.control, name, ghost.network(self.device, self.dtype, stream=stream))
+
+        return {name: opener(name) for name in names if name in self.controlnets.files}
+
+    def shown_shape(self, name: str, height: int, width: int) -> tuple[int, ...]:
+        """Of what `shown` gives for a picture of that size in pixels."""
+        return 1, PIXEL_CHANNELS, height, width
+
+    # --- networks --------------------------------------------------------------------------------------------------
 
     @property
     def autoencoder(self) -> AutoencoderKL:
@@ -146,9 +239,13 @@ class PublishedSystem:
     def offloaded(self, offload: str) -> Self:
         """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
         require_offload(offload, self.engine, self.dtype)
-        networks = Networks(self.openers(self.parts, stream=offload == "sequential"), offload)
-        networks.open_all()
-        return replace(self, networks=networks)
+        held: list[Networks] = []
+        loras = self.adapters.moved(lambda touched: held[0].renew(touched) if held else None)
+        make = self.openers(loras.parts, stream=offload == "sequential")
+        held.append(Networks(make, offload, self.renewers(loras.parts)))
+        held[0].open_all()
+        controlnets = replace(self.controlnets, offload=offload)
+        return replace(self, networks=held[0], loras=loras, controlnets=controlnets)
 
     def trace(
         self, request: Any, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
@@ -188,10 +285,7 @@ class PublishedSystem:
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents → pixels, in bounded memory; in a wider type where the weights' own overflows."""
         autoencoder = self.autoencoder
-        unscaled = autoencoder.denormalize(latent.float())
-        if isinstance(autoencoder, TemporalAutoencoderKL):
-            return framed.decode_safe(autoencoder, unscaled)
-        return decode_safe(autoencoder, unscaled)
+        return decoded(autoencoder, autoencoder.denormalize(latent.float()))
 
     def preview(self, latent: Tensor) -> Tensor:
         """(1, C, T, H, W) → (1, 3, T, h, w): a look at a latent that is forming.
@@ -207,6 +301,13 @@ class PublishedSystem:
             size = max(round(height / shrink), 1), max(round(width / shrink), 1)
             latent = F.interpolate(latent[:, :, 0], size, mode="area")[:, :, None]
         return self.decode(latent)
+
+
+def decoded(autoencoder: AutoencoderKL | TemporalAutoencoderKL, latent: Tensor) -> Tensor:
+    """Pixels of a latent as the autoencoder has it, in bounded memory; in a wider type where its own overflows."""
+    if isinstance(autoencoder, TemporalAutoencoderKL):
+        return framed.decode_safe(autoencoder, latent)
+    return decode_safe(autoencoder, latent)
 
 
 def opened(

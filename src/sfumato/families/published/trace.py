@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,10 +18,12 @@ from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
 from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
+from sfumato.families.published.controls import Controller
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import require_offload
-from sfumato.families.published.system import Controller, PublishedSystem
-from sfumato.memory import LiveBytes, Stage, Whole, tracing
+from sfumato.families.published.system import PublishedSystem
+from sfumato.flops import attention_flops
+from sfumato.memory import Stage, Tracer, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.types import Conditioning, Request
 
@@ -33,7 +36,7 @@ def _encoded(model: AutoencoderKL, pixels: Tensor, *, dtype: torch.dtype | None,
     B, _, T, H, W = pixels.shape
     count = peak_bytes(model.config, "encode", H, W, dtype or model.dtype, pictures=B * T)
     shape = B, 2 * model.config.channels, T, H // model.factor, W // model.factor
-    return count, lambda: posterior_of(torch.empty(shape, device=pixels.device))
+    return count, 0, lambda: posterior_of(torch.empty(shape, device=pixels.device))
 
 
 def _decoded(model: AutoencoderKL, latent: Tensor, *, dtype: torch.dtype | None, **more: Any) -> Any:
@@ -42,12 +45,16 @@ def _decoded(model: AutoencoderKL, latent: Tensor, *, dtype: torch.dtype | None,
     pixels = B * PIXEL_CHANNELS * T * height * width * 4
     count = clip_bytes(model.config, T, height, width, dtype or model.dtype) + pixels
     shape = B, PIXEL_CHANNELS, T, height, width
-    return count, lambda: torch.empty(shape, device=latent.device)
+    return count, 0, lambda: torch.empty(shape, device=latent.device)
 
 
 WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
-    attention: lambda q, *more: (attention_bytes(q, *more), lambda: torch.empty_like(q)),
-    copy_into: lambda out, tensor: (copy_bytes(out, tensor), None),
+    attention: lambda q, *more: (
+        attention_bytes(q, *more),
+        attention_flops(q, *more),
+        lambda: torch.empty_like(q),
+    ),
+    copy_into: lambda out, tensor: (copy_bytes(out, tensor), 0, None),
     encode_banded: _encoded,
     decode_framed: _decoded,
 }
@@ -105,36 +112,53 @@ def trace(
         ghost: Any = replace(
             system, networks=Networks({name: lambda n=name: networks[n] for name in networks})
         )
+        marks = [tracer.flops]
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
-        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls.values())
+        marks.append(tracer.flops)
+        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
+        marks.append(tracer.flops)
         decode = _decode_bytes(ghost, tracer, size, batch, request.frames or 1)
+        frames = request.frames or 1
+        drawn = torch.empty(batch, *ghost.latent_shape(frames, size[1], size[0]), device=system.device)
+        networks["autoencoder"].decode(drawn)
+        marks.append(tracer.flops)
+        encodes = encodes or (bool(controls) and system.controls_encoded)
+        if encodes:
+            networks["autoencoder"].encode(torch.empty(batch, 3, 1, size[1], size[0], device=system.device))
+        marks.append(tracer.flops)
+    counted = (after - before for before, after in itertools.pairwise(marks))
+    flops = dict(zip(("text", "denoise", "decode", "encode"), counted, strict=True))
     if cpu and keeps:
         denoise += HOLES * denoise
     load = max(loading, key=lambda stage: stage.bytes)
     resident = {name: sum(weights.values()) if keeps else own for name, own in weights.items()}
     stages = [
         Stage("load", resident[max(weights, key=weights.__getitem__)], 0),
-        Stage("text", max(resident[name] for name in system.texts), text),
-        Stage("denoise", resident["denoiser"], denoise + (window if offload == "sequential" else 0)),
-        Stage("decode", resident["autoencoder"], decode),
+        Stage("text", max(resident[name] for name in system.texts), text, flops["text"]),
+        Stage(
+            "denoise",
+            resident["denoiser"],
+            denoise + (window if offload == "sequential" else 0),
+            flops["denoise"],
+        ),
+        Stage(
+            "decode",
+            resident["autoencoder"],
+            decode,
+            flops["decode"],
+        ),
     ]
     held = min(stages[0].weights, load.bytes)
     stages[0] = Stage("load", held, load.bytes - held)
     if encodes:
-        stages.insert(
-            2,
-            Stage(
-                "encode",
-                resident["autoencoder"],
-                _autoencoder_bytes(system, "encode", size, batch * (request.frames or 1)),
-            ),
-        )
+        encode = _autoencoder_bytes(system, "encode", size, batch * (request.frames or 1))
+        stages.insert(2, Stage("encode", resident["autoencoder"], encode, flops["encode"]))
     added = system.added if cpu else 0  # LoRAs stay as their files' pages
     return tuple(replace(stage, weights=stage.weights + added) for stage in stages)
 
 
 def _decode_bytes(
-    ghost: PublishedSystem, tracer: LiveBytes, size: tuple[int, int], batch: int, frames: int
+    ghost: PublishedSystem, tracer: Tracer, size: tuple[int, int], batch: int, frames: int
 ) -> int:
     """Of decoding latents of that size: of clips by running it, of pictures by the account of its bands."""
     if not ghost.shapes.vae.temporal:
@@ -157,12 +181,12 @@ def _autoencoder_bytes(
 
 def _denoise_bytes(
     ghost: Any,
-    tracer: LiveBytes,
+    tracer: Tracer,
     cond: Conditioning,
     request: Request,
     size: tuple[int, int],
     batch: int,
-    controls: Iterable[Callable[[Tensor], Controller]],
+    controls: Mapping[str, Callable[[Tensor], Controller]],
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
@@ -171,8 +195,10 @@ def _denoise_bytes(
     told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 
-    picture = torch.empty(1, 3, height, width, device=ghost.device)
-    shown = [show(picture) for show in controls]
+    shown = [
+        show(torch.empty(ghost.shown_shape(name, height, width), device=ghost.device))
+        for name, show in controls.items()
+    ]
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if ghost.inpaint_channels is not None:

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.condition import TextFeatures, TextOptions, check_prompts, fit_inversion
 from sfumato.nn.embed import sinusoid
 from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipConfig, ClipTextEncoder
 from sfumato.text.clip_tokens import EOS, ClipTokenizer, bundled
-from sfumato.text.inversion import LABELS, UNLABELLED, Inversion
-from sfumato.text.syntax import parse, rule_named
-from sfumato.text.weighting import encode_windows, weighting_named
-from sfumato.text.windows import BACKTRACK, Window, lay_out, level
+from sfumato.text.inversion import Inversion
+from sfumato.text.syntax import parse
+from sfumato.text.weighting import encode_windows
+from sfumato.text.windows import Window, lay_out, level
 from sfumato.types import Micro
 
 SIZE_WIDTH = 256  # Fourier features of each number
@@ -90,33 +91,6 @@ def plan_of(kind: str) -> TextPlan:
 
 
 @dataclass(frozen=True)
-class TextOptions:
-    """How prompts are read. rule: of `text.syntax`; weighting: of `text.weighting`, None takes the rule's own.
-
-    clip_skip: the layer read, 1 the last, 2 the one before …; None takes the family's. backtrack: tokens that may move
-    to the next window with the text after a comma, 0 to 74.
-    """
-
-    rule: str = "a1111"
-    weighting: str | None = None
-    clip_skip: int | None = None
-    backtrack: int = BACKTRACK
-
-    def __post_init__(self) -> None:
-        rule_named(self.rule)
-        if self.weighting is not None:
-            weighting_named(self.weighting)
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """tokens: (B, 77·k, D). pooled: (B, 1280), or None where the family has none."""
-
-    tokens: Tensor
-    pooled: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class TextStack:
     """A family's text encoders, each with its tokenizer and the textual inversions that fit it."""
 
@@ -155,37 +129,9 @@ def fit(
                 f"the tokenizer has {len(tokenizer)} ids and its end mark {EOS} is {tokenizer.eos}; the encoder "
                 f"reads {config.vocabulary} ids, and {bundled().eos} as the end"
             )
-    rows = [fit_inversion(plan, configs, found) for found in inversions]
+    labels, widths = [reader.label for reader in plan.readers], [config.width for config in configs]
+    rows = [fit_inversion(plan.title, labels, widths, found) for found in inversions]
     return tuple(zip(*rows, strict=True)) if rows else ((),) * len(configs)
-
-
-def fit_inversion(
-    plan: TextPlan, configs: Sequence[ClipConfig], found: Mapping[str, Inversion]
-) -> tuple[Inversion, ...]:
-    """The file's vectors for each of the family's encoders. `CheckpointError` names the family they were made for."""
-    name = next(iter(found.values())).name
-    labels = [reader.label for reader in plan.readers]
-    chosen = []
-    if LABELS[1] in labels or LABELS[1] not in found:  # vectors for two encoders do not serve one of them
-        unlabelled = found.get(UNLABELLED) if len(labels) == 1 else None
-        chosen = [i for label in labels if (i := found.get(label, unlabelled))]
-    widths = [config.width for config in configs]
-    if [i.width for i in chosen] != widths:
-        theirs = [f"{label or 'one encoder'} of width {i.width}" for label, i in found.items()]
-        made_for = _made_for(found)
-        raise CheckpointError(
-            f"the textual inversion {name!r} holds vectors for {' and '.join(theirs)}"
-            f"{f', those of {made_for}' if made_for else ''}; {plan.title} reads width {' and '.join(map(str, widths))}"
-        )
-    return tuple(chosen)
-
-
-def _made_for(found: Mapping[str, Inversion]) -> str:
-    if set(found) == set(LABELS):
-        return PLANS["sdxl"].title
-    width = next(iter(found.values())).width
-    alone = [plan for plan in PLANS.values() if len(plan.readers) == 1]
-    return next((plan.title for plan in alone if plan.readers[0].config.width == width), "")
 
 
 def encode_prompts(
@@ -201,18 +147,12 @@ def encode_prompts(
     empty windows, which are read (`text.windows.level`). Deterministic; on the encoders' device and in their precision.
     """
     options = TextOptions() if options is None else options
-    if not prompts:
-        raise InputError("give at least one prompt", argument="prompts")
-    if negatives is not None and len(negatives) != len(prompts):
-        raise InputError(
-            f"{len(prompts)} prompts need as many negatives, not {len(negatives)}", argument="negatives"
-        )
+    check_prompts(prompts, negatives)
     plan, count = stack.plan, len(prompts)
     blank = [i for i, text in enumerate(negatives or ()) if text is None and plan.zero_negative]
     # a row that will be zero has its prompt's windows, which are encoded anyway
     texts = [*prompts, *(prompts[i] if i in blank else text or "" for i, text in enumerate(negatives or ()))]
     sections = [parse(text, options.rule) for text in texts]
-    weighting = options.rule if options.weighting is None else options.weighting
 
     tokens, pooled = [], None
     for encoder, tokenizer, inversions in zip(stack.encoders, stack.tokenizers, stack.fitted, strict=True):
@@ -225,14 +165,14 @@ def encode_prompts(
             level(rows, tokenizer),
             clip_skip=plan.clip_skip if options.clip_skip is None else options.clip_skip,
             final_norm=plan.final_norm,
-            weighting=weighting,
+            weighting=options.weighs,
         )
         tokens.append(features)  # (B, 77·k, D of this encoder)
     joined = torch.cat(tokens, dim=-1)  # (B, 77·k, D); pooled is the last encoder's
-    positive = TextFeatures(joined[:count], None if pooled is None else pooled[:count])
+    features = TextFeatures(joined, pooled)
     if negatives is None:
-        return positive, None
-    negative = TextFeatures(joined[count:], None if pooled is None else pooled[count:])
+        return features, None
+    positive, negative = features.parted(count)
     for row in blank:
         negative.tokens[row] = 0
         if negative.pooled is not None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from sfumato.checkpoint.fill import fill
-from sfumato.errors import InputError
+from sfumato.families.published import training
 from sfumato.nn.controlnet import ControlNet
-from sfumato.nn.unet import UNet
-from sfumato.storage import save_tensors
 from sfumato.types import Conditioning
 
 if TYPE_CHECKING:
@@ -22,26 +16,13 @@ if TYPE_CHECKING:
 WIDTHS = (16, 32, 96, 256)  # of the control picture's features, from the finest; as published ones have
 
 
-class ControlTrainee:
-    """What training asks of a ControlNet and its frozen base; as `families.pocket.control.ControlTrainee`.
-
-    The U-Net is read a second time, since layers packed for a CPU pass no gradients. Its weights stay as they are.
-    """
-
-    encodes = False
+class ControlTrainee(training.ControlTrainee):
+    """The network reads the control picture itself, at every step."""
 
     def __init__(self, system: System):
-        if system.engine != "torch" or system.dtype == torch.int8:
-            raise InputError(
-                "a ControlNet is trained beside fp32 or bf16 weights, with the engine torch", argument="dtype"
-            )
-        with torch.device("meta"):
-            unet = UNet(system.shapes.unet)
-        fill(unet, system.parts["unet"], system.sources["unet"], system.kept, system.device)
-        self.system, self.unet = system, unet.eval().requires_grad_(False)
+        unet = training.frozen(system, "a ControlNet")
         halvings = system.shapes.vae.factor.bit_length() - 1
-        self.network = ControlNet.of(self.unet, WIDTHS[-halvings - 1 :]).float()
-        self.network.requires_grad_(True)
+        super().__init__(system, unet, ControlNet.of(unet, WIDTHS[-halvings - 1 :]))
 
     def hint(self, pixels: Tensor) -> Tensor:
         """Control pictures (B, 3, H, W) in [0, 1], which the network itself reads."""
@@ -57,7 +38,7 @@ class ControlTrainee:
     def answer(self, x: Tensor, time: Tensor, cond: Conditioning, control: tuple[Tensor, ...]) -> Tensor:
         """What the U-Net answers with that."""
         *down, middle = control
-        out = self.unet(
+        out = self.base(
             x[:, :, 0],
             time,
             cond.tokens,
@@ -67,8 +48,3 @@ class ControlTrainee:
             mid_residual=middle,
         )
         return out[:, :, None]
-
-    def save(self, state: Mapping[str, Tensor], path: Path) -> Path:
-        """Write these weights of the network, under diffusers' names, in float16."""
-        save_tensors(path, {name: tensor.to(torch.float16) for name, tensor in state.items()})
-        return path

@@ -7,30 +7,31 @@ otherwise are refused by name. What no tensor says comes from a folder's config.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sfumato.checkpoint.detect import Shape, Signature, identify
-from sfumato.checkpoint.fill import fill, fill_layers
-from sfumato.checkpoint.layout import find_parts
 from sfumato.checkpoint.rules import Drop, KeyMap, Rename, Rule, expand, shapes, within
-from sfumato.checkpoint.source import open_folder, open_weights
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.published.folder import WEIGHTS
+from sfumato.families.published.controls import (
+    ControlFile,
+    Controller,
+    Place,
+    control_weights,
+    relatives,
+    together,
+)
 from sfumato.families.published.keys import WB, same
+from sfumato.families.published.signatures import refused
 from sfumato.families.sd import keys
 from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
-from sfumato.nn.quantized import quantize
 from sfumato.nn.unet import UNetConfig
-from sfumato.runtime import fast_dtype
+from sfumato.types import Conditioning
 
 PREFIX = "control_model."
 KINDS = ("sd1", "sd2", "sdxl")  # of systems that have ControlNets; others with the same U-Net take theirs
@@ -39,65 +40,14 @@ AROUND = "the checkpoint that it was trained with; give that one as the model, i
 BEGUN = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")
 
 
-@dataclass(frozen=True)
-class ControlFile:
-    """A ControlNet's tensors under our names. kind: of `KINDS`. source: what it is called in errors."""
-
-    kind: str
-    config: ControlNetConfig
-    tensors: Mapping[str, Tensor]
-    source: str
-
-    def check(self, unet: UNetConfig, kind: str) -> None:
-        """`InputError` unless it is for this U-Net, of a system of this kind."""
-        own = self.config.unet
-        ours, theirs = ((u.channels, u.context, u.vector, u.linear) for u in (unet, own))
-        if ours != theirs:
-            told = f" and a vector of {own.vector}" if own.vector else ""
-            wants = f" and a vector of {unet.vector}" if unet.vector else ""
-            raise InputError(
-                f"{self.source} is a ControlNet of {self.kind}, which reads text {own.context} wide{told}; the model "
-                f"is of {kind}, with text {unet.context} wide{wants}: give a ControlNet of {kind.split('-')[0]}",
-                argument="controlnet",
-            )
-
-    def network(
-        self, device: torch.device, dtype: torch.dtype, *, stream: bool = False, plain: bool = False
-    ) -> ControlNet:
-        """The network, laid out as the U-Net beside it: packed for a CPU, in eight bits, or streamed from its file.
-
-        plain: of ordinary layers instead, which can be trained.
-        """
-        eight_bits = dtype == torch.int8
-        kept = fast_dtype(device) if eight_bits else dtype
-        with torch.device("meta"):
-            made = ControlNet(self.config)
-        if plain:
-            fill(made, self.tensors, self.source, kept, device)
-            return made
-        pack = not eight_bits
-        fill_layers(made, self.tensors, self.source, kept, device, pack=pack, stream=stream)
-        made.eval().requires_grad_(False)
-        if eight_bits:
-            quantize(made)
-        return made
-
-
 def open_control(
-    path: str | os.PathLike[str], variant: str | None = None, systems: Mapping[str, System] | None = None
+    path: Place, variant: str | None = None, systems: Mapping[str, System] | None = None
 ) -> ControlFile:
     """The ControlNet in a .safetensors file, a diffusers folder, or a folder's part.
 
     `CheckpointError` when it is damaged, mixed of two layouts, none, or one of a kind that is not read, which it names.
     """
-    path, said = Path(path), {}
-    if path.is_dir():
-        part = find_parts(path).parts.get("model")
-        if part is None:
-            raise CheckpointError(f"{path} is the folder of a whole model; name that of its ControlNet")
-        weights, said = open_folder(path, part.stem or WEIGHTS["unet"], variant), part.config
-    else:
-        weights = open_weights(path)
+    weights, said = control_weights(path, variant)
     found = shapes(weights)
     kinds = {kind: system for kind, system in (systems or SYSTEMS).items() if kind in KINDS}
     match = identify(found, signatures(kinds), str(path))
@@ -108,6 +58,34 @@ def open_control(
     table = control_map(config) if original else KeyMap(same(control_map(config).ours))
     table = table.within(at, "") | KeyMap((), (*keys.EXTRAS, *(_around() if at else ())))
     return ControlFile(match.kind, config, table.to_ours(weights, str(path)), str(path))
+
+
+def check(file: ControlFile, unet: UNetConfig, kind: str) -> None:
+    """`InputError` unless a ControlNet is for this U-Net, of a system of this kind."""
+    own = file.config.unet
+    ours, theirs = ((u.channels, u.context, u.vector, u.linear) for u in (unet, own))
+    if ours != theirs:
+        told = f" and a vector of {own.vector}" if own.vector else ""
+        wants = f" and a vector of {unet.vector}" if unet.vector else ""
+        raise InputError(
+            f"{file.source} is a ControlNet of {file.kind}, which reads text {own.context} wide{told}; the model "
+            f"is of {kind}, with text {unet.context} wide{wants}: give a ControlNet of {kind.split('-')[0]}",
+            argument="controlnet",
+        )
+
+
+def controller(network: ControlNet, pixels: Tensor) -> Controller:
+    """What a ControlNet adds to the U-Net's skips and to its middle, shown this picture: (1, 3, H, W) in [0, 1]."""
+    hint = network.features(pixels)
+    channels = network.config.in_channels
+
+    def adds(x: Tensor, time: Tensor, cond: Conditioning, guess: bool) -> tuple[Tensor, ...]:
+        # an inpainting U-Net reads more behind the noisy latent
+        x = x[:, :channels, 0]
+        vector = cond.vector if network.config.vector else None
+        return network(x, time, cond.tokens, vector, hint=hint, guess=guess)
+
+    return adds
 
 
 def control_map(config: ControlNetConfig) -> KeyMap:
@@ -227,36 +205,18 @@ def _marks(unet: UNetConfig, original: bool) -> dict[str, Shape]:
 
 
 def _relatives() -> list[Signature]:
-    """What controls a model too and is no ControlNet, or one that works otherwise; and two layouts in one file."""
-
-    def refused(what: str, *marks: str | tuple[str, ...]) -> list[Signature]:
-        each = [(mark,) if isinstance(mark, str) else mark for mark in marks]
-        return [Signature("", "", "", dict.fromkeys(names), refusal=what) for names in each]
-
-    later = "not supported yet"
+    """Those of `relatives`, of another family, and two layouts in one file."""
     return [
         *refused(
             "a mixture of two layouts, diffusers' and the original; write it anew in one",
-            ("*input_hint_block.0.weight", f"{HINT}*"),
-            (f"{PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight"),
-            ("*zero_convs.0.0.weight", "controlnet_down_blocks.*"),
+            together("*input_hint_block.0.weight", f"{HINT}*"),
+            together(f"{PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight"),
+            together("*zero_convs.0.0.weight", "controlnet_down_blocks.*"),
         ),
-        *refused("a union ControlNet (several kinds in one), not supported", "*task_embedding", "*control_type_proj*",
-                 "*control_add_embedding.*"),
         *refused(
-            f"a ControlNet of SD3, {later}",
-            ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"),
-            ("controlnet_blocks.0.weight", "pos_embed.proj.weight"),
+            "a ControlNet of SD3, which belongs on one",
+            together("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"),
+            together("controlnet_blocks.0.weight", "pos_embed.proj.weight"),
         ),
-        *refused("a ControlNet of FLUX, not supported", "controlnet_x_embedder.weight",
-                 ("controlnet_blocks.0.weight", "single_transformer_blocks.0.attn.to_q.weight")),
-        *refused("a T2I-Adapter, not supported", "adapter.body.*", "body.0.in_conv.weight", "body.0.block1.weight",
-                 "body.0.resnets.0.block1.weight"),
-        *refused("a Control-LoRA, not supported", "lora_controlnet"),
-        *refused("a ControlLLLite, not supported", "lllite_*"),
-        *refused(
-            "a ControlNet kept as its difference from a base model; take the file that holds it whole", "difference"
-        ),
-        *refused("an IP-Adapter, not supported", "image_proj.*", "ip_adapter.*"),
-        *refused("a LoRA, not a ControlNet", "*.lora_down.weight", "*.lora_A.weight", "*.lora.down.weight"),
-    ]  # fmt: skip
+        *relatives(),
+    ]

@@ -13,6 +13,7 @@ from sfumato.errors import CheckpointError
 from sfumato.families.published.checkpoint import Checkpoint
 from sfumato.families.published.kinds import Family
 from sfumato.families.sd import folder, keys
+from sfumato.families.sd.adapters import NAMING
 from sfumato.families.sd.condition import plan_of
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.signatures import predicts_v, signatures
@@ -79,10 +80,8 @@ FAMILY = Family(
     systems=SYSTEMS,
     predictions=("epsilon", "v"),
     signatures=signatures,
-    prefixes=keys.prefixes,
-    file_map=keys.file_map,
-    folder_map=keys.folder_map,
     denoiser_map=keys.unet_map,
+    extras=keys.EXTRAS,
     settled=settled,
     unsayable=unsayable,
     markers=markers,
@@ -91,4 +90,5 @@ FAMILY = Family(
     model_index=model_index,
     pads=pads,
     same_tensors={},
+    naming=NAMING,
 )

@@ -9,8 +9,6 @@ In templates `{p}` is weight or bias and `{i}` a layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-
 from sfumato.checkpoint.rules import Drop, KeyMap, Rename, Rule, expand, within
 from sfumato.families.published import keys as shared
 from sfumato.families.published.keys import (
@@ -25,7 +23,6 @@ from sfumato.families.published.keys import (
     vae_folder_map,
     vae_map,
 )
-from sfumato.families.sd.shapes import System
 from sfumato.nn.unet import UNetConfig
 
 __all__ = [  # all tables of such files, the shared ones with them
@@ -33,10 +30,7 @@ __all__ = [  # all tables of such files, the shared ones with them
     "UNET_PREFIX",
     "VAE_PREFIX",
     "clip_map",
-    "file_map",
-    "folder_map",
     "open_clip_map",
-    "prefixes",
     "same",
     "text_map",
     "unet_map",
@@ -157,25 +151,3 @@ def _transformer(depth: int) -> tuple[Rule, ...]:
     if not depth:
         return ()
     return same(UNET_ATTENTION) + expand(same(UNET_BLOCK), i=range(depth))
-
-
-def folder_map(system: System, part: str, names: Collection[str]) -> KeyMap:
-    """A part's names in a diffusers folder to ours: the same, save for older spellings and buffers."""
-    return shared.folder_map(system, ("unet", unet_map(system.unet)), part, names)
-
-
-def prefixes(system: System, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""
-    return shared.prefixes(system, "unet", names)
-
-
-def file_map(
-    system: System, places: Mapping[str, str] | None = None, names: Collection[str] | None = None
-) -> KeyMap:
-    """The whole of a single file to ours, a part's names under `unet.`, `vae.`, `text_encoder.`, `text_encoder_2.`.
-
-    places: the parts that a file has and their prefixes, from `prefixes`; None is the complete file as we write it.
-    What real files hold beside their networks is dropped by name.
-    """
-    places = prefixes(system) if places is None else places
-    return shared.file_map(system, ("unet", unet_map(system.unet)), places, EXTRAS, names)

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sfumato.adapters.fold import Touched
-from sfumato.checkpoint.fill import refill, refill_layers
-from sfumato.families.clip import load_encoder
-from sfumato.families.published.openers import autoencoder, blank, denoiser
+from sfumato.checkpoint.fill import refill
+from sfumato.families.published.openers import autoencoder, denoiser, renewed
+from sfumato.families.published.text import open_clip
 from sfumato.families.sd.condition import TextStack, plan_of
-from sfumato.nn.packed import packed
-from sfumato.nn.quantized import stand_in, units
-from sfumato.nn.unet import UNet
 
 if TYPE_CHECKING:
     from sfumato.families.sd.system import System
@@ -32,8 +28,7 @@ def openers(
 
     def text() -> TextStack:
         encoders = tuple(
-            load_encoder(part.config, parts[part.name], system.kept, sources[part.name], system.device)
-            for part in shapes.text
+            open_clip(part.config, parts[part.name], sources[part.name], *form) for part in shapes.text
         )
         return TextStack(plan_of(system.config.kind), encoders, system.tokenizers, system.inversions)
 
@@ -57,16 +52,8 @@ def renewers(
         return True
 
     def unet(network: Any, touched: Touched) -> bool:
-        if "unet" not in touched:
-            return True
-        if not isinstance(network, UNet):
-            return False  # it is compiled as a whole
-        eight_bits, form = system.dtype == torch.int8, (system.kept, system.device)
-        ways: dict[str, Any] = (
-            {"units": units, "twin": stand_in} if eight_bits else {"twin": lambda _, layer: packed(layer)}
-        )
-        empty = blank(shapes.unet)
-        refill_layers(network, empty, parts["unet"], touched["unet"], sources["unet"], *form, **ways)
-        return True
+        names = touched.get("unet", frozenset())
+        form = system.device, system.dtype
+        return renewed(network, shapes.unet, parts["unet"], names, sources["unet"], *form)
 
     return {"text": text, "denoiser": unet, "autoencoder": lambda network, touched: "vae" not in touched}

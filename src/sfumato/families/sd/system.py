@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sfumato.adapters.fold import Adapters
+from sfumato.adapters.fold import Touched
 from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import beta_levels, beta_table, zero_terminal_snr
-from sfumato.errors import InputError
-from sfumato.families.clip import tokenizer_of
 from sfumato.families.published.checkpoint import Checkpoint, Families
+from sfumato.families.published.condition import TextFeatures, TextOptions
+from sfumato.families.published.controls import ControlFile, Controller
 from sfumato.families.published.networks import Networks
 from sfumato.families.published.openers import check_engine, require_offload
-from sfumato.families.published.system import Controller, Preset, PublishedSystem, opened, ready
+from sfumato.families.published.system import Embeddings, Place, Preset, PublishedSystem, opened, ready
+from sfumato.families.published.text import tokenizer_of
 from sfumato.families.sd.condition import (
-    TextFeatures,
-    TextOptions,
     TextStack,
     encode_prompts,
     fit,
@@ -31,11 +29,9 @@ from sfumato.families.sd.condition import (
     plan_of,
     size_vector,
 )
-from sfumato.families.sd.controls import Controls, controller
-from sfumato.families.sd.controls import opened as opened_controls
+from sfumato.families.sd.controlnet import check, controller, open_control
 from sfumato.families.sd.distilled import check_preset, drawn, preset_named
 from sfumato.families.sd.family import FAMILY
-from sfumato.families.sd.loras import adapters_of
 from sfumato.families.sd.openers import openers, renewers
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
@@ -44,13 +40,11 @@ from sfumato.nn.embed import sinusoid
 from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
 from sfumato.text.clip_tokens import ClipTokenizer
-from sfumato.text.inversion import Inversion, read_inversions
+from sfumato.text.inversion import read_inversions
 from sfumato.types import Conditioning, Micro, Request
 
 if TYPE_CHECKING:
     from sfumato.families.sd.control_training import ControlTrainee
-
-Embeddings = Iterable[str | Path] | Mapping[str, str | Path]  # files of textual inversions, perhaps by name
 
 
 @dataclass(frozen=True)
@@ -72,18 +66,14 @@ class Config:
 class System(PublishedSystem):
     """Networks of a Stable Diffusion, ready to draw.
 
-    networks: "text" has all text encoders. tokenizers: one for each of them. inversions: textual ones, as
-    `text.inversion.read_inversion` gives them. loras: those opened for it, and its parts with what they add.
+    networks: "text" has all text encoders. tokenizers: one for each of them.
     """
 
     config: Config
     shapes: Kind
     tokenizers: tuple[ClipTokenizer, ...] = ()
-    inversions: tuple[Mapping[str, Inversion], ...] = ()
-    loras: Adapters | None = None
-    controlnets: Controls = field(default_factory=lambda: Controls({}, torch.device("cpu"), torch.float32))
 
-    part = "unet"
+    family = FAMILY
     texts = ("text",)
 
     def openers(
@@ -95,88 +85,33 @@ class System(PublishedSystem):
     def text(self) -> TextStack:
         return self.networks["text"]
 
-    @property
-    def adapters(self) -> Adapters:
-        """The LoRAs opened for it."""
-        if self.loras is not None:
-            return self.loras
-        return adapters_of(self.config.kind, self.shapes, self.parts, lambda touched: None)
-
-    @property
-    def drawn_from(self) -> Mapping[str, Mapping[str, Tensor]]:
-        return self.adapters.parts
-
-    @property
-    def added(self) -> int:
-        return self.adapters.size
-
     def trainee(self, text: bool) -> Trainee:
         """Itself as a model that a LoRA is trained for, its text encoders too with `text`; see `training.trainee`."""
         from sfumato.families.sd.training import trainee  # which needs this module
 
         return trainee(self, text)
 
-    def offloaded(self, offload: str) -> System:
-        """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
-        require_offload(offload, self.engine, self.dtype)
-        held: list[Networks] = []
-        loras = self.adapters.moved(lambda touched: held[0].renew(touched) if held else None)
-        make = self.openers(loras.parts, stream=offload == "sequential")
-        held.append(Networks(make, offload, renewers(self, loras.parts)))
-        held[0].open_all()
-        return replace(
-            self, networks=held[0], loras=loras, controlnets=replace(self.controlnets, offload=offload)
-        )
+    def renewers(
+        self, parts: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Callable[[Any, Touched], bool]]:
+        return renewers(self, parts)
 
-    @property
-    def embeddings(self) -> dict[str, str]:
-        """Textual inversions by the names that call them, with the hashes of their files."""
-        found = [next(iter(inversions.values())) for inversions in self.inversions]
-        return {inversion.name: inversion.digest for inversion in found}
+    def control_file(self, path: Place, systems: Mapping[str, Kind] | None) -> ControlFile:
+        found = open_control(path, systems=systems)
+        check(found, self.shapes.unet, self.config.kind)
+        return found
 
-    @property
-    def controls(self) -> tuple[str, ...]:
-        """Names of the ControlNets that it has opened."""
-        return tuple(self.controlnets.files)
+    def shown(self, name: str, pixels: Tensor, mask: Tensor | None) -> Tensor:
+        return pixels
 
-    def control_hashes(self) -> dict[str, str]:
-        """SHA-256 of the tensors of each ControlNet, by name."""
-        return self.controlnets.digests()
-
-    def with_controls(
-        self, files: Mapping[str, str | os.PathLike[str]], systems: Mapping[str, Kind] | None = None
-    ) -> System:
-        """The same with the ControlNets in these files, by name, besides its own. Nothing is read but headers.
-
-        `InputError` for one of another family; `CheckpointError` for what is none.
-        """
-        if self.engine != "torch":
-            raise InputError(
-                f"ControlNets go with the engine torch; {self.engine} runs the U-Net as it is",
-                argument="engine",
-            )
-        found = opened_controls(files, self.shapes.unet, self.config.kind, None, systems)
-        files_ = {**self.controlnets.files, **found}
-        return replace(self, controlnets=Controls(files_, self.device, self.dtype, self.offload))
+    def control(self, name: str, network: Any, shown: Tensor) -> Controller:
+        return controller(network, shown)
 
     def control_trainee(self, blocks: int, outputs: int) -> ControlTrainee:
         """A fresh ControlNet beside this model, as training wants it; blocks and outputs are those of the U-Net."""
         from sfumato.families.sd.control_training import ControlTrainee
 
         return ControlTrainee(self)
-
-    def controller(self, name: str, pixels: Tensor) -> Controller:
-        """What the ControlNet of that name adds at every step, shown pixels (1, 3, H, W) in [0, 1]."""
-        return controller(self.controlnets[name], pixels)
-
-    def control_openers(
-        self,
-        names: Iterable[str],
-        tensors: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
-        *,
-        stream: bool,
-    ) -> dict[str, Callable[[], Callable[[Tensor], Controller]]]:
-        return self.controlnets.openers(names, tensors, stream=stream)
 
     @property
     def parameterization(self) -> Parameterization:
@@ -222,7 +157,7 @@ class System(PublishedSystem):
 
         Sizes: where `request.micro` does not say otherwise, the picture is uncropped and of the size that is drawn.
         """
-        options = TextOptions(request.prompt_rules or "a1111", request.weighting, request.clip_skip)
+        options = TextOptions.of(request)
         half = len(prompts) // 2
         text = self.text
         wanted, unwanted = encode_prompts(

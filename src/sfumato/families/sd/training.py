@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sfumato.adapters.names import modules
-from sfumato.checkpoint.fill import fill_layers
 from sfumato.errors import InputError
-from sfumato.families.published.networks import Networks, part_hash
-from sfumato.families.sd.condition import TextStack, size_numbers, size_vector
-from sfumato.families.sd.keys import unet_map
-from sfumato.families.sd.loras import kohya_parts
-from sfumato.families.sd.openers import openers
+from sfumato.families.published.training import frozen
+from sfumato.families.published.training import trainee as shared
+from sfumato.families.sd.condition import size_numbers, size_vector
 from sfumato.families.sd.system import System
 from sfumato.families.trainee import Read, Trainee
 from sfumato.nn.spatial import TransformerBlock
-from sfumato.nn.unet import Resnet, UNet
+from sfumato.nn.unet import Resnet
 from sfumato.text.syntax import Piece
 from sfumato.text.weighting import encode_windows
 from sfumato.text.windows import lay_out, level
@@ -53,25 +48,11 @@ def trainee(system: System, text: bool) -> Trainee:
             + (" as a latent consistency model" if lcm else ""),
             argument="lora.base",
         )
-    if system.dtype == torch.int8 or system.engine != "torch":
-        raise InputError(
-            "a LoRA is trained beside weights in float32 or bfloat16, by PyTorch", argument="dtype"
-        )
-    with torch.device("meta"):
-        unet = UNet(system.shapes.unet)
-    fill_layers(unet, system.parts["unet"], system.sources["unet"], system.dtype, system.device)
-    unet.eval().requires_grad_(False)
-    make: dict[str, Any] = openers(system, system.parts, stream=False)
+    unet = frozen(system, "a LoRA")
+    opened: dict[str, Any] = {}
     if text:
-        stack: TextStack = make["text"]()
-        make["text"] = lambda: stack
-    # what is trained stays, whatever else is let go
-    own = replace(system, networks=Networks({**make, "denoiser": lambda: unet}, "model"))
-    networks: dict[str, nn.Module] = {"unet": unet}
-    if text:
-        networks |= {
-            part.name: encoder for part, encoder in zip(system.shapes.text, stack.encoders, strict=True)
-        }
+        opened["text"] = system.openers(system.parts, stream=False)["text"]()
+    parts = [part.name for part in system.shapes.text]
     v = system.config.prediction == "v"
     notes = NOTES["sd2-v" if kind == "sd2" and v else kind] | {
         "modelspec.prediction_type": "v" if v else "epsilon",
@@ -79,19 +60,14 @@ def trainee(system: System, text: bool) -> Trainee:
         "ss_v_parameterization": str(v),
         "ss_zero_terminal_snr": str(system.config.zero_snr),
     }
-    return Trainee(
-        system=own,
-        kind=kind,
-        networks=networks,
-        texts=tuple(part.name for part in system.shapes.text),
-        repeated=tuple(m for m in unet.modules() if isinstance(m, TransformerBlock | Resnet)),
-        parameterization=own.parameterization,
-        levels=own.levels,
-        reader=functools.partial(reader, own),
+    return shared(
+        system,
+        unet,
+        dict(zip(parts, opened["text"].encoders, strict=True)) if text else {},
+        opened,
+        repeated=(m for m in unet.modules() if isinstance(m, TransformerBlock | Resnet)),
+        reader=reader,
         sized=functools.partial(_sized, bool(system.shapes.unet.vector)),
-        predict=own.network,
-        spell=functools.partial(_spell, kind, system.shapes),
-        identity=functools.partial(_identity, system),
         notes=notes,
     )
 
@@ -128,23 +104,3 @@ def _sized(told: bool, cond: Conditioning, height: int, width: int) -> Condition
     assert cond.vector is not None
     vector: Tensor = size_vector(cond.vector, size_numbers((height, width)))
     return replace(cond, vector=vector)
-
-
-def _spell(kind: str, shapes: Any, path: str, layout: str) -> str:
-    """The layer's path for diffusers; for kohya one with underscores, of SDXL's U-Net by the original names."""
-    if layout == "diffusers":
-        return path
-    part, _, module = path.partition(".")
-    if part == "unet" and kind == "sdxl":
-        module = _original_names(shapes.unet)[module]
-    return kohya_parts(shapes)[part] + module.replace(".", "_")
-
-
-@functools.cache
-def _original_names(config: Any) -> dict[str, str]:
-    return {ours[0]: theirs for theirs, ours in modules(unet_map(config)).items()}
-
-
-def _identity(system: System) -> str:
-    hashes = [part_hash(system.parts[name]) for name in sorted(system.parts)]
-    return hashlib.sha256(repr(hashes).encode()).hexdigest()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,16 +28,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.published.condition import TextFeatures, TextOptions, check_prompts, fit_inversion
 from sfumato.text.clip_tokens import ClipTokenizer
-from sfumato.text.syntax import Sections, parse, rule_named
+from sfumato.text.inversion import Inversion
+from sfumato.text.syntax import Sections, parse
 from sfumato.text.t5 import T5Encoder
 from sfumato.text.t5_tokens import LENGTH, T5Tokenizer
 from sfumato.text.t5_tokens import lay_out as lay_out_t5
-from sfumato.text.weighting import Hidden, encode_rows, encode_windows, ids_of, visible_of, weighting_named
-from sfumato.text.windows import BACKTRACK, Window, lay_out, level
+from sfumato.text.weighting import Hidden, encode_rows, encode_windows, ids_of, visible_of
 from sfumato.text.windows import LENGTH as WINDOW
-from sfumato.types import MAX_TEXT_LENGTH as MOST
+from sfumato.text.windows import Window, lay_out, level
 
+TITLE = "Stable Diffusion 3"
 CLIP_SKIP = 2  # the layer before the last
 
 
@@ -67,54 +70,38 @@ class TextShape:
 
 
 @dataclass(frozen=True)
-class TextOptions:
-    """How prompts are read. rule, weighting, backtrack: as for Stable Diffusion; clip_skip: the layer read of the
-    CLIPs, 1 the last, None the one before it; diffusers' `clip_skip` plus 2, which skips none of a negative prompt's.
-    length: T5's tokens, at least.
-    """
-
-    rule: str = "a1111"
-    weighting: str | None = None
-    clip_skip: int | None = None
-    backtrack: int = BACKTRACK
-    length: int | None = None
-
-    def __post_init__(self) -> None:
-        rule_named(self.rule)
-        if self.weighting is not None:
-            weighting_named(self.weighting)
-        if self.length is not None and not 1 <= self.length <= MOST:
-            raise InputError(
-                f"text_length must be from 1 to {MOST} tokens of T5, not {self.length}",
-                argument="text_length",
-            )
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """tokens: (B, N, 4096). pooled: (B, 2048)."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-
-@dataclass(frozen=True)
 class TextStack:
     """The text encoders that are read, by their parts' names.
 
     encoders: a part's encoder, opened when it is asked for. One is asked for when the one before has answered and is
     not held here any more, so that a mapping which keeps the last alone has no two in memory. tokenizers: of the parts
-    that are read; for the others there are zeros.
+    that are read; for the others there are zeros. inversions: as `text.inversion.read_inversion` gives them; the CLIPs
+    read their vectors, T5 their names as they are written.
     """
 
     encoders: Mapping[str, Any]
     tokenizers: Mapping[str, ClipTokenizer | T5Tokenizer]
     shape: TextShape = TextShape()
+    inversions: tuple[Mapping[str, Inversion], ...] = ()
 
     def __post_init__(self) -> None:
         known = {reader.part for reader in READERS}
         if not self.tokenizers or not self.tokenizers.keys() <= known:
             raise InputError(f"text encoders are some of {', '.join(sorted(known))}")
+        _ = self.fitted  # an inversion of another family is refused now, not at the first prompt
+
+    @cached_property
+    def fitted(self) -> dict[str, tuple[Inversion, ...]]:
+        """By part of each CLIP, the inversions that it reads."""
+        return fit(self.shape, self.inversions)
+
+
+def fit(shape: TextShape, inversions: Sequence[Mapping[str, Inversion]]) -> dict[str, tuple[Inversion, ...]]:
+    """By part of each CLIP, its vectors of each inversion. `CheckpointError` for one made for other encoders."""
+    *clips, _ = READERS
+    labels = [clip.name for clip in clips]
+    rows = [fit_inversion(TITLE, labels, shape.clip, found) for found in inversions]
+    return {clip.part: tuple(row[place] for row in rows) for place, clip in enumerate(clips)}
 
 
 def readers_of(there: Collection[str], without: Iterable[str], name: str) -> tuple[Reader, ...]:
@@ -157,57 +144,51 @@ def encode_prompts(
     filled up to the longest. Deterministic; float32, on the encoders' device.
     """
     options = TextOptions() if options is None else options
-    if not prompts:
-        raise InputError("give at least one prompt", argument="prompts")
-    if negatives is not None and len(negatives) != len(prompts):
-        raise InputError(
-            f"{len(prompts)} prompts need as many negatives, not {len(negatives)}", argument="negatives"
-        )
+    check_prompts(prompts, negatives)
     texts = [*prompts, *(text or "" for text in negatives or ())]
-    sections = [parse(text, options.rule) for text in texts]
-    features = _encode(stack, sections, options)
-    count = len(prompts)
-    if negatives is None:
-        return features, None
-    return (
-        TextFeatures(features.tokens[:count], features.pooled[:count]),
-        TextFeatures(features.tokens[count:], features.pooled[count:]),
-    )
+    features = encode(stack, [parse(text, options.rule) for text in texts], options)
+    return (features, None) if negatives is None else features.parted(len(prompts))
 
 
-def _encode(stack: TextStack, sections: Sequence[Sections], options: TextOptions) -> TextFeatures:
+def extent(stack: TextStack, sections: Sequence[Sections], options: TextOptions) -> tuple[int, int]:
+    """How many windows of the CLIPs and tokens of T5 parsed prompts need together."""
+    rows, t5_rows = _laid_out(stack, sections, options)
+    windows = max((len(row) for part in rows.values() for row in part), default=1)
+    return windows, len(t5_rows[0].ids) if t5_rows else _length(options)
+
+
+def encode(
+    stack: TextStack, sections: Sequence[Sections], options: TextOptions, windows: int = 1
+) -> TextFeatures:
+    """Features of parsed prompts. windows: of the CLIPs, at least. With gradients, where the encoders have any."""
     *clips, t5 = READERS
     # every window is laid out before an encoder is opened: a prompt that cannot be read costs nothing
-    rows = {
-        clip.part: [lay_out(prompt, tokenizer, (), options.backtrack) for prompt in sections]
-        for clip in clips
-        if (tokenizer := stack.tokenizers.get(clip.part)) is not None
-    }
-    length = LENGTH if options.length is None else options.length
-    t5_tokenizer = stack.tokenizers.get(t5.part)
-    t5_rows = [] if t5_tokenizer is None else lay_out_t5(sections, t5_tokenizer, length)
-    windows = max((len(row) for part in rows.values() for row in part), default=1)
+    rows, t5_rows = _laid_out(stack, sections, options)
+    windows = max([windows, *(len(row) for part in rows.values() for row in part)])
 
     found: list[Tensor | None] = []
     pooled: list[Tensor | None] = []
     for clip in clips:
-        tokenizer = stack.tokenizers.get(clip.part)
-        if tokenizer is None:
+        if clip.part not in rows:
             found.append(None)
             pooled.append(None)
             continue
+        tokenizer = stack.tokenizers[clip.part]
+        assert isinstance(tokenizer, ClipTokenizer)
         features, embedding = encode_windows(
             stack.encoders[clip.part],
             tokenizer,
             level(rows[clip.part], tokenizer, windows),
             clip_skip=CLIP_SKIP if options.clip_skip is None else options.clip_skip,
             final_norm=False,
-            weighting=_weighting(options),
+            weighting=options.weighs,
         )
         found.append(features)  # (B, 77·k, D of this encoder)
         pooled.append(embedding)
     last = (
-        None if t5_tokenizer is None else _encode_t5(stack.encoders[t5.part], t5_tokenizer, t5_rows, options)
+        None
+        if not t5_rows
+        else _encode_t5(stack.encoders[t5.part], stack.tokenizers[t5.part], t5_rows, options)
     )
 
     there = next(tensor for tensor in (*found, last) if tensor is not None)
@@ -222,14 +203,33 @@ def _encode(stack: TextStack, sections: Sequence[Sections], options: TextOptions
         [filled(one, WINDOW * windows, width) for one, width in zip(found, shape.clip, strict=True)], dim=-1
     )
     of_clip = functional.pad(side_by_side, (0, shape.joint - side_by_side.shape[-1]))  # (B, 77·k, 4096)
-    tokens = torch.cat([of_clip, filled(last, length, shape.joint)], dim=1)  # (B, 77·k + n, 4096)
+    tokens = torch.cat([of_clip, filled(last, _length(options), shape.joint)], dim=1)  # (B, 77·k + n, 4096)
     vectors = [filled(one, width) for one, width in zip(pooled, shape.pooled, strict=True)]
     return TextFeatures(tokens, torch.cat(vectors, dim=-1))
 
 
-def _encode_t5(
-    encoder: T5Encoder, tokenizer: T5Tokenizer, rows: Sequence[Window], options: TextOptions
-) -> Tensor:
+def _laid_out(
+    stack: TextStack, sections: Sequence[Sections], options: TextOptions
+) -> tuple[dict[str, list[tuple[Window, ...]]], list[Window]]:
+    """By part the windows of each CLIP that is read, for each prompt; and T5's rows, none where it is left out."""
+    *clips, t5 = READERS
+    rows = {
+        clip.part: [
+            lay_out(prompt, tokenizer, stack.fitted[clip.part], options.backtrack) for prompt in sections
+        ]
+        for clip in clips
+        if isinstance(tokenizer := stack.tokenizers.get(clip.part), ClipTokenizer)
+    }
+    tokenizer = stack.tokenizers.get(t5.part)
+    t5_rows = [] if tokenizer is None else lay_out_t5(sections, tokenizer, _length(options))
+    return rows, t5_rows
+
+
+def _length(options: TextOptions) -> int:
+    return LENGTH if options.length is None else options.length
+
+
+def _encode_t5(encoder: T5Encoder, tokenizer: Any, rows: Sequence[Window], options: TextOptions) -> Tensor:
     """(B, n, 4096)."""
 
     def encode(rows: Sequence[Window], hidden: Hidden) -> tuple[Tensor, None]:
@@ -237,8 +237,4 @@ def _encode_t5(
         return encoder(ids_of(rows, device), visible_of(rows, hidden, device)), None
 
     nothing = lay_out_t5([((),)], tokenizer, len(rows[0].ids))[0]
-    return encode_rows(encode, nothing, [(row,) for row in rows], _weighting(options))[0]
-
-
-def _weighting(options: TextOptions) -> str:
-    return options.rule if options.weighting is None else options.weighting
+    return encode_rows(encode, nothing, [(row,) for row in rows], options.weighs)[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.families.published.checkpoint import Checkpoint
 from sfumato.families.published.kinds import Family
 from sfumato.families.sd3 import folder, keys
+from sfumato.families.sd3.adapters import NAMING
 from sfumato.families.sd3.condition import READERS
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
 from sfumato.families.sd3.signatures import signatures
@@ -72,10 +73,8 @@ FAMILY = Family(
     systems=SYSTEMS,
     predictions=("flow",),
     signatures=signatures,
-    prefixes=keys.prefixes,
-    file_map=keys.file_map,
-    folder_map=keys.folder_map,
     denoiser_map=keys.transformer_map,
+    extras=keys.EXTRAS,
     settled=settled,
     unsayable=unsayable,
     markers=markers,
@@ -84,4 +83,5 @@ FAMILY = Family(
     model_index=model_index,
     pads=pads,
     same_tensors=SAME_TENSORS,
+    naming=NAMING,
 )

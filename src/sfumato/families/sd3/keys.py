@@ -9,15 +9,10 @@ In templates `{p}` is weight or bias and `{i}` a block.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-
 from sfumato.checkpoint.rules import Drop, KeyMap, Rename, Rule, Split, SwapHalves, expand, within
-from sfumato.families.published import keys as shared
 from sfumato.families.published.keys import AVERAGES, CONTRASTIVE, WB
-from sfumato.families.sd3.shapes import System
 from sfumato.nn.mmdit import MMDiTConfig
 
-PREFIX = shared.DENOISER_PREFIX
 ENDS = (
     Rename("x_embedder.proj.{p}", "pos_embed.proj.{p}"),
     Rename("context_embedder.{p}", "context_embedder.{p}"),
@@ -82,26 +77,3 @@ def transformer_map(config: MMDiTConfig) -> KeyMap:
         rules += within(f"joint_blocks.{block}.x_block.", ours, picture)
         rules += within(f"joint_blocks.{block}.context_block.", ours, text)
     return KeyMap(expand(rules, p=WB))
-
-
-def folder_map(system: System, part: str, names: Collection[str]) -> KeyMap:
-    """A part's names in a diffusers folder to ours: the same, save for twins and buffers."""
-    return shared.folder_map(system, ("transformer", transformer_map(system.transformer)), part, names)
-
-
-def prefixes(system: System, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""
-    return shared.prefixes(system, "transformer", names)
-
-
-def file_map(
-    system: System, places: Mapping[str, str] | None = None, names: Collection[str] | None = None
-) -> KeyMap:
-    """The whole of a single file to ours, a part's names under `transformer.`, `vae.`, `text_encoder.`, and so on.
-
-    places: the parts that a file has and their prefixes, from `prefixes`; None is the complete file as we write it.
-    names: all of the file's, None to write one.
-    """
-    places = prefixes(system) if places is None else places
-    transformer = "transformer", transformer_map(system.transformer)
-    return shared.file_map(system, transformer, places, EXTRAS, names)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.families.published.kinds import TextPart
-from sfumato.families.sd3.text import CLIP_L
 from sfumato.nn.mmdit import MMDiTConfig
-from sfumato.text.clip import OPENCLIP_BIGG
+from sfumato.text.clip import OPENCLIP_BIGG, ClipConfig
 from sfumato.text.t5 import T5_XXL
 
 
@@ -37,6 +36,8 @@ VAE = KLConfig(
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
+# CLIP-L's embedding is projected too; single files leave the matrix out, which is that of no change
+CLIP_L = ClipConfig(768, 12, 12, "quick_gelu", projection=768)
 TEXT = (
     TextPart("text_encoder", CLIP_L, ("text_encoders.clip_l.transformer.",)),
     TextPart("text_encoder_2", OPENCLIP_BIGG, ("text_encoders.clip_g.transformer.",)),

@@ -4,39 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sfumato.adapters.fold import Touched
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import flow_levels
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.checkpoint import Checkpoint, Families
+from sfumato.families.published.condition import TextOptions
+from sfumato.families.published.controls import ControlFile, Controller
+from sfumato.families.published.kinds import TextConfig
 from sfumato.families.published.networks import Networks
-from sfumato.families.published.openers import autoencoder, check_engine, denoiser, require_offload
-from sfumato.families.published.system import Place, Preset, PublishedSystem, opened, ready
+from sfumato.families.published.openers import autoencoder, check_engine, denoiser, renewed, require_offload
+from sfumato.families.published.system import Embeddings, Place, Preset, PublishedSystem, opened, ready
 from sfumato.families.sd3.condition import (
     READERS,
     Reader,
-    TextOptions,
     TextShape,
     TextStack,
     encode_prompts,
+    fit,
     readers_of,
 )
+from sfumato.families.sd3.controlnet import open_control
+from sfumato.families.sd3.controls import controller, read_picture
 from sfumato.families.sd3.family import FAMILY, distilled_by
 from sfumato.families.sd3.folder import SHIFT
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
 from sfumato.families.sd3.shapes import System as Kind
-from sfumato.families.sd3.text import text_openers, tokenizers_of
+from sfumato.families.sd3.text import text_openers, text_renewers, tokenizers_of
+from sfumato.families.trainee import Trainee
 from sfumato.nn.mmdit import check_cells
+from sfumato.nn.mmdit_control import MMDiTControl
 from sfumato.text.clip_tokens import ClipTokenizer
+from sfumato.text.inversion import read_inversions
 from sfumato.text.t5 import T5Config
 from sfumato.text.t5_tokens import T5Tokenizer
 from sfumato.types import Conditioning, Request
+
+if TYPE_CHECKING:
+    from sfumato.families.sd3.control_training import ControlTrainee
 
 # steps and guidance of the published model cards
 PRESETS = {
@@ -76,7 +89,13 @@ class System(PublishedSystem):
     without: tuple[str, ...] = ()
     text_dtype: torch.dtype | None = None
 
-    part = "transformer"
+    family = FAMILY
+    controls_encoded = True
+
+    @property
+    def configs(self) -> dict[str, TextConfig]:
+        """Of the text encoders, by part."""
+        return {part.name: part.config for part in self.shapes.text}
 
     def openers(
         self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
@@ -84,10 +103,10 @@ class System(PublishedSystem):
         shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
         texts = text_openers(
             self.readers,
+            self.configs,
             parts,
             sources,
             *form,
-            configs={part.name: part.config for part in shapes.text},
             text_dtype=self.text_dtype,
             stream=stream and self.text_dtype != torch.int8,
         )
@@ -96,6 +115,22 @@ class System(PublishedSystem):
         return texts | {
             "denoiser": lambda: denoiser(shapes.transformer, weights, where, *of, stream=stream),
             "autoencoder": lambda: autoencoder(shapes.vae, parts["vae"], sources["vae"], *form),
+        }
+
+    def renewers(
+        self, parts: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Callable[[Any, Touched], bool]]:
+        shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
+
+        def transformer(network: Any, touched: Touched) -> bool:
+            names, config = touched.get("transformer", frozenset()), shapes.transformer
+            of = sources["transformer"], self.device, self.dtype
+            return renewed(network, config, parts["transformer"], names, *of)
+
+        texts = text_renewers(self.readers, self.configs, parts, sources, *form, text_dtype=self.text_dtype)
+        return texts | {
+            "denoiser": transformer,
+            "autoencoder": lambda network, touched: "vae" not in touched,
         }
 
     @property
@@ -113,7 +148,7 @@ class System(PublishedSystem):
 
     @property
     def text(self) -> TextStack:
-        return TextStack(self.networks, self.tokenizers, text_shape(self.shapes))
+        return TextStack(self.networks, self.tokenizers, text_shape(self.shapes), self.inversions)
 
     @property
     def parameterization(self) -> Parameterization:
@@ -131,6 +166,12 @@ class System(PublishedSystem):
     def reads(self) -> frozenset[str]:
         """What of a request `condition` reads that other systems may not: see `Model`."""
         return frozenset(["prompt_rules", "weighting", "text_length"])
+
+    def trainee(self, text: bool) -> Trainee:
+        """Itself as a model that a LoRA is trained for, its CLIPs too with `text`; see `training.trainee`."""
+        from sfumato.families.sd3.training import trainee  # which needs this module
+
+        return trainee(self, text)
 
     @property
     def layers(self) -> int:
@@ -150,26 +191,57 @@ class System(PublishedSystem):
 
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from; one that is not there is the empty one."""
-        options = TextOptions(
-            request.prompt_rules or "a1111",
-            request.weighting,
-            request.clip_skip,
-            length=request.text_length,
-        )
+        options = TextOptions.of(request)
         half = len(prompts) // 2
         wanted, unwanted = encode_prompts(
             self.text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
         )
         assert unwanted is not None
         tokens = torch.cat([wanted.tokens, unwanted.tokens])
+        assert wanted.pooled is not None and unwanted.pooled is not None
         return Conditioning(tokens, None, torch.cat([wanted.pooled, unwanted.pooled]))
 
     def network(
-        self, x: Tensor, time: Tensor, cond: Conditioning, skip_layers: tuple[int, ...] = ()
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        skip_layers: tuple[int, ...] = (),
+        control: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """(B, 16, 1, H, W) → (B, 16, 1, H, W); the transformer works on pictures and in the type of its weights."""
-        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, skip_layers=skip_layers)
+        """(B, 16, 1, H, W) → (B, 16, 1, H, W); the transformer works on pictures and in the type of its weights.
+
+        control: what ControlNets add to its tokens.
+        """
+        more: dict[str, Any] = {"control": control} if control else {}
+        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, skip_layers=skip_layers, **more)
         return out[:, :, None]
+
+    # --- ControlNets -----------------------------------------------------------------------------------------------
+
+    def control_file(self, path: Place, systems: Mapping[str, Kind] | None) -> ControlFile:
+        return open_control(path, self.shapes.transformer, self.config.kind, self.parts["transformer"])
+
+    @property
+    def masked_controls(self) -> frozenset[str]:
+        return frozenset(name for name, file in self.controlnets.files.items() if file.config.extra)
+
+    def shown(self, name: str, pixels: Tensor, mask: Tensor | None) -> Tensor:
+        return read_picture(self, self.controlnets.files[name].config, pixels, mask)
+
+    def shown_shape(self, name: str, height: int, width: int) -> tuple[int, ...]:
+        channels, _, *cells = self.latent_shape(1, height, width)
+        return 1, channels + self.controlnets.files[name].config.extra, *cells
+
+    def control(self, name: str, network: MMDiTControl, shown: Tensor) -> Controller:
+        together = lcm(*(file.config.blocks.layers for file in self.controlnets.files.values()))
+        return controller(network, shown, together // network.config.blocks.layers)
+
+    def control_trainee(self, blocks: int, outputs: int) -> ControlTrainee:
+        """A fresh ControlNet of so many of the transformer's first blocks, as training wants it; each of them adds."""
+        from sfumato.families.sd3.control_training import ControlTrainee
+
+        return ControlTrainee(self, blocks)
 
 
 def _thousandths(sigma: Tensor) -> Tensor:
@@ -217,6 +289,7 @@ def build(
     text_dtype: torch.dtype | None = None,
     tokenizer: Place | None = None,
     preset: str | None = None,
+    embeddings: Embeddings = (),
 ) -> System:
     """Networks of an opened checkpoint, with weights in `dtype` on `device`. `name` stands for it in errors.
 
@@ -224,12 +297,15 @@ def build(
     another autoencoder, a file or a folder. engine: "torch", or what `nn.openvino.plugin` takes. offload: see
     `Networks`. without: text encoders to leave out, of clip_l, clip_g and t5. text_dtype: of T5's weights, float32,
     bfloat16 or int8. tokenizer: T5's, where the checkpoint has none. preset: "turbo" or "plain", over what name and
-    notes of a large one say.
+    notes of a large one say. embeddings: files of textual inversions, called in prompts by their names or by those
+    they are given here.
     """
     found, guess = as_preset(found, name, preset)
     check_engine(engine, device, dtype)
     require_offload(offload, engine, dtype)
     made = ready(found, name, (), vae, families)
+    inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
+    fit(text_shape(found.system), inversions)
     readers = readers_of(found.parts, without, name)
     t5 = next(part.config for part in found.system.text if isinstance(part.config, T5Config))
     tokenizers = tokenizers_of(
@@ -251,6 +327,7 @@ def build(
         parts=made.parts,
         sources=made.sources,
         engine=engine,
+        inversions=inversions,
         readers=readers,
         tokenizers=tokenizers,
         without=tuple(without),

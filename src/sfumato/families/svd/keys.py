@@ -13,13 +13,12 @@ In templates `{p}` is weight or bias and `{i}` a layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.rules import Drop, Eye, KeyMap, Rename, Rule, expand, within
 from sfumato.families.published import keys as shared
 from sfumato.families.published.keys import AVERAGES, CONTRASTIVE, VAE_PREFIX, WB, same, vae_map
-from sfumato.families.svd.shapes import IMAGE_ENCODER, System
 from sfumato.nn.spacetime import SpaceTimeConfig
 
 UNET_PREFIX = shared.DENOISER_PREFIX
@@ -43,10 +42,11 @@ HALF = (  # of a residual block: of frames, and of clips
     Rename("out_layers.3.{p}", "conv2.{p}"),
 )
 MIXER = Rename("time_mixer.mix_factor", "time_mixer.mix_factor")
-RESNET = (*within("", "spatial_res_block.", HALF), *within("time_stack.", "temporal_res_block.", HALF), MIXER)
 SHORTCUT = (Rename("skip_connection.{p}", "spatial_res_block.conv_shortcut.{p}"),)
 TRANSFORMER = (
-    *same(["norm.{p}", "proj_in.{p}", "proj_out.{p}"]),
+    Rename("norm.{p}", "norm.{p}"),
+    Rename("proj_in.{p}", "proj_in.{p}"),
+    Rename("proj_out.{p}", "proj_out.{p}"),
     Rename("time_pos_embed.0.{p}", "time_pos_embed.linear_1.{p}"),
     Rename("time_pos_embed.2.{p}", "time_pos_embed.linear_2.{p}"),
     MIXER,
@@ -100,9 +100,9 @@ def unet_map(config: SpaceTimeConfig) -> KeyMap:
             down = Rename("0.op.{p}", "downsamplers.0.conv.{p}")
             rules += within(f"input_blocks.{first + config.resnets}.", ours, [down])
 
-    rules += within("middle_block.0.", "mid_block.resnets.0.", RESNET)
+    rules += within("middle_block.0.", "mid_block.resnets.0.", _resnet(False))
     rules += within("middle_block.1.", "mid_block.attentions.0.", _transformer(config.mid_depth))
-    rules += within("middle_block.2.", "mid_block.resnets.1.", RESNET)
+    rules += within("middle_block.2.", "mid_block.resnets.1.", _resnet(False))
 
     for level, depth in enumerate(reversed(config.depths)):
         first, ours = level * stride, f"up_blocks.{level}."
@@ -116,10 +116,15 @@ def unet_map(config: SpaceTimeConfig) -> KeyMap:
 
 def _block(shortcut: bool, depth: int, place: int) -> tuple[Rule, ...]:
     """A residual block and the transformer after it."""
-    resnet = RESNET + (SHORTCUT if shortcut else ())
-    return within("0.", f"resnets.{place}.", resnet) + within(
+    return within("0.", f"resnets.{place}.", _resnet(shortcut)) + within(
         "1.", f"attentions.{place}.", _transformer(depth)
     )
+
+
+def _resnet(shortcut: bool) -> tuple[Rule, ...]:
+    """Its half of frames, its half of clips, and what mixes the two."""
+    halves = within("", "spatial_res_block.", HALF) + within("time_stack.", "temporal_res_block.", HALF)
+    return (*halves, MIXER, *(SHORTCUT if shortcut else ()))
 
 
 def _transformer(depth: int) -> tuple[Rule, ...]:
@@ -135,8 +140,9 @@ def encoder_map(config: KLConfig) -> KeyMap:
     return KeyMap(tuple(rule for rule in vae_map(config).rules if str(rule.ours).startswith("encoder.")))
 
 
-def first_stage_map(config: KLConfig, pruned: bool) -> KeyMap:
-    """The VAE of a whole file to ours, prefixes and all. pruned: the file has the first stage's alone."""
+def first_stage_map(config: KLConfig, names: Collection[str] | None = None) -> KeyMap:
+    """The VAE of a whole file to ours, prefixes and all. names: the file's; one may have the first stage's alone."""
+    pruned = names is not None and not any(name.startswith(CONDITIONER) for name in names)
     whole, encoder = vae_map(config), encoder_map(config)
     decoder = KeyMap(tuple(rule for rule in whole.rules if str(rule.ours).startswith("decoder.")))
     if pruned:
@@ -151,42 +157,3 @@ def first_stage_map(config: KLConfig, pruned: bool) -> KeyMap:
     )
     placed = (encoder | quant_conv).within(CONDITIONER, "") | decoder.within(VAE_PREFIX, "")
     return KeyMap(placed.rules, drops)
-
-
-def folder_map(system: System, part: str, names: Collection[str]) -> KeyMap:
-    """A part's names in a diffusers folder to ours: the same, save for older spellings and buffers."""
-    return shared.folder_map(system, ("unet", unet_map(system.unet)), part, names)
-
-
-def prefixes(system: System, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""
-    return shared.prefixes(system, "unet", names)
-
-
-def file_map(
-    system: System, places: Mapping[str, str] | None = None, names: Collection[str] | None = None
-) -> KeyMap:
-    """The whole of a single file to ours, a part's names under `unet.`, `vae.` and `image_encoder.`.
-
-    places: the parts that a file has and their prefixes, from `prefixes`; None is the complete file as we write it.
-    names: all of the file's, None to write one.
-    """
-    places = prefixes(system) if places is None else places
-    others = {part: prefix for part, prefix in places.items() if part != "vae"}
-    whole = shared.file_map(system, ("unet", unet_map(system.unet)), others, EXTRAS, names)
-    if "vae" in places:
-        pruned = names is not None and not any(name.startswith(CONDITIONER) for name in names)
-        vae = first_stage_map(system.vae, pruned)
-        whole |= KeyMap(within("", "vae.", vae.rules), vae.drops)
-    return whole
-
-
-__all__ = [
-    "IMAGE_ENCODER",
-    "encoder_map",
-    "file_map",
-    "first_stage_map",
-    "folder_map",
-    "prefixes",
-    "unet_map",
-]

@@ -6,7 +6,7 @@ the `config.json` files of the published diffusers folders.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.families.published.kinds import TextPart
@@ -35,11 +35,10 @@ class System:
         return self.unet
 
 
-SVD = System(
-    SpaceTimeConfig(),
-    KLConfig(temporal=True, use_post_quant_conv=False),
-    (TextPart(IMAGE_ENCODER, OPENCLIP_VIT_H, ("conditioner.embedders.0.open_clip.model.visual.",), True),),
-    frames=14,
-)
-SYSTEMS = {"svd": SVD, "svd-xt": replace(SVD, frames=25)}
+READER = TextPart(IMAGE_ENCODER, OPENCLIP_VIT_H, ("conditioner.embedders.0.open_clip.model.visual.",), True)
+VAE = KLConfig(temporal=True, use_post_quant_conv=False)
+SYSTEMS = {
+    "svd": System(SpaceTimeConfig(), VAE, (READER,), frames=14),
+    "svd-xt": System(SpaceTimeConfig(), VAE, (READER,), frames=25),
+}
 SAME_TENSORS = {"svd-xt": "svd"}  # no name and no shape tells them apart

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.adapters.fold import Touched
 from sfumato.autoencoder.banded import encode_safe
 from sfumato.autoencoder.model import check_size
 from sfumato.diffusion.parameterization import Parameterization
@@ -60,7 +61,7 @@ class System(PublishedSystem):
     config: Config
     shapes: Kind
 
-    part = "unet"
+    family = FAMILY
     animates = True
     reads = frozenset(["frames", "fps", "guidance_first", "motion", "clip"])
 
@@ -83,6 +84,16 @@ class System(PublishedSystem):
     def texts(self) -> tuple[str, ...]:
         """What reads the picture in the place of a prompt: CLIP, and the autoencoder too."""
         return (IMAGE_ENCODER, "autoencoder")
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.shapes.text)
+
+    def renewers(
+        self, parts: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Callable[[Any, Touched], bool]]:
+        """None: the family takes no adapters, so no tensor changes."""
+        return {}
 
     @property
     def parameterization(self) -> Parameterization:

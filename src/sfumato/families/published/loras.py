@@ -1,44 +1,35 @@
-"""LoRAs into checkpoints of Stable Diffusion, and out of them."""
+"""LoRAs into published checkpoints, and out of them."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfumato.adapters.fold import Adapters, Touched
 from sfumato.adapters.merge import merged
-from sfumato.adapters.svd import Kept, check_rank, low_rank, write_lora
+from sfumato.adapters.names import WEIGHT
+from sfumato.adapters.svd import Kept, check_rank, low_rank
+from sfumato.adapters.write import check_target, kohya
 from sfumato.checkpoint.fill import finite
 from sfumato.checkpoint.rules import info
+from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.lora import TITLES
-from sfumato.families.sd.adapters import check, few_steps, names_of
-from sfumato.families.sd.checkpoint import Checkpoint, open_checkpoint
+from sfumato.families.lora import TITLES, mark_of
+from sfumato.families.published.adapters import adapters_of, kohya_map, kohya_prefix
+from sfumato.families.published.checkpoint import Checkpoint, Families, open_checkpoint
 
-KOHYA_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-UNREACHED = ("token_embedding", "position_embedding")  # tables, which no LoRA changes
+UNREACHED = (  # tables, which no LoRA changes
+    "token_embedding",
+    "position_embedding",
+    "relative_attention_bias",
+    "shared.",
+)
 LEAST = 1e-6  # of ‖W‖: what rounding alone may leave of a layer that was not trained
-
-
-def adapters_of(
-    kind: str, system: Any, parts: Mapping[str, Mapping[str, Tensor]], renew: Callable[[Touched], None]
-) -> Adapters:
-    """The LoRAs for a model of one kind of `SYSTEMS` with these parts."""
-    names = functools.cache(lambda: names_of(kind, system))
-    return Adapters(names, parts, renew, lambda path: check(path, kind), few_steps)
-
-
-def kohya_parts(system: Any) -> dict[str, str]:
-    """Part to the prefix of its modules in kohya's files: a text encoder that is alone has no number."""
-    alone = len(system.text) == 1 and system.text[0].name == "text_encoder"
-    return KOHYA_PARTS | ({"text_encoder": "lora_te_"} if alone else {})
 
 
 def with_loras(
@@ -52,12 +43,13 @@ def with_loras(
 
     What was merged is noted in the metadata. `InputError` for a network that no LoRA changes.
     """
-    if checkpoint.system is None or "unet" not in checkpoint.parts:
+    family = checkpoint.family
+    if family is None or not checkpoint.draws:
         raise InputError(
-            f"{source} is of {checkpoint.kind}, without a U-Net; a LoRA is merged into a model with one",
+            f"{source} is of {checkpoint.kind}, without a network that draws; a LoRA is merged into a model with one",
             argument="merge",
         )
-    adapters = adapters_of(checkpoint.kind, checkpoint.system, checkpoint.parts, lambda touched: None)
+    adapters = adapters_of(family, checkpoint.kind, checkpoint.system, checkpoint.parts, lambda touched: None)
     reports, notes = [], []
     for number, (file, weight, blocks) in enumerate(loras):
         name = f"{number}"
@@ -77,6 +69,7 @@ def extract(
     tuned: str | os.PathLike[str],
     target: str | os.PathLike[str],
     rank: int,
+    families: Families,
     *,
     dtype: torch.dtype | None = torch.float16,
     on_module: Callable[[int, int], None] = lambda done, total: None,
@@ -86,27 +79,21 @@ def extract(
     Layers that did not change are left out. `CheckpointError` when the two are of different kinds, or are equal.
     """
     check_rank(rank)
-    first, second = open_checkpoint(base), open_checkpoint(tuned)
-    if first.system is None or first.kind != second.kind or "unet" not in first.parts:
+    place = check_target(target)
+    first, second = (open_checkpoint(path, families) for path in (base, tuned))
+    if first.kind != second.kind or not first.draws:
         raise CheckpointError(
             f"{base} is of {first.kind} and {tuned} of {second.kind}; two models of one kind are right"
         )
-    assert first.system is not None
-    prefixes = kohya_parts(first.system)
-    pairs = [
-        (part, name)
-        for part in prefixes
-        if part in first.parts and part in second.parts
-        for name in first.parts[part]
-    ]
+    pairs = list(_pairs(first, second))
     tensors: dict[str, Tensor] = {}
     left: dict[str, str] = {}
     kept = whole = 0.0
-    for number, (part, name) in enumerate(pairs, 1):
+    for number, (part, key, name, olds, news) in enumerate(pairs, 1):
         on_module(number, len(pairs))
-        if info(first.parts[part], name)[1] != info(second.parts[part], name)[1]:
+        if info(olds, name)[1] != info(news, name)[1]:
             raise CheckpointError(f"{part} {name} has another shape in {tuned}")
-        old, new = (found.parts[part][name].to(torch.float32) for found in (first, second))
+        old, new = (found[name].to(torch.float32) for found in (olds, news))
         if not (finite(old) and finite(new)):
             raise CheckpointError(f"{part} {name} holds NaN or infinite values; the file is unusable")
         change = new - old
@@ -114,21 +101,37 @@ def extract(
         if size <= (LEAST * float(old.norm())) ** 2:
             continue
         whole += size
-        if change.ndim < 2 or any(mark in name for mark in UNREACHED):
+        if change.ndim < 2 or not name.endswith(WEIGHT) or any(mark in name for mark in UNREACHED):
             left[f"{part}.{name}"] = "a norm, a bias or a table"
             continue
         delta, share = low_rank(change, rank)
         kept += share
-        key = prefixes[part] + name.removesuffix(".weight").replace(".", "_")
-        tensors |= {f"{key}.lora_up.weight": delta.up, f"{key}.lora_down.weight": delta.down}
-        tensors[f"{key}.alpha"] = torch.tensor(float(delta.rank))
+        tensors |= kohya(key, delta.up, delta.down, delta.rank)
     if not tensors:
         raise CheckpointError(f"{tuned} differs from {base} in no layer that a LoRA changes")
     notes = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
-        "modelspec.title": f"{TITLES.get(first.kind, first.kind)} LoRA extracted by rank {rank}",
+        "modelspec.title": f"{TITLES[mark_of(first.kind)]} LoRA extracted by rank {rank}",
     }
-    written = write_lora(target, tensors, notes, dtype)
+    written = write_tensors(place, tensors, dtype=dtype, metadata=notes)
     return Kept(len(tensors) // 3, min(kept / whole, 1.0), left, written)
+
+
+def _pairs(
+    first: Checkpoint, second: Checkpoint
+) -> Iterator[tuple[str, str, str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Of every tensor that may differ: part, kohya's name of its module, its own, and the tensors of both models."""
+    family = first.family
+    assert family is not None
+    for part in (family.denoiser, *(text.name for text in first.system.text)):
+        if part not in first.parts or part not in second.parts:
+            continue
+        prefix = kohya_prefix(family, first.system, part)
+        table = kohya_map(family, first.kind, first.system, part)
+        both: tuple[Mapping[str, Any], ...] = (first.parts[part], second.parts[part])
+        if table is not None:
+            both = tuple(table.to_theirs(tensors) for tensors in both)
+        for name in both[0]:
+            yield part, prefix + name.removesuffix(WEIGHT).replace(".", "_"), name, *both

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 Shape = tuple[int, ...]
 
@@ -27,8 +27,33 @@ class Size:
 
 def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """FLOPs of `call(*args, **kwargs)`, backward passes inside it included. Works on any device, without a GPU."""
+    with FlopCounterMode(display=False, custom_mapping=_fused_on_cpu()) as counter:
+        call(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def formulas() -> dict[Any, Callable[..., Any]]:
+    """What counts the FLOPs of each operation that is a product: count(*args, out_val=answer, **kwargs), of tensors.
+
+    Those too that are made of others, which without gradients are seen whole.
+    """
     aten = torch.ops.aten
-    fused_on_cpu = {  # PyTorch's counter knows the fused attention of GPUs alone
+    whole = {aten.linear: _linear, aten.conv2d: _convolution, aten.matmul: _matmul}
+    ours: dict[Any, Any] = {
+        packet: shape_wrapper(count) for packet, count in (_fused_on_cpu() | whole).items()
+    }
+    known: dict[Any, Any] = {packet: count for packet, count in flop_registry.items()}
+    return known | ours
+
+
+def attention_flops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> int:
+    """Of attention over (B, K, N, D), (B, K, M, D) and (B, K, M, D')."""
+    return _attention(q.shape, k.shape, v.shape)
+
+
+def _fused_on_cpu() -> dict[Any, Callable[..., int]]:
+    aten = torch.ops.aten
+    fused_on_cpu: dict[Any, Any] = {  # PyTorch's counter knows the fused attention of GPUs alone
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
@@ -41,9 +66,7 @@ def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
             torch.ops.onednn.qlinear_pointwise: _linear_codes,
             torch.ops.onednn.qconv_pointwise: _convolution_codes,
         }
-    with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
-        call(*args, **kwargs)
-    return counter.get_total_flops()
+    return fused_on_cpu
 
 
 def module_size(*modules: nn.Module) -> Size:
@@ -60,6 +83,11 @@ def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     """Shapes (B, K, N, D), (B, K, M, D), (B, K, M, D'): the products q kᵀ and scores v."""
     B, K, N, D = q
     return 2 * B * K * N * k[-2] * (D + v[-1])
+
+
+def _matmul(a: Shape, b: Shape, *, out_shape: Shape, **__: Any) -> int:
+    """Products of (…, N, D) by (…, D, M), or of vectors."""
+    return 2 * math.prod(out_shape) * a[-1]
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sfumato.flops import count_flops, module_size
 from sfumato.nn.attention import attention
 from sfumato.nn.packed import pack
-from sfumato.receipts.flops import count_flops, module_size
 from sfumato.receipts.probe import matmul_peak
 
 

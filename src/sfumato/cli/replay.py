@@ -1,0 +1,183 @@
+"""`sfumato replay`: a picture made again from the recipe it carries, and compared."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sfumato.cli import controls, loras, options, parse, show
+from sfumato.cli.memory import planned
+from sfumato.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.receipts.replay import Changed, Difference
+    from sfumato.sampling.step import Step
+    from sfumato.types import Request, Result
+
+EXAMPLE = "sfumato replay out.png --verify"
+UNLIKE = 3  # exit code of --verify
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture that sfumato drew.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the new picture there.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help=f"Exit with {UNLIKE} when the new picture is another.")
+    ] = False,
+    picture: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A picture that it began with, was painted by or was shown: found by its pixels. May be repeated.",
+        ),
+    ] = None,
+    model: options.Model = None,
+    embedding: options.Embedding = None,
+    lora: options.Lora = None,
+    controlnet: options.ControlNet = None,
+    refiner: options.Refiner = None,
+    parts: options.Parts = None,
+    vae: options.Vae = None,
+    variant: options.Variant = None,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = None,
+    engine: options.Engine = None,
+    device: options.Device = None,
+    offload: options.Offload = None,
+    deterministic: options.Deterministic = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Draw a picture again from its recipe, and say how near it comes and which ingredient is another.
+
+    Weights are named by their hashes, so files may lie anywhere; give those that the recipe names.
+    """
+    from sfumato.receipts.provenance import check_output, read_recipe
+    from sfumato.receipts.replay import changed, difference
+
+    recipe = read_recipe(file)
+    before = parse.picture("picture", file)
+    request = _request(recipe, file, [parse.picture("picture", each) for each in picture or ()])
+    adapters = loras.given(lora or [])
+    if output is not None:
+        check_output(output, 1, request)
+    if deterministic:
+        from sfumato.runtime import deterministic as ask
+
+        ask()
+    opened = _opened(
+        recipe,
+        file,
+        model,
+        refiner=refiner,
+        embeddings=parse.embeddings(embedding or []),
+        controlnets=controls.files(controlnet or []),
+        parts=parts or None,
+        vae=vae,
+        variant=variant,
+        tokenizer=tokenizer,
+        device=device,
+        engine=engine,
+        dtype=dtype,
+    )
+    uses = request.loras or ()
+    loras.requested(adapters, [use.to_json() for use in uses], file, False)  # says whose file is missing
+    loras.attach(opened, [one for one in adapters if one.name in {use.name for use in uses}], uses, True)
+    opened, _ = planned(opened, request, offload, None, told=False)
+    with show.progress() as bar:
+        task = bar.add_task("drawing", total=None)
+
+        def watch(step: Step) -> None:
+            bar.update(task, completed=step.index + 1, total=step.total)
+
+        result = opened.generate(request, on_step=watch)
+    found = difference(before, _written(result, file.suffix))
+    others = changed(recipe, result.recipe)
+    if output is not None:
+        result.save(output)
+    _tell(before, result.images[0], found, others, as_json)
+    if verify and (found is None or found.verdict == "different"):
+        raise typer.Exit(UNLIKE)
+
+
+def _request(recipe: dict[str, Any], file: Path, pictures: list[Image]) -> Request:
+    from sfumato.types import Request
+
+    try:
+        return Request.from_dict(recipe.get("request", {}), pictures)
+    except InputError as error:
+        more = " by --picture FILE" if "give the picture itself" in str(error) else ""
+        raise InputError(f"{file}: {error}{more}", argument=error.argument) from None
+
+
+def _opened(recipe: dict[str, Any], file: Path, model: str | None, *, dtype: str | None, **given: Any) -> Any:
+    """The model of the recipe, which may be a stranger's and name any place: only a name that we know is followed."""
+    from sfumato.generate import MODELS, load
+    from sfumato.runtime import DTYPES
+
+    name = recipe.get("model")
+    if model is None and name not in MODELS:
+        raise InputError(f"{file} was drawn by the model {name!r}; give it by -m", argument="model")
+    before = recipe.get("refiner")
+    if isinstance(before, dict) and given["refiner"] is None:
+        raise InputError(
+            f"{file} was finished by the refiner {before.get('model')!r}; give it by --refiner",
+            argument="refiner",
+        )
+    names = {text: name for name, text in parse.DRAWN.items()}
+    said = names.get(str(recipe.get("dtype")))
+    kind = dtype or said
+    read_as = recipe.get("read_as")
+    known: dict[str, Any] = {
+        key: str(read_as[key])
+        for key in ("prediction", "preset")
+        if isinstance(read_as, dict) and key in read_as
+    }
+    without = recipe.get("without")
+    engine = given.pop("engine") or recipe.get("engine")
+    text = recipe.get("text_dtype")
+    import torch
+
+    return load(
+        model or str(name),
+        dtype=None if kind is None else parse.dtype(kind, parse.DRAWN),
+        without=[str(each) for each in without] if isinstance(without, list) else (),
+        text_dtype=DTYPES.get(str(text), torch.int8 if text == "int8" else None),
+        engine=engine if isinstance(engine, str) and engine != "torch" else None,
+        offload="auto",
+        **known,
+        **given,
+    )
+
+
+def _written(result: Result, suffix: str) -> Image:
+    """The new picture as a file of that kind has it: a JPEG keeps less than a picture is."""
+    if suffix.lower() not in (".jpg", ".jpeg"):
+        return result.images[0]
+    with tempfile.TemporaryDirectory() as place:
+        return parse.picture("picture", result.save(Path(place) / f"again{suffix}")[0])
+
+
+def _tell(before: Image, now: Image, found: Difference | None, others: list[Changed], as_json: bool) -> None:
+    if as_json:
+        told = {"verdict": "different"} if found is None else found.to_dict()
+        ingredients = [{"name": each.name, "before": each.before, "now": each.now} for each in others]
+        show.answer({**told, "size": list(now.size), "changed": ingredients})
+        return
+    if found is None:
+        show.line(f"different: {before.width}x{before.height} then, {now.width}x{now.height} now")
+    elif found.verdict == "identical":
+        show.line(f"identical: every value of {now.width}x{now.height} pixels")
+    else:
+        show.line(
+            f"{found.verdict}: {found.share:.2%} of the values differ, by at most {found.most} of 255 ("
+            f"{found.psnr:.1f} dB)"
+        )
+    for each in others:
+        show.line(f"changed: {each.describe()}")

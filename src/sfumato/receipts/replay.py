@@ -1,0 +1,114 @@
+"""A picture made again from its recipe: how near the new one comes, and which ingredients are others now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NEAR = 4  # of 255: what other kernels of the same model may differ by in a value
+NEAR_SHARE = 0.02  # of the values that may differ by more, where few do
+HASHED = ("weights", "embeddings", "loras", "controlnets")  # of a recipe: names to hashes
+SAID = ("dtype", "text_dtype", "engine", "device", "sfumato", "torch", "python")  # single values
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two pictures of one size. most, mean: of the values, of 255. share: of the values that differ at all.
+
+    far: the share of those that differ by more than `NEAR`. psnr: dB, infinite for equal ones.
+    """
+
+    most: int
+    mean: float
+    share: float
+    far: float
+    psnr: float
+
+    @property
+    def verdict(self) -> str:
+        """identical, near (rounding of other kernels may do so) or different."""
+        if self.most == 0:
+            return "identical"
+        return "near" if self.far <= NEAR_SHARE else "different"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; psnr is None for equal pictures."""
+        psnr = None if math.isinf(self.psnr) else round(self.psnr, 2)
+        values = {"most": self.most, "mean": round(self.mean, 4), "share": round(self.share, 6), "psnr": psnr}
+        return {"verdict": self.verdict, **values}
+
+
+@dataclass(frozen=True)
+class Changed:
+    """One ingredient of a recipe that is another now. before, now: None where it was not, or is not."""
+
+    name: str
+    before: str | None
+    now: str | None
+
+    def describe(self) -> str:
+        """For people."""
+        if self.before is None or self.now is None:
+            return f"{self.name} was {self.before or 'none'} and is {self.now or 'none'}"
+        before, now = (_short(value) for value in (self.before, self.now))
+        return f"{self.name}: {before} then, {now} now"
+
+
+def difference(before: Image, now: Image) -> Difference | None:
+    """Between two pictures as RGB; None where they have other sizes."""
+    if before.size != now.size:
+        return None
+    first, second = (np.asarray(picture.convert("RGB"), dtype=np.int16) for picture in (before, now))
+    off = np.abs(first - second)
+    square = float(np.square(off.astype(np.float64)).mean())
+    psnr = math.inf if square == 0 else 10 * math.log10(255**2 / square)
+    return Difference(
+        int(off.max()), float(off.mean()), float((off > 0).mean()), float((off > NEAR).mean()), psnr
+    )
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Changed]:
+    """The ingredients of two recipes that differ, those that decide most first: weights, then types, then versions.
+
+    A recipe may be a stranger's: what is of another form than ours counts as absent. What an older recipe does not
+    name is not compared.
+    """
+    found: list[Changed] = []
+    refiners = [_object(recipe.get("refiner")) for recipe in (before, now)]
+    for name in HASHED:
+        found += _hashes(name, _object(before.get(name)), _object(now.get(name)))
+    found += _hashes("refiner", *(_object(refiner.get("weights")) for refiner in refiners))
+    for name in SAID:
+        if name in before:
+            found += _compared(name, before.get(name), now.get(name))
+    kernels = [_object(recipe.get("kernels")) for recipe in (before, now)]
+    for name in kernels[0]:
+        found += _compared(name, kernels[0][name], kernels[1].get(name))
+    return found
+
+
+def _hashes(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Changed]:
+    found = []
+    for name in (*before, *(other for other in now if other not in before)):
+        found += _compared(f"{what} {name}", before.get(name), now.get(name))
+    return found
+
+
+def _compared(name: str, before: Any, now: Any) -> list[Changed]:
+    texts = [None if value is None else str(value) for value in (before, now)]
+    return [] if texts[0] == texts[1] else [Changed(name, *texts)]
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _short(value: str) -> str:
+    return f"{value[:12]}…" if len(value) > 40 else value

@@ -1,0 +1,177 @@
+"""`sfumato chart` and `sfumato preflight`: what they write, say and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from helpers import tiny_folder
+from sfumato.cli.app import run
+from sfumato.fidelity import ocr
+from sfumato.fidelity.words import font
+from sfumato.pictures import decode_mask
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def poster(tmp_path) -> str:
+    image = Image.new("RGB", (200, 120), "white")
+    ImageDraw.Draw(image).text((10, 40), "small print here", fill="black", font=font("regular", 11))
+    image.save("poster.png")
+    return "poster.png"
+
+
+def refused(arguments: list[str], capsys) -> str:
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_a_chart_comes_as_page_picture_document_and_numbers(capsys):
+    assert run(["chart", "--cached", "-o", "charts"]) == 0
+    assert sorted(os.listdir("charts")) == ["chart.html", "chart.json", "chart.pdf", "chart.png"]
+    with Image.open("charts/chart.png") as image:
+        assert image.width > 1000
+    with open("charts/chart.pdf", "rb") as stream:
+        assert stream.read(5) == b"%PDF-"
+    with open("charts/chart.html", encoding="utf-8") as stream:
+        page = stream.read()
+    assert not re.search(r"(src|href)=['\"]?https?:", page)  # it needs nothing else
+    with open("charts/chart.json", encoding="utf-8") as stream:
+        assert json.load(stream)["limits"]["text"] > 10
+    assert "words are read from" in capsys.readouterr().out
+
+
+def test_charts_side_by_side_measured_without_an_engine_and_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ocr, "find_reader", lambda: None)
+    tiny = str(tiny_folder(tmp_path / "tiny"))
+    assert run(["chart", "-m", tiny, "--json"]) == 0
+    out, err = capsys.readouterr()
+    measured = json.loads(out)
+    assert (measured["channels"], measured["reader"]) == (4, "")
+    assert err == f"note: {ocr.MISSING}\n"  # named, and the chart goes on
+    assert run(["chart", "-m", "pocket", "-m", tiny, "--cached", "--json", "-o", "both.png"]) == 0
+    both = json.loads(capsys.readouterr().out)["charts"]
+    assert [each["channels"] for each in both] == [8, 4]
+    assert both[1]["sections"] == measured["sections"]
+    assert os.path.getsize("both.png") > 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["-o", "chart.gif"], "must be a folder or end in .html, .png, .pdf, .json"),
+        (["-m", "nowhere"], "there is no model 'nowhere'"),
+        (["-m", "pocket", "-m", "pocket", "--vae", "x.safetensors"], "--vae goes with one model"),
+        (["--vae", "x.safetensors"], "vae is for checkpoints"),
+        (["--dtype", "fp7"], "dtype must be one of"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+    ],
+)
+def test_charts_refuse_by_one_line(arguments, said, capsys):
+    assert said in refused(["chart", *arguments], capsys)
+
+
+def test_a_file_without_an_autoencoder_is_named(capsys):
+    import torch
+
+    from sfumato.storage import save_tensors
+
+    save_tensors(
+        "lora.safetensors", {"x.lora_down.weight": torch.zeros(2, 2), "x.lora_up.weight": torch.zeros(2, 2)}
+    )
+    assert "a LoRA" in refused(["chart", "-m", "lora.safetensors"], capsys)
+
+
+def test_a_picture_is_told_and_the_exit_code_says_below(poster, capsys):
+    assert run(["preflight", poster, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["size"] == [200, 120] and report["lost"] == 1
+    region = report["regions"][0]
+    assert region["kind"] == "text" and region["measured_loss"] > 0.5 and region["predicted_loss"] > 0.5
+    assert run(["preflight", poster, "--require", "90", "--html", "r.html", "--mask", "keep.png"]) == 3
+    out, err = capsys.readouterr()
+    assert "line of text" in out and "below the 90" in err
+    with open("keep.png", "rb") as stream:
+        mask = np.asarray(decode_mask(stream.read()))
+    assert mask.shape == (120, 200) and 0 < (mask == 0).mean() < 0.5
+    assert os.path.getsize("r.html") > 1000
+    assert run(["preflight", poster, "--require", "0", "--foretell", "--size", "800x480", "--json"]) == 0
+    larger = json.loads(capsys.readouterr().out)
+    assert larger["size"] == [800, 480] and larger["regions"][0]["measured_loss"] is None
+
+
+def test_a_folder_is_a_table_that_leaves_out_what_cannot_be_read(poster, capsys):
+    os.mkdir("many")
+    os.rename(poster, "many/<b>.png")
+    Image.new("RGB", (64, 64), "teal").save("many/plain.png")
+    with open("many/broken.png", "wb") as stream:
+        stream.write(b"\x89PNG\r\n\x1a\nnothing")
+    assert run(["preflight", "many", "--json", "--html", "many.html"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [os.path.basename(each["picture"]) for each in answer["pictures"]] == ["<b>.png", "plain.png"]
+    assert "broken.png" in answer["unreadable"][0]["picture"]
+    with open("many.html", encoding="utf-8") as stream:
+        page = stream.read()
+    assert "<b>.png" not in page and "&lt;b&gt;.png" in page and "data-sort" in page
+    assert run(["preflight", "many"]) == 0
+    out, err = capsys.readouterr()
+    assert "2 pictures, worst first" in out and "left out" in err
+
+
+def test_a_prompt_is_told(capsys):
+    assert (
+        run(["preflight", "--prompt", 'a sign "free parking behind the old town hall"', "--require", "80"])
+        == 3
+    )
+    out, _ = capsys.readouterr()
+    assert "pocket at 128x128" in out and "told wrong" in out
+    assert run(["preflight", "--prompt", "a red cube", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["score"] == 100
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "give a picture, a folder of them, or --prompt TEXT"),
+        (["a.png", "--prompt", "x"], "one of them"),
+        (["none.png"], "does not exist"),
+        (["."], "holds no PNG, JPEG or WebP"),
+        (["text.png"], "is not a picture"),
+        (["--prompt", "x", "--require", "120"], "require must lie between 0 and 100"),
+        (["--prompt", "x", "--require", "nan"], "require must lie between 0 and 100"),
+        (["--prompt", "x", "--require", "much"], "require must be a number"),
+        (["--prompt", "x", "--size", "4x4"], "size must lie between 16 and 16384"),
+        (["--prompt", "x", "--size", "wide"], "size must be like 128 or 128x96"),
+        (["--prompt", "x", "--html", "report.txt"], "must end in .html"),
+        (["--prompt", "x", "--mask", "m.png"], "a mask is of one picture"),
+        (["--prompt", "x" * 100_001], "at most 100,000"),
+        (["--prompt", "x", "-m", "nowhere"], "there is no model"),
+    ],
+)
+def test_preflight_refuses_by_one_line(arguments, said, capsys):
+    with open("text.png", "w", encoding="utf-8") as stream:
+        stream.write("no picture")
+    if arguments == ["."]:
+        os.remove("text.png")
+    assert said in refused(["preflight", *arguments], capsys)
+
+
+@pytest.mark.parametrize(
+    "mode, size", [("RGBA", (33, 17)), ("L", (1, 1)), ("P", (640, 3)), ("I;16", (40, 40))]
+)
+def test_pictures_of_any_form_go_through(mode, size, capsys):
+    Image.new(mode, size).save("odd.png")
+    assert run(["preflight", "odd.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["size"] == list(size)
