@@ -141,12 +141,17 @@ def main() -> None:
     with torch.inference_mode():
         flops = count_flops(network, *(torch.empty(shape, device="meta") for shape in shapes))
     memory = {kind: taken(kind, args) for kind in args.kinds} if args.memory else {}
-    calls = {kind: call_of(kind, args) for kind in args.kinds}
-    answers = {kind: call().float() for kind, call in calls.items()}
-    first = next(iter(answers.values()))
-    errors = {kind: float((answer - first).norm() / first.norm()) for kind, answer in answers.items()}
+    answers: dict[str, Tensor] = {}
+
+    def remembered(kind: str) -> Callable[[], None]:
+        call = call_of(kind, args)
+        return lambda: answers.update({kind: call().float()})
+
+    calls = {kind: remembered(kind) for kind in args.kinds}
     before = probe()
     times = interleaved(calls, args.rounds)
+    first = next(iter(answers.values()))
+    errors = {kind: float((answer - first).norm() / first.norm()) for kind, answer in answers.items()}
     rows = [
         (
             kind,

@@ -216,10 +216,21 @@ class SpaceTimeUNet(nn.Module):
 
         time: (B,) or a scalar. context: (B, M, `config.context`), of a whole clip. told: (B, `config.told`) numbers.
         Raises `InputError` where a shape is not the config's.
+
+        Without gradients clips pass one after the other: one is work enough for any machine, and two take twice the
+        memory.
         """
         self.check(x, time, context, told)
+        time = time.expand(len(x))
+        if torch.is_grad_enabled() or len(x) == 1:
+            return self.clips(x, time, context, told)
+        rows = zip(x.split(1), time.split(1), context.split(1), told.split(1), strict=True)
+        return torch.cat([self.clips(*row) for row in rows])
+
+    def clips(self, x: Tensor, time: Tensor, context: Tensor, told: Tensor) -> Tensor:
+        """`forward` of a batch at once. time: (B,)."""
         dtype, frames = self.dtype, x.shape[2]
-        embedded = self.embed(time.expand(len(x)), told)
+        embedded = self.embed(time, told)
         context = context.to(dtype)
         h = x.to(dtype).movedim(2, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(h)  # (B·T, channels[0], H, W)
