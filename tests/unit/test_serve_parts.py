@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 from sfumato.cli.app import run
 from sfumato.errors import InputError
 from sfumato.serve import keys, money
+from sfumato.serve.job import Live, fairest, next_for
+from sfumato.serve.ledger import Record
 from sfumato.serve.money import Prices, Rule, Work
 from sfumato.serve.rates import Rates
 from sfumato.serve.settings import ModelSpec, Settings, is_loopback, model_given, named_files, read_models
 from sfumato.serve.store import Store, is_id, new_id
+from sfumato.serve.wire import Broken, Line
 
 # --- money -----------------------------------------------------------------------------------------------------------
 
@@ -253,3 +257,75 @@ def test_models_and_files_are_named(tmp_path):
         file.write_text(text)
         with pytest.raises(InputError):
             read_models(file)
+
+
+# --- whose turn it is -----------------------------------------------------------------------------------------------
+
+
+def job(tenant: str, made: float, pictures: int = 1, tune: str = "m", memory: int = 1, **more) -> Live:
+    expected = {"pictures": pictures, "memory": memory, "seconds": 1.0}
+    options = {"expected": expected, "sampler_steps": 4, "tune": tune}
+    return Live(Record(new_id("job"), tenant, "m", {}, options, "d", made, made + 60, 0), **more)
+
+
+def test_tenants_take_turns():
+    queue = [job("a", 1), job("a", 2), job("b", 3)]
+    assert fairest(queue, [], {}) is queue[0]
+    assert fairest(queue, [job("a", 0)], {}) is queue[2]
+    assert fairest(queue, [], {"a": 5}) is queue[2]
+    assert fairest(queue, [], {"a": 5, "b": 6}) is queue[0]
+    assert fairest([], [], {}) is None
+
+
+def test_what_is_drawn_at_once_goes_together():
+    here = [job("a", 1, pictures=2, memory=10)]
+    assert next_for(job("b", 2), [], 8, 0)  # alone, anything that was accepted begins
+    assert next_for(job("b", 2, pictures=6), here, 8, 100)
+    assert next_for(job("b", 2, pictures=7), here, 8, 100) is None
+    assert next_for(job("b", 2, tune="other"), here, 8, 100) is None
+    assert next_for(job("b", 2, memory=91), here, 8, 100) is None
+    assert next_for(job("b", 2, alone=True), here, 8, 100) is None
+    assert next_for(job("b", 2), [job("a", 1, alone=True)], 8, 100) is None
+    assert next_for(job("b", 2, pictures=64), [], 8, 100)
+    assert next_for(None, here, 8, 100) is None
+
+
+def test_who_listens_late_loses_the_oldest():
+    live = job("a", 1)
+    with live.listening() as listener:
+        for step in range(1000):
+            live.publish("progress", {"step": step})
+        assert listener.get_nowait().data["step"] == 1000 - listener.maxsize
+
+
+# --- messages between processes -------------------------------------------------------------------------------------
+
+
+def test_messages_arrive_as_they_were_sent():
+    ours, theirs = socket.socketpair()
+    front, worker = Line(ours), Line(theirs)
+    front.send({"do": "x", "text": "é\n"}, [b"", b"\0" * 100_000])
+    assert worker.receive() == ({"do": "x", "text": "é\n"}, [b"", b"\0" * 100_000])
+    ours.close()
+    front._stream.close()
+    with pytest.raises(Broken):
+        worker.receive()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xff\xff\xff",
+        b"\0\0\0\x02[]",
+        b"\0\0\0\x02{}",
+        b'\0\0\0\x0d{"parts":[-1]}',
+        b"\0\0\0\x01{",
+        b"\0",
+    ],
+)
+def test_what_is_no_message_is_refused(data):
+    ours, theirs = socket.socketpair()
+    ours.sendall(data)
+    ours.close()
+    with pytest.raises(Broken):
+        Line(theirs).receive()

@@ -55,7 +55,7 @@ class Desk:
         self.metrics = self.floor.metrics
         self.draining = False
         self._coming: dict[str, int] = {}  # by tenant, jobs that are being accepted
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._arriving: dict[tuple[str, str], asyncio.Task[tuple[Record, Live | None]]] = {}  # tenant, digest
 
     async def open(self) -> None:
         await self.floor.open()
@@ -94,9 +94,13 @@ class Desk:
         self._coming[key.id] = self._coming.get(key.id, 0) + 1
         # a client that goes away now must not leave a job in the ledger that nobody here knows
         task = asyncio.create_task(self._coming_in(key, ask))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._arriving[key.id, ask.digest] = task
+        task.add_done_callback(lambda task: self._arrived(key.id, ask.digest, task))
         return await asyncio.shield(task)
+
+    def _arrived(self, tenant: str, digest: str, task: asyncio.Task[Any]) -> None:
+        if self._arriving.get((tenant, digest)) is task:
+            del self._arriving[tenant, digest]
 
     async def _coming_in(self, key: Key, ask: Ask) -> tuple[Record, Live | None]:
         try:
@@ -115,6 +119,8 @@ class Desk:
             found = await self.books.write(self.ledger.keyed, key.id, ask.idempotency)
             return None if found is None else self._same(found, ask)
         if ask.retry:
+            if (arriving := self._arriving.get((key.id, ask.digest))) is not None:
+                return await asyncio.shield(arriving)
             found = await self.books.write(self.ledger.same, key.id, ask.digest, now() - RETRY_WINDOW)
             live = None if found is None else self.floor.live.get(found.id)
             if found is not None and (live is None or live.ending is None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from sfumato.serve.books import Books
 from sfumato.serve.devices import Device
-from sfumato.serve.job import Live, next_for, now
+from sfumato.serve.job import Live, fairest, next_for, now
 from sfumato.serve.ledger import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, LedgerError
 from sfumato.serve.metrics import Metrics
 from sfumato.serve.money import Work
@@ -43,6 +44,8 @@ class Floor:
         self.live: dict[str, Live] = {}
         self.queue: list[Live] = []
         self.closing = False
+        self._served: dict[str, int] = {}  # tenant → the number of its last turn
+        self._turns = itertools.count(1)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         start = {"models": [model.to_json() for model in settings.models], "batch": settings.batch}
@@ -144,9 +147,8 @@ class Floor:
             self._wake.clear()
             for device in self.devices:
                 while device.ready.is_set():
-                    live = next_for(
-                        self.queue, device.running, self.running, self.settings.batch, device.room
-                    )
+                    turn = fairest(self.queue, self.running, self._served)
+                    live = next_for(turn, device.running, self.settings.batch, device.room)
                     if live is None:
                         break
                     await self._hand(live, device)
@@ -156,6 +158,7 @@ class Floor:
         """Give a job to a device."""
         self.queue.remove(live)
         device.running.append(live)
+        self._served[live.record.tenant] = next(self._turns)
         live.device, live.done, started = device, 0, now()
         try:
             parts = [await self.bytes_of(name) for name in live.record.options["pictures"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,25 +88,27 @@ class Live:
             self._listeners.discard(listener)
 
 
-def fairest(queue: Sequence[Live], running: Sequence[Live]) -> Live | None:
-    """Whose turn it is: the oldest job of the tenants with the fewest running."""
+def fairest(queue: Sequence[Live], running: Sequence[Live], served: Mapping[str, int]) -> Live | None:
+    """Whose turn it is: the oldest job of the tenants with the fewest running, and of these of the one that has waited
+    longest for a turn. served: the number of a tenant's last turn.
+    """
     counts: dict[str, int] = {}
     for live in running:
         counts[live.record.tenant] = counts.get(live.record.tenant, 0) + 1
-    return min(
-        queue, key=lambda live: (counts.get(live.record.tenant, 0), live.record.made, live.id), default=None
-    )
+
+    def turn(live: Live) -> tuple[int, int, float, str]:
+        tenant = live.record.tenant
+        return counts.get(tenant, 0), served.get(tenant, 0), live.record.made, live.id
+
+    return min(queue, key=turn, default=None)
 
 
-def next_for(
-    queue: Sequence[Live], here: Sequence[Live], running: Sequence[Live], batch: int, room: int
-) -> Live | None:
-    """The job to begin now on a device where `here` are drawn, `running` being all everywhere; None if none is.
+def next_for(turn: Live | None, here: Sequence[Live], batch: int, room: int) -> Live | None:
+    """The job whose turn it is, if it may begin now on a device where `here` are drawn; else None.
 
     What is drawn at once has one tune, at most `batch` pictures (or is one job), and fits into `room` bytes. Nobody
     overtakes the one whose turn it is.
     """
-    turn = fairest(queue, running)
     if turn is None or not here:
         return turn
     if turn.alone or any(live.alone for live in here) or turn.tune != here[0].tune:
