@@ -23,6 +23,8 @@ from sfumato.serve.desk import Desk
 from sfumato.serve.settings import ModelSpec, Settings
 from sfumato.serve.web.guard import PUBLIC, PUBLIC_UNDER
 
+pytestmark = pytest.mark.full  # a server of its own, for minutes
+
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory):
