@@ -353,6 +353,7 @@ def test_animate_refuses_in_one_line(small, place, capsys):
     assert "draws clips and no pictures; use sfumato animate" in capsys.readouterr().err
 
 
+@pytest.mark.full  # a minute each
 def test_animate_plans(small, place, capsys):
     svd = ["animate", "-m", str(place), "--dtype", "fp32", "--image", "photo.png"]
     assert run([*svd, "--plan", "--json"]) == 0
@@ -363,6 +364,7 @@ def test_animate_plans(small, place, capsys):
     assert os.listdir() == ["photo.png"]
 
 
+@pytest.mark.full  # a minute each
 def test_convert_there_and_back(small, place, capsys):
     assert run(["convert", str(place), "svd.safetensors"]) == 0
     assert run(["convert", "svd.safetensors", "back"]) == 0
