@@ -120,7 +120,8 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x: (B·T, C, H, W), T rows for each of time (B, time_width), activated. Returns (B·T, out, H, W)."""
         h = self.conv1(functional.silu(self.norm1(x), inplace=True))  # (B, out, H, W)
-        h.unflatten(0, (len(time), -1)).add_(self.time_emb_proj(time)[:, None, :, None, None])
+        told = self.time_emb_proj(time)[:, :, None, None]
+        h += told if len(h) == len(told) else told.repeat_interleave(len(h) // len(told), 0)
         h = self.conv2(functional.silu(self.norm2(h), inplace=True))
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
