@@ -18,7 +18,7 @@ LEVELS = [
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
     {"drawing", "generate", "planning", "train", "evaluate", "receipts", "fidelity"},
-    {"cli", "__main__"},
+    {"cli", "serve", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 APART = {
@@ -144,7 +144,7 @@ def test_families_are_named_in_their_room_alone(file):
 PURE = re.compile(
     r"dataclass|dataclasses\.dataclass|field|property|staticmethod|classmethod|TypeVar|NewType|namedtuple|MappingProxyType"
     r"|set|frozenset|tuple|dict|list|sorted|range|len|min|max|sum|abs|round|float|int|str|bytes|zip|enumerate|map|any|all"
-    r"|re\.compile|math\.\w+|functools\.\w+|lru_cache|cache|contextmanager|struct\.Struct|torch\.(no_grad|inference_mode)"
+    r"|re\.compile|logging\.getLogger|math\.\w+|functools\.\w+|lru_cache|cache|contextmanager|struct\.Struct|torch\.(no_grad|inference_mode)"
     r"|'[^']*'\.\w+|_?[A-Z]\w*"  # methods of literal texts, and classes
     r"|\w+\.(items|values|keys|split|union|join|format|lower|upper|from_bytes)"
 )
@@ -227,7 +227,8 @@ def state():
     ]
 # what others do on import is not ours: bring them in first
 for name in (
-    "typer.main", "rich.console", "PIL.Image", "safetensors.torch", "torch.utils.flop_counter", "torch.distributed"
+    "typer.main", "rich.console", "PIL.Image", "safetensors.torch", "torch.utils.flop_counter", "torch.distributed",
+    "sqlalchemy", "fastapi", "uvicorn", "prometheus_client", "asyncio"
 ):
     importlib.import_module(name)
 before = state()

@@ -18,12 +18,15 @@ from sfumato.cli import (
     evaluate,
     generate,
     inspect,
+    keys,
     lora,
     models,
     preflight,
     replay,
     scenes,
+    serve,
     train,
+    usage,
 )
 from sfumato.errors import Cancelled, SfumatoError
 
@@ -41,10 +44,15 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "inspect": (inspect.inspect, inspect.EXAMPLE),
     "convert": (convert.convert, convert.EXAMPLE),
     "models": (models.models, models.EXAMPLE),
+    "serve": (serve.serve, serve.EXAMPLE),
+    "usage": (usage.usage, usage.EXAMPLE),
 }
 
 # verbs that have verbs of their own
-GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {"lora": (lora.ABOUT, lora.VERBS)}
+GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {
+    "lora": (lora.ABOUT, lora.VERBS),
+    "keys": (keys.ABOUT, keys.VERBS),
+}
 
 
 def build() -> typer.Typer:

@@ -9,6 +9,7 @@ XMP always marks the picture as made by a model: IPTC's DigitalSourceType `train
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import stat
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from xml.sax.saxutils import escape
 
 from sfumato.errors import InputError, SfumatoError
@@ -54,8 +55,8 @@ def check_output(path: str | os.PathLike[str], count: int = 1, request: Request 
             f"output {str(path)[:200]!r} must end in .png, .jpg, .jpeg or .webp", argument="output"
         )
     check_place(path, targets(path, count))
-    if request is not None and FORMATS[path.suffix.lower()] == "JPEG":
-        _check_segment(len(_xml_text(request.to_dict()).encode()) + RECIPE_MARGIN)
+    if request is not None:
+        check_recipe(request, path.suffix.lower())
 
 
 def check_place(path: str | os.PathLike[str], files: list[Path], *, folder: bool = False) -> None:
@@ -93,6 +94,19 @@ def check_place(path: str | os.PathLike[str], files: list[Path], *, folder: bool
         raise InputError(
             f"the folder {str(path.parent)!r} cannot be written to: {error.strerror}", argument="output"
         ) from None
+
+
+def check_recipe(request: Request, suffix: str) -> None:
+    """Raise `InputError` if the recipe of `request` does not fit into a file of this suffix, such as .jpg."""
+    if FORMATS[suffix] == "JPEG":
+        _check_segment(len(_xml_text(request.to_dict()).encode()) + RECIPE_MARGIN)
+
+
+def encoded(image: Image, recipe: dict[str, Any], suffix: str) -> bytes:
+    """The bytes of a file of this suffix, such as .png, with one picture and its recipe."""
+    stream = io.BytesIO()
+    _save(image, stream, suffix, recipe)
+    return stream.getvalue()
 
 
 def save_images(result: Result, path: str | os.PathLike[str]) -> list[Path]:
@@ -242,7 +256,7 @@ def parameters(recipe: dict[str, Any]) -> str:
     return webui.write(recipe, _tool())
 
 
-def _save(image: Image, file: Path, suffix: str, recipe: dict[str, Any]) -> None:
+def _save(image: Image, file: Path | BinaryIO, suffix: str, recipe: dict[str, Any]) -> None:
     kind = FORMATS[suffix]
     if kind == "PNG":
         save_png(image, file, recipe)
@@ -258,7 +272,7 @@ def _save(image: Image, file: Path, suffix: str, recipe: dict[str, Any]) -> None
         image.save(file, format=kind, lossless=True, exif=exif, xmp=packet)
 
 
-def save_png(image: Image, file: Path, recipe: dict[str, Any]) -> None:
+def save_png(image: Image, file: Path | BinaryIO, recipe: dict[str, Any]) -> None:
     """A PNG with the recipe in its text chunks, and the XMP packet."""
     from PIL.PngImagePlugin import PngInfo
 

@@ -235,8 +235,9 @@ def read(text: str, skip: Collection[str] = ()) -> tuple[dict[str, Any], list[st
     if not settings:
         raise InputError("its text holds no settings, such as Steps: 20, Sampler: Euler, Seed: 1")
     take = _Taker(settings)
-    request: dict[str, Any] = {"prompt": _LORA.sub("", prompt).strip(), "negative": negative}
-    request["loras"] = [_use(match) for match in _LORA.finditer(prompt)] or None
+    request: dict[str, Any] = {"negative": negative}
+    request["prompt"], uses = loras(prompt)
+    request["loras"] = uses or None
     request["steps"] = take.whole("Steps")
     request["guidance"] = take.number("CFG scale")
     request["seed"] = take.whole("Seed")
@@ -252,7 +253,7 @@ def read(text: str, skip: Collection[str] = ()) -> tuple[dict[str, Any], list[st
     } or None
     sampler, schedule = take.text("Sampler"), take.text("Schedule type")
     if not {"sampler", "schedule"} <= set(skip):
-        request.update(_sampling(sampler, schedule, skip))
+        request.update(sampling(sampler, schedule, skip))
     variation = {"seed": take.whole("Variation seed"), "strength": take.number("Variation seed strength")}
     if variation["strength"] and variation["seed"] is not None:
         request["variation"] = variation
@@ -276,8 +277,21 @@ def read(text: str, skip: Collection[str] = ()) -> tuple[dict[str, Any], list[st
     return request, [name for name in settings if name.lower() not in take.taken | _SILENT]
 
 
-def _sampling(sampler: str | None, schedule: str | None, skip: Collection[str]) -> dict[str, str]:
-    """Our names of a sampler and a schedule, whichever way they are written."""
+def loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
+    """The prompt without its tags `<lora:name:weight>`, and what they ask for, as a request has it."""
+    return _LORA.sub("", prompt).strip(), [_use(match) for match in _LORA.finditer(prompt)]
+
+
+def sampling(
+    sampler: str | None,
+    schedule: str | None,
+    skip: Collection[str] = (),
+    schedules: Collection[str] | None = None,
+) -> dict[str, str]:
+    """Our names of a sampler and a schedule, whichever way they are written. `InputError` for those that are not here.
+
+    skip: "sampler" or "schedule", not to be looked at. schedules: ours; None looks them up, which needs torch.
+    """
     found: dict[str, str] = {}
     own, suffix = (None, None) if sampler is None else _sampler(sampler)
     if sampler is not None and "sampler" not in skip:
@@ -294,7 +308,7 @@ def _sampling(sampler: str | None, schedule: str | None, skip: Collection[str]) 
         return found | ({"schedule": "normal"} if own else {})
     if _key(wanted) == "automatic":
         return found | {"schedule": _AUTOMATIC.get(own or "", "normal")}
-    name = _schedule(wanted)
+    name = _schedule(wanted, schedules)
     if name is None:
         raise InputError(
             f"it was drawn with the schedule {wanted!r}, which is not here; choose another",
@@ -318,10 +332,12 @@ def _sampler(text: str) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _schedule(text: str) -> str | None:
-    from sfumato.diffusion.schedules import SCHEDULES as OURS
+def _schedule(text: str, ours: Collection[str] | None = None) -> str | None:
+    if ours is None:
+        from sfumato.diffusion.schedules import SCHEDULES as OURS
 
-    known = {_key(label): name for name, label in SCHEDULES.items()} | {name: name for name in OURS}
+        ours = OURS.keys()
+    known = {_key(label): name for name, label in SCHEDULES.items()} | {name: name for name in ours}
     return (known | _SCHEDULE_ALIASES).get(_key(text))
 
 

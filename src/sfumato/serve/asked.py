@@ -1,0 +1,70 @@
+"""A request as clients send it: JSON in which pictures are the ids of files that they uploaded before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sfumato import checks
+from sfumato.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from sfumato.types import Request
+
+MOST_PICTURES = 16  # of one request
+
+
+def pictures_of(request: Mapping[str, Any]) -> list[str]:
+    """The ids that a request names, each once. `InputError` for what is none where a picture belongs."""
+    places = [(name, request.get(name)) for name in ("image", "mask")]
+    controls = request.get("controls")
+    if isinstance(controls, list):
+        places += [("controls", each.get("image")) for each in controls if isinstance(each, dict)]
+    found: list[str] = []
+    for name, value in places:
+        if value is None:
+            continue
+        if not isinstance(value, str) or not value.startswith("file_"):
+            raise InputError(
+                f"{name} must be the id of an uploaded file, such as file_…, not {checks.shown(value)}; send pictures "
+                "to /v1/files",
+                argument=name,
+            )
+        if value not in found:
+            found.append(value)
+    if len(found) > MOST_PICTURES:
+        raise InputError(f"a request names at most {MOST_PICTURES} pictures", argument="controls")
+    return found
+
+
+def request_of(values: Mapping[str, Any], files: Mapping[str, bytes]) -> Request:
+    """The request, with the pictures in it. Errors of `Request.from_dict` and of decoding, which name the argument."""
+    from sfumato.pictures import BLACK, decode, decode_mask
+    from sfumato.types import Request
+
+    values = dict(values)
+    for name, read in (("image", decode), ("mask", decode_mask)):
+        if values.get(name) is not None:
+            values[name] = _read(name, values[name], files, read)
+    if isinstance(values.get("controls"), list):
+        values["controls"] = [
+            {
+                **each,
+                "image": _read(
+                    "controls", each["image"], files, lambda data, what: decode(data, what, BLACK)
+                ),
+            }
+            if isinstance(each, dict) and each.get("image") is not None
+            else each
+            for each in values["controls"]
+        ]
+    return Request.from_dict(values)
+
+
+def _read(name: str, value: Any, files: Mapping[str, bytes], read: Any) -> Any:
+    if not isinstance(value, str) or value not in files:
+        raise InputError(f"{name} must be the id of an uploaded file", argument=name)
+    try:
+        return read(files[value], name)
+    except DataError as error:
+        raise InputError(str(error), argument=name) from None

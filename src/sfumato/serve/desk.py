@@ -1,0 +1,265 @@
+"""Where jobs come in: who may submit what, at which price, and whether it is the same as before."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.serve.asked import pictures_of
+from sfumato.serve.books import Books
+from sfumato.serve.floor import Floor, work_of
+from sfumato.serve.job import Live, now
+from sfumato.serve.keys import Key
+from sfumato.serve.ledger import OverBudget, Record
+from sfumato.serve.money import shown
+from sfumato.serve.rates import Rates
+from sfumato.serve.refusals import Refused, bad, not_found
+from sfumato.serve.settings import Settings
+from sfumato.serve.store import new_id
+from sfumato.serve.wire import Broken
+
+RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined onto its job
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a client wants drawn. request: plain JSON with pictures by id. digest: of what was sent. retry: it says that
+    it tries again. keep: the job goes on when the client is gone. looks: pictures of it forming, of `look_format`. via:
+    the interface that it came by.
+    """
+
+    model: str
+    request: dict[str, Any]
+    digest: str
+    format: str = "png"
+    looks: int = 0
+    look_format: str = "jpeg"
+    deadline: float | None = None
+    idempotency: str | None = None
+    retry: bool = False
+    keep: bool = True
+    via: str = "native"
+
+
+class Desk:
+    """The front's state. Raises `Refused` for what is not done, and `LedgerError` where the ledger failed."""
+
+    def __init__(self, settings: Settings, books: Books):
+        self.settings, self.books, self.prices = settings, books, settings.prices
+        self.ledger, self.store = books.ledger, books.store
+        self.floor, self.rates = Floor(settings, books), Rates()
+        self.metrics = self.floor.metrics
+        self.draining = False
+        self._coming: dict[str, int] = {}  # by tenant, jobs that are being accepted
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def open(self) -> None:
+        await self.floor.open()
+
+    async def drain(self, seconds: float) -> bool:
+        """Accept nothing more and wait until all that was accepted has ended. False if that takes longer."""
+        self.draining = True
+        until = time.monotonic() + seconds
+        while (self.floor.live or self._coming) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        return not self.floor.live
+
+    async def close(self) -> None:
+        self.draining = True
+        await self.floor.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a job submitted now could be drawn soon."""
+        return not self.draining and self.floor.ready
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """What is known of the models."""
+        return self.floor.devices[0].facts
+
+    # --- submitting -----------------------------------------------------------------------------------------------
+
+    async def submit(self, key: Key, ask: Ask) -> tuple[Record, Live | None]:
+        """Accept a job; or find the one that this is once more. Returns it as it is written down, and its life if it
+        has not ended."""
+        before = await self._before(key, ask)
+        if before is not None:
+            return before
+        self._admit(key)
+        self._coming[key.id] = self._coming.get(key.id, 0) + 1
+        # a client that goes away now must not leave a job in the ledger that nobody here knows
+        task = asyncio.create_task(self._coming_in(key, ask))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _coming_in(self, key: Key, ask: Ask) -> tuple[Record, Live | None]:
+        try:
+            return await self._accept(key, ask)
+        except Refused as error:
+            self.metrics.refused.labels(error.code).inc()
+            raise
+        finally:
+            self._coming[key.id] -= 1
+            if not self._coming[key.id]:
+                del self._coming[key.id]
+
+    async def _before(self, key: Key, ask: Ask) -> tuple[Record, Live | None] | None:
+        """The job of the same idempotency key; or, of one who tries again, of the same body."""
+        if ask.idempotency is not None:
+            found = await self.books.write(self.ledger.keyed, key.id, ask.idempotency)
+            return None if found is None else self._same(found, ask)
+        if ask.retry:
+            found = await self.books.write(self.ledger.same, key.id, ask.digest, now() - RETRY_WINDOW)
+            live = None if found is None else self.floor.live.get(found.id)
+            if found is not None and (live is None or live.ending is None):
+                return (found if live is None else live.record), live
+        return None
+
+    def _same(self, found: Record, ask: Ask) -> tuple[Record, Live | None]:
+        if found.digest != ask.digest:
+            raise Refused(
+                422,
+                "idempotency_mismatch",
+                "this idempotency key was used for another body; take a new one for a new job",
+                param="Idempotency-Key",
+            )
+        live = self.floor.live.get(found.id)
+        return (found if live is None else live.record), live
+
+    def _admit(self, key: Key) -> None:
+        """Say no at once where there is no room: nothing is read, asked or written for it."""
+        waits: tuple[str, str, float] | None = None
+        mine = sum(live.record.tenant == key.id for live in self.floor.live.values()) + self._coming.get(
+            key.id, 0
+        )
+        if self.draining:
+            waits = "draining", "the server is stopping; it, or another, is there again soon", 10.0
+        elif len(self.floor.queue) + sum(self._coming.values()) >= self.settings.queue:
+            waits = "queue_full", "the queue is full; come back later", self.floor.patience()
+        elif key.queue is not None and mine >= key.queue:
+            waits = "too_many_open", f"this key may have {key.queue} jobs open at once", self.floor.patience()
+        elif (seconds := self.rates.take(key.id, key.rate)) > 0:
+            waits = "rate_limited", f"this key may submit {key.rate} jobs in a minute", seconds
+        if waits is not None:
+            code, message, after = waits
+            self.metrics.refused.labels(code).inc()
+            raise Refused(503 if code == "draining" else 429, code, message, retry_after=after)
+
+    async def _accept(self, key: Key, ask: Ask) -> tuple[Record, Live | None]:
+        pictures, parts = await self.pictures(key, ask.request)
+        checked = await self.expected(ask, pictures, parts)
+        expected, made = checked["expected"], now()
+        seconds = min(ask.deadline or self.settings.deadline, self.settings.longest)
+        if expected["seconds"] > seconds:
+            raise bad(
+                f"this would take {expected['seconds']:.0f} s of the device, and its deadline is {seconds:.0f} s; ask "
+                "for fewer steps, or smaller or fewer pictures",
+                "deadline",
+            )
+        if self.floor.wait() + expected["seconds"] > seconds:
+            raise Refused(
+                429,
+                "too_busy",
+                "what waits already takes longer than this job's deadline; come back later",
+                retry_after=self.floor.patience(),
+            )
+        record = Record(
+            id=new_id("job"),
+            tenant=key.id,
+            model=ask.model,
+            request=ask.request,
+            options={
+                "format": ask.format,
+                "looks": ask.looks,
+                "look_format": ask.look_format,
+                "pictures": pictures,
+                "keep": ask.keep,
+                "via": ask.via,
+                **{name: checked[name] for name in ("expected", "sampler_steps", "tune")},
+            },
+            digest=ask.digest,
+            made=made,
+            deadline=made + seconds,
+            reserved=self.price(ask.model, expected),
+            idempotency=ask.idempotency,
+        )
+        try:
+            written = await self.books.write(self.ledger.accept, record, key.budget)
+        except OverBudget as error:
+            currency = self.prices.currency
+            raise Refused(
+                402,
+                error.code,
+                f"this would cost up to {shown(record.reserved, currency)}, and this key has "
+                f"{shown(error.left, currency)} left this month",
+            ) from None
+        if written.id != record.id:
+            return self._same(written, ask)
+        live = Live(record, keep=ask.keep)
+        self.floor.add(live)
+        self.metrics.accepted.labels(record.model).inc()
+        return record, live
+
+    async def pictures(self, key: Key, request: dict[str, Any]) -> tuple[list[str], list[bytes]]:
+        """The pictures that a request names, by id, and their bytes."""
+        names = pictures_of(request)
+        parts = []
+        for name in names:
+            if await self.books.write(self.ledger.upload, key.id, name) is None:
+                raise bad(f"there is no file {name[:80]!r}; send pictures to /v1/files", "image")
+            parts.append(await self.floor.bytes_of(name))
+        return names, parts
+
+    async def expected(self, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
+        """What a worker says that a request will take, memory planned; `Refused` if it cannot be drawn."""
+        return await self._asked("check", ask, pictures, parts)
+
+    async def preflight(self, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
+        """What of a request will not survive the model's autoencoder."""
+        return (await self._asked("preflight", ask, pictures, parts))["preflight"]
+
+    async def _asked(
+        self, what: str, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]
+    ) -> dict[str, Any]:
+        """A worker's answer; `Refused` if it says no, or none answers."""
+        if ask.model not in {model.name for model in self.settings.models}:
+            known = ", ".join(model.name for model in self.settings.models)
+            raise Refused(
+                404,
+                "model_not_found",
+                f"there is no model {ask.model[:80]!r}; there is {known}",
+                param="model",
+            )
+        message = {
+            "do": what, "model": ask.model, "request": ask.request, "pictures": list(pictures), "format": ask.format,
+        }  # fmt: skip
+        for _ in range(2):
+            device = await self.floor.some_device()
+            with contextlib.suppress(Broken):
+                try:
+                    return await device.check(message, parts)
+                except TimeoutError:
+                    raise Refused(503, "busy", "the workers do not answer in time", retry_after=5) from None
+        raise Refused(503, "worker_lost", "the worker was lost; try again", retry_after=5)
+
+    def price(self, model: str, expected: dict[str, Any]) -> int:
+        """What a job may cost, in millionths."""
+        return self.prices.most(model, work_of(expected, expected["seconds"]))
+
+    async def find(self, tenant: str, job: str) -> tuple[Record, Live | None]:
+        """A tenant's job. `Refused` if there is none."""
+        live = self.floor.live.get(job)
+        if live is not None:
+            if live.record.tenant != tenant:
+                raise not_found("job", job)
+            return live.record, live
+        record = await self.books.write(self.ledger.job, tenant, job)
+        if record is None:
+            raise not_found("job", job)
+        return record, None

@@ -1,0 +1,405 @@
+"""Jobs on their way through the devices: queued, handed over, drawn again when a worker is lost, settled, ended.
+
+A job is in the ledger before its client hears that it was accepted, and stays there until a transaction ends it. What
+is here in memory is made from the ledger when the server starts, so nothing depends on this process living on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
+from typing import Any
+
+from sfumato.serve.books import Books
+from sfumato.serve.devices import Device
+from sfumato.serve.job import Live, next_for, now
+from sfumato.serve.ledger import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, LedgerError
+from sfumato.serve.metrics import Metrics
+from sfumato.serve.money import Work
+from sfumato.serve.refusals import LONGEST_WAIT, Refused, bad
+from sfumato.serve.settings import Settings
+from sfumato.serve.wire import Broken
+
+log = logging.getLogger("sfumato.serve")
+MOST_LOSSES = 3  # workers that may be lost with a job before it is given up
+GRACE = 30.0  # seconds that a worker may be late in stopping a job, before it is killed
+TICK = 0.25  # seconds between looks at deadlines
+AGAIN = 1.0  # seconds until the ledger or the disk is tried again
+GIVE_UP = 60.0  # seconds of trying to write pictures
+SWEEP = 3600.0
+READY = 10.0  # seconds that a submission waits for a worker that is being started again
+
+
+class Floor:
+    """The queue and the devices, on one event loop."""
+
+    def __init__(self, settings: Settings, books: Books):
+        self.settings, self.books, self.metrics = settings, books, Metrics()
+        self.live: dict[str, Live] = {}
+        self.queue: list[Live] = []
+        self.closing = False
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        start = {"models": [model.to_json() for model in settings.models], "batch": settings.batch}
+        self.devices = [
+            Device({**start, "device": name, "memory": settings.memory}, self._heard, self._lost)
+            for name in settings.devices
+        ]
+
+    async def open(self) -> None:
+        """Start the workers, and take up what an earlier server has left."""
+        for device in self.devices:
+            await device.open()
+        ledger = self.books.ledger
+        for record in await self.books.write(ledger.open_jobs):
+            live = Live(
+                record, alone=record.state == RUNNING
+            )  # who waited for it is gone, and may ask for it
+            if record.state == RUNNING:
+                await self.books.write(ledger.requeue, record.id)
+                live.record = replace(record, state=QUEUED, started=None)
+            self.add(live)
+        if self.queue:
+            log.info("%d jobs were left by an earlier server", len(self.queue))
+        for work in (self._dispatching, self._ticking, self._sweeping):
+            self._begin(work())
+
+    async def close(self) -> None:
+        """End the workers. What has not ended stays in the ledger for the next start."""
+        self.closing = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(device.close() for device in self.devices))
+
+    def add(self, live: Live) -> None:
+        """Take a job that the ledger has into the queue."""
+        self.live[live.id] = live
+        self.queue.append(live)
+        self._wake.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a worker that can draw."""
+        return any(device.ready.is_set() for device in self.devices)
+
+    @property
+    def running(self) -> list[Live]:
+        return [live for device in self.devices for live in device.running]
+
+    async def some_device(self) -> Device:
+        """A worker to ask; `Refused` if none is there for a while."""
+        until = time.monotonic() + READY
+        while time.monotonic() < until:
+            ready = [device for device in self.devices if device.ready.is_set()]
+            if ready:
+                return min(ready, key=lambda device: device.asked)
+            await asyncio.sleep(0.05)
+        raise Refused(503, "no_worker", "no worker is there now; one is being started", retry_after=5)
+
+    def wait(self) -> float:
+        """Seconds of work that each device has before it, as expected."""
+        return sum(live.seconds_left for live in self.live.values()) / len(self.devices)
+
+    def patience(self) -> float:
+        """Seconds after which a quarter of what waits will be done; spread, so that not all come back at once."""
+        return min(LONGEST_WAIT, max(1.0, self.wait() / 4) * random.uniform(1.0, 1.5))
+
+    @contextlib.asynccontextmanager
+    async def held(self, live: Live) -> AsyncIterator[Live]:
+        """While inside, somebody waits for the job. When nobody does any more it is cancelled, unless it is kept."""
+        live.holders += 1
+        try:
+            yield live
+        finally:
+            live.holders -= 1
+            if not live.holders and not live.keep and not live.ended.is_set():
+                self.stop(live, "client_gone")
+
+    def stop(self, live: Live, reason: str) -> None:
+        """Have a job end as cancelled: at once if it waits, within a step if it is drawn."""
+        if live.ending is not None or live.ended.is_set():
+            return
+        live.ending = reason
+        if live in self.queue:
+            self.queue.remove(live)
+            self._begin(self._end(live, CANCELLED, error_of("cancelled", _why(reason))))
+        elif live.device is not None:
+            live.device.cancel(live.id)
+
+    def position(self, live: Live) -> int | None:
+        """How many are before it in the queue."""
+        return self.queue.index(live) if live in self.queue else None
+
+    # --- drawing --------------------------------------------------------------------------------------------------
+
+    async def _dispatching(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            for device in self.devices:
+                while device.ready.is_set():
+                    live = next_for(
+                        self.queue, device.running, self.running, self.settings.batch, device.room
+                    )
+                    if live is None:
+                        break
+                    await self._hand(live, device)
+            self._count()
+
+    async def _hand(self, live: Live, device: Device) -> None:
+        """Give a job to a device."""
+        self.queue.remove(live)
+        device.running.append(live)
+        live.device, live.done, started = device, 0, now()
+        try:
+            parts = [await self.bytes_of(name) for name in live.record.options["pictures"]]
+            if live not in device.running:  # the worker was lost meanwhile, and the job is in the queue again
+                return
+            await self.books.write(self.books.ledger.start, live.id, started)
+        except Refused as error:
+            device.running.remove(live)
+            self._begin(self._end(live, FAILED, error_of("file_gone", str(error))))
+            return
+        except LedgerError as error:
+            log.warning("%s", error)
+            self._back(live)
+            await asyncio.sleep(AGAIN)
+            self._wake.set()
+            return
+        if live not in device.running:
+            return
+        live.record = replace(live.record, state=RUNNING, started=started)
+        self.metrics.waited.observe(started - live.record.made)
+        options = live.record.options
+        message = {
+            "job": live.id,
+            "model": live.record.model,
+            "request": live.record.request,
+            "pictures": options["pictures"],
+            "format": options["format"],
+            "looks": options["looks"],
+            "look_format": options["look_format"],
+            "left": live.record.deadline - now(),
+        }
+        with contextlib.suppress(Broken):
+            device.draw(message, parts)
+            if live.ending is not None:
+                device.cancel(live.id)
+        live.publish("state", {"state": RUNNING})
+
+    async def bytes_of(self, name: str) -> bytes:
+        """An upload; `Refused` if it is not there any more."""
+        data = await self.books.work(self.books.store.get, name)
+        if data is None:
+            raise bad(f"the file {name!r} is not kept any more; send it again", "image")
+        return data
+
+    def _back(self, live: Live) -> None:
+        """Into the queue again, where it was."""
+        if live.device is not None and live in live.device.running:
+            live.device.running.remove(live)
+        live.device, live.done = None, 0
+        live.record = replace(live.record, state=QUEUED, started=None)
+        self.queue.insert(0, live)
+
+    def _heard(self, device: Device, message: dict[str, Any], parts: list[bytes]) -> None:
+        """What a worker says of itself or of a job."""
+        kind = message["is"]
+        if kind == "pulse":
+            self.metrics.resident.labels(device.name).set(message["resident"])
+            self.metrics.calls.labels(device.name).set(message["calls"])
+            self.metrics.rows.labels(device.name).set(message["rows"])
+            return
+        live = self.live.get(message["job"])
+        if live is None or live.device is not device:
+            return
+        if kind == "step":
+            live.done = message["done"]
+            live.publish(
+                "progress", {"step": live.done, "steps": live.steps, "progress": round(live.progress, 4)}
+            )
+        elif kind == "look":
+            live.look = message["number"], parts[0]
+            live.publish("preview", {"number": message["number"]}, parts[0])
+        elif kind == "done":
+            self._off(live)
+            self._begin(self._settle(live, message, parts))
+        elif kind == "failed":
+            self._off(live)
+            error = message["error"]
+            if error["code"] == "cancelled":
+                self._begin(self._end(live, CANCELLED, error_of("cancelled", _why(live.ending))))
+            else:
+                self._begin(
+                    self._end(live, FAILED, error_of(error["code"], error["message"], error["param"]))
+                )
+
+    def _off(self, live: Live) -> None:
+        """The device has room again."""
+        if live.device is not None and live in live.device.running:
+            live.device.running.remove(live)
+        self._wake.set()
+
+    def _lost(self, device: Device) -> None:
+        """A worker is gone, and what it drew has to be drawn again."""
+        if self.closing:
+            return
+        self.metrics.restarts.inc()
+        jobs, device.running = device.running, []
+        for live in jobs:
+            live.losses, live.alone = live.losses + 1, True
+            if live.ending is not None:
+                late = live.ending == "deadline"
+                error = error_of("deadline_exceeded" if late else "cancelled", _why(live.ending))
+                self._begin(self._end(live, FAILED if late else CANCELLED, error))
+            elif live.losses >= MOST_LOSSES:
+                message = f"the worker was lost {live.losses} times while it drew this"
+                self._begin(self._end(live, FAILED, error_of("worker_lost", message)))
+            else:
+                self._begin(self._again(live))
+        self._wake.set()
+
+    async def _again(self, live: Live) -> None:
+        while True:
+            try:
+                await self.books.write(self.books.ledger.requeue, live.id)
+                break
+            except LedgerError as error:
+                log.warning("%s", error)
+                await asyncio.sleep(AGAIN)
+        self._back(live)
+        live.publish("state", {"state": QUEUED})
+        self._wake.set()
+
+    # --- ending ---------------------------------------------------------------------------------------------------
+
+    async def _settle(self, live: Live, message: dict[str, Any], pictures: list[bytes]) -> None:
+        """Keep the pictures, and then take the money: a crash between the two draws them again and bills once."""
+        until = time.monotonic() + GIVE_UP
+        while True:
+            try:
+                await self.books.work(self.books.store.put_outputs, live.id, pictures)
+                break
+            except OSError as error:
+                log.error("pictures of %s cannot be written: %s", live.id, error)
+                if time.monotonic() > until:
+                    await self._end(live, FAILED, error_of("storage_full", "the pictures could not be kept"))
+                    return
+                await asyncio.sleep(AGAIN)
+        receipt = message["receipt"]
+        due = self.settings.prices.due(
+            live.record.model, work_of(live.expected, receipt["seconds"]), live.record.reserved
+        )
+        receipt = {
+            **receipt,
+            "job": live.id,
+            "model": live.record.model,
+            "queued_seconds": round((live.record.started or live.record.made) - live.record.made, 4),
+            "currency": self.settings.prices.currency,
+            "reserved_micros": live.record.reserved,
+            "charged_micros": due,
+            "recipe": message["recipe"],
+        }
+        changes = {"charged": due, "pictures": len(pictures), "receipt": receipt}
+        if await self._end(live, SUCCEEDED, None, seconds=receipt["seconds"], **changes):
+            self.metrics.pictures.labels(live.record.model).inc(len(pictures))
+            self.metrics.seconds.inc(receipt["seconds"])
+            self.metrics.charged.inc(due)
+
+    async def _end(
+        self, live: Live, state: str, error: dict[str, Any] | None, *, seconds: float = 0.0, **changes: Any
+    ) -> bool:
+        """Write a job's end down, however long that takes, and tell who waits. False if it had ended."""
+        if live.ended.is_set():
+            return False
+        ended = now()
+        while True:
+            try:
+                await self.books.write(
+                    self.books.ledger.end, live.record, state, ended, error=error, seconds=seconds, **changes
+                )
+                break
+            except LedgerError as failure:
+                log.warning("%s", failure)
+                await asyncio.sleep(AGAIN)
+        live.record = replace(live.record, state=state, ended=ended, error=error, **changes)
+        self.live.pop(live.id, None)
+        live.ended.set()
+        live.publish("state", {"state": state})
+        self.metrics.jobs.labels(live.record.model, state).inc()
+        self.metrics.took.observe(ended - live.record.made)
+        self._count()
+        self._wake.set()
+        return True
+
+    async def _ticking(self) -> None:
+        """Deadlines: of what waits, and of workers that do not stop."""
+        while True:
+            await asyncio.sleep(TICK)
+            late = now()
+            for live in [live for live in self.queue if live.record.deadline < late]:
+                self.queue.remove(live)
+                live.ending = "deadline"
+                self._begin(self._end(live, FAILED, error_of("deadline_exceeded", _why("deadline"))))
+            for device in self.devices:
+                stuck = [live for live in device.running if live.record.deadline + GRACE < late]
+                if stuck and device.ready.is_set():
+                    log.error("a worker does not stop; it is ended")
+                    for live in stuck:
+                        live.ending = live.ending or "deadline"
+                    device.kill()
+
+    async def _sweeping(self) -> None:
+        """Remove what is older than it is kept; take up jobs whose acceptance was written without our hearing so."""
+        while True:
+            with contextlib.suppress(LedgerError, OSError):
+                for record in await self.books.write(self.books.ledger.open_jobs):
+                    if (
+                        record.id not in self.live
+                        and record.state == QUEUED
+                        and record.made < now() - AGAIN * 60
+                    ):
+                        self.add(Live(record))
+                keep = self.settings.keep + self.settings.longest
+                for name in await self.books.write(self.books.ledger.old_uploads, now() - keep):
+                    await self.books.write(self.books.ledger.drop_upload, name)
+                    await self.books.work(self.books.store.drop, name)
+                await self.books.work(self.books.store.sweep, keep)
+            await asyncio.sleep(SWEEP)
+
+    def _begin(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the desk failed", exc_info=error)
+
+    def _count(self) -> None:
+        self.metrics.queued.set(len(self.queue))
+        self.metrics.running.set(len(self.running))
+        self.metrics.workers.set(sum(device.ready.is_set() for device in self.devices))
+
+
+def work_of(expected: dict[str, Any], seconds: float) -> Work:
+    """What a job is priced by."""
+    return Work(expected["pictures"], expected["pixel_steps"], seconds)
+
+
+def error_of(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {"code": code, "message": message, "param": param}
+
+
+def _why(reason: str | None) -> str:
+    return {
+        "client_gone": "the client was gone before the job was done",
+        "deadline": "the job was not done before its deadline",
+    }.get(reason or "", "the job was cancelled")

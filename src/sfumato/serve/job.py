@@ -1,0 +1,148 @@
+"""A job that has not ended, as the front has it in memory: who waits for it, and how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from sfumato.serve.ledger import QUEUED, Record
+
+BACKLOG = 256  # events that a listener may be behind before the oldest are dropped
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a job. kind: state, progress, preview; data: plain JSON; picture: of a preview."""
+
+    kind: str
+    data: dict[str, Any]
+    picture: bytes | None = None
+
+
+@dataclass(eq=False)
+class Live:
+    """A job between acceptance and its end.
+
+    record: as the ledger has it. keep: it goes on when nobody waits for it any more. alone: it was at work when a
+    worker was lost, and is drawn without others. losses: how many were lost with it.
+    """
+
+    record: Record
+    keep: bool = True
+    alone: bool = False
+    losses: int = 0
+    done: int = 0  # steps
+    look: tuple[int, bytes] | None = None
+    device: Any = None
+    ending: str | None = None  # why it was told to stop
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    holders: int = 0
+    _listeners: set[asyncio.Queue[Event]] = field(default_factory=set)
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def steps(self) -> int:
+        """Steps until all is drawn."""
+        return int(self.record.options["sampler_steps"])
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        return self.record.options["expected"]
+
+    @property
+    def tune(self) -> Any:
+        """What drawings at once on a device must share: the model, and what is folded into it."""
+        return self.record.model, self.record.options["tune"]
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.done / self.steps) if self.steps else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the device, as expected."""
+        return float(self.expected["seconds"]) * (1 - self.progress)
+
+    def publish(self, kind: str, data: dict[str, Any], picture: bytes | None = None) -> None:
+        """Tell all who listen. Who is far behind loses the oldest."""
+        for listener in self._listeners:
+            if listener.full():
+                listener.get_nowait()
+            listener.put_nowait(Event(kind, data, picture))
+
+    @contextmanager
+    def listening(self) -> Iterator[asyncio.Queue[Event]]:
+        """Events from now on."""
+        listener: asyncio.Queue[Event] = asyncio.Queue(BACKLOG)
+        self._listeners.add(listener)
+        try:
+            yield listener
+        finally:
+            self._listeners.discard(listener)
+
+
+def fairest(queue: Sequence[Live], running: Sequence[Live]) -> Live | None:
+    """Whose turn it is: the oldest job of the tenants with the fewest running."""
+    counts: dict[str, int] = {}
+    for live in running:
+        counts[live.record.tenant] = counts.get(live.record.tenant, 0) + 1
+    return min(
+        queue, key=lambda live: (counts.get(live.record.tenant, 0), live.record.made, live.id), default=None
+    )
+
+
+def next_for(
+    queue: Sequence[Live], here: Sequence[Live], running: Sequence[Live], batch: int, room: int
+) -> Live | None:
+    """The job to begin now on a device where `here` are drawn, `running` being all everywhere; None if none is.
+
+    What is drawn at once has one tune, at most `batch` pictures (or is one job), and fits into `room` bytes. Nobody
+    overtakes the one whose turn it is.
+    """
+    turn = fairest(queue, running)
+    if turn is None or not here:
+        return turn
+    if turn.alone or any(live.alone for live in here) or turn.tune != here[0].tune:
+        return None
+    at_once = [*here, turn]
+    if sum(min(live.expected["pictures"], batch) for live in at_once) > batch:
+        return None
+    return turn if sum(live.expected["memory"] for live in at_once) <= room else None
+
+
+def job_json(record: Record, live: Live | None, currency: str, position: int | None = None) -> dict[str, Any]:
+    """A job as the API tells it."""
+    options = record.options
+    answer: dict[str, Any] = {
+        "id": record.id,
+        "object": "job",
+        "state": record.state,
+        "model": record.model,
+        "created": round(record.made, 3),
+        "started": None if record.started is None else round(record.started, 3),
+        "ended": None if record.ended is None else round(record.ended, 3),
+        "deadline": round(record.deadline, 3),
+        "request": record.request,
+        "format": options["format"],
+        "expected": options["expected"],
+        "price": {"currency": currency, "reserved_micros": record.reserved, "charged_micros": record.charged},
+        "pictures": [f"/v1/jobs/{record.id}/pictures/{number}" for number in range(record.pictures)],
+        "error": record.error,
+    }
+    if live is not None:
+        answer["progress"] = round(live.progress, 4)
+        if record.state == QUEUED:
+            answer["position"] = position
+    return answer
+
+
+def now() -> float:
+    """Seconds since 1970."""
+    return time.time()

@@ -1,0 +1,98 @@
+"""Pictures on disk, by names that nobody can guess. Who may see one, the ledger knows."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfumato.errors import InputError
+from sfumato.storage import atomic_directory, atomic_file
+
+SUFFIX = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+_ID = re.compile(r"(job|file)_[0-9a-f]{32}")
+
+
+def new_id(kind: str) -> str:
+    """A fresh id, `job_…` or `file_…`, of 128 random bits."""
+    return f"{kind}_{secrets.token_hex(16)}"
+
+
+def is_id(text: object, kind: str) -> bool:
+    """Whether this is an id of that kind: all that may become part of a path."""
+    return isinstance(text, str) and _ID.fullmatch(text) is not None and text.startswith(kind)
+
+
+class Store:
+    """A folder with `uploads/` and `outputs/`, each written whole or not at all."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            for part in (self._uploads, self._outputs):
+                part.mkdir(parents=True, exist_ok=True)
+            os.chmod(folder, 0o700)
+        except OSError as error:
+            raise InputError(
+                f"the folder {str(folder)!r} cannot be used: {error.strerror}", argument="data"
+            ) from None
+
+    @property
+    def _uploads(self) -> Path:
+        return self.folder / "uploads"
+
+    @property
+    def _outputs(self) -> Path:
+        return self.folder / "outputs"
+
+    def put(self, upload: str, data: bytes) -> None:
+        """Keep an upload. `OSError` when the disk refuses."""
+        with atomic_file(self._checked(self._uploads, upload, "file")) as temporary:
+            temporary.write_bytes(data)
+
+    def get(self, upload: str) -> bytes | None:
+        """An upload; None if it is not there any more."""
+        try:
+            return self._checked(self._uploads, upload, "file").read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def drop(self, upload: str) -> None:
+        self._checked(self._uploads, upload, "file").unlink(missing_ok=True)
+
+    def put_outputs(self, job: str, pictures: Sequence[bytes]) -> None:
+        """Keep a job's pictures, all or none, in place of what an earlier try of it may have left."""
+        with atomic_directory(self._checked(self._outputs, job, "job")) as staging:
+            for number, data in enumerate(pictures):
+                (staging / str(number)).write_bytes(data)
+
+    def output(self, job: str, number: int) -> Path | None:
+        """Where a job's picture lies; None if it is not there any more."""
+        path = self._checked(self._outputs, job, "job") / str(int(number))
+        return path if path.is_file() else None
+
+    def drop_outputs(self, job: str) -> None:
+        shutil.rmtree(self._checked(self._outputs, job, "job"), ignore_errors=True)
+
+    def sweep(self, seconds: float) -> int:
+        """Remove outputs older than that, and what an interrupted write left; returns how many."""
+        before, swept = time.time() - seconds, 0
+        for path in (*self._outputs.iterdir(), *self._uploads.iterdir()):
+            staged = path.name.startswith(".")
+            if path.parent == self._uploads and not staged:
+                continue  # the ledger says which of these go
+            if path.stat().st_mtime < (time.time() - 3600 if staged else before):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                swept += 1
+        return swept
+
+    @staticmethod
+    def _checked(folder: Path, name: str, kind: str) -> Path:
+        if not is_id(name, kind):
+            raise InputError(f"{name[:40]!r} is no id of a {kind}", argument="id")
+        return folder / name

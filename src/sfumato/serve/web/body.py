@@ -1,0 +1,124 @@
+"""Bodies read strictly: JSON without doubtful spots, forms within limits, pictures decoded before they are kept."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from typing import Any
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from sfumato import pictures
+from sfumato.errors import DataError
+from sfumato.serve.books import Books
+from sfumato.serve.job import now
+from sfumato.serve.keys import Key
+from sfumato.serve.ledger import Upload
+from sfumato.serve.refusals import Refused, bad
+from sfumato.serve.store import new_id
+from sfumato.storage import strict_json
+
+MOST_KEPT = 2 * 2**30  # bytes of uploads that a tenant may have
+FIELD = 2**20  # bytes of a form's text field
+
+
+async def json_body(request: Request) -> tuple[dict[str, Any], str]:
+    """The JSON object of a body, and the hash of what it says. `Refused` for anything else."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(415, "unsupported_media_type", "send JSON, with Content-Type: application/json")
+    data = await request.body()
+    try:
+        value = strict_json(data.decode("utf-8"))
+    except RecursionError:
+        raise bad("the body's JSON is nested too deeply") from None
+    except ValueError as error:
+        raise bad(f"the body is not readable JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise bad("the body must be a JSON object")
+    return value, digest_of(value)
+
+
+def digest_of(value: Any, *more: bytes) -> str:
+    """SHA-256 of JSON, however it was spelled, and of bytes."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode())
+    for data in more:
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
+
+
+async def form_body(request: Request) -> FormData:
+    """The form of a body. `Refused` for anything else."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise Refused(415, "unsupported_media_type", "send a form: multipart/form-data")
+    try:
+        return await request.form(max_files=8, max_fields=64, max_part_size=FIELD)
+    except HTTPException as error:
+        raise bad(f"the form cannot be read: {str(error.detail)[:200]}") from None
+    except (ValueError, KeyError, UnicodeDecodeError):
+        raise bad("the form cannot be read") from None
+
+
+async def file_of(form: FormData, *names: str) -> bytes | None:
+    """The one file of a form under one of these names; None if there is none. `Refused` for several, or for text."""
+    found = [value for name in names for value in form.getlist(name)]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise bad(f"give one {names[0]}, not {len(found)}", names[0])
+    if not isinstance(found[0], UploadFile):
+        raise bad(f"{names[0]} must be a file", names[0])
+    return await found[0].read()
+
+
+def idempotency_of(request: Request) -> str | None:
+    """The Idempotency-Key header, if there is one. `Refused` for one that cannot be kept."""
+    value = request.headers.get("idempotency-key")
+    if value is not None and not (0 < len(value) <= 255 and value.isascii() and value.isprintable()):
+        raise bad("an idempotency key has 1 to 255 printable ASCII characters", "Idempotency-Key")
+    return value
+
+
+def is_retry(request: Request) -> bool:
+    """Whether OpenAI's client says that it tries again."""
+    return request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
+
+
+def unbase64(value: Any, param: str) -> bytes:
+    """The bytes of base64, with or without what a data: URL begins with. `Refused` for anything else, as addresses."""
+    if not isinstance(value, str):
+        raise bad(f"{param} must be a picture as base64", param)
+    head, comma, _ = value[:100].partition(",")
+    text = value[len(head) + 1 :] if comma and head.startswith("data:") else value
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise bad(f"{param} must be a picture as base64; addresses are not followed", param) from None
+
+
+async def keep_picture(books: Books, key: Key, data: bytes, param: str = "image") -> Upload:
+    """Decode a picture, to know that it is one, and keep its bytes. `Refused` for what is none."""
+    try:
+        header = await books.work(_decoded, data, param)
+    except DataError as error:
+        raise Refused(400, error.code, str(error), param=param) from None
+    upload = Upload(new_id("file"), key.id, header.format, len(data), header.width, header.height, now())
+    try:
+        await books.work(books.store.put, upload.id, data)
+    except OSError:
+        raise Refused(503, "storage_full", "the picture cannot be kept now", retry_after=60) from None
+    if not await books.write(books.ledger.add_upload, upload, MOST_KEPT):
+        await books.work(books.store.drop, upload.id)
+        raise Refused(413, "storage_quota", f"a key may keep {MOST_KEPT:,} bytes of files; delete some")
+    return upload
+
+
+def _decoded(data: bytes, name: str) -> pictures.Header:
+    header = pictures.read_header(data, f"the {name}")
+    pictures.decode(data, f"the {name}")
+    return header

@@ -1,0 +1,65 @@
+"""Whether the server lives and is ready, what it counts, and the page at `/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.responses import FileResponse, Response
+
+import sfumato
+from sfumato.serve.desk import Desk
+from sfumato.serve.refusals import not_found
+from sfumato.serve.web.answers import Answer
+
+PAGE = Path(__file__).parent.parent / "page"
+MEDIA = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".ico": "image/x-icon",
+    ".woff2": "font/woff2",
+    ".json": "application/json",
+    ".webmanifest": "application/manifest+json",
+    ".txt": "text/plain; charset=utf-8",
+}
+
+
+def routes(desk: Desk) -> APIRouter:
+    """All of them, on one desk."""
+    router = APIRouter(tags=["status"])
+
+    @router.get("/healthz", summary="Whether the server lives")
+    async def health() -> Response:
+        return Answer({"status": "ok", "version": sfumato.__version__})
+
+    @router.get("/readyz", summary="Whether it takes jobs and can draw them")
+    async def ready() -> Response:
+        status = "ready" if desk.ready else "draining" if desk.draining else "starting"
+        return Answer({"status": status}, 200 if desk.ready else 503)
+
+    @router.get("/metrics", summary="For Prometheus")
+    async def metrics() -> Response:
+        return Response(desk.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return _file("index.html")
+
+    @router.get("/page/{path:path}", include_in_schema=False)
+    async def page(path: str) -> Response:
+        return _file(path)
+
+    return router
+
+
+def _file(name: str) -> Response:
+    """A file of the page, which all lie in one folder and those under it; nothing else of this machine."""
+    found = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()}
+    path = found.get(name)
+    if path is None or path.suffix not in MEDIA:
+        raise not_found("file", name)
+    return FileResponse(path, media_type=MEDIA[path.suffix], headers={"cache-control": "no-cache"})

@@ -1,0 +1,225 @@
+"""What a request will take of this device, told before it is accepted; and what it took, learned from.
+
+FLOPs and calls of the network are those of `receipts/work.py`. Seconds are learned from jobs that were drawn here, in
+company: of a call of the network for one picture, and of all else, at the nearest size. Memory is planned for
+checkpoints, and for models of our own traced on tensors without numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sfumato import planning
+from sfumato.drawing.request import enlarged_size
+from sfumato.errors import InputError
+from sfumato.families.published.trace import WHOLE
+from sfumato.generate import BATCH, Model
+from sfumato.memory import tracing
+from sfumato.receipts.machine import read_machine
+from sfumato.receipts.work import by_stage, calls, work_of
+from sfumato.serve.worker.together import Spent
+from sfumato.tasks.latent import steps_to_run
+from sfumato.types import Request
+
+WEIGHT = 0.3  # of what the last job says, against those before
+UNKNOWN = 1e-6  # seconds for a pixel of a call, of a model that has drawn nothing yet
+COUNTED = 4  # times the model's own pixels: of a model of ours, FLOPs are counted by doing a call
+WORDS = 8  # texts are counted and planned for by lengths of so many words
+KEPT = 256  # kinds of request whose memory and FLOPs are remembered
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the sampler for one picture. calls: of the network; one without guidance is half of one."""
+
+    size: Size
+    steps: int
+    calls: float
+
+    @property
+    def pixels(self) -> int:
+        return self.size[0] * self.size[1]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a request will take. runs: of the sampler, for each picture. need: bytes beside the weights."""
+
+    pictures: int
+    runs: tuple[Pass, ...]
+    seconds: float
+    need: int
+    flops: dict[str, int] | None  # by stage
+
+    @property
+    def steps(self) -> int:
+        """Steps of samplers until all pictures are there: those of pictures drawn together are counted once."""
+        return math.ceil(self.pictures / BATCH) * sum(run.steps for run in self.runs)
+
+    @property
+    def pixel_steps(self) -> int:
+        return self.pictures * sum(run.steps * run.pixels for run in self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        last = self.runs[-1].size
+        return {
+            "pictures": self.pictures,
+            "size": list(last),
+            "steps": sum(run.steps for run in self.runs),
+            "calls": round(self.pictures * sum(run.calls for run in self.runs), 2),
+            "pixel_steps": self.pixel_steps,
+            "seconds": round(self.seconds, 4),
+            "memory": self.need,
+            "flops": self.flops,
+        }
+
+
+class Costs:
+    """Of one model on one device. Threads may share it. memory: bytes that drawing may take beside the weights."""
+
+    def __init__(self, model: Model, memory: int | None = None):
+        self.model, self.memory = model, memory
+        # no LoRAs: which of them are folded in, those who draw decide, and nothing here is to wait for them
+        self.plain = Model(_WithoutAdapters(model.system), model.device, model.name, model.dtype)
+        self.watts = read_machine().price.watts
+        self._call: dict[Size, float] = {}  # seconds of a call of the network, for a picture of that size
+        self._rest: dict[Size, float] = {}  # seconds of all else
+        self._known: dict[Any, tuple[int, dict[str, int] | None]] = {}  # memory and FLOPs, by kind of request
+        self._lock = threading.Lock()
+
+    def expected(self, request: Request) -> Expected:
+        """Of a complete request. `InputError` if the device's memory does not hold it."""
+        runs = passes(self.model, request)
+        one = sum(run.calls * self._at(self._call, run.size) for run in runs)
+        one += self._at(self._rest, runs[-1].size)
+        need, flops = self._counted(request, runs)
+        return Expected(request.count, runs, request.count * one, need, flops)
+
+    def joules(self, seconds: float) -> float | None:
+        """What the device took, where the machine's price says its watts (`sfumato cost --watts --keep`)."""
+        return None if self.watts is None else round(self.watts * seconds, 3)
+
+    def learn(self, expected: Expected, spent: Spent) -> None:
+        """From what a job took."""
+        weighed = expected.pictures * sum(run.calls * run.pixels for run in expected.runs)
+        size = expected.runs[-1].size
+        with self._lock:
+            if weighed:
+                _mix(self._call, size, spent.network / weighed * size[0] * size[1])
+            _mix(self._rest, size, spent.other / expected.pictures)
+
+    def _at(self, known: dict[Size, float], size: Size) -> float:
+        """Seconds at a size: as known, or in proportion to the pixels of the nearest that is."""
+        with self._lock:
+            if size in known:
+                return known[size]
+            pixels = size[0] * size[1]
+            if not known:
+                return UNKNOWN * pixels
+            near = min(known, key=lambda other: abs(math.log(other[0] * other[1] / pixels)))
+            return known[near] * pixels / (near[0] * near[1])
+
+    def _counted(self, request: Request, runs: tuple[Pass, ...]) -> tuple[int, dict[str, int] | None]:
+        """Bytes and FLOPs: of a request of the same kind if there was one, else worked out."""
+        request = replace(request, loras=None)
+        texts = tuple(None if text is None else _nominal(text) for text in (request.prompt, request.negative))
+        request = replace(request, prompt=texts[0] or "", negative=texts[1], seed=0, variation=None)
+        shown = tuple(sorted({control.name for control in request.controls or ()}))
+        key = (
+            runs,
+            request.count,
+            texts,
+            request.text_length,
+            request.guidance == 1,
+            request.image is None,
+            shown,
+        )
+        if key not in self._known:
+            found = self._memory(request, runs), self._flops(request, runs)
+            with self._lock:
+                while len(self._known) >= KEPT:
+                    self._known.pop(next(iter(self._known)))
+                self._known[key] = found
+        return self._known[key]
+
+    def _memory(self, request: Request, runs: tuple[Pass, ...]) -> int:
+        if planning.tells(self.model):
+            # the room is what is free now that the weights are there, and the plan begins before they are
+            plan = planning.plan(self.plain, request, getattr(self.model.system, "offload", None))
+            need = max(stage.activations for stage in plan.stages)
+        else:
+            size = max((run.size for run in runs), key=lambda side: side[0] * side[1])
+            need = traced(self.model, size) * min(request.count, BATCH)
+        if self.memory is not None and need > self.memory:
+            width, height = runs[-1].size
+            raise InputError(
+                f"drawing {request.count} of {width}x{height} needs {planning.shown(need)} of memory, and "
+                f"{planning.shown(self.memory)} are there; draw fewer, or smaller",
+                argument="size",
+            )
+        return need
+
+    def _flops(self, request: Request, runs: tuple[Pass, ...]) -> dict[str, int] | None:
+        """None where counting would take long."""
+        width, height = self.model.preset["size"]
+        large = any(run.pixels > COUNTED * width * height for run in runs)
+        if large and not hasattr(self.model.system, "trace"):
+            return None
+        return by_stage(work_of(self.plain, request))
+
+
+class _WithoutAdapters:
+    """A system that takes no LoRAs."""
+
+    def __init__(self, system: Any):
+        self._system = system
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "adapters":
+            raise AttributeError(name)
+        return getattr(self._system, name)
+
+
+def _nominal(text: str) -> str:
+    """Words that stand for a text of about that length."""
+    return "a " * (WORDS * math.ceil(len(text.split()) / WORDS))
+
+
+def passes(model: Model, request: Request) -> tuple[Pass, ...]:
+    """The runs of the sampler that a complete request is, for each picture."""
+    assert request.size and request.steps
+    first = _pass(model, request, request.size, request.steps, request.strength)
+    if request.hires is None:
+        return (first,)
+    size = enlarged_size(request.size, request.hires.scale, model.system.config.multiple)
+    steps = request.hires.steps or request.steps
+    return (first, _pass(model, request, size, steps, request.hires.strength))
+
+
+def _pass(model: Model, request: Request, size: Size, steps: int, strength: float | None) -> Pass:
+    count = steps if strength is None else steps_to_run(steps, strength)
+    return Pass(
+        size, count, calls(model, replace(request, size=size, steps=steps), strength) if count else 0.0
+    )
+
+
+def traced(model: Model, size: Size) -> int:
+    """Bytes that a guided call for one picture, or decoding it, holds at its worst moment beside the weights."""
+    with torch.inference_mode(), model.precision():
+        cond = model.system.condition(["a", None], Request())
+    with tracing(WHOLE) as tracer, model.precision():
+        x = torch.empty(2, *model.latent_shape(size[1], size[0]), device=model.device)
+        level = torch.empty(2, device=model.device)
+        _, network = tracer.worst(lambda: model.system.network(x, level, cond))
+        _, decoding = tracer.worst(lambda: model.system.decode(x[:1]))
+    return max(network, decoding)
+
+
+def _mix(known: dict[Size, float], size: Size, value: float) -> None:
+    known[size] = value if size not in known else (1 - WEIGHT) * known[size] + WEIGHT * value

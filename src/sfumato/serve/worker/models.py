@@ -1,0 +1,125 @@
+"""Models opened for serving: networks shared by all that is drawn, and all work done on the device's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato import planning
+from sfumato.diffusion.schedules import SCHEDULES
+from sfumato.errors import InputError
+from sfumato.generate import Model, eta_samplers, load
+from sfumato.runtime import DTYPES
+from sfumato.sampling import SAMPLERS
+from sfumato.serve.settings import ModelSpec
+from sfumato.serve.worker.together import Precision, Together
+from sfumato.types import Conditioning, Request
+
+HEAVY = frozenset({"encode", "decode", "condition", "preview", "split", "inpaint_channels"})
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class Shared:
+    """A system whose network is called together with other drawings', and whose heavy work the bench does.
+
+    A GPU's precision is by thread, so the bench works within the model's own.
+    """
+
+    def __init__(self, system: Any, together: Together, precision: Precision):
+        self._system, self._together, self._precision = system, together, precision
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._system, name)
+        return partial(self._done, found) if name in HEAVY and callable(found) else found
+
+    def _done(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def work() -> Any:
+            with self._precision():
+                return call(*args, **kwargs)
+
+        return self._together.bench.do(work)
+
+    def network(self, x: Tensor, time: Tensor, cond: Conditioning, **more: Any) -> Tensor:
+        return self._together(self._system, self._precision, x, time, cond, more)
+
+    def controller(self, name: str, pixels: Tensor) -> Callable[..., Any]:
+        return partial(self._done, self._done(self._system.controller, name, pixels))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to serve. model: it alone; shared: the same as drawings have it."""
+
+    name: str
+    model: Model
+    shared: Model
+
+    def facts(self) -> dict[str, Any]:
+        """What clients may know of it, as plain JSON."""
+        system = self.model.system
+        adapters = getattr(system, "adapters", None)
+        preset = self.model.preset
+        return {
+            "name": self.name,
+            "preset": {**preset, "size": list(preset["size"])},
+            "multiple": system.config.multiple,
+            "loras": [] if adapters is None else sorted(adapters.opened),
+            "controls": list(getattr(system, "controls", ())),
+            "weights": self.model.hashes,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "samplers": list(SAMPLERS),
+            "schedules": list(SCHEDULES),
+            "eta_samplers": eta_samplers(),
+        }
+
+
+def open_model(spec: ModelSpec, device: str | None, together: Together, memory: int | None) -> Opened:
+    """Open a model with its LoRAs and ControlNets, as a plan of memory wants it. Errors of `load` and of the plan."""
+    options: dict[str, Any] = {
+        name: value
+        for name in ("vae", "refiner", "variant", "preset", "tokenizer")
+        if (value := getattr(spec, name)) is not None
+    }
+    if spec.dtype is not None:
+        options["dtype"] = dtype_named(spec.dtype)
+    found = load(spec.source, device, offload="auto", controlnets=dict(spec.controlnets) or None, **options)
+    found = _planned(found, spec, memory)
+    for name, file in spec.loras.items():
+        found.attach(file, 0.0, name=name)
+    if spec.loras:
+        found.system.adapters.standing = ()  # a LoRA is for those who ask for it
+    refiner = None
+    if found.refiner is not None:
+        refiner = _shared(found.refiner, f"{spec.name}-refiner", together, None)
+    return Opened(spec.name, found, _shared(found, spec.name, together, refiner))
+
+
+def _shared(model: Model, name: str, together: Together, refiner: Model | None) -> Model:
+    plain = Model(model.system, model.device, name, model.dtype)
+    return Model(Shared(model.system, together, plain.precision), model.device, name, model.dtype, refiner)
+
+
+def _planned(model: Model, spec: ModelSpec, memory: int | None) -> Model:
+    if not planning.tells(model):
+        return (
+            model if not hasattr(model.system, "trace") else planning.offloaded(model, spec.offload or "none")
+        )
+    request = Request()
+    found = planning.plan(model, request, spec.offload, memory)
+    if not found.fits:
+        raise planning.refusal(model, request, found)
+    return planning.follow(model, found)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """A precision by its short or long name. `InputError` for others."""
+    known = {**DTYPES, "int8": torch.int8}
+    full = SHORT.get(name, name)
+    if full not in known:
+        raise InputError(f"dtype must be fp32, bf16, fp16 or int8, not {name!r}", argument="dtype")
+    return known[full]

@@ -1,0 +1,255 @@
+"""The parts of the server that need no server: prices, keys, rates, files, settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfumato.cli.app import run
+from sfumato.errors import InputError
+from sfumato.serve import keys, money
+from sfumato.serve.money import Prices, Rule, Work
+from sfumato.serve.rates import Rates
+from sfumato.serve.settings import ModelSpec, Settings, is_loopback, model_given, named_files, read_models
+from sfumato.serve.store import Store, is_id, new_id
+
+# --- money -----------------------------------------------------------------------------------------------------------
+
+
+def prices(tmp_path: Path, text: str) -> Prices:
+    file = tmp_path / "prices.toml"
+    file.write_text(text)
+    return money.read_prices(file)
+
+
+def test_prices_are_exact(tmp_path):
+    read = prices(
+        tmp_path,
+        'currency = "EUR"\n[[rule]]\nmodel = "pocket"\npicture = 0.1\nmegapixel_step = 0.000003\nsecond = 0.2\n'
+        "[[rule]]\nleast = 0.0000001\n",
+    )
+    assert read.currency == "EUR"
+    work = Work(pictures=3, pixel_steps=3 * 1000 * 1000 * 10, seconds=0.5)
+    assert read.most("pocket", work) == 300_000 + 90 + 200_000  # twice the seconds that are expected
+    assert read.due("pocket", work, 10**9) == 300_000 + 90 + 100_000
+    assert read.due("pocket", work, 1000) == 1000  # never more than was reserved
+    assert read.most("other", work) == 1  # a tenth of a millionth, rounded up
+
+
+def test_without_rules_everything_is_free():
+    assert Prices().most("x", Work(10, 10**9, 100.0)) == 0
+
+
+def test_a_model_without_a_rule_is_said_at_once():
+    with pytest.raises(InputError, match="no rule for the model 'b'"):
+        Prices(rules=(Rule("a"),)).rule("b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[[rule]]\nprice = 1", "[[rule]]\npicture = -1", "[[rule]]\npicture = nan", "[[rule]]\npicture = inf", "x = 1",
+     '[[rule]]\npicture = "1"', "[[rule]]\npicture = true", "rule = 3", "currency = 4", "[[rule", "[[rule]]\nmodel = 3",
+     "[[rule]]\nsecond = 1e30"],
+)  # fmt: skip
+def test_a_price_file_is_read_strictly(tmp_path, text):
+    with pytest.raises(InputError):
+        prices(tmp_path, text)
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**13), st.floats(0, 1e5))
+def test_what_is_due_is_never_more_than_was_reserved(pictures, pixel_steps, seconds):
+    rule = Rule(
+        picture=money.Decimal("0.003"), megapixel_step=money.Decimal("0.00002"), second=money.Decimal("0.1")
+    )
+    table = Prices(rules=(rule,))
+    work = Work(pictures, pixel_steps, seconds)
+    assert 0 <= table.due("m", work, table.most("m", work)) <= table.most("m", work)
+
+
+def test_amounts():
+    assert money.amount("2.50", "budget") == 2_500_000
+    assert money.amount("0.0000001", "budget") == 1
+    assert money.shown(2_500_000, "USD") == "2.50 USD"
+    assert money.shown(123, "EUR") == "0.000123 EUR"
+    for text in ("x", "-1", "NaN", "1e99", ""):
+        with pytest.raises(InputError):
+            money.amount(text, "budget")
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_kept_as_its_hash_alone(tmp_path):
+    file = tmp_path / "keys.json"
+    token, key = keys.add(file, "studio", budget=5)
+    assert token.startswith("sfk_") and len(token) > 40
+    assert token not in file.read_text() and token[4:] not in file.read_text()
+    assert stat.S_IMODE(os.stat(file).st_mode) == 0o600
+    assert keys.KeyRing(file).find(token) == key
+    assert key.digest not in repr(key)
+
+
+def test_a_revoked_key_is_refused_at_the_next_request(tmp_path):
+    file = tmp_path / "keys.json"
+    token, _ = keys.add(file, "a")
+    other, _ = keys.add(file, "b")
+    ring = keys.KeyRing(file)
+    assert ring.find(token) and ring.find(other)
+    keys.revoke(file, "a")
+    assert ring.find(token) is None and ring.find(other)
+    again, _ = keys.add(file, "a")  # the name is free again, the key another
+    assert ring.find(token) is None and ring.find(again)
+    file.unlink()
+    assert ring.find(other) is None
+
+
+def test_no_other_key_opens(tmp_path):
+    file = tmp_path / "keys.json"
+    token, key = keys.add(file, "a")
+    ring = keys.KeyRing(file)
+    for wrong in ("", "sfk_", token[:-1], token + "x", token.upper(), key.id, key.digest, "\udcff", "a"):
+        assert ring.find(wrong) is None
+
+
+def test_names_of_keys(tmp_path):
+    keys.add(tmp_path / "k", "a")
+    for name in ("", "x" * 81, "a\nb"):
+        with pytest.raises(InputError):
+            keys.add(tmp_path / "k", name)
+    with pytest.raises(InputError, match="already"):
+        keys.add(tmp_path / "k", "a")
+    with pytest.raises(InputError, match="no key"):
+        keys.revoke(tmp_path / "k", "b")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"keys": 3}', '{"keys": [{"name": "x"}]}', '{"keys": [{"a": 1}]}']
+)
+def test_a_file_that_is_no_keys_is_refused(tmp_path, text):
+    (tmp_path / "k").write_text(text)
+    with pytest.raises(InputError):
+        keys.KeyRing(tmp_path / "k")
+
+
+def test_the_command_line_of_keys(tmp_path, capsys):
+    file = str(tmp_path / "keys.json")
+    assert run(["keys", "add", "studio", "--keys", file, "--budget", "2.5", "--rate", "60", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert keys.KeyRing(file).find(made["key"]).budget == 2_500_000
+    assert run(["keys", "list", "--keys", file, "--json"]) == 0
+    [listed] = json.loads(capsys.readouterr().out)["keys"]
+    assert listed["rate"] == 60 and "digest" not in listed
+    assert run(["keys", "revoke", "studio", "--keys", file]) == 0
+    assert keys.KeyRing(file).find(made["key"]) is None
+    for wrong in (["--rate", "0"], ["--budget", "x"], ["--queue", "many"]):
+        assert run(["keys", "add", "other", "--keys", file, *wrong]) == 2
+    assert run(["usage", "--data", str(tmp_path)]) == 2
+    assert "no ledger" in capsys.readouterr().err
+
+
+# --- rates -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_lets_a_minutes_worth_through_and_then_waits():
+    rates = Rates()
+    assert [rates.take("a", 3, now=0.0) for _ in range(3)] == [0, 0, 0]
+    assert rates.take("a", 3, now=0.0) == pytest.approx(20)
+    assert rates.take("b", 3, now=0.0) == 0
+    assert rates.take("a", 3, now=19.0) > 0
+    assert rates.take("a", 3, now=40.5) == 0
+    assert all(rates.take("c", None, now=0.0) == 0 for _ in range(1000))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_the_only_names(tmp_path):
+    store = Store(tmp_path / "s")
+    name = new_id("file")
+    store.put(name, b"x")
+    assert store.get(name) == b"x"
+    for wrong in (
+        "../x",
+        "file_",
+        name + "/..",
+        name.upper(),
+        new_id("job"),
+        "",
+        "a" * 10_000,
+        "file_" + "é" * 32,
+    ):
+        assert not is_id(wrong, "file")
+        with pytest.raises(InputError):
+            store.get(wrong)
+    store.drop(name)
+    assert store.get(name) is None
+    store.drop(name)
+
+
+def test_outputs_are_all_there_or_none(tmp_path):
+    store = Store(tmp_path / "s")
+    job = new_id("job")
+    store.put_outputs(job, [b"a", b"b"])
+    store.put_outputs(job, [b"c", b"d"])  # a second try, after a crash before the bill
+    assert [store.output(job, k).read_bytes() for k in (0, 1)] == [b"c", b"d"]
+    assert store.output(job, 2) is None
+    assert [p.name for p in (tmp_path / "s" / "outputs").iterdir()] == [job]
+    assert store.sweep(1000) == 0 and store.sweep(-1) == 1
+    assert store.output(job, 0) is None
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_only_this_machine_is_served_without_keys(tmp_path):
+    models = (ModelSpec("pocket", "pocket"),)
+    for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
+        assert is_loopback(host)
+        Settings(models, tmp_path, host=host).validate()
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
+        with pytest.raises(InputError, match="--keys"):
+            Settings(models, tmp_path, host=host).validate()
+    keys.add(tmp_path / "k", "a")
+    Settings(models, tmp_path, host="0.0.0.0", keys=tmp_path / "k").validate()
+    with pytest.raises(InputError, match="keys add"):
+        Settings(models, tmp_path, keys=tmp_path / "none").validate()
+
+
+def test_settings_name_what_is_wrong(tmp_path):
+    one = ModelSpec("pocket", "pocket")
+    for change in ({"models": ()}, {"models": (one, one)}, {"port": 70_000}, {"queue": 0}, {"batch": 0},
+                   {"deadline": 0}, {"deadline": 10_000.0}, {"body": 1}):  # fmt: skip
+        with pytest.raises(InputError):
+            Settings(**({"models": (one,), "data": tmp_path} | change)).validate()
+
+
+def test_models_and_files_are_named(tmp_path):
+    assert model_given("pocket") == ModelSpec("pocket", "pocket")
+    assert model_given("/x/sd_xl.safetensors").name == "sd_xl"
+    assert model_given("mine=/x/y").source == "/x/y"
+    with pytest.raises(InputError, match="NAME=MODEL"):
+        model_given("a b=/x")
+    assert named_files("lora", ["ink=/x/y.safetensors", "/x/wash.safetensors"]) == {
+        "ink": "/x/y.safetensors",
+        "wash": "/x/wash.safetensors",
+    }
+    with pytest.raises(InputError):
+        named_files("lora", ["a=b", "a=c"])
+    file = tmp_path / "models.toml"
+    file.write_text('[[model]]\nname = "p"\nsource = "pocket"\n[model.loras]\nink = "ink.safetensors"\n')
+    assert read_models(file) == (ModelSpec("p", "pocket", loras={"ink": "ink.safetensors"}),)
+    for text in (
+        "x = 1",
+        '[[model]]\nname = "p"',
+        '[[model]]\nname = "p"\nsource = "s"\nwhat = 1',
+        "[[model",
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError):
+            read_models(file)
