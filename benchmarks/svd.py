@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from common import arguments, interleaved, keep, probe, show
-from sfumato.receipts.flops import count_flops
 from torch import Tensor, nn
 
 from sfumato.checkpoint.fill import fill_layers
+from sfumato.flops import count_flops
 from sfumato.memory import peak_resident, resident
 from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
 
