@@ -16,6 +16,7 @@ from torch import Tensor
 import sfumato
 from sfumato.adapters.fold import Adapters
 from sfumato.adapters.lora import Report
+from sfumato.drawing.clips import draw_clips
 from sfumato.drawing.denoise import denoiser
 from sfumato.drawing.request import check_size, complete, enlarged_size, eta_samplers
 from sfumato.drawing.sample import origin_of, sample, second_pass
@@ -143,6 +144,10 @@ class Model:
         without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
         read_as: what its files may leave open and drawing depends on, by option of `load`, as it was taken.
         latent_space: two models with equal ones can draw on each other's latents.
+        animates: it draws a clip from a picture, which a request must have, and reads no prompt. A model of clips has a
+            preset with `frames`, more than 1, and `fps`, and in `reads` what it reads of "frames", "fps",
+            "guidance_first", "motion" and "clip"; `latent_shape` says of a number of frames what latents it makes, or
+            refuses it.
         controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
             -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
             the tensors that one adds, shown a picture (1, 3, H, W) in [0, 1]. `network(x, time, cond, control=…)`
@@ -178,9 +183,14 @@ class Model:
 
     @property
     def preset(self) -> dict[str, Any]:
-        """What a request that leaves them open gets: steps, guidance, sampler, schedule, size."""
+        """What a request that leaves them open gets: steps, guidance, sampler, schedule, size; of a model of clips also
+        frames, fps and the guidance of the first frame."""
         preset = self.system.config.preset
-        return {name: getattr(preset, name) for name in ("steps", "guidance", "sampler", "schedule", "size")}
+        known = {name: getattr(preset, name) for name in ("steps", "guidance", "sampler", "schedule", "size")}
+        if getattr(preset, "frames", 1) > 1:
+            of_clips = {name: getattr(preset, name) for name in ("frames", "fps", "guidance_first")}
+            known |= {name: value for name, value in of_clips.items() if value is not None}
+        return known
 
     def attach(
         self,
@@ -253,9 +263,13 @@ class Model:
         if len({image.size for image in images}) > 1:
             raise InputError("the pictures to encode together must have one size", argument="images")
         check_size(images[0].size, self.system.config.multiple)
-        pixels = torch.stack([to_pixels(image) for image in images]).to(self.device)
+        return self.encode_pixels(torch.stack([to_pixels(image) for image in images]))
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H·f, W·f) in [-1, 1] → normalised latents (B, C, T, H, W)."""
         with self.precision():
-            return self.system.encode(pixels).float()
+            return self.system.encode(pixels.to(self.device)).float()
 
     @torch.inference_mode()
     def decode_pixels(self, latent: Tensor) -> Tensor:
@@ -313,13 +327,19 @@ class Model:
         return complete(self, request)
 
     def generate(self, request: Request, on_step: Callable[[Step], None] | None = None) -> Result:
-        """Draw the request's pictures. `on_step` hears of every step of every batch and may raise to cancel."""
+        """Draw the request's pictures, or its clips. `on_step` hears of every step of every batch and may raise to
+        cancel.
+        """
         request = self.complete(request)
         with self.with_loras(request):
             return self._generate(request, on_step)
 
     def _generate(self, request: Request, on_step: Callable[[Step], None] | None) -> Result:
         clock = Clock(self.device)
+        if request.moves:
+            clips = draw_clips(self, request, on_step)
+            clock.lap("denoise")
+            return Result((), self.recipe(request, clock.seconds), clips)
         cond = self.condition(request)
         clock.lap("text")
         canvas = tasks.canvas(request)
@@ -372,7 +392,7 @@ class Model:
         origin: Origin | None = None,
         done: int = 0,
     ) -> Tensor:
-        """Noise, or what `origin` begins with, → normalised latents (B, C, 1, H/f, W/f), picture k from seeds[k].
+        """Noise, or what `origin` begins with, → normalised latents (B, C, T, H/f, W/f), picture k from seeds[k].
 
         `request` must be complete, and hold these pictures alone if it asks for a variation. A refiner that takes over
         is told the request's prompts, and its sampler begins anew: one that remembers earlier answers of the network
@@ -421,10 +441,10 @@ class Model:
             return {}
         return {"controlnets": {k: v for k, v in self.system.control_hashes().items() if k in names}}
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(C, 1, H/f, W/f) of a picture of so many pixels."""
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """(C, T, H/f, W/f) of so many frames of so many pixels."""
         owner = self.system if hasattr(self.system, "latent_shape") else self.system.autoencoder
-        return owner.latent_shape(1, height, width)
+        return owner.latent_shape(frames, height, width)
 
 
 def _took(seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -183,6 +183,8 @@ class Tracer(LiveBytes):
         aten = torch.ops.aten
         if func in (aten._local_scalar_dense.default, aten.item.default):
             return 0.0
+        if func is aten.is_nonzero.default:  # what an `if` asks
+            return False
         if func is aten.detach_.default:  # of `torch.tensor` within `torch.device("meta")`: nothing changes
             return args[0]
         laid_out = ("reorder", "prepack")  # anew, by oneDNN: what comes out is as large

@@ -19,6 +19,8 @@ MAX_BLUR = 256  # pixels
 MAX_WEIGHT = 100.0  # of a LoRA
 MAX_LAYERS = 1_000  # of a network
 MAX_CONTROL = 10.0  # weight of a control picture
+MAX_FPS = 240.0
+MAX_MOTION = 1_023  # buckets; training had 0 to 255
 MAX_TOLD = 2**16  # pixels; of sizes that a network is told
 
 
@@ -251,6 +253,75 @@ class Micro(Part):
             for side in value:
                 checks.integer(name, side, 0 if f.name.endswith("crop") else 1, MAX_TOLD)
         return self
+
+
+@dataclass(frozen=True)
+class Motion(Part):
+    """What Stable Video Diffusion is told of a clip beside the picture it begins with and its frames per second.
+
+    bucket: how much moves, 0 to 255 in training. augment: deviation of the noise laid over the picture's pixels in
+    [-1, 1]; more of it lets the clip part further from the picture.
+    """
+
+    bucket: int = 127
+    augment: float = 0.02
+
+    def validate(self) -> Self:
+        checks.integer("motion.bucket", self.bucket, 0, MAX_MOTION)
+        checks.number("motion.augment", self.augment, 0.0, 10.0)
+        return self
+
+
+@dataclass(frozen=True)
+class Clip(Part):
+    """Pictures of one size, shown one after the other. fps: how many a second."""
+
+    frames: tuple[Image, ...]
+    fps: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.frames[0].size
+
+    @property
+    def seconds(self) -> float:
+        return len(self.frames) / self.fps
+
+    def validate(self) -> Self:
+        """`InputError` for what no clip is: fewer than two pictures, of several sizes, or a rate that is none."""
+        if not isinstance(self.frames, tuple) or len(self.frames) < 2:
+            raise InputError("a clip to begin with needs two frames or more", argument="clip")
+        for frame in self.frames:
+            checks.picture("clip", frame)
+        if len({frame.size for frame in self.frames}) > 1:
+            raise InputError("the frames of a clip must have one size", argument="clip")
+        checks.number("a clip's fps", self.fps, 0.0, MAX_FPS, "clip")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the frames by their fingerprints."""
+        return {"frames": [fingerprint("image", frame) for frame in self.frames], "fps": self.fps}
+
+    @classmethod
+    def from_json(cls, value: object, pictures: Iterable[Image] = ()) -> Clip:
+        """From such values, with the frames among `pictures`."""
+        if isinstance(value, cls):
+            return value
+        try:
+            found = nested(cls, "clip", value)
+        except InputError as error:
+            raise InputError(str(error), argument="clip") from None
+        named = found.frames if isinstance(found.frames, tuple) else ()
+        known = {fingerprint("image", picture): picture for picture in pictures}
+        missing = [name for name in named if isinstance(name, str) and name not in known]
+        if missing:
+            raise InputError(
+                f"clip names {len(missing)} frames, of which {checks.shown(missing[0])} is the first; give the clip "
+                "itself",
+                argument="clip",
+            )
+        return cls(tuple(known[name] if isinstance(name, str) else name for name in named), found.fps)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from sfumato.drawing.request import enlarged_size
 from sfumato.errors import InputError
 from sfumato.generate import BATCH, Model
 from sfumato.memory import OFFLOADS, MemoryPlan, Stage, available, check_offload, resident
+from sfumato.receipts.work import remember
 from sfumato.tasks.canvas import by, nearest_size
 from sfumato.types import Request
 
@@ -57,7 +58,9 @@ def offloaded(model: Model, offload: str) -> Model:
 def _changed(model: Model, change: Callable[[Any], Any]) -> Model:
     """The model with its system changed, and that of its refiner."""
     refiner = None if model.refiner is None else _changed(model.refiner, change)
-    return Model(change(model.system), model.device, model.name, refiner=refiner)
+    changed = Model(change(model.system), model.device, model.name, refiner=refiner)
+    changed.counted = model.counted
+    return changed
 
 
 def one(model: Model, request: Request, offload: str, limit: int | None) -> MemoryPlan:
@@ -68,9 +71,12 @@ def one(model: Model, request: Request, offload: str, limit: int | None) -> Memo
     size = request.size
     if request.hires is not None:
         size = enlarged_size(size, request.hires.scale, model.system.config.multiple)
-    encodes = request.image is not None or request.hires is not None
-    batch = min(request.count, BATCH)
+    # a clip's first picture is encoded when it is told to the network, and clips are drawn one by one
+    encodes = not request.moves and (request.image is not None or request.hires is not None)
+    encodes = encodes or request.clip is not None
+    batch = 1 if request.moves else min(request.count, BATCH)
     stages = model.system.trace(request, size, batch, encodes=encodes, offload=offload)
+    remember(model, request, size, stages, batch)
     if model.refiner is not None:
         second = model.refiner.system.trace(request, size, batch, encodes=False, offload=offload)
         stages = _together(stages, second)
@@ -124,7 +130,7 @@ def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
         narrow = _changed(model, lambda system: replace(system, dtype=torch.bfloat16))
         if (least := plan(narrow, request, found.offload, found.limit)).fits:
             ways.append(f"--dtype bf16 ({shown(least.peak)})")
-    if request.image is None and request.hires is None:
+    if request.hires is None and (request.image is None or request.moves):
         for share in (0.75, 0.5, 0.25):
             size = nearest_size(
                 (int(request.size[0] * share), int(request.size[1] * share)), model.system.config.multiple
@@ -133,9 +139,16 @@ def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
             if smaller.fits:
                 ways.append(f"--size {by(size)} ({shown(smaller.peak)})")
                 break
+    if request.moves and request.frames is not None:
+        fewer = replace(request, frames=max(2, request.frames // 2), count=1)
+        if (least := plan(model, fewer, found.offload, found.limit)).fits:
+            ways.append(f"--frames {fewer.frames} ({shown(least.peak)})")
     whose = "--memory allows" if found.allowed == found.limit else "are there"
+    what = f"{request.count} of {by(request.size)}"
+    if request.moves:
+        what = f"{request.frames} frames of {by(request.size)}"
     return InputError(
-        f"drawing {request.count} of {by(request.size)} needs {shown(found.peak)} of memory with --offload "
+        f"drawing {what} needs {shown(found.peak)} of memory with --offload "
         f"{found.offload}, and {shown(found.allowed)} {whose}; "
         + (
             f"what fits: {' or '.join(ways)}" if ways else "no smaller size or type fits: a smaller model may"

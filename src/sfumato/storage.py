@@ -92,6 +92,11 @@ def _neighbour(target: Path, suffix: str = "", mark: str = "") -> Path:
     return target.with_name(f".{target.name[:32]}.{mark}{secrets.token_hex(8)}{suffix}")
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept for this user: `sfumato/NAME` in $XDG_CACHE_HOME, or else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / name
+
+
 def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_file(path) as temporary:

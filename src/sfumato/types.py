@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.parts import (
+    MAX_FPS,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
+    Clip,
     Control,
     HiRes,
     Inpaint,
     LoraUse,
     Micro,
+    Motion,
     Part,
     SkipLayers,
     Variation,
@@ -44,12 +47,14 @@ MAX_COUNT = 64
 MAX_CLIP_SKIP = 24
 MAX_REUSE = 10  # calls that share deep features; DeepCache goes to 10
 MAX_TEXT_LENGTH = 512  # tokens of a text encoder without windows; T5 was trained on these
+MAX_FRAMES = 1_000
 FITS = ("cover", "contain", "stretch")
 PARTS: dict[str, type[Part]] = {
     "inpaint": Inpaint,
     "hires": HiRes,
     "variation": Variation,
     "micro": Micro,
+    "motion": Motion,
     "skip_layers": SkipLayers,
 }
 LISTS: dict[str, Any] = {"loras": LoraUse, "controls": Control}  # fields with several of one part
@@ -57,16 +62,18 @@ LISTS: dict[str, Any] = {"loras": LoraUse, "controls": Control}  # fields with s
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is told. The last three are for networks that ask for them, and None for others.
+    """What a denoiser is told. The last four are for networks that ask for them, and None for others.
 
-    tokens: (B, N, D) text features. mask: (B, N) bool, True where a token is real; None where all are read.
-    vector: (B, V) pooled text and sizes. guidance: (B, G) the guidance scale, embedded.
+    tokens: (B, N, D) features of a text, or of a picture. mask: (B, N) bool, True where a token is real; None where all
+    are read. vector: (B, V) pooled text and sizes. guidance: (B, G) the guidance scale, embedded. channels: (B, E, T,
+    H, W) what the network sees beside the sample; of one frame where all frames see the same.
     """
 
     tokens: Tensor
     mask: Tensor | None = None
     vector: Tensor | None = None
     guidance: Tensor | None = None
+    channels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -112,6 +119,16 @@ class Request:
     micro: what SDXL is told of sizes, crops and aesthetics.
     refine_at: the share of the noise levels, from the noisiest, after which a model's refiner takes over, diffusers'
         denoising_end; None is 0.8 where there is a refiner.
+    Clips, of models that draw them:
+        frames: how many; None is as many as the model was made for. A model of clips draws a picture of 1.
+        fps: frames per second, of which such a model may be told, and at which the clip is shown.
+        image: the clip's first picture; `fit` is then cover unless it says otherwise, and without `size` the clip has
+            the model's own, on end if the picture is.
+        guidance_first: guidance of the first frame; from there it changes evenly to `guidance`, which is the last's.
+        motion: how much is to move.
+        clip: frames to begin with instead of noise, as `strength` of them is redrawn; 0.75 by default. Without `frames`
+            all are taken, without `fps` their own rate, and without `image` the first is the picture. `fit` as of
+            image.
     loras: which of the LoRAs that the model has opened to draw with, and how much; None is as they were attached.
     controls: pictures that ControlNets of the model read. Then `fit` brings these to the size that is drawn, too.
     """
@@ -145,6 +162,16 @@ class Request:
     refine_at: float | None = None
     loras: tuple[LoraUse, ...] | None = None
     controls: tuple[Control, ...] | None = None
+    frames: int | None = None
+    fps: float | None = None
+    guidance_first: float | None = None
+    motion: Motion | None = None
+    clip: Clip | None = None
+
+    @property
+    def moves(self) -> bool:
+        """Whether a clip is asked for."""
+        return (self.frames or 1) > 1
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], pictures: Iterable[Image] = ()) -> Request:
@@ -174,6 +201,8 @@ class Request:
         for name in ("image", "mask"):
             if isinstance(values.get(name), str):
                 values[name] = known_picture(name, values[name], pictures, name)
+        if values.get("clip") is not None:
+            values["clip"] = Clip.from_json(values["clip"], pictures)
         return cls(**values).validate()
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,6 +214,8 @@ class Request:
                 continue
             if f.name in ("image", "mask"):
                 value = fingerprint(f.name, value)
+            elif f.name == "clip":
+                value = value.to_json()
             elif f.name in LISTS:
                 value = [each.to_json() for each in value]
             elif is_dataclass(value):
@@ -200,7 +231,12 @@ class Request:
     def for_some(self) -> list[str]:
         """The fields given, inner ones as `micro.crop`, that only some families of models read."""
         given = [
-            name for name in ("prompt_rules", "weighting", "text_length") if getattr(self, name) is not None
+            name
+            for name in (
+                *("prompt_rules", "weighting", "text_length"),
+                *("frames", "fps", "guidance_first", "motion", "clip"),
+            )
+            if getattr(self, name) is not None
         ]
         if self.micro is not None:
             given += [
@@ -232,6 +268,12 @@ class Request:
             checks.integer("steps", self.steps, 1, MAX_STEPS)
         if self.guidance is not None:
             checks.number("guidance", self.guidance, 0.0, 100.0)
+        if self.guidance_first is not None:
+            checks.number("guidance_first", self.guidance_first, 0.0, 100.0)
+        if self.frames is not None:
+            checks.integer("frames", self.frames, 1, MAX_FRAMES)
+        if self.fps is not None:
+            checks.number("fps", self.fps, 1.0, MAX_FPS)
         for name in ("sampler", "schedule", "prompt_rules", "weighting"):
             checks.name(name, getattr(self, name))
         if self.size is not None:
@@ -263,8 +305,13 @@ class Request:
                 checks.picture(name, getattr(self, name))
         for name in ("strength", "fit", "mask", "outpaint"):
             given = self.image is not None or (name == "fit" and bool(self.controls))
+            given = given or (name in ("fit", "strength") and self.clip is not None)
             if getattr(self, name) is not None and not given:
                 raise InputError(f"{name} needs an image to work on", argument=name)
+        if self.clip is not None:
+            if not isinstance(self.clip, Clip):
+                raise InputError(f"clip must be of type Clip, not {checks.shown(self.clip)}", argument="clip")
+            self.clip.validate()
         if self.strength is not None:
             checks.number("strength", self.strength, 0.0, 1.0)
         if self.fit is not None and self.fit not in FITS:
@@ -322,13 +369,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures and how they came to be. `recipe` is plain JSON: request, model, hashes, versions, seconds."""
+    """Pictures, or clips, and how they came to be. recipe: plain JSON: request, model, hashes, versions, seconds."""
 
     images: tuple[Image, ...]
     recipe: dict[str, Any] = field(default_factory=dict)
+    clips: tuple[Clip, ...] = ()
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write `path`, or `name-0.png` … `name-(n-1).png` for several, atomically, each with its recipe inside."""
+        """Write `path`, or `name-0.png` … `name-(n-1).png` for several, atomically, each with its recipe inside.
+
+        Pictures are written as .png, .jpg or .webp, clips as .mp4, .webm, .gif, .webp or, without an ending, as folders
+        of .png.
+        """
+        from sfumato.receipts.clips import save_clips
         from sfumato.receipts.provenance import save_images
 
-        return save_images(self, path)
+        return save_clips(self, path) if self.clips else save_images(self, path)

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 LEVELS = [
-    {"errors", "checks", "parts", "types", "storage", "runtime", "pictures", "memory", "flops"},
+    {"errors", "checks", "parts", "types", "storage", "runtime", "pictures", "memory", "flops", "video"},
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
@@ -144,7 +144,7 @@ def test_families_are_named_in_their_room_alone(file):
 PURE = re.compile(
     r"dataclass|dataclasses\.dataclass|field|property|staticmethod|classmethod|TypeVar|NewType|namedtuple|MappingProxyType"
     r"|set|frozenset|tuple|dict|list|sorted|range|len|min|max|sum|abs|round|float|int|str|bytes|zip|enumerate|map|any|all"
-    r"|re\.compile|math\.\w+|functools\.\w+|lru_cache|cache|contextmanager|struct\.Struct|torch\.(no_grad|inference_mode)"
+    r"|re\.compile|logging\.getLogger|math\.\w+|functools\.\w+|lru_cache|cache|contextmanager|struct\.Struct|torch\.(no_grad|inference_mode)"
     r"|'[^']*'\.\w+|_?[A-Z]\w*"  # methods of literal texts, and classes
     r"|\w+\.(items|values|keys|split|union|join|format|lower|upper|from_bytes)"
 )

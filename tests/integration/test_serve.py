@@ -20,6 +20,8 @@ from sfumato import Request, load
 from sfumato.receipts.provenance import read_recipe
 from sfumato.serve import keys
 
+pytestmark = pytest.mark.full  # a server of its own, for minutes
+
 LONG = {"steps": 1000, "count": 2}
 
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    AutoencoderKLTemporalDecoder,
     ControlNetModel,
     SD3ControlNetModel,
     UNet2DConditionModel,
-    UNetSpatioTemporalConditionModel,
 )
 from diffusers.loaders import single_file_utils as diffusers_files
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -212,15 +210,6 @@ def test_markers_of_v_prediction_are_read(kind, markers, traits, full):
     assert report.complete and set(report.dropped) == set(markers)
 
 
-def svd_file(full: dict) -> dict[str, tuple[int, ...]]:
-    """SVD in the original layout: SD 2 with eight channels, and layers in time."""
-    named = shapes(original("sd2", full))
-    named[f"{keys.UNET_PREFIX}input_blocks.0.0.weight"] = (320, 8, 3, 3)
-    named[f"{keys.UNET_PREFIX}label_emb.0.0.weight"] = (1280, 768)
-    named |= {f"{keys.UNET_PREFIX}input_blocks.{n}.0.time_mixer.mix_factor": (1,) for n in (1, 2, 4, 5, 7, 8)}
-    return named | {f"{keys.VAE_PREFIX}decoder.mid.block_1.time_stack.in_layers.0.weight": (512,)}
-
-
 def refused(named: dict) -> str:
     with pytest.raises(CheckpointError, match="this is") as caught:
         identify(named, SIGNATURES)
@@ -230,9 +219,6 @@ def refused(named: dict) -> str:
 def test_neighbours_in_the_original_layout_are_refused_by_name(full):
     unet = keys.UNET_PREFIX
     sd1, sd2, sdxl = (shapes(original(kind, full)) for kind in ("sd1", "sd2", "sdxl"))
-    assert refused(svd_file(full)).startswith("an SVD checkpoint")
-    bare = {n.removeprefix(unet): s for n, s in svd_file(full).items() if n.startswith(unet)}
-    assert refused(bare).startswith("an SVD checkpoint")
     assert refused(sd1 | {"control_model.time_embed.0.weight": (1280, 320)}).startswith("a ControlNet")
     assert refused(
         {"time_embed.0.weight": (1280, 320), "input_hint_block.0.weight": (16, 3, 3, 3)}
@@ -251,10 +237,6 @@ def test_neighbours_in_the_original_layout_are_refused_by_name(full):
 def test_neighbours_in_the_diffusers_layout_are_refused_by_name():
     with torch.device("meta"):
         built = {
-            "an SVD checkpoint": UNetSpatioTemporalConditionModel(),
-            "SVD's VAE": AutoencoderKLTemporalDecoder(
-                block_out_channels=(32, 64), down_block_types=["DownEncoderBlock2D"] * 2
-            ),
             "an SD3 ControlNet": SD3ControlNetModel(
                 num_layers=2, num_attention_heads=2, joint_attention_dim=128, caption_projection_dim=128
             ),

@@ -43,7 +43,7 @@ def test_tensors_of_one_layer_stand_side_by_side_and_the_next_layer_takes_their_
 
 
 def test_a_plan_takes_the_copy_as_one_operation():
-    known = {copy_into: lambda out, tensor: (copy_bytes(out, tensor), None)}
+    known = {copy_into: lambda out, tensor: (copy_bytes(out, tensor), 0, None)}
     with tracing(known) as tracer:
         out, tensor = torch.empty(3000, dtype=torch.bfloat16), torch.empty(3000, dtype=torch.float16)
         _, most = tracer.worst(lambda: copy_into(out, tensor))

@@ -114,12 +114,12 @@ def test_the_preview_is_gone_when_the_picture_is_there(model, capsys):
             return self.real.preview(latent)
 
     from sfumato import load
-    from sfumato.cli.generate import _watcher
+    from sfumato.cli.watch import watcher
     from sfumato.types import Request
 
     loaded = load(model)
     with show.progress() as bar:
-        watch, clean = _watcher(bar, Spy(loaded), Path("out.png"))
+        watch, clean = watcher(bar, Spy(loaded), Path("out.png"))
         loaded.generate(
             Request("a", steps=2, size=(32, 32)),
             on_step=lambda step: (watch(step), seen.append(os.listdir())),
@@ -143,10 +143,10 @@ def test_a_preview_takes_no_file_of_the_users(model, capsys):
 
 
 def test_a_run_that_fails_before_its_first_preview_removes_none(model):
-    from sfumato.cli.generate import _watcher
+    from sfumato.cli.watch import watcher
 
     with show.progress() as bar:
-        _, clean = _watcher(bar, None, Path("out.png"))
+        _, clean = watcher(bar, None, Path("out.png"))
         Path("out-preview.png").write_text("made by another meanwhile")
         clean()
     assert os.listdir() == ["out-preview.png"]

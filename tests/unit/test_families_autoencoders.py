@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import small_sd
+import small_svd
 from helpers import CPU, tiny_folder
 from sfumato import load
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
@@ -13,6 +14,7 @@ from sfumato.errors import CheckpointError, InputError
 from sfumato.families.autoencoders import open_autoencoder
 from sfumato.families.sd import folder
 from sfumato.families.sd.family import FAMILY
+from sfumato.families.svd.family import FAMILY as SVD
 from sfumato.fidelity.instrument import open_instrument
 from sfumato.storage import save_tensors, write_json
 
@@ -26,7 +28,7 @@ def small(tmp_path, monkeypatch):
 
     from sfumato import families
 
-    known = (replace(FAMILY, systems=small_sd.SMALL),)
+    known = (replace(FAMILY, systems=small_sd.SMALL), replace(SVD, systems=small_svd.SMALL))
     monkeypatch.setattr(families, "checkpoint_families", lambda: known)
     monkeypatch.setattr("sfumato.families.autoencoders.checkpoint_families", lambda: known)
     return small_sd.write("sd1", tmp_path / "sd1")
@@ -59,6 +61,18 @@ def test_a_checkpoints_is_the_whole_models(small):
         assert torch.allclose(
             alone.roundtrip(SHOWN), whole.system.decode(whole.system.encode(SHOWN)), atol=1e-4
         )
+
+
+def test_that_of_a_film_model_takes_pictures_alone(small, tmp_path):
+    """Each as a clip of one frame: what they are shown with does not matter."""
+    place = small_svd.write("svd", tmp_path / "svd")
+    whole = load(place, "cpu", dtype=torch.float32)
+    alone = open_autoencoder(place, CPU, torch.float32)
+    assert alone.digest == whole.hashes["autoencoder"]
+    with torch.inference_mode():
+        theirs = whole.system.decode(whole.system.encode(SHOWN))
+        both = alone.roundtrip(torch.cat([SHOWN, -SHOWN]))
+        assert torch.allclose(both[:1], theirs, atol=1e-4)
 
 
 def test_one_alone_and_another_in_its_place(small, tmp_path):

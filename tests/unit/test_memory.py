@@ -273,6 +273,7 @@ def test_the_first_level_that_fits_is_taken(file):
     )
 
 
+@pytest.mark.full
 def test_a_refiner_is_counted(tmp_path, monkeypatch):
     """Everything is kept, so while one model works the other's networks are beside it; and no stage is forgotten."""
     for kind in ("sdxl", "sdxl-refiner"):

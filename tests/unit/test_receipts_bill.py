@@ -131,3 +131,22 @@ def test_on_the_command_line(model, capsys):
     )
     assert run(["generate", "a cube", "-m", model.name, "-o", "o.png", "--steps", "2"]) == 0
     assert read_recipe(Path("o.png"))["receipt"]["money"] > 0
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_a_checkpoint_is_counted_as_it_is_planned(tmp_path, monkeypatch, pictures):
+    from sfumato import planning
+    from sfumato.families.sd.system import open_system
+    from sfumato.generate import Model
+    from small_sd import SMALL, write
+
+    path = write("sd1", tmp_path / "sd")
+    system = open_system(path, torch.device("cpu"), torch.float32, systems=SMALL, offload="model")
+    model = Model(system, torch.device("cpu"), "sd")
+    request = model.complete(Request("a cat", steps=2, size=(64, 64), count=pictures))
+    plan = planning.plan(model, request, "model")
+    ready = planning.follow(model, plan)
+    monkeypatch.setattr(type(system), "trace", None)  # it is not asked again
+    told = by_stage(work_of(ready, request))
+    done = count_flops(lambda: ready.generate(request))
+    assert sum(told.values()) == pytest.approx(done, rel=0.02)

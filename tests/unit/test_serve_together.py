@@ -121,7 +121,8 @@ def test_equal_requests_at_once_share_every_step(pocket):
         shared = drawn(pocket, requests)
     finally:
         Together.__call__ = real
-    assert (together.calls - before[0], together.called_rows - before[1]) == (5, 5 * 8)
+    calls, rows = together.calls - before[0], together.called_rows - before[1]
+    assert rows == 5 * 8 and calls < 10  # 20 one at a time; a thread that comes late waits for the next call
     assert max(furthest(a, b) for a, b in zip(alone, shared, strict=True)) <= TOLERANCE
 
 
@@ -274,12 +275,12 @@ def test_seconds_add_up_to_those_of_the_device(pocket):
 
 
 def test_what_a_request_takes_is_counted_before(pocket):
-    costs = Costs(pocket.model, together_of(pocket).bench)
+    costs = Costs(pocket.model)
     complete = pocket.model.complete
     one = costs.expected(complete(Request("a", steps=10)))
     two = costs.expected(complete(Request("a", steps=10, count=2)))
     assert (one.pixel_steps, two.pixel_steps) == (128 * 128 * 10, 2 * 128 * 128 * 10)
-    assert two.flops == 2 * one.flops > 0
+    assert two.flops["denoise"] == 2 * one.flops["denoise"] > 0
     assert two.need == 2 * one.need > 0
     heun = costs.expected(complete(Request("a", steps=10, sampler="heun")))
     assert heun.runs[0].calls == 19 and heun.runs[0].steps == 10
@@ -293,7 +294,7 @@ def test_what_a_request_takes_is_counted_before(pocket):
 def test_what_does_not_fit_is_refused_before_it_is_accepted(pocket):
     from sfumato.errors import InputError
 
-    costs = Costs(pocket.model, together_of(pocket).bench, memory=traced(pocket.model, (128, 128)) * 3)
+    costs = Costs(pocket.model, memory=traced(pocket.model, (128, 128)) * 3)
     costs.expected(pocket.model.complete(Request("a", count=3)))
     with pytest.raises(InputError, match="memory"):
         costs.expected(pocket.model.complete(Request("a", count=4)))
@@ -305,7 +306,9 @@ def test_a_model_is_opened_as_it_was_specified(tmp_path):
     assert isinstance(found.shared.system, Shared)
     facts = found.facts()
     assert (
-        facts["name"] == "mine" and facts["controls"] == ["depth"] and facts["preset"]["size"] == [128, 128]
+        facts["name"] == "mine"
+        and facts["controls"] == ["depth", "edge"]
+        and facts["preset"]["size"] == [128, 128]
     )
     result = found.shared.generate(Request("a cube", steps=2))
     assert result.recipe["model"] == "mine"

@@ -31,6 +31,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from sfumato.autoencoder.kl import (
     Attention,
@@ -99,6 +100,8 @@ def encode_banded(
     model: AutoencoderKL, pixels: Tensor, *, band: int = BAND, dtype: torch.dtype | None = None
 ) -> Posterior:
     """`model.encode(pixels)` within rounding: the posterior of pixels (B, 3, T, H, W). Arguments as `decode_banded`."""
+    if has_torch_function((pixels,)):  # a mode that counts operations sees this one whole
+        return handle_torch_function(encode_banded, (pixels,), model, pixels, band=band, dtype=dtype)
     model.check_pixels(pixels)
     check_finite(pixels, "pixels")
     B, _, T, H, W = pixels.shape
@@ -146,7 +149,7 @@ def rescued(
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    if not torch.isfinite(x).all():
+    if (~torch.isfinite(x)).any():
         raise InputError(f"{name} must be finite, but holds NaN or infinity", argument=name)
 
 
@@ -180,7 +183,20 @@ class Moments:
         return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
 
     def finite(self) -> bool:
-        return bool(torch.isfinite(self.mean + self.square).all())
+        return not bool((~torch.isfinite(self.mean + self.square)).any())
+
+
+def normalise(x: Tensor, norm: nn.GroupNorm, moments: Moments, wide: torch.dtype) -> None:
+    """In place, by given statistics, which is what a batch norm does outside training; in one rounding.
+
+    x: (1, C, H, W). wide: the type of the arithmetic.
+    """
+    mean, variance = (value.to(wide) for value in moments.of_groups(norm.num_groups))
+    weight, bias = norm.weight.to(wide), norm.bias.to(wide)
+    unused = x.new_empty(0, dtype=wide)
+    torch.native_batch_norm(
+        x, weight, bias, mean, variance, False, 0.0, norm.eps, out=(x, unused, unused.clone())
+    )
 
 
 @dataclass
@@ -244,7 +260,7 @@ class Pass:
         self.leave(stage, encoder.conv_norm_out, encoder.conv_out, out)
         if self.model.quant_conv is not None:
             out.copy_(self.pointwise(self.model.quant_conv, out.to(self.dtype)))
-            if not torch.isfinite(out).all():
+            if (~torch.isfinite(out)).any():
                 raise self.failure(self.model.quant_conv)
 
     # --- layers ---
@@ -265,13 +281,13 @@ class Pass:
     def leave(self, stage: Stage, norm: nn.GroupNorm, conv: nn.Conv2d, out: Tensor) -> None:
         """The last norm and convolution: the residual stream → out (1, C, H, W)."""
         convolve = self.convolution(conv, out.shape[3])
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        wrong = torch.zeros((), dtype=torch.bool, device=self.device)
         for y0, y1, window in self.windows(stage.x, conv.out_channels):
             self.activate(window, norm, stage.moments, y0 == 0, y1 == out.shape[2])
             rows = convolve(window)
             out[:, :, y0:y1] = rows
-            finite &= torch.isfinite(rows).all()
-        if not finite:
+            wrong |= (~torch.isfinite(rows)).any()
+        if wrong:
             raise self.failure(norm, conv)
 
     def mid(self, stage: Stage, block: MidBlock) -> None:
@@ -465,13 +481,7 @@ class Pass:
         return F.conv2d(x, *self.cast(conv))
 
     def normalise(self, x: Tensor, norm: nn.GroupNorm, moments: Moments) -> None:
-        """In place, by given statistics, which is what a batch norm does outside training; in one rounding."""
-        mean, variance = (value.to(self.wide) for value in moments.of_groups(norm.num_groups))
-        weight, bias = norm.weight.to(self.wide), norm.bias.to(self.wide)
-        unused = x.new_empty(0, dtype=self.wide)
-        torch.native_batch_norm(
-            x, weight, bias, mean, variance, False, 0.0, norm.eps, out=(x, unused, unused.clone())
-        )
+        normalise(x, norm, moments, self.wide)
 
     def activate(self, window: Tensor, norm: nn.GroupNorm, moments: Moments, top: bool, bottom: bool) -> None:
         """silu(norm(window)) in place. Rows beyond the picture's top and bottom are a convolution's padding: zero."""

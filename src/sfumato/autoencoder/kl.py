@@ -40,6 +40,9 @@ class KLConfig:
     use_quant_conv: bool = True  # a 1×1 convolution after the encoder
     use_post_quant_conv: bool = True  # a 1×1 convolution before the decoder
     mid_attention: bool = True  # attention over all cells of the latent, in encoder and decoder
+    temporal: bool = (
+        False  # the decoder mixes frames too (`temporal.py`), and then always attends in the middle
+    )
     force_upcast: bool = True  # activations outgrow float16 (65504), so half precision runs in float32
     preview: tuple[
         tuple[float, ...], ...
@@ -69,7 +72,7 @@ class KLConfig:
                 raise InputError(
                     f"{name} must be {self.latent_channels} {kind} numbers, one per channel", argument=name
                 )
-        for name in ("use_quant_conv", "use_post_quant_conv", "mid_attention", "force_upcast"):
+        for name in ("use_quant_conv", "use_post_quant_conv", "mid_attention", "temporal", "force_upcast"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, not {getattr(self, name)!r}", argument=name)
         rows = self.preview
@@ -116,13 +119,17 @@ class KLConfig:
                 and name != "sample_size"
             ):
                 raise InputError(f"unknown autoencoder field {name!r} in config.json", argument=name)
-        given = {}
+        temporal = values.get("_class_name") == TEMPORAL
+        given = {"temporal": temporal}
         for name, (ours, default) in DIFFUSERS.items():
             value = as_tuple(values.get(name))
             given[ours] = default if value is None else value
+        if temporal:
+            given["use_post_quant_conv"] = False
         return cls(**given)
 
 
+TEMPORAL = "AutoencoderKLTemporalDecoder"  # of diffusers; it has no convolution before its decoder
 OF_THIS_KIND = {
     "in_channels": 3,
     "out_channels": 3,

@@ -92,6 +92,40 @@ def peak_bytes(
     return block * dtype.itemsize + max(windows) + max(others) + result
 
 
+def clip_bytes(
+    config: KLConfig,
+    frames: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    band: int | None = BAND,
+) -> int:
+    """Bytes allocated at the worst moment of decoding a clip of so many frames of height × width pixels.
+
+    band: as in `decode_framed`; None for the plain pass. The result counts, weights and inputs do not.
+    """
+    check_size(config.factor, height, width)
+    size, result = dtype.itemsize, PIXEL_CHANNELS * frames * height * width * 4
+    worst = before = alone = (
+        0  # bytes: at most; of a frame as the last temporal half left it; of layers since, at most
+    )
+    for layer in layers_of(config, "decode", height, width):
+        kind, _, out, rows, columns = layer
+        alone = max(alone, plain_bytes(layer, size))
+        if band is None:  # a temporal half has what the spatial one gave, and two activations of its own
+            mixing = 4 * out * rows * columns * size if kind == "resnet" else 0
+            worst = max(worst, frames * max(alone, mixing))
+            alone = 0
+        elif kind in ("resnet", "out"):
+            made = out * rows * columns * size
+            few = min(rows, rows_of(band, columns * frames, out, out, size)) * columns * frames * out
+            mixing = few * (5 * size + max(4, size))
+            worst = max(worst, frames * max(before, made) + alone, frames * made + mixing)
+            before, alone = made, 0
+    return worst + 3 * result
+
+
 def band_for(
     config: KLConfig,
     task: Literal["decode", "encode"],

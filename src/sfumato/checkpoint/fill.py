@@ -17,12 +17,14 @@ from sfumato.checkpoint.report import SHOWN, Report, compare
 from sfumato.errors import CheckpointError
 from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.packed import layers, packed
+from sfumato.nn.temporal import Mixer
 
 ALWAYS_KEPT = (
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
     PatchEmbed,
+    Mixer,
 )  # never streamed: small, or a table to look up
 
 

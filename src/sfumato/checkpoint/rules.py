@@ -155,16 +155,22 @@ class SwapHalves:
 
 @dataclass(frozen=True)
 class Eye:
-    """A matrix of ours that changes nothing, where a file has none. It is read from no tensor, and has no inverse."""
+    """A matrix of ours that changes nothing, where a file has none. It is read from no tensor, and has no inverse.
+
+    ndim: 4 for that of a 1×1 convolution; 1 for the bias beside it, which is 0.
+    """
 
     ours: str
     width: int
     theirs: tuple[str, ...] = ()
+    ndim: int = 2
 
     def apply(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         import torch
 
-        return [torch.eye(self.width)]
+        if self.ndim == 1:
+            return [torch.zeros(self.width)]
+        return [torch.eye(self.width).view(self.width, self.width, *[1] * (self.ndim - 2))]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sfumato.cli import (
+    animate,
     chart,
     convert,
     cost,
@@ -32,6 +33,7 @@ from sfumato.errors import Cancelled, SfumatoError
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "generate": (generate.generate, generate.EXAMPLE),
+    "animate": (animate.animate, animate.EXAMPLE),
     "train": (train.train, train.EXAMPLE),
     "scenes": (scenes.scenes, scenes.EXAMPLE),
     "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
@@ -111,4 +113,4 @@ def _top(
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
-    """Sfumato: text to pictures by latent diffusion, with everything needed to train it."""
+    """Sfumato: text to pictures, and pictures to clips, by latent diffusion, with everything needed to train it."""

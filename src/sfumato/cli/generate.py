@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from sfumato.cli import controls, loras, options, parse, show
+from sfumato.cli import controls, loras, options, parse, show, watch
 from sfumato.cli import like as likeness
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
 
 MUCH_LARGER = 2.25  # in pixels: 1.5 times the sides
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
@@ -138,7 +132,7 @@ def generate(
     shown = controls.given([] if control in (None, controls.NONE) else control)
     networks = controls.files(controlnet or [])
     adapters = loras.given([] if lora in (None, loras.NONE) else lora)
-    default = {name for name in given if _left_open(context, name)}
+    default = {name for name in given if options.left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
     if image is not None:
         given["image"] = parse.picture("image", image)
@@ -165,7 +159,7 @@ def generate(
     request = Request.from_dict(_merged(given, told))
     check_output(output, request.count, request)
     if preview:
-        _check_preview(output)
+        watch.check_preview(output)
 
     started = time.perf_counter()
     if deterministic:
@@ -198,6 +192,8 @@ def generate(
         tokenizer=tokenizer,
         controlnets=networks,
     )
+    if getattr(loaded.system, "animates", False):
+        raise InputError(f"{model} draws clips and no pictures; use sfumato animate", argument="model")
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
         show.note(note)
     _note_guess(loaded)
@@ -213,9 +209,9 @@ def generate(
 
     meter = Meter()
     with show.progress() as bar:
-        watch, clean = _watcher(bar, loaded, output if preview else None)
+        hear, clean = watch.watcher(bar, loaded, output if preview else None)
         try:
-            result = loaded.generate(request, on_step=watch)
+            result = loaded.generate(request, on_step=hear)
         finally:
             clean()
     result = billed(loaded, request, result, meter)
@@ -243,14 +239,8 @@ def _left_open(context: typer.Context, name: str) -> bool:
 
 
 def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a request from those `given`, some of them inner ones such as `hires.scale`, laid over those `said`."""
-    values = dict(said)
-    for name, value in given.items():
-        outer, dot, inner = name.partition(".")
-        if dot:
-            values[outer] = {**(values.get(outer) or {}), inner: value}
-        else:
-            values[outer] = value
+    """Fields of a request from those `given` laid over those `said`, with what cannot stand alone."""
+    values = parse.merged(given, said)
     if "prompt" not in values:
         raise InputError(
             "give a prompt (it may be empty), or a picture to take it from by --like", argument="prompt"
@@ -283,61 +273,3 @@ def _note_guess(loaded: Any) -> None:
     if getattr(config, "guessed", ""):
         calls = f"its file calls it {config.guessed[:80]!r}"
         show.note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
-
-
-def _preview_of(output: Path) -> Path:
-    return output.with_name(f"{output.stem}-preview.png")
-
-
-def _check_preview(output: Path) -> None:
-    """Raise `InputError` if the forming picture would go to a file, and one of its name is there already."""
-    file = _preview_of(output)
-    if not show.console().is_terminal and os.path.lexists(file):
-        raise InputError(
-            f"the preview would overwrite {str(file)!r}; move that file, or name another output",
-            argument="preview",
-        )
-
-
-def _watcher(
-    bar: Progress, model: Any, preview: Path | None
-) -> tuple[Callable[[Any], None], Callable[[], None]]:
-    """(on_step, clean up): moves the bar, and shows the forming picture in the terminal or in `name-preview.png`.
-
-    Only a file that was written here is removed.
-    """
-    task = bar.add_task("drawing", total=None)
-    file = None if preview is None else _preview_of(preview)
-    written = False
-    live = None
-    if preview is not None and bar.console.is_terminal:
-        from rich.live import Live
-
-        live = Live(console=bar.console, transient=True, auto_refresh=False)
-        bar.stop()
-        live.start()
-
-    def watch(step: Any) -> None:
-        nonlocal written
-        bar.update(task, total=step.total, completed=step.index + 1)
-        if preview is None:
-            return
-        picture = model.preview(step.denoised[:1])
-        if live is not None:
-            from rich.console import Group
-
-            live.update(Group(show.half_blocks(picture), bar.get_renderable()), refresh=True)
-        elif file is not None:
-            from sfumato.storage import atomic_file
-
-            written = True  # before it is: an interrupt may come as soon as it is there
-            with atomic_file(file) as temporary:
-                picture.save(temporary, format="PNG")
-
-    def clean() -> None:
-        if live is not None:
-            live.stop()
-        elif file is not None and written:
-            file.unlink(missing_ok=True)
-
-    return watch, clean

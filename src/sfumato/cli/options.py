@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 PICTURE, MASK, CONTROL, LARGER, FASTER, PROMPT, TUNING, WEIGHTS = (
     "Beginning with a picture",
@@ -427,3 +427,9 @@ Deterministic = Annotated[
     ),
 ]
 AsJson = Annotated[bool, Option("--json", help="Answer with one JSON object.")]
+
+
+def left_open(context: Context, name: str) -> bool:
+    """Whether the option has its value by default, so that a picture to be like may give another."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"

@@ -92,6 +92,26 @@ def interval(name: str, text: str) -> tuple[float, float]:
     return number(name, low), number(name, high)
 
 
+def guidance(text: str) -> dict[str, float]:
+    """`3`, or `1:3` from the first frame of a clip to its last, to fields of a request."""
+    first, colon, last = text.partition(":")
+    if not colon:
+        return {"guidance": number("guidance", text)}
+    return {"guidance_first": number("guidance", first), "guidance": number("guidance", last)}
+
+
+def merged(given: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a request from those `given`, some of them inner ones such as `hires.scale`, laid over those `said`."""
+    values = dict(said)
+    for name, value in given.items():
+        outer, dot, inner = name.partition(".")
+        if dot:
+            values[outer] = {**(values.get(outer) or {}), inner: value}
+        else:
+            values[outer] = value
+    return values
+
+
 def wholes(name: str, text: str) -> tuple[int, ...]:
     """`7,8,9` to whole numbers."""
     return tuple(whole(name, part) for part in text.split(","))

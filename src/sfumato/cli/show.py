@@ -41,11 +41,11 @@ def line(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
-def note(text: str) -> None:
-    """Print a remark as one line on standard error."""
+def note(message: str) -> None:
+    """Print one line on standard error, of something that should be known and hinders nothing."""
+    line = " ".join(message.split())
     encoding = sys.stderr.encoding or "utf-8"
-    remark = "note: " + " ".join(text.split())
-    sys.stderr.write(remark.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stderr.write("note: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], keys: int = 1) -> None:

@@ -33,7 +33,7 @@ def denoiser(
     """
     assert request.guidance is not None
     system, preset = model.system, model.system.config.preset
-    scale = 1.0 if getattr(system, "told_guidance", False) else request.guidance
+    scale = 1.0 if getattr(system, "told_guidance", False) else scale_of(model, request)
     how = scale, request.guidance_interval or preset.interval, getattr(preset, "rescale", 0.0)
     voices = (Voice(((0, cond),)),) if isinstance(cond, Conditioning) else cond
     sigmas = torch.empty(0)
@@ -66,6 +66,16 @@ def denoiser(
     answers = [saying(make_network(), voice, wanted=True) for voice in others]
     weights = [voice.weight for voice in voices]
     return composed_batched(both, answers, weights, *how, skipping)
+
+
+def scale_of(model: Model, request: Request) -> float | Tensor:
+    """The scale of guidance; of a clip whose first frame has another than the last, (1, 1, T, 1, 1) for its latents."""
+    assert request.guidance is not None
+    first, last = request.guidance_first, request.guidance
+    if first is None or first == last or not request.moves or request.size is None:
+        return last
+    frames = model.latent_shape(request.size[1], request.size[0], request.frames or 1)[1]
+    return torch.linspace(first, last, frames, device=model.device).view(1, 1, -1, 1, 1)
 
 
 def _network(

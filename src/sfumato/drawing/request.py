@@ -29,10 +29,14 @@ REFINE_AT = (
 def complete(model: Model, request: Request) -> Request:
     """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
     sizes and steps. Doing it twice changes nothing."""
-    request = settle(request.validate(), model.system.config.multiple, model.preset["size"])
-    request = request.with_defaults(**model.preset | _loras(model, request)).validate()
+    request = request.validate()
+    if getattr(model.system, "animates", False) and request.clip is None:
+        request = request.with_defaults(frames=model.preset["frames"])
+    request = settle(request, model.system.config.multiple, model.preset["size"])
+    request = request.with_defaults(**_preset(model, request) | _loras(model, request)).validate()
     assert request.size and request.sampler and request.schedule and request.steps
     check_size(request.size, model.system.config.multiple)
+    _check_clip(model, request)
     sampler_named(request.sampler)
     if request.eta is not None and request.sampler not in eta_samplers():
         raise InputError(
@@ -62,6 +66,29 @@ def complete(model: Model, request: Request) -> Request:
     if model.refiner is not None and request.refine_at is None:
         request = replace(request, refine_at=REFINE_AT)
     return request
+
+
+def _preset(model: Model, request: Request) -> dict[str, Any]:
+    """What the request gets that it leaves open. How many frames is asked for, or else it is a picture."""
+    left = {"frames"} if request.moves else {"frames", "fps", "guidance_first"}
+    return {name: value for name, value in model.preset.items() if name not in left}
+
+
+def _check_clip(model: Model, request: Request) -> None:
+    """`InputError` for what a model of clips, or one that animates pictures, cannot draw."""
+    assert request.size is not None
+    system = model.system
+    if getattr(system, "animates", False):
+        if request.image is None:
+            raise InputError(f"{model.name!r} sets a picture in motion; give one by image", argument="image")
+        for name in ("prompt", "negative"):
+            if getattr(request, name):
+                raise InputError(f"{model.name!r} reads no {name}; leave it out", argument=name)
+    if request.moves:
+        if request.variation is not None or request.controls:
+            name = "variation" if request.variation is not None else "controls"
+            raise InputError(f"{name} is for pictures; leave it out of a clip", argument=name)
+        model.latent_shape(request.size[1], request.size[0], request.frames or 1)
 
 
 def _loras(model: Model, request: Request) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def sample(
     origin: Origin | None = None,
     done: int = 0,
 ) -> Tensor:
-    """Noise, or what `origin` begins with, → normalised latents (B, C, 1, H/f, W/f); see `Model.sample`."""
+    """Noise, or what `origin` begins with, → normalised latents (B, C, T, H/f, W/f); see `Model.sample`."""
     assert (
         request.size
         and request.sampler
@@ -52,7 +52,7 @@ def sample(
         and request.guidance is not None
     )
     width, height = request.size
-    shape = model.latent_shape(height, width)
+    shape = model.latent_shape(height, width, request.frames or 1)
     noise = noise_of(model, seeds, shape, request)
     initial = noise.initial()
     sigmas = levels_of(model, request)
@@ -126,7 +126,7 @@ def origin_of(model: Model, canvas: Canvas, request: Request) -> Origin:
 def noise_of(
     model: Model, seeds: Sequence[int], shape: Sequence[int], request: Request
 ) -> SeededNoise | VariedNoise:
-    """The noise of each picture's seed, or between that and another's; shape: (C, 1, H, W) of one."""
+    """The noise of each picture's seed, or between that and another's; shape: (C, T, H, W) of one."""
     if request.variation is None:
         return SeededNoise(seeds, shape, model.device, torch.float32)
     others = [request.variation.seed + k for k in range(len(seeds))]

@@ -44,12 +44,8 @@ PACKAGED = {"pocket": Path(__file__).parent / "pocket" / "weights"}
 DEFAULT_MODEL = "pocket"
 DEFAULT_FAMILY = "pocket"  # of a recipe that names none
 CARD = "model.json"
-UNUSED = (
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-)  # parts of a Hub's folder that nothing here reads
-CHECKPOINTS = ("sd", "sd3")
+UNUSED = ("safety_checker", "feature_extractor")  # parts of a Hub's folder that nothing here reads
+CHECKPOINTS = ("sd", "sd3", "svd")
 
 
 def family_named(name: str) -> ModuleType:

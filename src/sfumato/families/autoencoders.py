@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.autoencoder.banded import decode_safe, encode_safe
-from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
+from sfumato.autoencoder.banded import encode_safe
+from sfumato.autoencoder.kl import KLConfig
 from sfumato.autoencoder.model import Autoencoder
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families import checkpoint_families, family_of, is_checkpoint, located, model_folder
-from sfumato.families.published.checkpoint import Checkpoint, open_checkpoint, same_vae
+from sfumato.families.published.checkpoint import Checkpoint, open_checkpoint, same_latents
 from sfumato.families.published.networks import part_hash
 from sfumato.families.published.openers import autoencoder as filled
 from sfumato.families.published.openers import kept_dtype
 from sfumato.families.published.signatures import VAES
+from sfumato.families.published.system import decoded
 from sfumato.runtime import autocast
 from sfumato.storage import tensors_hash
 
@@ -76,7 +77,7 @@ def _published(path: Path, device: torch.device, dtype: torch.dtype, vae: str | 
         other = open_checkpoint(vae, families)
         if "vae" not in other.parts:
             raise InputError(f"{vae} holds no autoencoder", argument="vae")
-        if kind is not None and other.kind in VAES and not same_vae(other.kind, kind):
+        if kind is not None and other.kind in VAES and not same_latents(other.kind, kind):
             raise InputError(
                 f"{vae} is {other.kind}, an autoencoder of other latents than {path} has", argument="vae"
             )
@@ -84,12 +85,10 @@ def _published(path: Path, device: torch.device, dtype: torch.dtype, vae: str | 
     if "vae" not in found.parts:
         advice = "" if vae is not None else "; give a whole checkpoint, or the autoencoder with --vae"
         raise CheckpointError(f"{source} is {found.kind} without an autoencoder{advice}")
-    model: AutoencoderKL = filled(
-        _config(found), found.parts["vae"], f"{source} (vae)", kept_dtype(device, dtype), device
-    )
+    model = filled(_config(found), found.parts["vae"], f"{source} (vae)", kept_dtype(device, dtype), device)
 
     def roundtrip(pixels: Tensor) -> Tensor:
-        return decode_safe(model, encode_safe(model, pixels).mode()).float()
+        return decoded(model, encode_safe(model, pixels).mode()).float()
 
     config = model.config
     return Opened(

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from sfumato.errors import InputError
 from sfumato.fidelity.chart import Chart, named
 from sfumato.fidelity.instrument import Instrument
-from sfumato.storage import write_json
+from sfumato.storage import cache_folder, write_json
 
 BESIDE = "chart.json"  # in a model's folder
 
 
-def cache_folder() -> Path:
-    """Where charts are kept: `sfumato/charts` in $XDG_CACHE_HOME, or else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "charts"
-
-
 def find(instrument: Instrument) -> Chart | None:
     """The chart of these very weights, if there is one; one that cannot be read is none."""
-    places = [cache_folder() / f"{instrument.digest}.json"]
+    places = [cache_folder("charts") / f"{instrument.digest}.json"]
     if instrument.folder is not None:
         places.append(instrument.folder / BESIDE)
     for place in places:
@@ -33,7 +27,7 @@ def find(instrument: Instrument) -> Chart | None:
 
 def keep(chart: Chart) -> Path | None:
     """Put a chart into the cache; where that cannot be written there is none, and None is given."""
-    place = cache_folder() / f"{chart.digest}.json"
+    place = cache_folder("charts") / f"{chart.digest}.json"
     try:
         write_json(place, chart.to_dict())
     except OSError:
@@ -46,8 +40,8 @@ def known(other_than: str) -> list[Chart]:
     from sfumato.families import PACKAGED
 
     places = [folder / BESIDE for folder in PACKAGED.values()]
-    if cache_folder().is_dir():
-        places += sorted(cache_folder().glob("*.json"))
+    if cache_folder("charts").is_dir():
+        places += sorted(cache_folder("charts").glob("*.json"))
     charts = {chart.digest: chart for chart in map(read, places) if chart is not None}
     charts.pop(other_than, None)
     return list(charts.values())

@@ -20,13 +20,16 @@ def sinusoid(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor
 
 
 class Embedding(nn.Module):
-    """linear_2(silu(linear_1(x))): (B, width) → (B, out). `cond_width` adds a projection of a second vector to x."""
+    """linear_2(silu(linear_1(x))): (B, width) → (B, out). `cond_width` adds a projection of a second vector to x.
 
-    def __init__(self, width: int, out: int, cond_width: int = 0):
+    inner: width between the two; 0 means `out`.
+    """
+
+    def __init__(self, width: int, out: int, cond_width: int = 0, inner: int = 0):
         super().__init__()
-        self.linear_1 = nn.Linear(width, out)
+        self.linear_1 = nn.Linear(width, inner or out)
         self.cond_proj = nn.Linear(cond_width, width, bias=False) if cond_width else None
-        self.linear_2 = nn.Linear(out, out)
+        self.linear_2 = nn.Linear(inner or out, out)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         if self.cond_proj is not None and cond is not None:

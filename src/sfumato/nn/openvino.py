@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
-from sfumato.storage import atomic_file
+from sfumato.storage import atomic_file, cache_folder
 
 ENGINE = "openvino"
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -49,11 +48,6 @@ def plugin(engine: str) -> str:
     return device
 
 
-def cache_folder() -> Path:
-    """Where compiled networks are kept: `sfumato/openvino` in $XDG_CACHE_HOME, or else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "openvino"
-
-
 class OpenVINONetwork:
     """Called as the network it stands for, and answers as it does within the rounding of `dtype`.
 
@@ -73,7 +67,7 @@ class OpenVINONetwork:
     ):
         self.config, self.network, self.weights = config, network, weights
         self.dtype, self.device = dtype, device
-        self.cache = cache_folder() if cache is None else cache
+        self.cache = cache_folder("openvino") if cache is None else cache
         self.compiled: dict[str, Any] = {}
 
     def __call__(

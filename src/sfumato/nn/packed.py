@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.nn.attention import products_are_fast
 from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.spatial import GEGLU, TanhGELU
+from sfumato.nn.temporal import TemporalConv
 from sfumato.nn.unet import Upsample
 
 ROWS = 2048  # tokens, and
@@ -69,6 +70,8 @@ def packed(layer: nn.Module) -> nn.Module | None:
         return PackedUpsample(layer)
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer.weight, layer.bias)
+    if isinstance(layer, TemporalConv):
+        return PackedConv2d(layer.flat, layer.bias, padding=(1, 0))
     if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         form = layer.stride, layer.padding, layer.dilation, layer.groups
         return PackedConv2d(layer.weight, layer.bias, *form)

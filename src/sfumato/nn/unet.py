@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from sfumato.errors import InputError
 from sfumato.nn.embed import Embedding, sinusoid
-from sfumato.nn.plain import from_plain
+from sfumato.nn.plain import check_whole, from_plain
 from sfumato.nn.spatial import SpatialTransformer
 
 EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its own
@@ -49,33 +49,12 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "context", "resnets", "groups", "mid_depth"):
-            _check_whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         for name in ("vector", "time_cond"):
-            _check_whole(name, getattr(self, name), 0)
+            check_whole(name, getattr(self, name), 0)
         if not isinstance(self.linear, bool):
             raise InputError(f"linear must be true or false, not {self.linear!r}", argument="linear")
-        if not self.channels:
-            raise InputError("channels must name those of at least one level", argument="channels")
-        for name, least in (("channels", 1), ("depths", 0), ("heads", 1)):
-            values = getattr(self, name)
-            if len(values) != len(self.channels):
-                raise InputError(
-                    f"{name} must have a value for each of the {len(self.channels)} levels, not {len(values)}",
-                    argument=name,
-                )
-            for value in values:
-                _check_whole(name, value, least)
-        attends = [*self.depths[:-1], self.mid_depth]
-        for width, heads, depth in zip(self.channels, self.heads, attends, strict=True):
-            if width % self.groups:
-                raise InputError(
-                    f"channels must be multiples of the {self.groups} groups, not {width}",
-                    argument="channels",
-                )
-            if depth and width % heads:
-                raise InputError(
-                    f"heads must divide the channels of their level, not {heads} of {width}", argument="heads"
-                )
+        check_levels(self)
 
     @property
     def time_width(self) -> int:
@@ -101,22 +80,48 @@ class UNetConfig:
         return asdict(self)
 
 
+def check_levels(config: Any) -> None:
+    """`InputError` unless `channels`, `depths`, `heads` and `groups` of a U-Net's configuration go together."""
+    if not config.channels:
+        raise InputError("channels must name those of at least one level", argument="channels")
+    for name, least in (("channels", 1), ("depths", 0), ("heads", 1)):
+        values = getattr(config, name)
+        if len(values) != len(config.channels):
+            raise InputError(
+                f"{name} must have a value for each of the {len(config.channels)} levels, not {len(values)}",
+                argument=name,
+            )
+        for value in values:
+            check_whole(name, value, least)
+    attends = [*config.depths[:-1], config.mid_depth]
+    for width, heads, depth in zip(config.channels, config.heads, attends, strict=True):
+        if width % config.groups:
+            raise InputError(
+                f"channels must be multiples of the {config.groups} groups, not {width}", argument="channels"
+            )
+        if depth and width % heads:
+            raise InputError(
+                f"heads must divide the channels of their level, not {heads} of {width}", argument="heads"
+            )
+
+
 class Resnet(nn.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time))); the shortcut is 1×1 where channels change."""
 
-    def __init__(self, channels: int, out: int, time_width: int, groups: int):
+    def __init__(self, channels: int, out: int, time_width: int, groups: int, eps: float = EPS):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels, EPS)
+        self.norm1 = nn.GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, out)
-        self.norm2 = nn.GroupNorm(groups, out, EPS)
+        self.norm2 = nn.GroupNorm(groups, out, eps)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: (B, C, H, W); time: (B, time_width), after its activation. Returns (B, out, H, W)."""
+        """x: (B·T, C, H, W), T rows for each of time (B, time_width), activated. Returns (B·T, out, H, W)."""
         h = self.conv1(functional.silu(self.norm1(x), inplace=True))  # (B, out, H, W)
-        h += self.time_emb_proj(time)[:, :, None, None]
+        told = self.time_emb_proj(time)[:, :, None, None]
+        h += told if len(h) == len(told) else told.repeat_interleave(len(h) // len(told), 0)
         h = self.conv2(functional.silu(self.norm2(h), inplace=True))
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
@@ -385,8 +390,3 @@ def _transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransform
         config.groups,
         linear=config.linear,
     )
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}", argument=name)

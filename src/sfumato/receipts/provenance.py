@@ -50,9 +50,21 @@ def check_output(path: str | os.PathLike[str], count: int = 1, request: Request 
     the recipe of `request` fits into it.
     """
     path = Path(path)
-    shown = repr(str(path)[:200])
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"output {shown} must end in .png, .jpg, .jpeg or .webp", argument="output")
+        raise InputError(
+            f"output {str(path)[:200]!r} must end in .png, .jpg, .jpeg or .webp", argument="output"
+        )
+    check_place(path, targets(path, count))
+    if request is not None:
+        check_recipe(request, path.suffix.lower())
+
+
+def check_place(path: str | os.PathLike[str], files: list[Path], *, folder: bool = False) -> None:
+    """Raise `InputError` now if `files`, named after `path`, could not be written later: the folder they lie in must be
+    there, and writable. folder: they are folders themselves.
+    """
+    path = Path(path)
+    shown = repr(str(path)[:200])
     try:
         os.fsencode(path)
         if "\0" in str(path):
@@ -66,11 +78,12 @@ def check_output(path: str | os.PathLike[str], count: int = 1, request: Request 
             raise InputError(
                 f"the folder {str(path.parent)!r} does not exist; create it first", argument="output"
             )
-        for target in targets(path, count):
-            if target.is_dir():
+        for target in files:
+            if target.is_dir() and not folder:
                 raise InputError(f"output {shown} is a folder; name a file in it", argument="output")
             with contextlib.suppress(FileNotFoundError):
-                if stat.S_IFMT(os.lstat(target).st_mode) not in (stat.S_IFREG, stat.S_IFLNK):
+                kinds = (stat.S_IFREG, stat.S_IFLNK, *((stat.S_IFDIR,) if folder else ()))
+                if stat.S_IFMT(os.lstat(target).st_mode) not in kinds:
                     raise InputError(f"output {shown} exists and is not a file", argument="output")
     except OSError as error:
         raise InputError(f"output {shown} cannot be written: {error.strerror}", argument="output") from None
@@ -81,8 +94,6 @@ def check_output(path: str | os.PathLike[str], count: int = 1, request: Request 
         raise InputError(
             f"the folder {str(path.parent)!r} cannot be written to: {error.strerror}", argument="output"
         ) from None
-    if request is not None:
-        check_recipe(request, path.suffix.lower())
 
 
 def check_recipe(request: Request, suffix: str) -> None:
@@ -135,7 +146,7 @@ def recipe_of(recipe: dict[str, Any], index: int) -> dict[str, Any]:
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe inside a picture written by `save_images`. Raises `InputError` if there is none or no picture."""
-    recipe = _recipe(_texts(path), path)
+    recipe = recipe_in(_texts(path), path)
     if recipe is None:
         raise InputError(f"{path} carries no recipe of ours")
     return recipe
@@ -171,7 +182,7 @@ def read_like(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Like:
     the file, for a picture that says nothing usable.
     """
     texts = _texts(path, "like")
-    recipe = _recipe(texts, path)
+    recipe = recipe_in(texts, path)
     if recipe is not None:
         return _like_recipe(recipe, path, skip)
     text = texts.get("parameters") or texts.get("comment")
@@ -226,7 +237,8 @@ def _texts(path: str | os.PathLike[str], argument: str = "path") -> dict[str, st
     return texts(read_file(path, argument), f"{argument} {shown(path)}")
 
 
-def _recipe(texts: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def recipe_in(texts: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The recipe among what a picture or a clip says of itself, None if none is; `InputError` if it is damaged."""
     text = texts.get("sfumato") or _xmp_recipe(texts.get("xmp"))
     if text is None:
         return None
@@ -247,13 +259,7 @@ def parameters(recipe: dict[str, Any]) -> str:
 def _save(image: Image, file: Path | BinaryIO, suffix: str, recipe: dict[str, Any]) -> None:
     kind = FORMATS[suffix]
     if kind == "PNG":
-        from PIL.PngImagePlugin import PngInfo
-
-        info = PngInfo()
-        info.add_text("parameters", parameters(recipe))
-        info.add_text("sfumato", json.dumps(recipe))
-        info.add_itxt("XML:com.adobe.xmp", xmp(composite=_composite(recipe)))
-        image.save(file, format=kind, pnginfo=info)
+        save_png(image, file, recipe)
         return
     packet = xmp(recipe, _composite(recipe)).encode()
     exif = _user_comment(parameters(recipe))
@@ -264,6 +270,28 @@ def _save(image: Image, file: Path | BinaryIO, suffix: str, recipe: dict[str, An
         image.convert("RGB").save(file, format=kind, quality=95, subsampling=0, exif=exif, xmp=packet)
     else:
         image.save(file, format=kind, lossless=True, exif=exif, xmp=packet)
+
+
+def save_png(image: Image, file: Path | BinaryIO, recipe: dict[str, Any]) -> None:
+    """A PNG with the recipe in its text chunks, and the XMP packet."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", parameters(recipe))
+    info.add_text("sfumato", json.dumps(recipe))
+    info.add_itxt("XML:com.adobe.xmp", xmp(composite=_composite(recipe)))
+    image.save(file, format="PNG", pnginfo=info)
+
+
+def exif_and_xmp(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a WebP says of itself, as its encoder takes it."""
+    packet = xmp(recipe, _composite(recipe)).encode()
+    return {"exif": _user_comment(parameters(recipe)).tobytes(), "xmp": packet}
+
+
+def source_type(recipe: dict[str, Any]) -> str:
+    """IPTC's name of how something came to be that a model drew."""
+    return COMPOSITE_TYPE if _composite(recipe) else SOURCE_TYPE
 
 
 def _user_comment(text: str) -> Exif:

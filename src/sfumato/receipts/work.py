@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.generate import Model
+    from sfumato.memory import Stage
 
 WINDOW = 300  # characters that a window of 75 tokens reads, roughly
 KEPT = 64  # kinds of request that a model keeps the count of
@@ -80,16 +82,36 @@ def counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str, 
 
     Of a model that tells what drawing takes, on tensors without numbers; else by doing each once. Kept with the model.
     """
+    key = _key(model, request, size)
+    if key not in model.counted:
+        _keep(model, key, _counted(model, request, size))
+    return model.counted[key]
+
+
+def remember(
+    model: Model, request: Request, size: tuple[int, int], stages: Sequence[Stage], batch: int
+) -> None:
+    """Keep with the model what a trace for `batch` pictures has counted, so that it is not done again."""
+    if request.hires is not None:  # its larger pass is one without a picture to begin with
+        request = replace(request, hires=None, image=None, strength=None, mask=None)
+    flops = {stage.name: stage.flops for stage in stages if stage.name in STAGES}
+    one = {name: count if name == "text" else count // batch for name, count in flops.items()}
+    _keep(model, _key(model, request, size), one)
+
+
+def _key(model: Model, request: Request, size: tuple[int, int]) -> tuple[object, ...]:
+    """What decides the FLOPs of a picture."""
     shown = tuple(control.name for control in request.controls or ())
     texts: tuple[object, ...] = (request.prompt, request.negative)
     if hasattr(model.system, "trace"):  # read in windows: how many follows from the length
         texts = tuple(len(text or "") // WINDOW for text in (request.prompt, request.negative))
-    key = (size, request.guidance == 1, request.image is None, request.text_length, shown, texts)
-    if key not in model.counted:
-        while len(model.counted) >= KEPT:
-            model.counted.pop(next(iter(model.counted)), None)
-        model.counted[key] = _counted(model, request, size)
-    return model.counted[key]
+    return size, request.guidance == 1, request.image is None, request.text_length, shown, texts
+
+
+def _keep(model: Model, key: tuple[object, ...], flops: dict[str, int]) -> None:
+    while len(model.counted) >= KEPT:
+        model.counted.pop(next(iter(model.counted)), None)
+    model.counted[key] = flops
 
 
 def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str, int]:

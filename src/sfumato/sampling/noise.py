@@ -36,9 +36,11 @@ class SeededNoise:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
 
-    def initial(self) -> Tensor:
-        """The noise a picture starts from, before it is scaled to the first level."""
-        return self._stack(INITIAL, 0)
+    def initial(self, draw: int = 0) -> Tensor:
+        """The noise a picture starts from, before it is scaled to the first level. draw: other noise for its
+        beginning.
+        """
+        return self._stack(INITIAL, draw)
 
     def __call__(self, step: int, draw: int = 0) -> Tensor:
         """Fresh noise for step 0, 1, …; a sampler that needs several per step numbers them by `draw`."""

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from sfumato.data.buckets import fit as cover
 from sfumato.errors import InputError
 from sfumato.pictures import binary, flatten
-from sfumato.types import Inpaint, Request
+from sfumato.types import Clip, Inpaint, Request
 
 STRENGTH = 0.75  # of image-to-image, when the request leaves it open
 Size = tuple[int, int]  # (width, height) in pixels
@@ -59,9 +59,13 @@ def settle(request: Request, multiple: int, size: Size) -> Request:
     multiple: of pixels, that the sides drawn must be; size: the model's own. Raises `InputError` for sizes that do not
     agree, naming them, and for a mask without white.
     """
+    if request.clip is not None:
+        request = _settle_clip(request, request.clip)
     if request.image is None:
         return request
     image = flatten(request.image, "image")
+    if request.moves:
+        return _settle_first(request, image, size)
     mask = None if request.mask is None else binary(request.mask, "mask")
     paints = mask is not None or request.outpaint is not None
     inpaint = (request.inpaint or Inpaint()) if paints else None
@@ -84,6 +88,51 @@ def settle(request: Request, multiple: int, size: Size) -> Request:
     if strength is None:
         strength = 1.0 if paints else STRENGTH
     return replace(request, image=image, mask=mask, inpaint=inpaint, size=wanted, strength=strength)
+
+
+def _settle_clip(request: Request, clip: Clip) -> Request:
+    """What a clip to begin with leaves open: as many frames as it has, their rate, its first picture, the strength."""
+    frames = len(clip.frames) if request.frames is None else request.frames
+    if frames > len(clip.frames):
+        raise InputError(
+            f"frames asks for {frames}, and the clip to begin with has {len(clip.frames)}", argument="frames"
+        )
+    upright = tuple(flatten(frame, "clip") for frame in clip.frames[:frames])
+    return replace(
+        request,
+        clip=Clip(upright, clip.fps),
+        frames=frames,
+        fps=clip.fps if request.fps is None else request.fps,
+        image=upright[0] if request.image is None else request.image,
+        strength=STRENGTH if request.strength is None else request.strength,
+    )
+
+
+def _settle_first(request: Request, image: Image.Image, size: Size) -> Request:
+    """The same of a clip, whose first picture it is: brought to the clip's size rather than the reverse."""
+    for name in ("strength", "mask", "outpaint", "inpaint", "hires"):
+        if getattr(request, name) is not None and (name != "strength" or request.clip is None):
+            raise InputError(f"{name} is for pictures; a clip begins with its image as it is", argument=name)
+    upright = (image.height > image.width) == (size[1] > size[0]) or image.height == image.width
+    wanted = request.size or (size if upright else size[::-1])
+    return replace(request, image=image, size=wanted, fit=request.fit or "cover")
+
+
+def first_picture(request: Request) -> Image.Image:
+    """The picture of a settled request for a clip, at its size."""
+    assert request.image is not None
+    return _at_size(request, request.image)
+
+
+def beginning(request: Request) -> list[Image.Image]:
+    """The frames that a settled request for a clip begins with, at its size."""
+    assert request.clip is not None
+    return [_at_size(request, frame) for frame in request.clip.frames]
+
+
+def _at_size(request: Request, picture: Image.Image) -> Image.Image:
+    assert request.size is not None and request.fit is not None
+    return picture if picture.size == request.size else fitted(picture, request.size, request.fit)
 
 
 def _wanted_size(request: Request, given: Size, multiple: int) -> Size:

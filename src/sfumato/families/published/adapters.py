@@ -11,13 +11,14 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
 from sfumato.adapters.fold import Adapters, Touched
 from sfumato.adapters.lora import Lora
 from sfumato.adapters.names import Names, PartNames, Share, inverse, modules, same, with_aliases
+from sfumato.errors import InputError
 from sfumato.families.lora import mark_of, require_family
 from sfumato.families.published import keys
 
@@ -62,7 +63,10 @@ def adapters_of(
     parts: Mapping[str, Mapping[str, Tensor]],
     renew: Callable[[Touched], None],
 ) -> Adapters:
-    """The LoRAs for a model of one of a family's kinds, with these parts."""
+    """The LoRAs for a model of one of a family's kinds, with these parts. One without names for them takes none."""
+    naming = family.naming
+    if naming is None:
+        return Adapters(lambda: refused(kind), parts, renew, lambda path: refused(kind))
     names = functools.cache(lambda: names_of(family, kind, system))
     mark, width = mark_of(kind), getattr(system.denoiser, "width", None)
     return Adapters(
@@ -70,13 +74,19 @@ def adapters_of(
         parts,
         renew,
         lambda path: require_family(path, mark, width),
-        lambda lora: few_steps(lora, family.naming.few),
+        lambda lora: few_steps(lora, naming.few),
     )
+
+
+def refused(kind: str) -> NoReturn:
+    """`InputError`: a model of that kind takes no LoRAs."""
+    raise InputError(f"a model of {kind} takes no LoRAs; leave them out", argument="loras")
 
 
 def names_of(family: Family, kind: str, system: Kind) -> Names:
     """All spellings of the modules of one kind."""
     naming = family.naming
+    assert naming is not None
     original = modules(family.denoiser_map(system.denoiser))
     ours = same(sorted({share.module for shares in original.values() for share in shares}))
     tables = (with_aliases(ours, naming.aliases), original)
@@ -120,7 +130,7 @@ def kohya_prefix(family: Family, system: Kind, part: str) -> str:
 
 def kohya_map(family: Family, kind: str, system: Kind, part: str) -> keys.KeyMap | None:
     """Of a part that kohya's files know by its original names, those to ours; None where it has ours."""
-    if part == family.denoiser and family.naming.original(kind):
+    if part == family.denoiser and family.naming is not None and family.naming.original(kind):
         return family.denoiser_map(system.denoiser)
     return None
 

@@ -202,7 +202,7 @@ def _network(weights: Weights, match: Match, source: str, family: Family | None)
         vae = VAES[match.kind]
         table = (keys.vae_map(vae) if original else keys.vae_folder_map(vae)).within(match.prefix, "")
     else:
-        alone = TextPart("text_encoder", TEXTS[match.kind], ("",))
+        alone = TextPart(match.part, TEXTS[match.kind], ("",))
         table = keys.text_folder_map(alone, weights.names())
     ours = KeyMap(table.rules, table.drops + drops).to_ours(weights, source)
     return Checkpoint(
@@ -241,6 +241,11 @@ def _of_kind(found: Checkpoint, source: str, kind: str, family: Family) -> Check
 
 def same_vae(kind: str, system: Kind) -> bool:
     """Whether a VAE of that kind, alone, has the tensors of the system's."""
+    return same_latents(kind, system) and VAES[kind].temporal == system.vae.temporal
+
+
+def same_latents(kind: str, system: Kind) -> bool:
+    """Whether a VAE of that kind, alone, may make the latents of the system's."""
     theirs, ours = VAES[kind], system.vae
     return (theirs.latent_channels, theirs.use_quant_conv) == (ours.latent_channels, ours.use_quant_conv)
 

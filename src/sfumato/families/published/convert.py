@@ -27,6 +27,7 @@ from sfumato.families.published.openers import blank
 from sfumato.families.published.signatures import TEXTS, VAES
 from sfumato.storage import atomic_directory, write_json
 from sfumato.text.clip_tokens import bundled, save_folder
+from sfumato.text.vision import ClipVisionConfig
 
 COPIED = (
     "tokenizer",
@@ -116,6 +117,9 @@ def _write_tokenizers(checkpoint: Checkpoint, staging: Path) -> dict[str, str]:
     for part in checkpoint.system.text:
         place = staging / folder.tokenizer_folder(part.name)
         if part.name not in checkpoint.parts or place.exists():
+            continue
+        if isinstance(part.config, ClipVisionConfig):
+            write_json(place / folder.PROCESSOR, folder.processor_config(part.config))
             continue
         if part.name in pads:
             save_folder(bundled(pads[part.name]), place)

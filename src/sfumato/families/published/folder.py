@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfumato.autoencoder.kl import KLConfig
+from sfumato.autoencoder.kl import TEMPORAL, KLConfig
 from sfumato.families.published.kinds import TextConfig, TextPart
 from sfumato.text.clip import ClipConfig
 from sfumato.text.t5 import T5Config
+from sfumato.text.vision import MEAN, STD, ClipVisionConfig
 from sfumato.text.windows import LENGTH
 
 INDEX = "model_index.json"
@@ -23,7 +24,9 @@ WEIGHTS = {  # part to the stem of its weights
     "text_encoder": "model",
     "text_encoder_2": "model",
     "text_encoder_3": "model",
+    "image_encoder": "model",
 }
+PROCESSOR = "preprocessor_config.json"
 VERSION = (
     "0.35.0"  # of diffusers, whose folders these equal; its inpainting pipeline refuses an index without one
 )
@@ -46,6 +49,9 @@ def vae_config(config: KLConfig, size: int) -> dict[str, Any]:
         "scaling_factor": config.scaling_factor,
         "force_upcast": config.force_upcast,
     }
+    if config.temporal:  # what it always has, its JSON has no fields for
+        own = ("norm_num_groups", "up_block_types", "out_channels")
+        return {name: value for name, value in values.items() if name not in own} | {"_class_name": TEMPORAL}
     if config.shift_factor:
         values["shift_factor"] = config.shift_factor
     absent = {name: False for name in ("use_quant_conv", "use_post_quant_conv") if not getattr(config, name)}
@@ -53,8 +59,39 @@ def vae_config(config: KLConfig, size: int) -> dict[str, Any]:
 
 
 def text_config(config: TextConfig) -> dict[str, Any]:
-    """`config.json` of a text encoder."""
+    """`config.json` of an encoder of texts or of pictures."""
+    if isinstance(config, ClipVisionConfig):
+        return vision_config(config)
     return t5_config(config) if isinstance(config, T5Config) else clip_config(config)
+
+
+def vision_config(config: ClipVisionConfig) -> dict[str, Any]:
+    """`config.json` of CLIP's picture encoder."""
+    return {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "num_channels": 3,
+        "layer_norm_eps": 1e-5,
+        **config.to_json(),
+    }
+
+
+def processor_config(config: ClipVisionConfig) -> dict[str, Any]:
+    """`preprocessor_config.json` of what brings pictures to CLIP's form."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": config.size, "width": config.size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": config.size},
+    }
 
 
 def clip_config(config: ClipConfig) -> dict[str, Any]:
@@ -103,13 +140,15 @@ def t5_config(config: T5Config) -> dict[str, Any]:
 
 
 def tokenizer_folder(part: str) -> str:
-    """Where the tokenizer of a text encoder lies: `tokenizer_2` for `text_encoder_2`."""
-    return part.replace("text_encoder", "tokenizer")
+    """Where what prepares an encoder's input lies: `tokenizer_2` for `text_encoder_2`."""
+    return part.replace("text_encoder", "tokenizer").replace("image_encoder", "feature_extractor")
 
 
 def text_entries(part: TextPart) -> dict[str, list[str]]:
-    """What `model_index.json` says of a text encoder and of its tokenizer: library and class."""
-    if isinstance(part.config, T5Config):
+    """What `model_index.json` says of an encoder and of its tokenizer: library and class."""
+    if isinstance(part.config, ClipVisionConfig):
+        network, tokenizer = "CLIPVisionModelWithProjection", "CLIPImageProcessor"
+    elif isinstance(part.config, T5Config):
         network, tokenizer = "T5EncoderModel", "T5TokenizerFast"
     else:
         network = "CLIPTextModelWithProjection" if part.config.projection else "CLIPTextModel"

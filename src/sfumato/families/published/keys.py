@@ -26,6 +26,8 @@ from sfumato.checkpoint.rules import (
 )
 from sfumato.text.clip import PROJECTION, ClipConfig
 from sfumato.text.t5 import T5Config
+from sfumato.text.vision import PROJECTION as VISUAL_PROJECTION
+from sfumato.text.vision import ClipVisionConfig
 
 if TYPE_CHECKING:
     from sfumato.families.published.kinds import Kind, TextPart
@@ -41,6 +43,13 @@ VAE_ENDS = (  # of the encoder and of the decoder
 )
 VAE_RESNET = ("norm1.{p}", "conv1.{p}", "norm2.{p}", "conv2.{p}")
 VAE_SHORTCUT = (Rename("nin_shortcut.{p}", "conv_shortcut.{p}"),)
+VAE_TEMPORAL = (  # of a block that mixes frames, beside its spatial half
+    Rename("time_stack.in_layers.0.{p}", "temporal_res_block.norm1.{p}"),
+    Rename("time_stack.in_layers.2.{p}", "temporal_res_block.conv1.{p}"),
+    Rename("time_stack.out_layers.0.{p}", "temporal_res_block.norm2.{p}"),
+    Rename("time_stack.out_layers.3.{p}", "temporal_res_block.conv2.{p}"),
+    Rename("mix_factor", "time_mixer.mix_factor"),
+)
 VAE_ATTENTION = (
     Rename("norm.{p}", "group_norm.{p}"),
     Squeeze("q.weight", "to_q.weight"),
@@ -84,6 +93,23 @@ OPEN_CLIP_LAYER = (
     Rename("mlp.c_proj.{p}", "mlp.fc2.{p}"),
 )
 
+VISION = (
+    "vision_model.embeddings.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight",
+    "vision_model.embeddings.position_embedding.weight",
+    "vision_model.pre_layrnorm.{p}",
+    "vision_model.post_layernorm.{p}",
+    VISUAL_PROJECTION,
+)
+OPEN_CLIP_VISION = (
+    Rename("class_embedding", "vision_model.embeddings.class_embedding"),
+    Rename("conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    Rename("positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    Rename("ln_pre.{p}", "vision_model.pre_layrnorm.{p}"),
+    Rename("ln_post.{p}", "vision_model.post_layernorm.{p}"),
+    Transpose("proj", VISUAL_PROJECTION),  # open_clip multiplies by the matrix itself
+)
+
 T5_LAYER = tuple(
     f"encoder.block.{{i}}.layer.{name}.weight"
     for name in (
@@ -122,26 +148,33 @@ def vae_map(config: KLConfig) -> KeyMap:
     made of 1×1 convolutions, ours of linear layers.
     """
     widths, last = config.widths, len(config.widths) - 1
-    resnet, wider = same(VAE_RESNET), same(VAE_RESNET) + VAE_SHORTCUT
+    plain, wider = same(VAE_RESNET), same(VAE_RESNET) + VAE_SHORTCUT
     rules: list[Rule] = []
+
+    def resnet(half: str, shortcut: bool = False) -> tuple[Rule, ...]:
+        block = wider if shortcut else plain
+        if config.temporal and half == "decoder.":
+            return within("", "spatial_res_block.", block) + VAE_TEMPORAL
+        return block
+
     if config.use_quant_conv:
         rules += same(["quant_conv.{p}"])
     if config.use_post_quant_conv:
         rules += same(["post_quant_conv.{p}"])
     for half in ("encoder.", "decoder."):
         rules += within(half, half, VAE_ENDS)
-        rules += within(f"{half}mid.block_1.", f"{half}mid_block.resnets.0.", resnet)
-        rules += within(f"{half}mid.block_2.", f"{half}mid_block.resnets.1.", resnet)
+        rules += within(f"{half}mid.block_1.", f"{half}mid_block.resnets.0.", resnet(half))
+        rules += within(f"{half}mid.block_2.", f"{half}mid_block.resnets.1.", resnet(half))
         if config.mid_attention:
             rules += within(f"{half}mid.attn_1.", f"{half}mid_block.attentions.0.", VAE_ATTENTION)
     for level in range(last + 1):  # from the finest
         coarser, finer = widths[min(level + 1, last)], widths[max(level - 1, 0)]
         down, up = f"encoder.down_blocks.{level}.", f"decoder.up_blocks.{last - level}."
         for place in range(config.resnets):
-            block = wider if place == 0 and widths[level] != finer else resnet
+            block = resnet("encoder.", place == 0 and widths[level] != finer)
             rules += within(f"encoder.down.{level}.block.{place}.", f"{down}resnets.{place}.", block)
         for place in range(config.resnets + 1):
-            block = wider if place == 0 and widths[level] != coarser else resnet
+            block = resnet("decoder.", place == 0 and widths[level] != coarser)
             rules += within(f"decoder.up.{level}.block.{place}.", f"{up}resnets.{place}.", block)
         if level < last:
             rules.append(
@@ -149,6 +182,8 @@ def vae_map(config: KLConfig) -> KeyMap:
             )
         if level > 0:
             rules.append(Rename(f"decoder.up.{level}.upsample.conv.{{p}}", f"{up}upsamplers.0.conv.{{p}}"))
+    if config.temporal:
+        rules.append(Rename("decoder.conv_out.time_mix_conv.{p}", "decoder.time_conv_out.{p}"))
     return KeyMap(expand(rules, p=WB), (Drop("loss.*", LOSS), Drop("model_ema.*", AVERAGES)))
 
 
@@ -206,6 +241,21 @@ def open_clip_map(config: ClipConfig) -> KeyMap:
     return KeyMap(rules, tuple(drops))
 
 
+def vision_map(config: ClipVisionConfig) -> KeyMap:
+    """The names of CLIP's picture encoder in transformers, which are ours."""
+    layers = tuple(f"vision_model.{name}" for name in CLIP_LAYER)
+    names = expand(same(VISION), p=WB) + expand(same(layers), i=range(config.layers), p=WB)
+    return KeyMap(names, (Drop("vision_model.embeddings.position_ids", POSITIONS),))
+
+
+def open_clip_vision_map(config: ClipVisionConfig) -> KeyMap:
+    """A picture encoder's names in open_clip to ours."""
+    layers = within(
+        "transformer.resblocks.{i}.", "vision_model.encoder.layers.{i}.", expand(OPEN_CLIP_LAYER, p=WB)
+    )
+    return KeyMap(expand(OPEN_CLIP_VISION, p=WB) + expand(layers, i=range(config.layers)))
+
+
 def t5_map(config: T5Config, held: Collection[str] | None = None) -> KeyMap:
     """The names of T5's encoder, which are the same everywhere but for its table of tokens. held: the names of a file,
     which may have the table under another name, or twice.
@@ -222,6 +272,8 @@ def text_map(part: TextPart, held: Collection[str] | None = None) -> KeyMap:
     """The layout in which single files keep this encoder, to ours. held: the names of one; None is to write it."""
     if part.open_clip and isinstance(part.config, ClipConfig):
         return open_clip_map(part.config)
+    if part.open_clip and isinstance(part.config, ClipVisionConfig):
+        return open_clip_vision_map(part.config)
     return text_folder_map(part, held)
 
 
@@ -229,6 +281,8 @@ def text_folder_map(part: TextPart, held: Collection[str] | None = None) -> KeyM
     """The layout of transformers, to ours."""
     if isinstance(part.config, T5Config):
         return t5_map(part.config, held)
+    if isinstance(part.config, ClipVisionConfig):
+        return vision_map(part.config)
     return clip_map(part.config, held)
 
 

@@ -8,27 +8,30 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.detect import Signature
-from sfumato.checkpoint.rules import Drop, KeyMap
+from sfumato.checkpoint.rules import Drop, KeyMap, within
 from sfumato.families.published import keys
 from sfumato.families.published.adapters import Naming
 from sfumato.nn.mmdit import MMDiTConfig
+from sfumato.nn.spacetime import SpaceTimeConfig
 from sfumato.nn.unet import UNetConfig
 from sfumato.text.clip import ClipConfig
 from sfumato.text.t5 import T5Config
+from sfumato.text.vision import ClipVisionConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.families.published.checkpoint import Checkpoint
 
-DenoiserConfig = UNetConfig | MMDiTConfig
-TextConfig = ClipConfig | T5Config
+DenoiserConfig = UNetConfig | MMDiTConfig | SpaceTimeConfig
+TextConfig = ClipConfig | T5Config | ClipVisionConfig  # of what reads the prompt, or the picture in its place
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text encoder's place. name: of the part, and of its diffusers folder. prefixes: in a single file; the first
-    is the one written. open_clip: a single file keeps it in open_clip's layout, else in transformers'.
+    """The place of an encoder of prompts, texts or pictures. name: of the part, and of its diffusers folder. prefixes:
+    in a single file; the first is the one written. open_clip: a single file keeps it in open_clip's layout, else in
+    transformers'.
     """
 
     name: str
@@ -60,11 +63,14 @@ class Family:
     signatures(systems): the marks of its denoisers, alone and in whole files.
     denoiser_map(config): the denoiser's original names to ours. extras: what single files hold beside their networks.
     settled(checkpoint, source): the checkpoint, once what its tensors and its scheduler's JSON (`configs`) say is read.
-    unsayable(checkpoint): why a single file cannot say what it is, or "". markers(checkpoint): tensors that say it.
+    unsayable(checkpoint): why a single file cannot say what it is, or "". markers(checkpoint): tensors that say it, and
+        what else readers of such a file expect beside its parts.
     denoiser_config, scheduler_config, model_index(checkpoint): the JSON of a diffusers folder.
     pads(kind): of each part whose tokenizer comes with the package, the id that pads (see `ClipTokenizer`).
     same_tensors: kinds that no tensor tells apart, to the one that their files are taken for.
-    naming: what its denoiser is called in adapters' files.
+    naming: what its denoiser is called in adapters' files; None of one that takes none.
+    vae_file_map(config, names): the autoencoder's names in a single file to ours, prefixes and all, where they are not
+        those of `keys.vae_map` under one prefix.
     """
 
     name: str
@@ -77,13 +83,14 @@ class Family:
     extras: tuple[Drop, ...]
     settled: Callable[[Checkpoint, str], Checkpoint]
     unsayable: Callable[[Checkpoint], str]
-    markers: Callable[[Checkpoint], dict[str, Tensor]]
+    markers: Callable[[Checkpoint], Mapping[str, Tensor]]
     denoiser_config: Callable[[Checkpoint], dict[str, Any]]
     scheduler_config: Callable[[Checkpoint], dict[str, Any]]
     model_index: Callable[[Checkpoint, str], dict[str, Any]]
     pads: Callable[[str], Mapping[str, int | None]]
     same_tensors: Mapping[str, str]
-    naming: Naming
+    naming: Naming | None
+    vae_file_map: Callable[[KLConfig, Collection[str] | None], KeyMap] | None = None
 
     def prefixes(self, kind: Kind, names: Iterable[str] | None = None) -> dict[str, str]:
         """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""
@@ -98,7 +105,12 @@ class Family:
         names: all of the file's, None to write one. What real files hold beside their networks is dropped by name.
         """
         places = self.prefixes(kind) if places is None else places
-        return keys.file_map(kind, self._denoiser(kind), places, self.extras, names)
+        if self.vae_file_map is None or "vae" not in places:
+            return keys.file_map(kind, self._denoiser(kind), places, self.extras, names)
+        others = {part: prefix for part, prefix in places.items() if part != "vae"}
+        vae = self.vae_file_map(kind.vae, names)
+        whole = keys.file_map(kind, self._denoiser(kind), others, self.extras, names)
+        return whole | KeyMap(within("", "vae.", vae.rules), vae.drops)
 
     def folder_map(self, kind: Kind, part: str, names: Collection[str]) -> KeyMap:
         """A part's names in a diffusers folder to ours: the same, save for older spellings, twins and buffers."""

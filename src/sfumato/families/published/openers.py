@@ -9,22 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
-from sfumato.checkpoint.fill import fill_layers, refill_layers
+from sfumato.autoencoder import temporal
+from sfumato.autoencoder.kl import KLConfig
+from sfumato.checkpoint.fill import fill, fill_layers, refill_layers
 from sfumato.errors import InputError
 from sfumato.families.published.networks import part_hash
 from sfumato.memory import OFFLOADS, check_offload
-from sfumato.nn import mmdit, quantized
+from sfumato.nn import mmdit, quantized, spacetime
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.mmdit import MMDiT, MMDiTConfig
 from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
 from sfumato.nn.openvino import PRECISIONS, OpenVINONetwork, plugin
 from sfumato.nn.packed import packed
 from sfumato.nn.quantized import quantize, require_eight_bits, stand_in, units
+from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
 from sfumato.text.clip import ClipConfig, ClipTextEncoder
 from sfumato.text.t5 import T5Config, T5Encoder
+from sfumato.text.vision import ClipVisionConfig, ClipVisionEncoder
 
 NETWORKS: Mapping[
     type, Callable[[Any], nn.Module]
@@ -33,8 +36,10 @@ NETWORKS: Mapping[
     MMDiTConfig: MMDiT,
     ControlNetConfig: ControlNet,
     MMDiTControlConfig: MMDiTControl,
-    KLConfig: AutoencoderKL,
+    SpaceTimeConfig: SpaceTimeUNet,
+    KLConfig: temporal.build,
     ClipConfig: ClipTextEncoder,
+    ClipVisionConfig: ClipVisionEncoder,
     T5Config: T5Encoder,
 }
 NOT_EIGHT_BITS = {
@@ -42,6 +47,7 @@ NOT_EIGHT_BITS = {
     MMDiTConfig: mmdit.KEPT,
     ControlNetConfig: quantized.KEPT,
     MMDiTControlConfig: CONTROL_KEPT,
+    SpaceTimeConfig: spacetime.KEPT,
 }  # parts of names of layers that stay as they are
 
 
@@ -55,8 +61,21 @@ def autoencoder(
     config: KLConfig, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype, device: torch.device
 ) -> Any:
     """The autoencoder with these weights. `where` stands for them in errors."""
-    model = blank(config)
+    model: Any = blank(config)
     fill_layers(model, tensors, where, dtype, device)
+    return model.eval().requires_grad_(False)
+
+
+def picture_encoder(
+    config: ClipVisionConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ClipVisionEncoder:
+    """CLIP's picture encoder with these weights. `where` stands for them in errors."""
+    model: Any = blank(config)
+    fill(model, tensors, where, dtype, device)
     return model.eval().requires_grad_(False)
 
 

@@ -14,26 +14,29 @@ from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.detect import Shape, Signature
 from sfumato.families.published.keys import DENOISER_PREFIX, VAE_PREFIX
 from sfumato.families.published.kinds import TextConfig
-from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H
+from sfumato.text.clip import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, ClipConfig
 from sfumato.text.t5 import T5_XXL, T5Config
+from sfumato.text.vision import OPENCLIP_VIT_H, PROJECTION, ClipVisionConfig
 from sfumato.text.windows import LENGTH
 
 VAES: dict[str, KLConfig] = {
     "f8c4": KLConfig(),
     "f8c16": KLConfig(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+    "f8c4-temporal": KLConfig(temporal=True, use_post_quant_conv=False),
 }
 TEXTS: dict[str, TextConfig] = {
     "clip-l": CLIP_L,
     "openclip-h": OPENCLIP_H,
     "openclip-bigg": OPENCLIP_BIGG,
     "t5-xxl": T5_XXL,
+    "clip-vit-h": OPENCLIP_VIT_H,
 }
 LATER = "not supported yet"
 
 
 def text_kind(config: TextConfig) -> str | None:
     """What a text encoder of this shape is called when it is alone: CLIP-L has its projection in some files only."""
-    plain = config if isinstance(config, T5Config) else replace(config, projection=0)
+    plain = replace(config, projection=0) if isinstance(config, ClipConfig) else config
     return next((kind for kind, known in TEXTS.items() if known in (config, plain)), None)
 
 
@@ -52,10 +55,13 @@ def _vaes() -> list[Signature]:
             marks["quant_conv.weight"] = (2 * channels, 2 * channels, 1, 1)
         else:
             absent.append(f"{prefix}quant_conv.weight")
-        for layout, name in (
+        names = [
             ("original", "decoder.up.3.block.0.conv1.weight"),
             ("diffusers", "decoder.up_blocks.0.resnets.0.conv1.weight"),
-        ):
+        ]
+        if config.temporal:  # alone it is kept in this layout only: the other lacks a part of the encoder
+            names = [("diffusers", "decoder.up_blocks.0.resnets.0.spatial_res_block.conv1.weight")]
+        for layout, name in names:
             required = {prefix + mark: shape for mark, shape in marks.items()} | {
                 prefix + name: (512, 512, 3, 3)
             }
@@ -68,6 +74,9 @@ def _texts() -> list[Signature]:
     for kind, text in TEXTS.items():
         if isinstance(text, T5Config):
             found.append(_t5(kind, text))
+            continue
+        if isinstance(text, ClipVisionConfig):
+            found.append(_vision(kind, text))
             continue
         for inner in ("text_model.", ""):
             required: dict[str, Shape] = {
@@ -95,6 +104,16 @@ def _t5(kind: str, text: T5Config) -> Signature:
     )
 
 
+def _vision(kind: str, config: ClipVisionConfig) -> Signature:
+    layers = "vision_model.encoder.layers."
+    required: dict[str, Shape] = {
+        "vision_model.embeddings.patch_embedding.weight": (config.width, 3, config.patch, config.patch),
+        f"{layers}{config.layers - 1}.mlp.fc1.weight": (config.inner, config.width),
+        PROJECTION: (config.projection, config.width),
+    }
+    return Signature(kind, "image_encoder", "diffusers", required, (f"{layers}{config.layers}.*",))
+
+
 def refused(
     refusal: str, *alternatives: Mapping[str, Shape | None] | str, without: tuple[str, ...] = ()
 ) -> list[Signature]:
@@ -107,10 +126,11 @@ def neighbours() -> list[Signature]:
     """What is kept beside checkpoints of every family, and is none that we can use."""
     return [
         *refused(
-            f"SVD's VAE (temporal decoder), {LATER}",
+            "a VAE with a temporal decoder in its original names, which lack the convolution after its encoder; give "
+            "the whole checkpoint, or its diffusers folder",
             f"{VAE_PREFIX}decoder.mid.block_1.time_stack.in_layers.0.weight",
             "decoder.mid.block_1.time_stack.in_layers.0.weight",
-            "decoder.mid_block.resnets.0.temporal_res_block.conv1.weight",
+            without=(f"{DENOISER_PREFIX}*",),
         ),
         *refused(
             "an SD3 ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one",

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.adapters.fold import Adapters, Touched
+from sfumato.autoencoder import framed
 from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
 from sfumato.autoencoder.model import PIXEL_CHANNELS, check_size
 from sfumato.autoencoder.preview import has_factors, preview
+from sfumato.autoencoder.temporal import TemporalAutoencoderKL
 from sfumato.checkpoint.rules import View
 from sfumato.diffusion.guidance import ALWAYS
 from sfumato.diffusion.schedules import NoiseLevels
@@ -28,7 +30,7 @@ from sfumato.families.published.checkpoint import (
     Families,
     completed,
     open_checkpoint,
-    same_vae,
+    same_latents,
 )
 from sfumato.families.published.controls import ControlFile, Controller, Controls, Stand
 from sfumato.families.published.kinds import Family
@@ -45,7 +47,9 @@ Embeddings = Iterable[Place] | Mapping[str, Place]  # files of textual inversion
 
 @dataclass(frozen=True)
 class Preset:
-    """What a request that leaves things open gets. interval: of sigma, where guidance acts."""
+    """What a request that leaves things open gets. interval: of sigma, where guidance acts. frames: more than 1 of a
+    model of clips; fps, guidance_first: of those, and `guidance` is then that of the last frame.
+    """
 
     steps: int
     guidance: float
@@ -54,6 +58,9 @@ class Preset:
     size: tuple[int, int]
     interval: tuple[float, float] = ALWAYS
     rescale: float = 0.0  # of guidance: 0.7 where training ended in pure noise (Lin et al. 2023, sec. 3.4)
+    frames: int = 1
+    fps: float | None = None
+    guidance_first: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +285,7 @@ class PublishedSystem:
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents → pixels, in bounded memory; in a wider type where the weights' own overflows."""
         autoencoder = self.autoencoder
-        return decode_safe(autoencoder, autoencoder.denormalize(latent.float()))
+        return decoded(autoencoder, autoencoder.denormalize(latent.float()))
 
     def preview(self, latent: Tensor) -> Tensor:
         """(1, C, T, H, W) → (1, 3, T, h, w): a look at a latent that is forming.
@@ -294,6 +301,13 @@ class PublishedSystem:
             size = max(round(height / shrink), 1), max(round(width / shrink), 1)
             latent = F.interpolate(latent[:, :, 0], size, mode="area")[:, :, None]
         return self.decode(latent)
+
+
+def decoded(autoencoder: AutoencoderKL | TemporalAutoencoderKL, latent: Tensor) -> Tensor:
+    """Pixels of a latent as the autoencoder has it, in bounded memory; in a wider type where its own overflows."""
+    if isinstance(autoencoder, TemporalAutoencoderKL):
+        return framed.decode_safe(autoencoder, latent)
+    return decode_safe(autoencoder, latent)
 
 
 def opened(
@@ -348,11 +362,14 @@ def ready(found: Checkpoint, name: str, texts: Iterable[str], vae: Place | None,
         other = open_checkpoint(vae, families)
         if "vae" not in other.parts:
             raise InputError(f"{vae} holds no autoencoder", argument="vae")
-        if other.kind in VAES and not same_vae(other.kind, kind):
+        if other.kind in VAES and not same_latents(other.kind, kind):
             raise InputError(
                 f"{vae} is {other.kind}, an autoencoder of other latents than {name} has", argument="vae"
             )
         parts["vae"], said, sources["vae"] = other.parts["vae"], other.configs.get("vae", {}), str(vae)
+        theirs = VAES[other.kind] if other.system is None else other.system.vae
+        form = {name: getattr(theirs, name) for name in ("temporal", "use_post_quant_conv")}
+        kind = replace(kind, vae=replace(kind.vae, **form))
     if said:  # a folder's own numbers, with the preview that no file has
         kind = replace(kind, vae=replace(KLConfig.from_diffusers(dict(said)), preview=kind.vae.preview))
     return Ready(parts, sources, kind)

@@ -10,7 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfumato.autoencoder.memory import peak_bytes
+from sfumato.autoencoder.banded import encode_banded
+from sfumato.autoencoder.framed import decode_framed
+from sfumato.autoencoder.kl import AutoencoderKL, posterior_of
+from sfumato.autoencoder.memory import clip_bytes, peak_bytes
 from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
 from sfumato.checkpoint.rules import info
@@ -27,6 +30,24 @@ from sfumato.types import Conditioning, Request
 # Holes that freed blocks leave in the C library's memory, as a share of what a pass holds. Not traced but measured, 0.5
 # to 2 (benchmarks/memory.py); who offloads leaves none (`memory.leave_no_holes`).
 HOLES = 1
+
+
+def _encoded(model: AutoencoderKL, pixels: Tensor, *, dtype: torch.dtype | None, **more: Any) -> Any:
+    B, _, T, H, W = pixels.shape
+    count = peak_bytes(model.config, "encode", H, W, dtype or model.dtype, pictures=B * T)
+    shape = B, 2 * model.config.channels, T, H // model.factor, W // model.factor
+    return count, 0, lambda: posterior_of(torch.empty(shape, device=pixels.device))
+
+
+def _decoded(model: AutoencoderKL, latent: Tensor, *, dtype: torch.dtype | None, **more: Any) -> Any:
+    B, _, T, H, W = latent.shape
+    height, width = H * model.factor, W * model.factor
+    pixels = B * PIXEL_CHANNELS * T * height * width * 4
+    count = clip_bytes(model.config, T, height, width, dtype or model.dtype) + pixels
+    shape = B, PIXEL_CHANNELS, T, height, width
+    return count, 0, lambda: torch.empty(shape, device=latent.device)
+
+
 WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
     attention: lambda q, *more: (
         attention_bytes(q, *more),
@@ -34,6 +55,8 @@ WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
         lambda: torch.empty_like(q),
     ),
     copy_into: lambda out, tensor: (copy_bytes(out, tensor), 0, None),
+    encode_banded: _encoded,
+    decode_framed: _decoded,
 }
 
 
@@ -94,7 +117,9 @@ def trace(
         marks.append(tracer.flops)
         denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
         marks.append(tracer.flops)
-        drawn = torch.empty(batch, *ghost.latent_shape(1, size[1], size[0]), device=system.device)
+        decode = _decode_bytes(ghost, tracer, size, batch, request.frames or 1)
+        frames = request.frames or 1
+        drawn = torch.empty(batch, *ghost.latent_shape(frames, size[1], size[0]), device=system.device)
         networks["autoencoder"].decode(drawn)
         marks.append(tracer.flops)
         encodes = encodes or (bool(controls) and system.controls_encoded)
@@ -119,17 +144,28 @@ def trace(
         Stage(
             "decode",
             resident["autoencoder"],
-            _autoencoder_bytes(system, "decode", size, batch),
+            decode,
             flops["decode"],
         ),
     ]
     held = min(stages[0].weights, load.bytes)
     stages[0] = Stage("load", held, load.bytes - held)
     if encodes:
-        encode = _autoencoder_bytes(system, "encode", size, batch)
+        encode = _autoencoder_bytes(system, "encode", size, batch * (request.frames or 1))
         stages.insert(2, Stage("encode", resident["autoencoder"], encode, flops["encode"]))
     added = system.added if cpu else 0  # LoRAs stay as their files' pages
     return tuple(replace(stage, weights=stage.weights + added) for stage in stages)
+
+
+def _decode_bytes(
+    ghost: PublishedSystem, tracer: Tracer, size: tuple[int, int], batch: int, frames: int
+) -> int:
+    """Of decoding latents of that size: of clips by running it, of pictures by the account of its bands."""
+    if not ghost.shapes.vae.temporal:
+        return _autoencoder_bytes(ghost, "decode", size, batch * frames)
+    latent = torch.empty(batch, *ghost.latent_shape(frames, size[1], size[0]), device=ghost.device)
+    pixels = batch * frames * PIXEL_CHANNELS * size[0] * size[1] * 4  # they are clamped, or moved
+    return tracer.worst(lambda: ghost.decode(latent))[1] + pixels
 
 
 def _autoencoder_bytes(
@@ -154,7 +190,7 @@ def _denoise_bytes(
 ) -> int:
     """Of one guided step on latents of that size."""
     width, height = size
-    shape = ghost.latent_shape(1, height, width)
+    shape = ghost.latent_shape(request.frames or 1, height, width)
     scale = 1.0 if ghost.told_guidance else request.guidance or 1.0
     told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
     wanted = told.change(lambda rows: rows[: len(rows) // 2])

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.checkpoint.detect import Shape, Signature
-from sfumato.families.published.signatures import LATER, refused
+from sfumato.families.published.signatures import refused
 from sfumato.families.sd.keys import UNET_PREFIX
 from sfumato.families.sd.shapes import SYSTEMS, System
 from sfumato.nn.unet import UNetConfig
@@ -107,19 +107,17 @@ def _neighbours() -> list[Signature]:
 
     return [
         *refused(
-            f"an SVD checkpoint (Stable Video Diffusion), {LATER}",
-            f"{UNET_PREFIX}input_blocks.8.0.time_mixer.mix_factor",
-            "input_blocks.8.0.time_mixer.mix_factor",
-            "down_blocks.0.resnets.0.temporal_res_block.conv1.weight",
-        ),
-        *refused(
             "a ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one",
             "control_model.time_embed.0.weight",
             "input_hint_block.0.weight",
             "controlnet_cond_embedding.conv_in.weight",
         ),
         *refused("an AnimateDiff motion module, not supported", "*motion_modules.0.temporal_transformer.*"),
-        *refused("an InstructPix2Pix (8 input channels), not supported", *channels(8, 320)),
+        *refused(
+            "an InstructPix2Pix (8 input channels), not supported",
+            *channels(8, 320),
+            without=("*.time_mixer.mix_factor",),
+        ),
         *refused("a depth-guided SD 2 (5 input channels), not supported", *channels(5, 320)),
         *refused("the x4 upscaler (7 input channels), not supported", *channels(7, 256)),
         *refused("a Zero123 checkpoint, not supported", "cc_projection.weight"),

@@ -164,7 +164,7 @@ def encode(
     *clips, t5 = READERS
     # every window is laid out before an encoder is opened: a prompt that cannot be read costs nothing
     rows, t5_rows = _laid_out(stack, sections, options)
-    windows = max(windows, *(len(row) for part in rows.values() for row in part))
+    windows = max([windows, *(len(row) for part in rows.values() for row in part)])
 
     found: list[Tensor | None] = []
     pooled: list[Tensor | None] = []

@@ -12,7 +12,7 @@ from sfumato.serve.desk import Desk
 from sfumato.serve.refusals import not_found
 from sfumato.serve.web.answers import Answer
 
-PAGE = Path(__file__).resolve().parent.parent / "page"
+PAGE = Path(__file__).parent.parent / "page"
 MEDIA = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",

@@ -87,7 +87,7 @@ def routes(desk: Desk) -> APIRouter:
         })  # fmt: skip
 
     @router.post("/options", summary="Choose the model that this key draws with",
-                 openapi_extra=described({"type": "object"}, {"sd_model_checkpoint": "pocket"}))  # fmt: skip
+                 openapi_extra=described({"type": "object"}, {"sd_model_checkpoint": "sd15.safetensors"}))  # fmt: skip
     async def choose(request: Request) -> Response:
         body, _ = await json_body(request)
         for name, value in body.items():

@@ -1,0 +1,1 @@
+"""Stable Video Diffusion: a picture set in motion."""
