@@ -106,6 +106,7 @@ def killed_at_random(place, kills: int, of_front: float, seed: int) -> None:
     balanced(server, accepted)
 
 
+@pytest.mark.full
 def test_killed_now_and_then_it_loses_nothing_and_bills_once(place):
     killed_at_random(place, kills=6, of_front=0.4, seed=1)
 
@@ -135,6 +136,7 @@ def test_a_picture_is_the_same_after_its_worker_was_killed(place):
         server.kill()
 
 
+@pytest.mark.full
 def test_a_job_that_kills_its_worker_is_given_up_and_free(place):
     server = serving(place).start()
     try:
@@ -158,6 +160,7 @@ def test_a_job_that_kills_its_worker_is_given_up_and_free(place):
         server.kill()
 
 
+@pytest.mark.full
 def test_the_worker_does_not_outlive_the_front(place):
     server = serving(place).start()
     [worker] = server.workers()
@@ -199,6 +202,7 @@ def test_a_stop_under_load_drops_nothing_and_accepts_nothing(place):
     balanced(server, set(accepted))
 
 
+@pytest.mark.full
 def test_what_a_stop_does_not_wait_for_is_drawn_by_the_next_server(place):
     server = serving(place, "--drain", "0").start()
     job = Client(server).submit({"steps": 400})["id"]
@@ -212,6 +216,7 @@ def test_what_a_stop_does_not_wait_for_is_drawn_by_the_next_server(place):
     balanced(again, {job})
 
 
+@pytest.mark.full
 def test_a_locked_ledger_is_said_and_waited_for(place):
     server = serving(place).start()
     try:
@@ -230,6 +235,7 @@ def test_a_locked_ledger_is_said_and_waited_for(place):
         server.kill()
 
 
+@pytest.mark.full
 def test_a_full_disk_is_said_and_nothing_is_billed(place):
     server = serving(
         place, limit=300_000
@@ -286,6 +292,7 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path, options, said):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_a_folder_and_a_port_are_one_server_s(place):
     server = serving(place).start()
     try:

@@ -166,7 +166,7 @@ HOSTILE = [
     {"guidance": -1}, {"guidance": 1e300}, {"guidance": "x"}, {"seed": -1}, {"seed": 2**64}, {"seed": 1.5},
     {"seed": "x"},
     {"count": 0}, {"count": 65}, {"count": 10**30}, {"what": 1}, {"sampler": "none"}, {"sampler": ["euler"]},
-    {"schedule": 3}, {"schedule": ""}, {"sampler": ""}, {"eta": 1}, {"image": 3},
+    {"frames": 8}, {"schedule": 3}, {"schedule": ""}, {"sampler": ""}, {"eta": 1}, {"image": 3},
     {"image": "http://127.0.0.1/x.png"}, {"image": "file:///etc/passwd"},
     {"image": "sha256:" + "0" * 64}, {"image": {"$ref": "x"}}, {"mask": "file_" + "0" * 32}, {"strength": 0.5},
     {"outpaint": [1, 2, 3]}, {"hires": 2}, {"hires": {"scale": 1e9}}, {"hires": {"scale": 2, "x": 1}},
