@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from PIL import Image
+
+from helpers import apart
 
 PROMPT = "a red metal sphere behind a small blue cube"
 PRICES = "[[rule]]\npicture = 0.001\nmegapixel_step = 0.01\n"
@@ -165,3 +169,23 @@ class Client:
 def error(answer: requests.Response) -> tuple[int, str]:
     """Status and stable code of an answer that says no."""
     return answer.status_code, answer.json()["error"]["code"]
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def png(picture: Image.Image, format: str = "PNG") -> bytes:
+    """A picture's file."""
+    stream = io.BytesIO()
+    picture.save(stream, format)
+    return stream.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    """The picture of a file."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def same(one: Image.Image, two: Image.Image) -> bool:
+    """Whether two pictures are one, but for float32's rounding by the batch where a CPU is not fast in bfloat16."""
+    return apart(one, two) <= 1

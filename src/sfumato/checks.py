@@ -31,7 +31,7 @@ def text(name: str, value: object) -> None:
 
 def name(name: str, value: object) -> None:
     """A name, or None."""
-    if value is not None and not isinstance(value, str):
+    if value is not None and not (isinstance(value, str) and value):
         raise InputError(f"{name} must be a name, not {shown(value)}", argument=name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import shutil
 import socket
@@ -15,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import apart, noise, white
-from serving import PRICES, PROMPT, Client, Server, error
+from helpers import noise, white
+from serving import PRICES, PROMPT, Client, Server, error, opened, png, same
 from sfumato import Request, load
 from sfumato.receipts.provenance import read_recipe
 from sfumato.serve import keys
@@ -61,20 +60,6 @@ def b(server, ring):
 @pytest.fixture(scope="module")
 def pocket():
     return load("pocket", "cpu")
-
-
-def png(picture: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
-
-
-def opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def same(one: Image.Image, two: Image.Image) -> bool:
-    return apart(one, two) <= 1  # float32, where a CPU is not fast in bfloat16, rounds by the batch
 
 
 # --- the native way --------------------------------------------------------------------------------------------------

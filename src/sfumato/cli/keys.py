@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +61,6 @@ def revoke(
 def listing(keys: Keys, as_json: AsJson = False) -> None:
     """List the keys with their limits."""
     from sfumato.serve import keys as ring
-    from sfumato.serve.ledger import day_of
 
     found = ring.read(keys)
     if as_json:
@@ -72,8 +72,8 @@ def listing(keys: Keys, as_json: AsJson = False) -> None:
             key.name,
             key.id,
             key.role,
-            day_of(key.made),
-            "in use" if key.revoked is None else f"revoked {day_of(key.revoked)}",
+            _day(key.made),
+            "in use" if key.revoked is None else f"revoked {_day(key.revoked)}",
             "" if key.budget is None else f"{key.budget / 1e6:g}",
             "" if key.rate is None else str(key.rate),
             "" if key.queue is None else str(key.queue),
@@ -82,6 +82,10 @@ def listing(keys: Keys, as_json: AsJson = False) -> None:
     ]
     columns = ["name", "id", "role", "made", "state", "a month", "a minute", "open"]
     show.table(f"{len(found)} keys", columns, rows)
+
+
+def _day(when: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(when))
 
 
 def _limit(name: str, text: str) -> int:

@@ -93,7 +93,14 @@ def serve(
 ) -> None:
     """Serve pictures over HTTP: a native API, OpenAI's and the web UI's. SIGTERM ends it when its jobs are done."""
     from sfumato.serve.money import Prices, read_prices
-    from sfumato.serve.settings import Settings, default_data, model_given, named_files, read_models
+    from sfumato.serve.settings import (
+        Settings,
+        default_data,
+        model_given,
+        named_files,
+        read_models,
+        require_extra,
+    )
 
     if model and models is not None:
         raise InputError("give models by -m, or by a file of them", argument="models")
@@ -128,7 +135,7 @@ def serve(
         hosts=tuple(name or ()),
         memory=None if memory is None else parse.size_in_bytes("memory", memory),
     ).validate()
-    _require()
+    require_extra()
     import logging
 
     from sfumato.serve.run import serve as run
@@ -142,11 +149,3 @@ def _default() -> str:
     from sfumato.families import DEFAULT_MODEL
 
     return DEFAULT_MODEL
-
-
-def _require() -> None:
-    import importlib.util
-
-    for module in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "multipart"):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(f"serving needs {module}: pip install 'sfumato[serve]'", argument="serve")

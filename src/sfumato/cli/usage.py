@@ -30,9 +30,11 @@ def usage(
     as_json: Annotated[bool, Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Say what a server's keys have used, a line for each key and day. The server may be running."""
+    from sfumato.serve.settings import default_data, ledger_url, require_extra
+
+    require_extra()
     from sfumato.serve import keys as ring
     from sfumato.serve.ledger import day_of, month_of, open_existing
-    from sfumato.serve.settings import default_data, ledger_url
 
     now = time.time()
     first, last = since or f"{month_of(now)}-01", until or day_of(now)

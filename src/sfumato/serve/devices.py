@@ -34,8 +34,8 @@ class Unable(SfumatoError):
 class Device:
     """One device and the worker process on it, if there is one now.
 
-    start: what a worker is told first. hear: hears what it says of jobs. lost: hears that it is gone; `running` are
-    then the jobs that went with it.
+    start: what a worker is told first. hear: hears when it is ready, and what it says of jobs. lost: hears that it is
+    gone; `running` are then the jobs that went with it.
     """
 
     def __init__(self, start: dict[str, Any], hear: Hear, lost: Callable[[Device], None]):
@@ -82,14 +82,9 @@ class Device:
         finally:
             self._asked.pop(number, None)
         if (error := found.get("error")) is not None:
-            status = 400 if error["client"] else 503
-            raise Refused(
-                status,
-                error["code"],
-                error["message"],
-                param=error["param"],
-                retry_after=None if error["client"] else 5,
-            )
+            status = 400 if error["client"] else 500 if error["code"] == "internal" else 503
+            after = 5 if status == 503 else None
+            raise Refused(status, error["code"], error["message"], param=error["param"], retry_after=after)
         return found
 
     @property
@@ -161,6 +156,7 @@ class Device:
                 raise Unable(message["error"]["message"])
             self.facts, self.room, self.name = message["models"], message["room"], message["device"]
             self.ready.set()
+            self._hear(self, message, [])
             if not first.done():
                 first.set_result(None)
             while True:

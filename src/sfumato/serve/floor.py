@@ -214,6 +214,10 @@ class Floor:
     def _heard(self, device: Device, message: dict[str, Any], parts: list[bytes]) -> None:
         """What a worker says of itself or of a job."""
         kind = message["is"]
+        if kind == "ready":
+            self._wake.set()
+            self._count()
+            return
         if kind == "pulse":
             self.metrics.resident.labels(device.name).set(message["resident"])
             self.metrics.calls.labels(device.name).set(message["calls"])

@@ -17,7 +17,6 @@ import uvicorn
 from sfumato.errors import InputError
 from sfumato.serve.books import Books
 from sfumato.serve.desk import Desk
-from sfumato.serve.devices import Unable
 from sfumato.serve.ledger import Ledger
 from sfumato.serve.settings import Settings
 from sfumato.serve.store import Store
@@ -81,25 +80,13 @@ def serve(settings: Settings, told: Callable[[str], None] = lambda address: None
 
 async def _run(settings: Settings, books: Books, bound: socket.socket, told: Callable[[str], None]) -> None:
     desk = Desk(settings, books)
-    failed: list[Unable] = []
-    opened = desk.open
-
-    async def open_() -> None:
-        try:
-            await opened()
-        except Unable as error:
-            failed.append(error)
-            await desk.close()
-            raise
-        host, port = bound.getsockname()[:2]
-        told(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-
-    desk.open = open_  # type: ignore[method-assign]
     config = uvicorn.Config(
         build(desk),
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
+        lifespan="off",
         backlog=BACKLOG,
         timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=5,
@@ -107,10 +94,13 @@ async def _run(settings: Settings, books: Books, bound: socket.socket, told: Cal
         ws="none",
         http="h11",
     )
-    with contextlib.suppress(SystemExit):
+    try:
+        await desk.open()
+        host, port = bound.getsockname()[:2]
+        told(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         await Server(config, desk).serve(sockets=[bound])
-    if failed:
-        raise failed[0]
+    finally:
+        await desk.close()
 
 
 def _bound(settings: Settings) -> socket.socket:

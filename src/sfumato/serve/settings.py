@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import tomllib
@@ -128,6 +129,13 @@ def default_data() -> Path:
 def ledger_url(data: Path) -> str:
     """The SQLite ledger in a server's folder."""
     return f"sqlite:///{data.absolute() / 'ledger.db'}"
+
+
+def require_extra() -> None:
+    """`InputError` that says what to install, where something is missing that a server needs."""
+    for module in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"a server needs {module}: pip install 'sfumato[serve]'", argument="serve")
 
 
 def is_loopback(host: str) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,21 +26,11 @@ ABOUT = """Pictures by latent diffusion. Keys are sent as `Authorization: Bearer
 
 
 def build(desk: Desk) -> Guard:
-    """The ASGI application of a desk, which it opens and closes."""
-
-    @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        await desk.open()
-        try:
-            yield
-        finally:
-            await desk.close()
-
+    """The ASGI application of a desk, which somebody else opens and closes."""
     app = FastAPI(
         title="Sfumato",
         version=sfumato.__version__,
         description=ABOUT,
-        lifespan=life,
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,

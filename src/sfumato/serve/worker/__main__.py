@@ -94,6 +94,8 @@ class Worker:
         opened = self.models[message["model"]]
         request = request_of(message["request"], dict(zip(message["pictures"], parts, strict=True)))
         request = opened.model.complete(request)
+        if request.moves or request.clip is not None:
+            raise InputError("clips are not drawn over HTTP yet; ask for frames 1", argument="frames")
         if request.loras is None:
             request = replace(request, loras=() if getattr(opened.model.system, "adapters", None) else None)
         check_recipe(request, SUFFIXES[message["format"]])

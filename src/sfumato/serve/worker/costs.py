@@ -30,7 +30,7 @@ WEIGHT = 0.3  # of what the last job says, against those before
 UNKNOWN = 1e-6  # seconds for a pixel of a call, of a model that has drawn nothing yet
 COUNTED = 4  # times the model's own pixels: of a model of ours, FLOPs are counted by doing a call
 WORDS = 8  # texts are counted and planned for by lengths of so many words
-KEPT = 256  # kinds of request whose memory and FLOPs are remembered
+KEPT = 256  # kinds of request whose memory is remembered
 Size = tuple[int, int]
 
 
@@ -90,7 +90,8 @@ class Costs:
         self.watts = read_machine().price.watts
         self._call: dict[Size, float] = {}  # seconds of a call of the network, for a picture of that size
         self._rest: dict[Size, float] = {}  # seconds of all else
-        self._known: dict[Any, tuple[int, dict[str, int] | None]] = {}  # memory and FLOPs, by kind of request
+        self._traced: dict[Size, int] = {}  # memory of one picture
+        self._need: dict[Any, int] = {}  # memory, by kind of request
         self._lock = threading.Lock()
 
     def expected(self, request: Request) -> Expected:
@@ -98,8 +99,10 @@ class Costs:
         runs = passes(self.model, request)
         one = sum(run.calls * self._at(self._call, run.size) for run in runs)
         one += self._at(self._rest, runs[-1].size)
-        need, flops = self._counted(request, runs)
-        return Expected(request.count, runs, request.count * one, need, flops)
+        request = _nominal(request)
+        return Expected(
+            request.count, runs, request.count * one, self._memory(request, runs), self._flops(request, runs)
+        )
 
     def joules(self, seconds: float) -> float | None:
         """What the device took, where the machine's price says its watts (`sfumato cost --watts --keep`)."""
@@ -125,45 +128,38 @@ class Costs:
             near = min(known, key=lambda other: abs(math.log(other[0] * other[1] / pixels)))
             return known[near] * pixels / (near[0] * near[1])
 
-    def _counted(self, request: Request, runs: tuple[Pass, ...]) -> tuple[int, dict[str, int] | None]:
-        """Bytes and FLOPs: of a request of the same kind if there was one, else worked out."""
-        request = replace(request, loras=None)
-        texts = tuple(None if text is None else _nominal(text) for text in (request.prompt, request.negative))
-        request = replace(request, prompt=texts[0] or "", negative=texts[1], seed=0, variation=None)
-        shown = tuple(sorted({control.name for control in request.controls or ()}))
-        key = (
-            runs,
-            request.count,
-            texts,
-            request.text_length,
-            request.guidance == 1,
-            request.image is None,
-            shown,
-        )
-        if key not in self._known:
-            found = self._memory(request, runs), self._flops(request, runs)
-            with self._lock:
-                while len(self._known) >= KEPT:
-                    self._known.pop(next(iter(self._known)))
-                self._known[key] = found
-        return self._known[key]
-
     def _memory(self, request: Request, runs: tuple[Pass, ...]) -> int:
-        if planning.tells(self.model):
-            # the room is what is free now that the weights are there, and the plan begins before they are
-            plan = planning.plan(self.plain, request, getattr(self.model.system, "offload", None))
-            need = max(stage.activations for stage in plan.stages)
-        else:
-            size = max((run.size for run in runs), key=lambda side: side[0] * side[1])
-            need = traced(self.model, size) * min(request.count, BATCH)
+        """Bytes: of a request of the same kind if there was one, else worked out."""
+        sizes = tuple(run.size for run in runs)
+        shown = tuple(sorted({control.name for control in request.controls or ()}))
+        texts = request.prompt, request.negative, request.text_length
+        key = sizes, request.count, texts, request.image is None, shown
+        if key not in self._need:
+            need = self._worked_out(request, sizes)
+            with self._lock:
+                while len(self._need) >= KEPT:
+                    self._need.pop(next(iter(self._need)))
+                self._need[key] = need
+        need = self._need[key]
         if self.memory is not None and need > self.memory:
-            width, height = runs[-1].size
+            width, height = sizes[-1]
             raise InputError(
                 f"drawing {request.count} of {width}x{height} needs {planning.shown(need)} of memory, and "
                 f"{planning.shown(self.memory)} are there; draw fewer, or smaller",
                 argument="size",
             )
         return need
+
+    def _worked_out(self, request: Request, sizes: tuple[Size, ...]) -> int:
+        if planning.tells(self.model):
+            # the room is what is free now that the weights are there, and the plan begins before they are
+            plan = planning.plan(self.plain, request, getattr(self.model.system, "offload", None))
+            return max(stage.activations for stage in plan.stages)
+        largest = max(sizes, key=lambda size: size[0] * size[1])
+        with self._lock:
+            if largest not in self._traced:
+                self._traced[largest] = traced(self.model, largest)
+        return self._traced[largest] * min(request.count, BATCH)
 
     def _flops(self, request: Request, runs: tuple[Pass, ...]) -> dict[str, int] | None:
         """None where counting would take long."""
@@ -186,9 +182,13 @@ class _WithoutAdapters:
         return getattr(self._system, name)
 
 
-def _nominal(text: str) -> str:
-    """Words that stand for a text of about that length."""
-    return "a " * (WORDS * math.ceil(len(text.split()) / WORDS))
+def _nominal(request: Request) -> Request:
+    """A request that takes as much, and stands for all of its kind: texts of about that length, no LoRAs."""
+    texts = [
+        None if text is None else "a " * (WORDS * math.ceil(len(text.split()) / WORDS))
+        for text in (request.prompt, request.negative)
+    ]
+    return replace(request, prompt=texts[0] or "", negative=texts[1], seed=0, variation=None, loras=None)
 
 
 def passes(model: Model, request: Request) -> tuple[Pass, ...]:

@@ -88,6 +88,8 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
     if spec.dtype is not None:
         options["dtype"] = dtype_named(spec.dtype)
     found = load(spec.source, device, offload="auto", controlnets=dict(spec.controlnets) or None, **options)
+    if "frames" in found.preset:
+        raise InputError(f"{spec.name!r} is a model of clips, which are not served yet", argument="model")
     found = _planned(found, spec, memory)
     for name, file in spec.loras.items():
         found.attach(file, 0.0, name=name)
