@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +49,14 @@ def build_latents(
     on_progress: Callable[[int, int], None] | None = None,
     dtype: str = "float16",
     shard_rows: int = SHARD_ROWS,
+    workers: int = 1,
 ) -> LatentCache:
     """Encode what `directory` does not hold yet, and open it.
 
     encode: float32 (B, 3, T, H, W) in [−1, 1] → normalised latents (B, C, T, H/f, W/f), on any device.
     on_progress(done, total) is called after each batch and may raise to stop; whole shards stay. Killed and
     started again, the same batches are encoded as without the kill, so the result is the same to the bit.
+    workers: threads that make pixels and encode them side by side, for sources that render as they are asked.
     Raises `StaleCacheError` when the folder belongs to another autoencoder, `DataError` naming the picture
     whose latent is not finite, `SfumatoError` when a shard cannot be written (what was there before stays).
     """
@@ -84,11 +87,15 @@ def build_latents(
             keys = list(rows)
             for start in range(0, len(keys), shard_rows):
                 shard = keys[start : start + shard_rows]
+                batches = [
+                    [rows[key] for key in shard[at : at + batch]] for at in range(0, len(shard), batch)
+                ]
                 parts = []
-                for at in range(0, len(shard), batch):
-                    indices = [rows[key] for key in shard[at : at + batch]]
-                    parts.append(_encoded(source, encode, indices, dtype))
-                    done += len(indices)
+                for part in _side_by_side(
+                    lambda indices: _encoded(source, encode, indices, dtype), batches, workers
+                ):
+                    parts.append(part)
+                    done += len(part)
                     if on_progress:
                         on_progress(done, total)
                 _save(
@@ -194,6 +201,23 @@ class LatentCache:
             self._row[members] += np.asarray(moved, dtype=np.int64)
             self._shard[members] = number
         self._data = joined
+
+
+def _side_by_side(
+    work: Callable[[list[int]], Tensor], batches: list[list[int]], workers: int
+) -> Iterator[Tensor]:
+    """work(batch) of each in order, `workers` of them at a time."""
+    if workers == 1:
+        yield from map(work, batches)
+        return
+    with ThreadPoolExecutor(workers, "encode") as pool:
+        futures = [pool.submit(work, batch) for batch in batches]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def _encoded(source: Source, encode: Encode, indices: list[int], dtype: str) -> Tensor:

@@ -25,6 +25,7 @@ from sfumato.data.store import RowStore, address, lock
 from sfumato.errors import InputError, SfumatoError
 
 RENDERER = 1  # to be raised whenever `sfumato.scenes` makes another picture of the same seed
+MOTION = 2  # the same of clips
 CHUNK = 256  # scenes a kill can cost
 BATCH = 16  # scenes per call of the renderer
 
@@ -244,7 +245,8 @@ class SceneSource:
     def _identity(self) -> dict[str, Any]:
         """All that decides the pixels of scene k, besides k."""
         names = ("seed", "split", "size", "frames", "device", "options")
-        return {"renderer": RENDERER, **{name: getattr(self, name) for name in names}}
+        motion = {"motion": MOTION} if self.frames > 1 else {}
+        return {"renderer": RENDERER, **motion, **{name: getattr(self, name) for name in names}}
 
     def _sample(self, index: int) -> Any:
         from sfumato.scenes import sample_scene
