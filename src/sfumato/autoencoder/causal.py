@@ -68,6 +68,11 @@ class Causal(nn.Module):
         self.decoder = Parter(config)
         self.to(memory_format=torch.channels_last)
 
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes back of the frames, and their latents."""
+        latent = self.encode(frames)
+        return self.decode(latent), latent
+
     def encode(self, frames: Tensor) -> Tensor:
         """All at once. `InputError` unless there are 1 + 4k frames."""
         check_frames(frames.shape[2])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.adapters.fold import Adapters, Touched
 from sfumato.autoencoder import Autoencoder
-from sfumato.autoencoder.causal import Causal, latents_of
+from sfumato.autoencoder.causal import STRIDE, Causal, latents_of
 from sfumato.checkpoint.fill import fill, refill
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
@@ -121,10 +121,19 @@ class System:
         return {} if video is None or self.video is None else {"frames": video.frames, "fps": video.fps}
 
     @property
-    def window(self) -> tuple[int, int]:
+    def window(self) -> tuple[int, int] | None:
         """Latents of a clip that are drawn together, and how many of them are known where a film goes on."""
-        assert self.config.video is not None
-        return self.config.video.window, self.config.video.context
+        video = self.config.video
+        return None if video is None or self.video is None else (video.window, video.context)
+
+    @property
+    def shared_noise(self) -> float:
+        """Share of the noise's variance that the frames of a clip have in common, as in training."""
+        return 0.0 if self.config.video is None else self.config.video.shared
+
+    def frames_of(self, latents: int) -> int:
+        """How many frames so many latents of a clip are."""
+        return 1 + STRIDE * (latents - 1)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """(C, T, H/f, W/f) of so many frames; `InputError` for a size or a number of frames that it cannot draw."""

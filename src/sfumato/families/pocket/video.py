@@ -34,6 +34,7 @@ class VideoConfig:
     fps: float = 8.0
     window: int = 5  # latents that are drawn together, as many as training showed
     context: int = 2  # of these that are the last ones known, where a film goes on
+    shared: float = 0.0  # share of the noise's variance that all frames have in common
 
     def __post_init__(self) -> None:
         for name in ("frames", "window", "context"):
@@ -44,6 +45,8 @@ class VideoConfig:
             raise InputError(
                 "video.frames must be 5 or more and video.context less than video.window", argument="video"
             )
+        if not isinstance(self.shared, int | float) or not 0 <= self.shared <= 1:
+            raise InputError(f"video.shared must be from 0 to 1, not {self.shared!r}", argument="shared")
         if not isinstance(self.fps, int | float) or not 1 <= self.fps <= 1000:
             raise InputError(f"video.fps must be from 1 to 1000, not {self.fps!r}", argument="fps")
 
