@@ -25,7 +25,7 @@ from sfumato.diffusion.loss import flow_density, spread
 from sfumato.errors import InputError
 from sfumato.families import family_named
 from sfumato.flops import count_flops
-from sfumato.generate import Model, load
+from sfumato.generate import Model, load, to_image
 from sfumato.receipts.probe import matmul_peak
 from sfumato.runtime import autocast, fast_dtype
 from sfumato.sampling.noise import mixed
@@ -237,6 +237,7 @@ class CodecTask:
     stage = "temporal"
 
     def __init__(self, job: VideoJob, model: Causal, frames: LatentCache):
+        self.job, self.model = job, model
         self.recipe, self.weight = job.own.codec, job.own.loss.residual
         self.examples = Frames(frames, job.own, job.recipe.seed, job.device)
         self.players = [Player("temporal", model, self.recipe, self.examples.part, self.loss)]
@@ -252,8 +253,18 @@ class CodecTask:
         loss = error + self.weight * added
         return loss, {"loss": loss, "error": error, "added": added}
 
+    @torch.no_grad()
     def sheet(self, average: dict[str, Tensor], step: int) -> str:
-        return "no pictures"
+        """Frames of a window above what comes back of them, by the averaged weights."""
+        twin = Causal(self.model.config).to(self.job.device).eval()
+        twin.load_state_dict(average)
+        frames = self.examples.part(1, 0)[:1]
+        rows = []
+        for latent in (frames, twin(frames)[0]):
+            with autocast(self.job.device, fast_dtype(self.job.device)):
+                pixels = self.job.base.autoencoder.decode_normalized(latent).float().clamp(-1, 1)
+            rows.append([to_image(frame[:, None]) for frame in pixels[0].unbind(1)])
+        return save_sheet(rows, self.job.folder / "sheets" / f"temporal-{step:07d}.png")
 
 
 class FilmNetwork(nn.Module):
