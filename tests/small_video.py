@@ -31,7 +31,9 @@ def picture_system() -> System:
     words = tuple(read_json(PACKAGED["pocket"] / "model.json")["words"])
     config = replace(
         TINY,
-        autoencoder=AutoencoderConfig(factor=8, latent_channels=4, encoder_width=32, decoder_width=32, max_width=64),
+        autoencoder=AutoencoderConfig(
+            factor=8, latent_channels=4, encoder_width=32, decoder_width=32, max_width=64
+        ),
         denoiser=DenoiserConfig(64, 1, 1, text_width=64, text_depth=1),
         words=words,
         preset=Preset(steps=3, size=(32, 32)),

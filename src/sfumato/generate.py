@@ -196,8 +196,8 @@ class Model:
 
     @property
     def clip_preset(self) -> dict[str, Any]:
-        """What a request for a clip gets besides where it leaves that open: frames, fps and perhaps guidance_first; empty
-        of a model that draws none.
+        """What a request for a clip gets besides where it leaves that open: frames, fps and perhaps guidance_first;
+        empty of a model that draws none.
         """
         if hasattr(self.system, "clip_preset"):
             return dict(self.system.clip_preset)

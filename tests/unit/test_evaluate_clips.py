@@ -5,7 +5,15 @@ import torch
 
 from helpers import CPU
 from sfumato.errors import InputError
-from sfumato.evaluate.clips import ARMS, clip_scenes, evaluate_clips, measured, still_seen, velocity, warp_error
+from sfumato.evaluate.clips import (
+    ARMS,
+    clip_scenes,
+    evaluate_clips,
+    measured,
+    still_seen,
+    velocity,
+    warp_error,
+)
 from sfumato.evaluate.detect_network import load_detector
 from sfumato.generate import Model
 from sfumato.scenes import render
@@ -36,7 +44,9 @@ def scores(detector, moving, change=lambda pixels: pixels):
     every = [
         measured(detector, s, change(real[k]), (flows[k], held[k], held[k])) for k, s in enumerate(scenes)
     ]
-    return {name: sum(m[name] for m in every if name in m) / sum(name in m for m in every) for name in every[0]}
+    return {
+        name: sum(m[name] for m in every if name in m) / sum(name in m for m in every) for name in every[0]
+    }
 
 
 def test_real_clips_score_as_the_truth(detector, moving):

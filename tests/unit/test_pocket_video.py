@@ -48,7 +48,10 @@ def test_a_level_for_each_frame_equals_one_for_all_and_tells_frames_apart():
     dit = DiT(DiTConfig(latent_channels=2, patch=2, width=32, depth=2, heads=1, text_width=16)).eval()
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    x, cond = torch.randn(2, 2, 3, 4, 4), Conditioning(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool))
+    x, cond = (
+        torch.randn(2, 2, 3, 4, 4),
+        Conditioning(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)),
+    )
     with torch.no_grad():
         same = dit(x, torch.full((2, 3), 0.4), cond)
         torch.testing.assert_close(same, dit(x, torch.full((2,), 0.4), cond), rtol=1e-4, atol=1e-4)
@@ -91,7 +94,9 @@ def test_a_first_picture_is_the_first_frame_whatever_draws(model, sampler):
 
 def test_a_film_longer_than_training_goes_on_from_its_last_latents(model):
     steps = []
-    long = model.generate(Request("a red cube", frames=25, steps=2, seed=4), lambda s: steps.append((s.index, s.total)))
+    long = model.generate(
+        Request("a red cube", frames=25, steps=2, seed=4), lambda s: steps.append((s.index, s.total))
+    )
     assert len(long.clips[0].frames) == 25
     assert steps == [(k, 6) for k in range(6)]  # 7 latents in stretches of 3, 2 of them new
     short = model.generate(Request("a red cube", frames=9, steps=2, seed=4)).clips[0]
@@ -116,7 +121,11 @@ def test_strength_nothing_gives_the_clip_back_through_the_autoencoder(model):
 
 @pytest.mark.parametrize(
     ("changes", "argument"),
-    [({"frames": 8}, "frames"), ({"frames": 9, "reuse": 2}, "reuse"), ({"frames": 9, "guidance_first": 1.0}, None)],
+    [
+        ({"frames": 8}, "frames"),
+        ({"frames": 9, "reuse": 2}, "reuse"),
+        ({"frames": 9, "guidance_first": 1.0}, None),
+    ],
 )
 def test_what_it_cannot_draw_is_named(model, changes, argument):
     with pytest.raises(InputError) as caught:
@@ -180,7 +189,9 @@ def test_the_command_line_draws_a_clip_and_goes_on_by_its_recipe(folder, tmp_pat
     first.save(tmp_path / "first.png")
     image = ["--image", str(tmp_path / "first.png")]
     again = tmp_path / "again.gif"
-    assert run(["animate", "-m", str(folder), "--like", str(out), "-o", str(again), "--seed", "5", *image]) == 0
+    assert (
+        run(["animate", "-m", str(folder), "--like", str(out), "-o", str(again), "--seed", "5", *image]) == 0
+    )
     assert read_recipe(again)["request"]["seed"] == 5
     assert run(["animate", "x", "-m", str(folder), "-o", str(tmp_path / "no.mp4"), "--frames", "12"]) == 2
     assert "13" in capsys.readouterr().err

@@ -8,7 +8,16 @@ import torch
 
 from sfumato.evaluate.clips import still_seen, warp_error
 from sfumato.scenes import describe, holds, render, sample_scene, split_of
-from sfumato.scenes.graph import CAMERA_MOVES, GRAVITY, MANNERS, camera_move, manner_of, motion_of, passes, related
+from sfumato.scenes.graph import (
+    CAMERA_MOVES,
+    GRAVITY,
+    MANNERS,
+    camera_move,
+    manner_of,
+    motion_of,
+    passes,
+    related,
+)
 from sfumato.scenes.motion import flow, paths, tracks
 from sfumato.scenes.splits import HELD_MOTIONS
 
@@ -23,7 +32,9 @@ def first(wanted):
 def test_everything_that_can_happen_happens():
     assert {manner_of(s, o) for s in CLIPS for o in s.objects} == {*MANNERS, None}
     assert {camera_move(s) for s in CLIPS} == {*CAMERA_MOVES, None}
-    assert any(passes(s, i, j) for s in CLIPS for i in range(len(s.objects)) for j in range(len(s.objects)) if i != j)
+    assert any(
+        passes(s, i, j) for s in CLIPS for i in range(len(s.objects)) for j in range(len(s.objects)) if i != j
+    )
 
 
 def test_a_bounce_is_a_fall_under_one_gravity():
@@ -78,8 +89,12 @@ def test_tracks_are_where_things_are_drawn():
 
 
 def test_flow_carries_each_picture_into_the_next():
-    matte = [s for s in CLIPS if all(o.material == "rubber" for o in s.objects)]  # mirrors show what moves otherwise
-    scenes = [s for s in matte if any(o.moves for o in s.objects)][:3] + [s for s in matte if camera_move(s)][:2]
+    matte = [
+        s for s in CLIPS if all(o.material == "rubber" for o in s.objects)
+    ]  # mirrors show what moves otherwise
+    scenes = [s for s in matte if any(o.moves for o in s.objects)][:3] + [s for s in matte if camera_move(s)][
+        :2
+    ]
     made = render(scenes, 128)
     exact, none, held = flow(scenes, made), torch.zeros(2, 8, 128, 128), still_seen(made.instances)
     assert exact.shape == (5, 2, 8, 128, 128)
@@ -123,10 +138,17 @@ def test_a_circle_around_something_is_said():
 
 def test_a_passage_needs_both_sides():
     scene = next(
-        s for s in CLIPS for i in range(len(s.objects)) for j in range(len(s.objects)) if i != j and passes(s, i, j)
+        s
+        for s in CLIPS
+        for i in range(len(s.objects))
+        for j in range(len(s.objects))
+        if i != j and passes(s, i, j)
     )
     i, j = next(
-        (i, j) for i in range(len(scene.objects)) for j in range(len(scene.objects)) if i != j and passes(scene, i, j)
+        (i, j)
+        for i in range(len(scene.objects))
+        for j in range(len(scene.objects))
+        if i != j and passes(scene, i, j)
     )
     assert related(scene, i, "past", j) and not related(scene, j, "past", i)
     mover = replace(scene.objects[i], velocity=tuple(-v for v in scene.objects[i].velocity))

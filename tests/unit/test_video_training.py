@@ -164,7 +164,7 @@ def test_recipes_are_checked(recipe, changes, argument):
     assert caught.value.argument == argument
 
 
-# --- a folder of clips -------------------------------------------------------------------------------------------------
+# --- a folder of clips ---------------------------------------------------------------------------------------------
 
 
 def save(clip: Clip, path: Path) -> None:

@@ -142,9 +142,7 @@ class Parter(nn.Module):
         nn.init.zeros_(self.recall.weight)
         nn.init.zeros_(self.recall.bias)  # type: ignore[arg-type]
 
-    def forward(
-        self, before: Tensor, latent: Tensor, features: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, before: Tensor, latent: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
         """before: (B, C, 1, H, W); latent: (B, C, k, H, W); features: (B, 1, D, H, W) of the latent before, if it has
         any → frames (B, C, 4k, H, W), and the features of the last latent.
         """

@@ -85,7 +85,14 @@ def evaluate(
 
     loaded = load(DEFAULT_MODEL if model is None else model, device=device)
     if moving:
-        _clips(loaded, moving, request, split, parse.between("frames", parse.whole("frames", frames), 5, 1_000), as_json)
+        _clips(
+            loaded,
+            moving,
+            request,
+            split,
+            parse.between("frames", parse.whole("frames", frames), 5, 1_000),
+            as_json,
+        )
         return
     from sfumato.evaluate.report import distribution_report, evaluate_model, reconstruction_report
 

@@ -79,7 +79,9 @@ class ClipFolder:
         return list(range(len(self)))
 
     def digest(self, index: int) -> str:
-        return hashlib.sha256(f"{RULES} {self.size} {self.frames} {self._digests[index]}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{RULES} {self.size} {self.frames} {self._digests[index]}".encode()
+        ).hexdigest()
 
     def name(self, index: int) -> str:
         return str(self._files[index])

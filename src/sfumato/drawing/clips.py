@@ -7,7 +7,7 @@ has what is its own by the film's seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +64,11 @@ def _film(
 ) -> Tensor:
     """Normalised latents (1, C, T, H/f, W/f) of a complete request for one clip."""
     assert request.size and request.frames and request.steps
-    window = getattr(model.system, "window", None)
     shape = model.latent_shape(request.size[1], request.size[0], request.frames)
-    if window is None or shape[1] <= window[0] or not isinstance(cond, Conditioning):
+    stretches = drawn_together(model, shape[1])
+    if len(stretches) == 1 or not isinstance(cond, Conditioning):
         return model.sample(cond, request.seeds(), request, on_step, origin)
     noise = noise_of(model, request.seeds(), shape, request)
-    stretches = list(_stretches(shape[1], *window))
     film: Tensor | None = None
     for number, (start, stop) in enumerate(stretches):
         told = cond
@@ -86,14 +85,15 @@ def _film(
     return film
 
 
-def _stretches(count: int, window: int, context: int) -> Iterator[tuple[int, int]]:
-    """(first, stop) of the latents that are drawn together, the first `context` of all but the first stretch known."""
-    stop = min(count, window)
-    yield 0, stop
-    while stop < count:
-        start = stop - context
-        stop = min(count, start + window)
-        yield start, stop
+def drawn_together(model: Model, latents: int) -> list[tuple[int, int]]:
+    """(first, stop) of the latents of a clip that are drawn together. Of a model with a `window` all but the first
+    stretch begin with latents that the one before has drawn.
+    """
+    window, context = getattr(model.system, "window", None) or (latents, 0)
+    stretches = [(0, min(latents, window))]
+    while (stop := stretches[-1][1]) < latents:
+        stretches.append((stop - context, min(latents, stop - context + window)))
+    return stretches
 
 
 def _counted(hear: Callable[[Step], None], number: int, stretches: int) -> Callable[[Step], None]:

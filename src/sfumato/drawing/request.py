@@ -92,7 +92,9 @@ def _check_clip(model: Model, request: Request) -> None:
         if getattr(system, "window", None) is not None:
             for name in ("loras", "reuse", "skip_layers"):
                 if getattr(request, name) not in (None, (), 1):
-                    raise InputError(f"{name} is for pictures of this model; leave it out of a clip", argument=name)
+                    raise InputError(
+                        f"{name} is for pictures of this model; leave it out of a clip", argument=name
+                    )
         model.latent_shape(request.size[1], request.size[0], request.frames or 1)
 
 

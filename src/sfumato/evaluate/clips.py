@@ -53,7 +53,9 @@ class ClipReport:
     arms: dict[str, dict[str, Interval]]
 
     def to_dict(self) -> dict[str, object]:
-        arms = {arm: {name: value.to_dict() for name, value in found.items()} for arm, found in self.arms.items()}
+        arms = {
+            arm: {name: value.to_dict() for name, value in found.items()} for arm, found in self.arms.items()
+        }
         return {"split": self.split, "clips": self.clips, "frames": self.frames, "arms": arms}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -152,8 +154,8 @@ def _drawn(
 def measured(
     detector: Detector, scene: Scene, pixels: Tensor, truth: tuple[Tensor, Tensor, Tensor] | None
 ) -> dict[str, float]:
-    """What one clip (3, T, H, W) scores; truth: flow (2, T − 1, H, W), and where it holds (T − 1, H, W) of objects and of
-    the floor, of clips that begin with the scene's own first frame.
+    """What one clip (3, T, H, W) scores; truth: flow (2, T − 1, H, W), and where it holds (T − 1, H, W) of objects and
+    of the floor, of clips that begin with the scene's own first frame.
     """
     seen = detector.detect(pixels.transpose(0, 1))
     found: dict[str, float] = {}
@@ -199,8 +201,8 @@ def persistence(seen: Sequence[list[Detection]], shape: bool) -> float:
 
 
 def tracked(seen: Sequence[list[Detection]], obj: Object, scene: Scene) -> tuple[float, float] | None:
-    """Floor velocity, right and away per second, of what looks like an object of the scene; None if it is not to be found
-    in enough frames.
+    """Floor velocity, right and away per second, of what looks like an object of the scene; None if it is not to be
+    found in enough frames.
     """
     times, places = [], []
     for seconds, frame in zip(scene.times(), seen, strict=True):
@@ -245,8 +247,8 @@ def _apart(frame: list[Detection]) -> bool:
 
 
 def still_seen(instances: Tensor) -> Tensor:
-    """(B, T, H, W) uint8 → (B, T − 1, H, W): pixels well inside something that is there in the next frame as well, where
-    the flow may be compared: neither edges nor what comes out from behind."""
+    """(B, T, H, W) uint8 → (B, T − 1, H, W): pixels well inside something that is there in the next frame as well,
+    where the flow may be compared: neither edges nor what comes out from behind."""
     x = instances.float()
     inside = F.max_pool2d(x, 3, 1, 1) == -F.max_pool2d(-x, 3, 1, 1)
     return inside[:, :-1]

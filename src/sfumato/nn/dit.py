@@ -155,7 +155,7 @@ class DiT(nn.Module):
         control: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """(B, M + N, D) → the same after all blocks but the `skipped`, and the label head's logits."""
-        B, M = len(h), h.shape[1] - len(positions)
+        M = h.shape[1] - len(positions)
         cos, sin, mask = self.turns(h, positions, cond)
         added = dict(zip(places(len(self.blocks), len(control)), control, strict=True))
         shared = self.modulation(c).unflatten(-1, (6, -1))  # (B, 6, D), or (B, 1 + T, 6, D)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sfumato.drawing.clips import drawn_together
 from sfumato.drawing.request import enlarged_size, levels_of
 from sfumato.flops import count_flops
 from sfumato.generate import BATCH
@@ -105,7 +106,8 @@ def _key(model: Model, request: Request, size: tuple[int, int]) -> tuple[object,
     texts: tuple[object, ...] = (request.prompt, request.negative)
     if hasattr(model.system, "trace"):  # read in windows: how many follows from the length
         texts = tuple(len(text or "") // WINDOW for text in (request.prompt, request.negative))
-    return size, request.guidance == 1, request.image is None, request.text_length, shown, texts
+    given = request.guidance == 1, request.image is None, request.text_length, request.frames
+    return size, *given, shown, texts
 
 
 def _keep(model: Model, key: tuple[object, ...], flops: dict[str, int]) -> None:
@@ -119,16 +121,20 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
         encodes = request.image is not None
         stages = model.system.trace(request, size, 1, encodes=encodes, offload="none")
         return {stage.name: stage.flops for stage in stages if stage.name in STAGES}
-    x = torch.zeros(1, *model.latent_shape(size[1], size[0]), device=model.device)
-    plain = Request(request.prompt, request.negative, size=size, guidance=request.guidance)
+    frames = request.frames or 1
+    whole = torch.zeros(1, *model.latent_shape(size[1], size[0], frames), device=model.device)
+    stretches = drawn_together(model, whole.shape[2])
+    plain = Request(request.prompt, request.negative, size=size, guidance=request.guidance, frames=frames)
     pixels = torch.zeros(1, 3, 1, size[1], size[0], device=model.device)
+    level = torch.tensor(0.5, dtype=torch.float64)
     with torch.inference_mode(), model.precision():
         denoise = model.denoiser(model.condition(plain), plain)
+        steps = [count_flops(denoise, whole[:, :, start:stop], level) for start, stop in stretches]
         return {
             "text": count_flops(model.condition, plain),
             "encode": count_flops(model.system.encode, pixels),
-            "denoise": count_flops(denoise, x, torch.tensor(0.5, dtype=torch.float64)),
-            "decode": count_flops(model.decode_pixels, x),
+            "denoise": sum(steps),
+            "decode": count_flops(model.decode_pixels, whole),
         }
 
 

@@ -63,8 +63,8 @@ COMMON = 1 << 20  # draws from here on are the parts that all frames have in com
 
 @dataclass(frozen=True)
 class SharedNoise:
-    """Noise of clips whose frames have a share of it in common, so that they begin alike (the mixed noise of PYoCo, Ge et
-    al. 2023, 2305.10474, sec. 4.1).
+    """Noise of clips whose frames have a share of it in common, so that they begin alike (the mixed noise of PYoCo, Ge
+    et al. 2023, 2305.10474, sec. 4.1).
 
     share: of the variance, 0 … 1. own: the noise that frames do not share; its seeds give what they do.
     """

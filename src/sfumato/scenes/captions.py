@@ -194,9 +194,7 @@ def _state(scene: Scene, random: Random, style: str) -> Statement:
     return Statement(tuple(claims), found, exact, camera)
 
 
-def _passing(
-    scene: Scene, groups: list[tuple[ObjectClaim, list[int]]]
-) -> tuple[int, str, int] | None:
+def _passing(scene: Scene, groups: list[tuple[ObjectClaim, list[int]]]) -> tuple[int, str, int] | None:
     """The first two claims of which one goes past or around the other and says that it moves."""
     for i, (claim, mine) in enumerate(groups):
         for j, (other, theirs) in enumerate(groups):

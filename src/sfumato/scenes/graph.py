@@ -20,7 +20,14 @@ MATERIALS = ("metal", "rubber")
 SIZES = ("small", "large")
 RELATIONS = ("left of", "right of", "in front of", "behind")
 INVERSE = {"left of": "right of", "right of": "left of", "in front of": "behind", "behind": "in front of"}
-MOTIONS = ("left", "right", "toward", "away", "around", "up")  # around: in a circle; up: up and down on its place
+MOTIONS = (
+    "left",
+    "right",
+    "toward",
+    "away",
+    "around",
+    "up",
+)  # around: in a circle; up: up and down on its place
 MANNERS = ("rolls", "slides", "bounces", "circles")
 CAMERA_MOVES = ("left", "right", "closer", "back")
 SPEEDS = ("slow", "fast")
@@ -337,9 +344,8 @@ def scene_from_json(text: str) -> Scene:
         raise DataError(f"this is not a scene graph: {error}") from None
 
 
-_LENGTHS = {
-    **{"position": 3, "tint": 3, "velocity": 2, "orbit": 3},
-    **{"target": 3, "color": 3, "backdrop": 3, "ambient": 3},
+_LENGTHS = dict.fromkeys(("position", "tint", "orbit", "target", "color", "backdrop", "ambient"), 3) | {
+    "velocity": 2
 }
 
 

@@ -91,8 +91,8 @@ def moving_camera(random: Random, camera: Camera) -> Camera:
 
 
 def tracks(scene: Scene) -> Tensor:
-    """(T, O, 3) float64: where the centre of every object is in each frame: right and down in [0, 1] of the picture, and
-    depth along the view axis."""
+    """(T, O, 3) float64: where the centre of every object is in each frame: right and down in [0, 1] of the picture,
+    and depth along the view axis."""
     rows = []
     for seconds in scene.times():
         camera = scene.camera.at(seconds)
@@ -101,8 +101,8 @@ def tracks(scene: Scene) -> Tensor:
 
 
 def paths(scene: Scene) -> Tensor:
-    """(T, O, 2) float64: the objects' places on the floor in each frame, right and away as the viewer has them, from the
-    point that the camera looks at."""
+    """(T, O, 2) float64: the objects' places on the floor in each frame, right and away as the viewer has them, from
+    the point that the camera looks at."""
     rows = []
     for seconds in scene.times():
         camera, (tx, ty, _) = scene.camera.at(seconds), scene.camera.target

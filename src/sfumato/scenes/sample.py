@@ -174,9 +174,7 @@ def _centre(random: Random, placed: list[Seen]) -> tuple[float, float] | None:
     return pick(random, resting).object.position[:2]
 
 
-def _beside_a_way(
-    random: Random, placed: list[Seen], camera: Camera, seconds: float, right: float
-) -> float:
+def _beside_a_way(random: Random, placed: list[Seen], camera: Camera, seconds: float, right: float) -> float:
     """How far to the viewer's right a resting object stands: often where one that crosses the picture passes it."""
     for seen in placed:
         across, away = camera.floor_axes(*seen.object.velocity)

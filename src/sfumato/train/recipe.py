@@ -25,14 +25,16 @@ from typing import Any
 
 from sfumato.adapters.svd import MAX_RANK
 from sfumato.autoencoder import AutoencoderConfig
-from sfumato.autoencoder.causal import CausalConfig, latents_of
 from sfumato.autoencoder.losses import LossConfig
 from sfumato.diffusion.loss import DENSITIES, WEIGHTINGS
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_FAMILY, family_named
 from sfumato.families.trainee import LAYOUTS
 from sfumato.train.activations import CHOICES
+from sfumato.train.fitting import TrainRecipe, above_zero, check_train, one_of, within
+from sfumato.train.video_recipe import VideoRecipe, check_video
 
+__all__ = ["Recipe", "TrainRecipe", "VideoRecipe", "parse_recipe", "read_recipe"]
 STAGES = ("autoencoder", "denoiser")  # of a model, in this order
 BESIDE = ("lora", "control", "video")  # instead: what is trained beside a finished model
 
@@ -50,36 +52,6 @@ class DataRecipe:
     flip: bool = False  # folder: add the mirror image of every picture
     held_out: float = 0.02  # folder: share of the pictures kept from the autoencoder, to measure it on
     cache: str = ""  # scenes: where rendered pictures are kept; empty for the run's own folder
-
-
-@dataclass(frozen=True)
-class TrainRecipe:
-    """How weights are fitted. One step sees `batch` pictures in parts of `microbatch`, whose gradients add up."""
-
-    steps: int = 10_000
-    batch: int = 128
-    microbatch: int = (
-        0  # pictures per pass; 0 for the whole batch. Chance is drawn per part, so it is part of the recipe
-    )
-    optimizer: str = "adamw"  # adamw, or for a denoiser muon: its hidden matrices (and adamw for the rest)
-    lr: float = 3e-4  # AdamW's peak rate
-    muon_lr: float = 2e-3  # Muon's peak rate, in AdamW's scale (rms-matched)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    warmup: int = 200  # steps of linear rise
-    decay: float = 0.3  # last share of the steps, over which the rate falls linearly to zero
-    clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.999  # decay of the averaged weights per step; the average is what is kept
-    precision: str = "auto"  # auto, float32 or bfloat16 (autocast; the weights themselves stay float32)
-    compile: bool = False  # torch.compile the network
-    save_every: int = 500  # steps between checkpoints
-    sheet_every: int = 1_000  # steps between sample sheets and exports of the averaged model
-    crop: int = 0  # side in pixels of random crops; 0 for whole pictures (autoencoder only)
-
-    @property
-    def parts(self) -> int:
-        """Microbatches in a step."""
-        return self.batch // (self.microbatch or self.batch)
 
 
 @dataclass(frozen=True)
@@ -181,40 +153,6 @@ class ControlRecipe:
     )
 
 
-@dataclass(frozen=True)
-class VideoLoss:
-    """What the denoiser of clips is asked for: the flow, of the frames that are not known."""
-
-    mean: float = 0.5  # of the logit of a flow's noise levels; what goes where is decided at the noisier ones
-    std: float = 1.0
-    drop_prompt: float = 0.1  # share of captions that are emptied, for guidance
-    known: tuple[float, ...] = (
-        0.5,
-        0.3,
-        0.2,
-    )  # shares of clips of which none, one, two … latents at the beginning are known
-    residual: float = 0.02  # weight of the square of what the layers between frames add to a latent
-
-
-@dataclass(frozen=True)
-class VideoRecipe:
-    """Clips for a model of pictures: what they are, and how a step mixes them."""
-
-    temporal: CausalConfig
-    codec: TrainRecipe  # of the layers between frames; a step sees `batch` windows of `short` frames
-    loss: VideoLoss
-    train: TrainRecipe  # of the denoiser
-    base: str = DEFAULT_FAMILY  # a packaged model or a folder; it stays as it is
-    objects: tuple[int, ...] = (1, 3)  # of scenes: fewest and most
-    frames: int = 17  # of a clip of the data, 1 + 4k
-    fps: float = 8.0  # of the data
-    short: int = 9  # frames of the shorter windows, 1 + 4k
-    shared: float = 0.6  # share of the noise's variance that all frames of a clip have in common
-    mix: tuple[int, ...] = (1, 3, 2)  # microbatches of a step: of pictures, of short windows, of whole clips
-    vocabulary: int = 256  # words that captions of clips have besides, the most frequent
-    samples: tuple[str, ...] = ()  # prompts of the sample sheets; by default some captions
-
-
 LORA_TRAIN = {  # what [lora.train] has where it says nothing: few weights, few pictures
     "steps": 1000,
     "batch": 1,
@@ -301,14 +239,14 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 def check(recipe: Recipe) -> None:
     """`InputError` for what does not go together, or is out of its range."""
-    _one_of("data.kind", recipe.data.kind, ("folder", "scenes"))
+    one_of("data.kind", recipe.data.kind, ("folder", "scenes"))
     stages = [stage for stage in (*STAGES, *BESIDE) if getattr(recipe, stage)]
     if not stages:
         tables = ", ".join(f"no [{stage}]" for stage in (*STAGES, *BESIDE))
         raise InputError(f"the recipe has {tables}: nothing to train", argument="recipe")
-    _one_of("log", recipe.log, ("csv", "tensorboard"))
+    one_of("log", recipe.log, ("csv", "tensorboard"))
     for stage in stages:
-        _check_train(f"{stage}.train", getattr(recipe, stage).train)
+        check_train(f"{stage}.train", getattr(recipe, stage).train)
     for stage in set(stages) & set(BESIDE):
         if len(stages) > 1:
             raise InputError(
@@ -321,15 +259,15 @@ def check(recipe: Recipe) -> None:
     if recipe.control:
         _check_control(recipe.control, recipe.data)
     if recipe.video:
-        _check_video(recipe.video)
+        check_video(recipe.video)
     if recipe.autoencoder:
         _check_autoencoder(recipe.autoencoder)
     if recipe.denoiser:
         loss = recipe.denoiser.loss
-        _one_of("denoiser.loss.density", loss.density, DENSITIES)
-        _one_of("denoiser.loss.weighting", loss.weighting, WEIGHTINGS)
-        _within("denoiser.loss", loss, DENOISER_LOSS_RANGES)
-        _above_zero("denoiser.loss.shift", loss.shift)
+        one_of("denoiser.loss.density", loss.density, DENSITIES)
+        one_of("denoiser.loss.weighting", loss.weighting, WEIGHTINGS)
+        within("denoiser.loss", loss, DENOISER_LOSS_RANGES)
+        above_zero("denoiser.loss.shift", loss.shift)
         if loss.labels and not getattr(recipe.denoiser.model, "label_classes", ()):
             raise InputError(
                 "denoiser.loss.labels needs denoiser.label_classes, the number of classes of each attribute",
@@ -337,33 +275,16 @@ def check(recipe: Recipe) -> None:
             )
 
 
-def _check_train(where: str, train: TrainRecipe) -> None:
-    _within(where, train, RANGES)
-    _above_zero(f"{where}.clip", train.clip)
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise InputError(
-            f"{where}.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
-            argument=f"{where}.betas",
-        )
-    if train.microbatch and train.batch % train.microbatch:
-        raise InputError(
-            f"{where}.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
-            argument=f"{where}.microbatch",
-        )
-    _one_of(f"{where}.optimizer", train.optimizer, ("adamw", "muon"))
-    _one_of(f"{where}.precision", train.precision, ("auto", "float32", "bfloat16"))
-
-
 def _check_lora(recipe: LoraRecipe) -> None:
-    _within("lora", recipe, LORA_RANGES)
-    _within("lora.loss", recipe.loss, LORA_LOSS_RANGES)
-    _within("lora.prior", recipe.prior, PRIOR_RANGES)
-    _above_zero("lora.loss.gamma", recipe.loss.gamma)
-    _one_of("lora.loss.weighting", recipe.loss.weighting, ("plain", "min_snr"))
-    _one_of("lora.loss.density", recipe.loss.density, DENSITIES)
-    _one_of("lora.layout", recipe.layout, LAYOUTS)
-    _one_of("lora.dtype", recipe.dtype, ("float32", "float16", "bfloat16"))
-    _one_of("lora.recompute", recipe.recompute, CHOICES)
+    within("lora", recipe, LORA_RANGES)
+    within("lora.loss", recipe.loss, LORA_LOSS_RANGES)
+    within("lora.prior", recipe.prior, PRIOR_RANGES)
+    above_zero("lora.loss.gamma", recipe.loss.gamma)
+    one_of("lora.loss.weighting", recipe.loss.weighting, ("plain", "min_snr"))
+    one_of("lora.loss.density", recipe.loss.density, DENSITIES)
+    one_of("lora.layout", recipe.layout, LAYOUTS)
+    one_of("lora.dtype", recipe.dtype, ("float32", "float16", "bfloat16"))
+    one_of("lora.recompute", recipe.recompute, CHOICES)
     if not recipe.targets:
         raise InputError(
             "lora.targets must be attention, all, or patterns of layers; it is empty", argument="lora.targets"
@@ -385,7 +306,7 @@ def _check_lora(recipe: LoraRecipe) -> None:
 
 
 def _check_control(recipe: ControlRecipe, data: DataRecipe) -> None:
-    _within("control", recipe, CONTROL_RANGES)
+    within("control", recipe, CONTROL_RANGES)
     if data.kind == "folder" and not recipe.pictures:
         raise InputError(
             "a folder of pictures needs control.pictures, a folder of control pictures with the same names",
@@ -397,37 +318,10 @@ def _check_control(recipe: ControlRecipe, data: DataRecipe) -> None:
         )
 
 
-def _check_video(recipe: VideoRecipe) -> None:
-    _check_train("video.codec", recipe.codec)
-    _within("video", recipe, VIDEO_RANGES)
-    _within("video.loss", recipe.loss, VIDEO_LOSS_RANGES)
-    for name in ("frames", "short"):
-        if latents_of(getattr(recipe, name)) < 2:
-            raise InputError(f"video.{name} must be 5 or more", argument=f"video.{name}")
-    if len(recipe.objects) != 2:
-        raise InputError("video.objects must be [fewest, most]", argument="video.objects")
-    if recipe.short > recipe.frames:
-        raise InputError("video.short must be at most video.frames", argument="video.short")
-    if len(recipe.mix) != 3 or min(recipe.mix) < 0 or sum(recipe.mix) != recipe.train.parts:
-        raise InputError(
-            f"video.mix must be three counts that add up to the {recipe.train.parts} microbatches of a step, not "
-            f"{list(recipe.mix)}",
-            argument="video.mix",
-        )
-    known = recipe.loss.known
-    if not known or min(known) < 0 or sum(known) <= 0 or len(known) >= latents_of(recipe.short) + 1:
-        raise InputError(
-            f"video.loss.known must be shares of at most {latents_of(recipe.short)} kinds of clips, not {list(known)}",
-            argument="video.loss.known",
-        )
-    if recipe.codec.optimizer == "muon":
-        raise InputError("video.codec.optimizer must be adamw: these layers are convolutions", argument="optimizer")
-
-
 def _check_autoencoder(recipe: AutoencoderRecipe) -> None:
     loss = recipe.loss
-    _within("autoencoder.loss", loss, AUTOENCODER_LOSS_RANGES)
-    _above_zero("autoencoder.loss.equivariance_share", loss.equivariance_share)
+    within("autoencoder.loss", loss, AUTOENCODER_LOSS_RANGES)
+    above_zero("autoencoder.loss.equivariance_share", loss.equivariance_share)
     if any(scale < 1 for scale in loss.equivariance_scales):
         raise InputError(
             "autoencoder.loss.equivariance_scales must be whole numbers of at least 1, not "
@@ -442,20 +336,6 @@ def _check_autoencoder(recipe: AutoencoderRecipe) -> None:
         )
 
 
-RANGES = {  # of the numbers in a TrainRecipe
-    "steps": (0, math.inf),
-    "batch": (1, math.inf),
-    "microbatch": (0, math.inf),
-    "lr": (0, math.inf),
-    "muon_lr": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "warmup": (0, math.inf),
-    "decay": (0, 1),
-    "ema": (0, 1),
-    "save_every": (1, math.inf),
-    "sheet_every": (1, math.inf),
-    "crop": (0, math.inf),
-}
 DENOISER_LOSS_RANGES = {"std": (0, math.inf), "labels": (0, math.inf), "drop_prompt": (0, 1)}
 LORA_RANGES = {"rank": (1, MAX_RANK), "alpha": (0, math.inf)}
 LORA_LOSS_RANGES = {
@@ -465,8 +345,6 @@ LORA_LOSS_RANGES = {
     "prior_weight": (0, math.inf),
 }
 CONTROL_RANGES = {"blocks": (1, math.inf), "outputs": (1, math.inf), "drop_prompt": (0, 1)}
-VIDEO_RANGES = {"fps": (1, 1000), "vocabulary": (0, math.inf), "shared": (0, 1)}
-VIDEO_LOSS_RANGES = {"std": (0, math.inf), "drop_prompt": (0, 1), "residual": (0, math.inf)}
 PRIOR_RANGES = {"count": (1, 100_000), "steps": (0, 1000), "guidance": (0, math.inf)}
 AUTOENCODER_LOSS_RANGES = {
     **{
@@ -478,29 +356,6 @@ AUTOENCODER_LOSS_RANGES = {
     "equivariance_share": (0, 1),
     "adversarial_limit": (0, math.inf),
 }
-
-
-def _within(where: str, table: Any, ranges: dict[str, tuple[float, float]]) -> None:
-    for name, (low, high) in ranges.items():
-        value = getattr(table, name)
-        if not low <= value <= high:
-            raise InputError(
-                f"{where}.{name} must be {_range(low, high)}, not {value}", argument=f"{where}.{name}"
-            )
-
-
-def _above_zero(name: str, value: float) -> None:
-    if value <= 0:
-        raise InputError(f"{name} must be above 0, not {value}", argument=name)
-
-
-def _range(low: float, high: float) -> str:
-    return f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} must be {' or '.join(known)}, not {value!r}", argument=name)
 
 
 def _build(kind: Any, values: Any, where: str, **ready: Any) -> Any:

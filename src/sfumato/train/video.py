@@ -33,10 +33,10 @@ from sfumato.storage import atomic_directory, load_tensors, save_tensors, tensor
 from sfumato.text import learn_words
 from sfumato.train.job import VOLATILE, Job, fingerprint
 from sfumato.train.loop import Event, Loss, Player, fit, seeded
-from sfumato.train.recipe import VideoRecipe
 from sfumato.train.state import tensorboard
 from sfumato.train.tasks import save_sheet
 from sfumato.train.video_data import ClipBatch, Clips, ClipSource, Frames
+from sfumato.train.video_recipe import VideoRecipe
 from sfumato.types import Request
 
 HELD_OUT = 32  # clips of the val split that the layers between frames are measured on
@@ -86,7 +86,9 @@ class VideoJob(Job):
         """The model that learns, as it is opened, without parts for clips."""
         system = load(self.own.base, str(self.device)).system
         if not hasattr(self.family, "fresh_video") or not hasattr(system, "video"):
-            raise InputError(f"{self.own.base!r} cannot learn clips; give a model of our own", argument="video.base")
+            raise InputError(
+                f"{self.own.base!r} cannot learn clips; give a model of our own", argument="video.base"
+            )
         if system.config.denoiser.prediction != "flow":
             raise InputError("a model that learns clips must predict the flow", argument="video.base")
         return system
@@ -102,9 +104,12 @@ class VideoJob(Job):
             options = {"objects": list(own.objects)}
             if own.fps != 8.0:
                 options["fps"] = own.fps
-            return SceneSource(count, d.seed, split, d.size, own.frames, options=options)
+            device = self.device.type
+            return SceneSource(count, d.seed, split, d.size, own.frames, device=device, options=options)
         if not d.path:
-            raise InputError("no clips were named: give --data DIR, or data.path in the recipe", argument="data")
+            raise InputError(
+                "no clips were named: give --data DIR, or data.path in the recipe", argument="data"
+            )
         return ClipFolder(d.path, d.size, own.frames, multiple=self.base.config.multiple)
 
     def config(self, source: ClipSource) -> Any:
@@ -316,7 +321,9 @@ class VideoTask:
         own = {k.removeprefix("animator."): v for k, v in average.items() if k.startswith("animator.")}
         fresh.video.animator.load_state_dict(own)
         animator = fresh.video.animator.to(self.job.device).eval().requires_grad_(False)
-        system = replace(fresh, video=replace(fresh.video, temporal=self.system.video.temporal, animator=animator))
+        system = replace(
+            fresh, video=replace(fresh.video, temporal=self.system.video.temporal, animator=animator)
+        )
         with atomic_directory(self.job.folder / "model") as staging:
             extra = {"trained": {"recipe": self.job.recipe.name, "steps": step}}
             self.job.family.save_folder(system, staging, extra)
@@ -344,4 +351,3 @@ def film_loss(net: nn.Module, batch: ClipBatch, recipe: VideoRecipe, generator: 
     prediction = net((1 - level) * x0 + level * noise, times.float(), batch.ids, batch.mask)
     errors = (prediction.float() - (noise - x0)).square().mean((1, 3, 4))  # (B, T)
     return (errors * unknown).sum() / unknown.sum()
-

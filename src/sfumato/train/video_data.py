@@ -16,7 +16,7 @@ from sfumato.data.latents import LatentCache
 from sfumato.data.source import Source
 from sfumato.text import Tokenizer, pad
 from sfumato.train.loop import seeded
-from sfumato.train.recipe import VideoRecipe
+from sfumato.train.video_recipe import VideoRecipe
 
 TEXT_MULTIPLE = 32  # prompts are padded to multiples of this many tokens, so that few shapes are compiled
 PICTURE, SHORT, WHOLE = range(3)  # kinds of microbatches, in the order of a recipe's `mix`
@@ -62,9 +62,7 @@ class Frames:
         chosen = self.order.batch_at(step - 1, part, self.recipe.codec.parts)
         frames = self.cache.batch(chosen.indices.tolist())
         starts = (self.recipe.frames - self.recipe.short) // STRIDE + 1
-        at = STRIDE * int(
-            torch.randint(starts, (), generator=seeded("cpu", self.seed, "window", step, part))
-        )
+        at = STRIDE * int(torch.randint(starts, (), generator=seeded("cpu", self.seed, "window", step, part)))
         return frames[:, :, at : at + self.recipe.short].to(self.device)
 
 

@@ -28,9 +28,9 @@ from sfumato.families.trainee import Trainee
 from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.nn.dit_control import DiTControl
 from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
-from sfumato.text import TextConfig, TextEncoder, Tokenizer
 from sfumato.tasks.canvas import first_picture
 from sfumato.tasks.pixels import to_pixels
+from sfumato.text import TextConfig, TextEncoder, Tokenizer
 from sfumato.types import Conditioning, Request
 
 FORMAT = "sfumato model 1"

@@ -71,8 +71,8 @@ class Animator(nn.Module):
         return Conditioning(text(ids, mask, self.words), mask)
 
     def answer(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        """What the network predicts of (B, C, T, H, W) at one level, scalar or (B,); `cond.channels` (B, C, K, H, W) are
-        the first K frames, known.
+        """What the network predicts of (B, C, T, H, W) at one level, scalar or (B,); `cond.channels` (B, C, K, H, W)
+        are the first K frames, known.
 
         These are shown without noise, and answered with the flow that leads to them: every sampler arrives there.
         """
