@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-SCORES = 2**21  # scores held at a time by `_blocked`: 4 MiB of bfloat16, which stay in the last cache before memory
+SCORES = (
+    2**21
+)  # scores held at a time by `_blocked`: 4 MiB of bfloat16, which stay in the last cache before memory
 REACH = 60.0  # nats that a row's largest score may lie below the shift: exp(−REACH − HEADROOM) is still 3e-30
 HEADROOM = 8.0  # nats below 0 from which sigmoid(x) is exp(x) but for 3e-4 of it, a sixth of bfloat16's grain
 
@@ -106,7 +108,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         values[..., :D] = v
     rows = max(1, min(N, SCORES // M))
     held = q.new_empty(rows, width)
-    several = N > rows  # blocks share the keys, which are then worth laying out in tiles once
+    several = rows < N  # blocks share the keys, which are then worth laying out in tiles once
     out = q.new_empty(B, N, K, D).transpose(1, 2)
     reaches = (_longest(q) * _longest(keys)).tolist()
     for b, h in itertools.product(range(B), range(K)):
