@@ -25,10 +25,12 @@ PRICES = "[[rule]]\npicture = 0.001\nmegapixel_step = 0.01\n"
 
 
 class Server:
-    """`sfumato serve` on a free port of this machine. `folder`: its data; options: more of the command line."""
+    """`sfumato serve` on a free port of this machine. `folder`: its data; options: more of the command line.
+    python: what runs it.
+    """
 
-    def __init__(self, folder: Path, *options: str, limit: int | None = None):
-        self.folder, self.options, self.limit = folder, options, limit
+    def __init__(self, folder: Path, *options: str, limit: int | None = None, python: Path | None = None):
+        self.folder, self.options, self.limit, self.python = folder, options, limit, python
         self.log = folder.parent / f"{folder.name}.log"
         self.process: subprocess.Popen | None = None
         self.url = ""
@@ -51,7 +53,7 @@ class Server:
 
     def begin(self) -> None:
         command = [
-            sys.executable,
+            str(self.python or sys.executable),
             "-m",
             "sfumato",
             "serve",

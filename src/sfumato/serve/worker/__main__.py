@@ -92,13 +92,12 @@ class Worker:
         from sfumato.serve.worker.job import SUFFIXES
 
         opened = self.models[message["model"]]
-        request = request_of(message["request"], dict(zip(message["pictures"], parts, strict=True)))
-        request = opened.model.complete(request)
-        if request.moves or request.clip is not None:
-            raise InputError("clips are not drawn over HTTP yet; ask for frames 1", argument="frames")
+        request = request_of(message["request"], dict(zip(message["files"], parts, strict=True)))
+        request = opened.asked(request, message["kind"])
         if request.loras is None:
             request = replace(request, loras=() if getattr(opened.model.system, "adapters", None) else None)
-        check_recipe(request, SUFFIXES[message["format"]])
+        if not request.moves:
+            check_recipe(request, SUFFIXES[message["format"]])
         return request, self.costs[message["model"]].expected(request)
 
     def _answer(self, message: dict[str, Any], parts: list[bytes]) -> None:
@@ -151,10 +150,10 @@ class Worker:
 
     def _warm(self, name: str) -> None:
         """Draw once, so that the first client does not wait for what is only made then, and seconds are known."""
-        from sfumato.types import Request
+        from sfumato.serve.worker.models import shortest
 
         opened = self.models[name]
-        request = opened.model.complete(Request(steps=2))
+        request = opened.model.complete(shortest(opened.model))
         expected = self.costs[name].expected(request)
         for _ in range(2):
             self.together.bench.spent()
