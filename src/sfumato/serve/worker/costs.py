@@ -29,6 +29,7 @@ from sfumato.types import Request
 WEIGHT = 0.3  # of what the last job says, against those before
 UNKNOWN = 1e-6  # seconds for a pixel of a call, of a model that has drawn nothing yet
 COUNTED = 4  # times the model's own pixels: of a model of ours, FLOPs are counted by doing a call
+PIXEL = 3 * 4  # bytes of a decoded pixel: what drawing takes at least
 WORDS = 8  # texts are counted and planned for by lengths of so many words
 KEPT = 256  # kinds of request whose memory is remembered
 Size = tuple[int, int]
@@ -148,21 +149,28 @@ class Costs:
         texts = request.prompt, request.negative, request.text_length
         key = sizes, request.frames, request.count, texts, request.image is None, request.clip is None, shown
         if key not in self._need:
+            self._check_room(
+                request, sizes[-1], runs[-1].pixels * PIXEL
+            )  # what is far too large is not worked out
             need = self._worked_out(request, sizes)
             with self._lock:
                 while len(self._need) >= KEPT:
                     self._need.pop(next(iter(self._need)))
                 self._need[key] = need
         need = self._need[key]
-        if self.memory is not None and need > self.memory:
-            width, height = sizes[-1]
-            frames = f"{request.frames} frames " if request.moves else ""
-            raise InputError(
-                f"drawing {request.count} of {frames}{width}x{height} needs {planning.shown(need)} of memory, and "
-                f"{planning.shown(self.memory)} are there; draw fewer, or smaller",
-                argument="size",
-            )
+        self._check_room(request, sizes[-1], need)
         return need
+
+    def _check_room(self, request: Request, size: Size, need: int) -> None:
+        """`InputError` if so many bytes are not there."""
+        if self.memory is None or need <= self.memory:
+            return
+        frames = f"{request.frames} frames of " if request.moves else ""
+        raise InputError(
+            f"drawing {request.count} of {frames}{size[0]}x{size[1]} needs {planning.shown(need)} of memory, and "
+            f"{planning.shown(self.memory)} are there; draw fewer, or smaller",
+            argument="size",
+        )
 
     def _worked_out(self, request: Request, sizes: tuple[Size, ...]) -> int:
         if planning.tells(self.model):
