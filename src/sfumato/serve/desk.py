@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sfumato.serve import process
 from sfumato.serve.asked import files_of
 from sfumato.serve.books import Books
+from sfumato.serve.devices import Connect
 from sfumato.serve.floor import Floor, work_of
 from sfumato.serve.job import PICTURE, Live, now
 from sfumato.serve.keys import Key
@@ -48,12 +50,15 @@ class Ask:
 
 
 class Desk:
-    """The front's state. Raises `Refused` for what is not done, and `LedgerError` where the ledger failed."""
+    """The front's state. connect: starts workers.
 
-    def __init__(self, settings: Settings, books: Books):
+    Raises `Refused` for what is not done, and `LedgerError` where the ledger failed.
+    """
+
+    def __init__(self, settings: Settings, books: Books, connect: Connect = process.connect):
         self.settings, self.books, self.prices = settings, books, settings.prices
         self.ledger, self.store = books.ledger, books.store
-        self.floor, self.rates = Floor(settings, books), Rates()
+        self.floor, self.rates = Floor(settings, books, connect), Rates()
         self.metrics = self.floor.metrics
         self.draining = False
         self._coming: dict[str, int] = {}  # by tenant, jobs that are being accepted

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from sfumato.serve.books import Books
-from sfumato.serve.devices import Device
+from sfumato.serve.devices import Connect, Device
 from sfumato.serve.job import CLIP, Live, fairest, next_for, now
 from sfumato.serve.ledger import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, LedgerError
 from sfumato.serve.metrics import Metrics
@@ -39,7 +39,7 @@ READY = 10.0  # seconds that a submission waits for a worker that is being start
 class Floor:
     """The queue and the devices, on one event loop."""
 
-    def __init__(self, settings: Settings, books: Books):
+    def __init__(self, settings: Settings, books: Books, connect: Connect):
         self.settings, self.books, self.metrics = settings, books, Metrics()
         self.live: dict[str, Live] = {}
         self.queue: list[Live] = []
@@ -50,14 +50,18 @@ class Floor:
         self._tasks: set[asyncio.Task[Any]] = set()
         start = {"models": [model.to_json() for model in settings.models], "batch": settings.batch}
         self.devices = [
-            Device({**start, "device": name, "memory": settings.memory}, self._heard, self._lost)
-            for name in settings.devices
+            Device(
+                {**start, "number": number, "device": name, "memory": settings.memory},
+                connect,
+                self._heard,
+                self._lost,
+            )
+            for number, name in enumerate(settings.devices)
         ]
 
     async def open(self) -> None:
         """Start the workers, and take up what an earlier server has left."""
-        for device in self.devices:
-            await device.open()
+        await asyncio.gather(*(device.open() for device in self.devices))
         ledger = self.books.ledger
         for record in await self.books.write(ledger.open_jobs):
             live = Live(
