@@ -8,6 +8,9 @@ together on what these give. What is known of a clip's beginning is shown to it 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from sfumato.autoencoder.causal import Causal
 from sfumato.autoencoder.metrics import psnr
 from sfumato.data.clips import ClipFolder
-from sfumato.data.latents import LatentCache, build_latents
+from sfumato.data.latents import LatentCache, Shard, build_latents, write_shard
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import to_float
 from sfumato.diffusion.loss import flow_density, spread
@@ -135,10 +138,7 @@ class VideoJob(Job):
         """Every frame's latent, made once: (C, frames, H, W) of each clip."""
         digest = tensors_hash(self.base.autoencoder.state_dict())
         place = self.folder / "frames" / digest[:16]
-        workers = 1
         if self.world.leads:
-            if self.device.type == "cpu":
-                workers = max(1, torch.get_num_threads())
             build_latents(
                 source,
                 self.encode,
@@ -147,10 +147,30 @@ class VideoJob(Job):
                 RENDERED,
                 self.progress("rendering"),
                 shard_rows=SHARD,
-                workers=workers,
+                write=functools.partial(self._side_by_side, source) if self.device.type == "cpu" else None,
             )
         self.world.wait()
         return LatentCache(place, source, digest)
+
+    def _side_by_side(
+        self, source: ClipSource, shards: Sequence[Shard], batch: int, told: Callable[[int], None]
+    ) -> Iterator[None]:
+        """Render and encode as many shards at a time as there are threads: a renderer's steps are too short to share."""
+        gate = threading.Lock()
+
+        def hear(rows: int) -> None:
+            with gate:
+                told(rows)
+
+        with ThreadPoolExecutor(torch.get_num_threads(), "clips") as pool:
+            futures = [pool.submit(write_shard, source, self.encode, shard, batch, hear) for shard in shards]
+            try:
+                for future in futures:
+                    future.result()
+                    yield
+            finally:
+                for future in futures:
+                    future.cancel()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) → normalised latents of each frame."""
