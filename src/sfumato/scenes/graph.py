@@ -344,8 +344,15 @@ def scene_from_json(text: str) -> Scene:
         raise DataError(f"this is not a scene graph: {error}") from None
 
 
-_LENGTHS = dict.fromkeys(("position", "tint", "orbit", "target", "color", "backdrop", "ambient"), 3) | {
-    "velocity": 2
+_LENGTHS = {
+    "position": 3,
+    "tint": 3,
+    "velocity": 2,
+    "orbit": 3,
+    "target": 3,
+    "color": 3,
+    "backdrop": 3,
+    "ambient": 3,
 }
 
 

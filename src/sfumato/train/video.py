@@ -155,7 +155,7 @@ class VideoJob(Job):
     def _side_by_side(
         self, source: ClipSource, shards: Sequence[Shard], batch: int, told: Callable[[int], None]
     ) -> Iterator[None]:
-        """Render and encode as many shards at a time as there are threads: a renderer's steps are too short to share."""
+        """Render and encode as many shards at a time as there are threads: a renderer's steps are short."""
         gate = threading.Lock()
 
         def hear(rows: int) -> None:
