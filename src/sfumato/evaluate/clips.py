@@ -72,6 +72,8 @@ def _shown(name: str, value: Interval | None) -> str:
         return "–"
     if name in ("warp_error", "flicker"):
         return f"{value.mean:.1f}"
+    if name == "speed_error":
+        return f"{100 * value.mean:.0f} %"
     return f"{100 * value.mean:.0f} % ({100 * value.low:.0f}–{100 * value.high:.0f})"
 
 
