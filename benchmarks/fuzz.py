@@ -1,4 +1,6 @@
-"""Anything sent to a server: bodies that are nearly right, bytes that are nothing, paths, headers. No answer may be a 5xx.
+"""Anything sent to a server: bodies that are nearly right, bytes that are nothing, paths, headers.
+
+Target: no 5xx, but for 503 that say when to come back.
 
 Bounded by --requests, over loopback, by 32 connections of this process. What is right by accident is drawn.
 """
@@ -60,7 +62,8 @@ STARTS = (
 )
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**70), 0.5, -0.0, 1e300, "", "x", "\0", "\ud800", "😀", "../x",
-    "file_" + "f" * 32, "http://127.0.0.1/", [], {}, [[]], {"": None}, [1, 2], ["x"], {"name": "x"}, "euler", "x" * 5000,
+    "file_" + "f" * 32, "http://127.0.0.1/", [], {}, [[]], {"": None}, [1, 2], ["x"], {"name": "x"}, "euler",
+    "x" * 5000,
 )  # fmt: skip
 
 
