@@ -85,6 +85,7 @@ class Server:
             if self.process.poll() is not None:
                 break
             time.sleep(0.05)
+        self.kill()
         raise AssertionError(f"the server did not start: {self.log.read_text()[-3000:]}")
 
     def begin(self) -> None:
