@@ -1,7 +1,6 @@
 // What can be done with a picture: made again, varied, begun with, animated, saved.
 
-import { blobOf, get } from "./api.js";
-import { toast } from "./dom.js";
+import { blobOf } from "./api.js";
 import * as form from "./form.js";
 import { outputs, isClip, submit } from "./jobs.js";
 import { difference } from "./pictures.js";
@@ -25,7 +24,10 @@ const shifted = (seed, by) => (BigInt(seed) + BigInt(by)) % MODULUS;
 
 export const seedOf = (job, index) => (job.request.variation ? BigInt(job.request.seed ?? 0) : shifted(job.request.seed ?? 0, index));
 
-/** Draw it once more, and say when it is there whether it is the same. */
+/** Ask for the whole job once more, as it was asked for. */
+export const retry = (job) => submit({ model: job.model, request: job.request, format: job.format }, isClip(job));
+
+/** Draw one picture once more; `compared` says whether it is the same. */
 export async function again(job, index) {
   const order = { model: job.model, request: part(job, index), format: job.format };
   const made = await submit(order, isClip(job));
@@ -76,11 +78,4 @@ export async function save(job, index) {
   link.download = `${job.id.slice(0, 12)}-${index}.${SUFFIX[job.format] ?? job.format}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-}
-
-/** The whole recipe, for elsewhere. */
-export async function copyRecipe(job) {
-  const { recipe } = await get(`v1/jobs/${job.id}/receipt`);
-  await navigator.clipboard.writeText(JSON.stringify(recipe, null, 2));
-  toast("The recipe is copied.");
 }

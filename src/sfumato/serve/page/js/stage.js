@@ -1,7 +1,7 @@
 // The picture in the middle: forming, done with its recipe and its bill, or nothing yet.
 
 import * as actions from "./actions.js";
-import { $, h, toast } from "./dom.js";
+import { $, h } from "./dom.js";
 import * as form from "./form.js";
 import { cancel, isClip, isOpen, jobs, listen, outputs, receipt } from "./jobs.js";
 import { show as showPicture } from "./pictures.js";
@@ -12,6 +12,8 @@ const EXAMPLES = [
   "two yellow spheres",
   "a large green rubber cylinder",
 ];
+
+const ENLARGED = 3.5; // times, on the stage
 
 let job = null;
 let index = 0;
@@ -66,21 +68,19 @@ export function waiting() {
 function render() {
   parts = {};
   $("stage").className = `stage ${job.state}`;
+  measure($("stage"));
   if (isOpen(job)) forming();
   else if (job.state === "succeeded") done();
   else failed();
 }
 
-const aspect = () => {
-  const [width, height] = job.expected.size;
-  return { ratio: `${width} / ${height}`, value: width / height };
-};
+const frame = (...children) => h("div", { class: "frame" }, children);
 
-function frame(...children) {
-  const node = h("div", { class: "frame" }, children);
-  node.style.aspectRatio = aspect().ratio;
-  node.style.setProperty("--shape", aspect().value);
-  return node;
+/** Give what is shown the picture's shape, and do not blow up a small one too far. */
+function measure(node) {
+  const [width, height] = job.expected.size;
+  node.style.setProperty("--shape", width / height);
+  node.style.setProperty("--most", `${ENLARGED * width}px`);
 }
 
 const heading = () => h("h2", { class: "said" }, job.request.prompt || h("span", { class: "muted" }, "Without a prompt"));
@@ -140,7 +140,7 @@ function done() {
   const bill = h("dl", { class: "recipe" });
   $("stage").replaceChildren(
     h("div", { class: "shown" }, frame(under, main), paths.length > 1 ? strip(paths) : null),
-    h("div", { class: "facts" }, heading(), h("p", { class: "verdict", role: "status" }), buttons(main), bill),
+    h("div", { class: "facts" }, heading(), h("p", { class: "verdict", role: "status" }), buttons(main), h("p", { class: "muted" }, each()), bill),
   );
   recipe(bill);
   verdict();
@@ -157,6 +157,13 @@ function strip(paths) {
     });
     return button;
   }));
+}
+
+/** What the buttons that draw at once will cost. */
+function each() {
+  const { charged_micros: paid, currency } = job.price;
+  const verbs = isClip(job) ? "Make again draws" : "Make again and Vary draw";
+  return paid ? `${verbs} at once, for about ${money(paid / outputs(job).length, currency)}.` : "";
 }
 
 function buttons(main) {
@@ -225,7 +232,7 @@ async function verdict() {
 function enlarge(main) {
   const copy = h("img", { src: main.src, alt: main.alt });
   $("light-body").replaceChildren(copy);
-  copy.style.setProperty("--shape", aspect().value);
+  measure(copy);
   $("light").showModal();
 }
 
@@ -236,7 +243,7 @@ function failed() {
   const { title, text } = trouble(gone ? { code: "cancelled", message: "Nothing is charged for it." } : job.error ?? { code: "internal" });
   const retry = h("button", { type: "button", icon: "again" }, "Try again");
   const of = job;
-  retry.addEventListener("click", () => tried(async () => show(await actions.again(of, 0))));
+  retry.addEventListener("click", () => tried(async () => show(await actions.retry(of))));
   const picture = of.preview ? h("img", { class: "preview faded", src: of.preview, alt: "" }) : null;
   $("stage").replaceChildren(
     frame(picture),
