@@ -19,7 +19,7 @@ FLAGS = (
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DESKTOP, PHONE = (1360, 860), (390, 844)
 DRAWN = "#stage.succeeded .final:not(.loading)"
-SECONDS = 60
+SECONDS = 180  # that anything may take, on a machine that is busy
 
 
 def executable(own: str) -> str | None:
@@ -101,6 +101,12 @@ class Visitor:
     def press(self, name: str) -> None:
         """A button of the stage."""
         self.page.locator("#stage").get_by_role("button", name=name).click()
+
+    def counts(self, selector: str, number: int) -> None:
+        """When there are so many of them."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator(selector)).to_have_count(number, timeout=1000 * SECONDS)
 
     def text(self, selector: str) -> str:
         return self.page.inner_text(selector)

@@ -28,7 +28,7 @@ def server(tmp_path_factory):
     place = tmp_path_factory.mktemp("page")
     (place / "prices.toml").write_text(PRICES)
     running = Server(place / "data", "--prices", str(place / "prices.toml"))
-    yield running.start()
+    yield running.start(600)
     running.kill()
 
 
@@ -62,7 +62,7 @@ def guarded(tmp_path_factory):
         for name, more in {"a": {}, "b": {}, "poor": {"budget": 3_000}}.items()
     }
     running = Server(place / "data", "--keys", str(file), "--prices", str(place / "prices.toml"))
-    yield running.start(), found
+    yield running.start(600), found
     running.kill()
 
 
@@ -89,7 +89,7 @@ def test_a_picture_is_drawn_watched_and_billed(visitor, client):
             characterData: true}); }"""
     )
     visitor.fill(prompt=PROMPT, seed=7, steps=120)
-    page.wait_for_function("document.querySelector('#price b')?.textContent.includes('$0.021')")
+    page.wait_for_selector("#price b:text('$0.021')")
     visitor.draw().drawn()
     looks, steps = page.evaluate("[window.looks.size, window.steps.size]")
     assert looks >= 3 and steps >= 20, "it was seen to form"
@@ -132,11 +132,11 @@ def test_many_jobs_wait_their_turn_and_are_cancelled_from_the_queue(visitor, cli
     for seed in range(5):
         visitor.draw(prompt=f"cube {seed}", seed=seed, **LONG)
     page = visitor.page
-    page.wait_for_function("document.querySelectorAll('#queue-list li').length === 5")
+    visitor.counts("#queue-list li", 5)
     page.get_by_role("button", name="Cancel “cube 3”").click()
-    page.wait_for_function("document.querySelectorAll('#queue-list li').length === 4")
+    visitor.counts("#queue-list li", 4)
     page.reload()
-    page.wait_for_function("document.querySelectorAll('#queue-list li').length === 4")
+    visitor.counts("#queue-list li", 4)
     page.click("#cancel-all")
     page.wait_for_selector("#queue", state="hidden")
     jobs = client.get("/v1/jobs?limit=5").json()["data"]
@@ -326,7 +326,7 @@ def test_what_cannot_be_drawn_is_said_in_words_at_its_field(visitor, client):
 
 
 def test_a_server_that_is_gone_and_back(tmp_path, browser):
-    server = Server(tmp_path / "data").start()
+    server = Server(tmp_path / "data").start(600)
     visitor = Visitor(browser, server.url).ready()
     assert visitor.text("#price").startswith("free")
     server.kill()
@@ -335,7 +335,7 @@ def test_a_server_that_is_gone_and_back(tmp_path, browser):
     assert "does not answer" in visitor.text("#trouble")
     port = server.url.rpartition(":")[2]
     again = Server(tmp_path / "data", "--port", port)
-    again.start()
+    again.start(600)
     visitor.page.wait_for_selector("#health.ready")
     visitor.draw(prompt="a red cube", steps=2).drawn()
     visitor.close()
@@ -388,7 +388,9 @@ def test_a_budget_that_is_used_up_is_said(guarded, browser):
     enter(poor, ring["poor"])
     poor.ready().draw(prompt="a red cube", steps=40)
     poor.page.wait_for_selector("#trouble:not([hidden])")
-    assert "Not enough money left this month" in poor.text("#trouble") and "$" in poor.text("#trouble")
+    assert "Not enough money left this month" in poor.text("#trouble") and "0.003 USD left" in poor.text(
+        "#trouble"
+    )
     poor.close()
 
 

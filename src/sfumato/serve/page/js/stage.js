@@ -14,6 +14,7 @@ const EXAMPLES = [
 ];
 
 const ENLARGED = 3.5; // times, on the stage
+const SHORT = 16; // letters, of which two stand in a row of the recipe
 
 let job = null;
 let index = 0;
@@ -194,7 +195,7 @@ async function recipe(list) {
   const rows = [];
   const row = (name, value) => value !== null && value !== undefined && value !== "" && rows.push([name, value]);
   row("Model", of.model);
-  row("Without", request.negative);
+  row("Negative", request.negative);
   row("Seed", String(actions.seedOf(of, index)));
   row("Size", size(expected.size));
   row("Frames", request.frames);
@@ -205,13 +206,13 @@ async function recipe(list) {
   row("Begins with", request.mask ? "a picture and a mask" : request.image && "a picture");
   row("LoRAs", request.loras?.map((use) => `${use.name ?? use} ${use.weight ?? 1}`).join(", "));
   row("Follows", request.controls?.map((use) => `${use.name} ${use.weight ?? 1}`).join(", "));
-  const fill = () => list.replaceChildren(...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
+  const fill = () => list.replaceChildren(...rows.map(([name, value]) => h("div", { class: String(value).length > SHORT && "long" }, h("dt", {}, name), h("dd", {}, String(value)))));
   fill();
   const paid = price.charged_micros ? money(price.charged_micros, price.currency) : "free";
   const most = price.charged_micros && price.charged_micros < price.reserved_micros ? `, of ${money(price.reserved_micros, price.currency)} at most` : "";
   try {
     of.receipt ??= await receipt(of);
-    row("Took", `${seconds(of.receipt.seconds)}, ${seconds(of.receipt.expected_seconds)} expected`);
+    row("Took", `${seconds(of.receipt.seconds)}, where ${seconds(of.receipt.expected_seconds)} were expected`);
     if (of.receipt.joules) row("Energy", `${of.receipt.joules.toFixed(0)} J`);
   } catch {
     // the picture is there, and its bill is not: the rest is told without
