@@ -1,4 +1,4 @@
-"""The pictures of the page in the README, of the page itself: `python docs/page_pictures.py`. Needs Chromium (`.[dev]`)."""
+"""The pictures of the page in the README, taken of the page itself: `python docs/page_pictures.py`, with Chromium."""
 
 from __future__ import annotations
 
