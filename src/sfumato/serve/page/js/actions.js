@@ -1,6 +1,7 @@
 // What can be done with a picture: made again, varied, begun with, animated, saved.
 
 import { blobOf } from "./api.js";
+import { $ } from "./dom.js";
 import * as form from "./form.js";
 import { outputs, isClip, submit } from "./jobs.js";
 import { difference } from "./pictures.js";
@@ -61,7 +62,7 @@ export async function animate(job, index, element) {
   const model = form.animator();
   if (model !== form.current()) form.choose(model.name);
   form.setKind("clip");
-  if (!document.getElementById("prompt").value) document.getElementById("prompt").value = job.request.prompt ?? "";
+  if (!$("prompt").value) $("prompt").value = job.request.prompt ?? "";
   await beginWith(job, index, element);
 }
 

@@ -8,6 +8,7 @@ import { money, seconds, sentence, times } from "./words.js";
 
 const PAUSE = 350; // milliseconds after the last change
 let asking = null;
+let again; // a timer, while the server is too busy to say
 
 export function begin() {
   const ask = later(PAUSE, look);
@@ -19,6 +20,7 @@ export function begin() {
 export async function look() {
   if (!form.current()) return;
   asking?.abort();
+  clearTimeout(again);
   asking = new AbortController();
   const { signal } = asking;
   const order = form.read();
@@ -33,7 +35,8 @@ export async function look() {
       if (error.name !== "AbortError") throw error;
       return;
     }
-    if (error.code !== UNREACHABLE) refused(error);
+    if (error.status === 503) again = setTimeout(look, 1000 * (error.after ?? 5));
+    else if (error.code !== UNREACHABLE) refused(error);
   }
 }
 

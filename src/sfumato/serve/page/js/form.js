@@ -22,6 +22,8 @@ let lastSeed = null;
 let start = null;
 
 export const current = () => model;
+/** Whether the model reads a prompt; those that only set a picture in motion do not. */
+const reads = () => !model.needs_image;
 export const moves = () => form().elements.kind.value === "clip";
 export const startSlot = () => start;
 /** The first model that makes clips, the chosen one before others. */
@@ -88,6 +90,7 @@ export function choose(name) {
   $("kinds").hidden = !model.clips;
   setKind(model.clips && (preset.frames ?? 1) > 1 ? "clip" : "picture");
   $("start-aside").textContent = model.needs_image ? "this model needs one" : "optional";
+  for (const id of ["prompt-field", "negative-field"]) $(id).hidden = !reads();
   if (start?.full) sizeOfStart();
   else setSize(preset.size);
   changed();
@@ -100,6 +103,7 @@ export function setKind(kind) {
 
 function showKind() {
   $("clip-fields").hidden = !moves();
+  $("paint").hidden = $("strength-field").hidden = moves();
   $("draw").textContent = moves() ? "Animate" : "Draw";
   changed();
 }
@@ -189,8 +193,9 @@ const number = (id) => ($(id).value.trim() === "" ? null : Number($(id).value));
 
 /** What is to be drawn, {model, request}. seeded: with a seed by chance where none is given. */
 export function read({ seeded = false } = {}) {
-  const request = { ...carried, prompt: $("prompt").value.trim() };
-  if ($("negative").value.trim()) request.negative = $("negative").value.trim();
+  const request = { ...carried };
+  if (reads()) request.prompt = $("prompt").value.trim();
+  if (reads() && $("negative").value.trim()) request.negative = $("negative").value.trim();
   for (const id of ["steps", "guidance", ...(moves() ? ["frames", "fps"] : [])]) {
     if (number(id) !== null) request[id] = number(id);
   }
@@ -203,10 +208,10 @@ export function read({ seeded = false } = {}) {
   if (seeded && request.seed !== undefined) lastSeed = String(request.seed);
   Object.assign(request, adapters.read());
   if (start.full) {
-    Object.assign(request, { image: start.id, strength: number("strength") ?? 0.75 });
-    if (start.mask) request.mask = start.mask.id;
+    request.image = start.id;
+    if (!moves()) request.strength = number("strength") ?? 0.75;
+    if (!moves() && start.mask) request.mask = start.mask.id;
     if (!$("fit-field").hidden) request.fit = $("fit").value;
-    if (moves()) delete request.strength;
   }
   return { model: model.name, request };
 }

@@ -1,7 +1,7 @@
 // All pictures and clips of this key, the newest first.
 
 import { $, h } from "./dom.js";
-import { hasMore, isClip, listen, load, newestFirst, outputs } from "./jobs.js";
+import { hasMore, isClip, listen, load, newestFirst, outputs, title } from "./jobs.js";
 import { show } from "./pictures.js";
 import { shown } from "./stage.js";
 import { times } from "./words.js";
@@ -32,14 +32,14 @@ function arrange(pick) {
   const list = $("tiles");
   wanted.forEach((node, k) => list.children[k] !== node && list.insertBefore(node, list.children[k] ?? null));
   $("gallery").hidden = !wanted.length;
-  $("gallery-aside").textContent = times(wanted.length, "picture");
+  $("gallery-aside").textContent = newestFirst().some(isClip) ? String(wanted.length) : times(wanted.length, "picture");
   $("older").hidden = !hasMore();
   mark();
 }
 
 function tile(job, index, path, pick) {
   const clip = isClip(job) && !["gif", "webp"].includes(job.format);
-  const name = job.request.prompt || "Without a prompt";
+  const name = title(job);
   const media = clip ? h("video", { muted: true, loop: true, playsinline: true, preload: "metadata" }) : h("img", { alt: "" });
   if (clip) media.muted = true;
   media.dataset.path = path;

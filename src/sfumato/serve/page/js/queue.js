@@ -1,7 +1,7 @@
 // What waits and what is being drawn, with a way out for each.
 
 import { $, h } from "./dom.js";
-import { cancel, listen, open } from "./jobs.js";
+import { cancel, listen, open, title } from "./jobs.js";
 import { seconds } from "./words.js";
 
 const rows = new Map();
@@ -31,7 +31,7 @@ function row(job, pick, attempt) {
   const picture = h("img", { alt: "", hidden: true });
   const words = h("span", { class: "muted" });
   const bar = h("progress", { max: 1, "aria-label": "How far it is" });
-  const name = job.request.prompt || "Without a prompt";
+  const name = title(job);
   const show = h("button", { type: "button", class: "row-open" }, h("span", { class: "thumb" }, picture), h("span", { class: "row-text" }, h("span", { class: "row-name" }, name), words));
   const stop = h("button", { type: "button", class: "icon-button", icon: "close", "aria-label": `Cancel “${name}”`, title: "Cancel" });
   show.addEventListener("click", () => pick(job));

@@ -3,7 +3,7 @@
 import * as actions from "./actions.js";
 import { $, h } from "./dom.js";
 import * as form from "./form.js";
-import { cancel, isClip, isOpen, jobs, listen, outputs, receipt } from "./jobs.js";
+import { cancel, isClip, isOpen, listen, outputs, receipt, title } from "./jobs.js";
 import { show as showPicture } from "./pictures.js";
 import { money, seconds, size, times, trouble } from "./words.js";
 
@@ -14,6 +14,7 @@ const EXAMPLES = [
 ];
 
 const ENLARGED = 3.5; // times, on the stage
+const LEAST = 320; // pixels of the screen
 const SHORT = 16; // letters, of which two stand in a row of the recipe
 
 let job = null;
@@ -81,10 +82,10 @@ const frame = (...children) => h("div", { class: "frame" }, children);
 function measure(node) {
   const [width, height] = job.expected.size;
   node.style.setProperty("--shape", width / height);
-  node.style.setProperty("--most", `${ENLARGED * width}px`);
+  node.style.setProperty("--most", `${Math.max(LEAST, ENLARGED * width)}px`);
 }
 
-const heading = () => h("h2", { class: "said" }, job.request.prompt || h("span", { class: "muted" }, "Without a prompt"));
+const heading = () => h("h2", { class: "said" }, title(job));
 
 // --- forming ---------------------------------------------------------------------------------------------------------
 
@@ -132,8 +133,8 @@ function done() {
   index = Math.min(index, paths.length - 1);
   const clip = isClip(job) && job.format !== "gif" && job.format !== "webp";
   const main = clip
-    ? h("video", { class: "final", controls: true, loop: true, muted: true, playsinline: true, autoplay: true, "aria-label": job.request.prompt || "The clip" })
-    : h("img", { class: "final", alt: job.request.prompt || "The picture" });
+    ? h("video", { class: "final", controls: true, loop: true, muted: true, playsinline: true, autoplay: true, "aria-label": title(job) })
+    : h("img", { class: "final", alt: title(job) });
   if (clip) main.muted = true;
   else main.addEventListener("click", () => enlarge(main));
   showPicture(main, paths[index]);
