@@ -13,7 +13,7 @@ from sfumato.serve import keys
 
 pytestmark = pytest.mark.full  # servers of their own, and a browser
 
-LONG = {"steps": 1000, "count": 2}
+LONG = {"steps": 1000}
 SHAPES = (("a red cube", 3), ("two yellow spheres", 5))
 
 
@@ -27,7 +27,7 @@ def browser():
 def server(tmp_path_factory):
     place = tmp_path_factory.mktemp("page")
     (place / "prices.toml").write_text(PRICES)
-    running = Server(place / "data", "--prices", str(place / "prices.toml"))
+    running = Server(place / "data", "--prices", str(place / "prices.toml"), "--deadline", "3600")
     yield running.start(600)
     running.kill()
 

@@ -3,12 +3,13 @@
 // A browser opens six connections to a server, so only the first few open jobs are followed by their events; how far
 // the others are is asked now and then.
 
-import { Refusal, events, get, post, unique } from "./api.js";
+import { Refusal, UNREACHABLE, events, get, post, unique } from "./api.js";
 import { wait } from "./dom.js";
 
 const STREAMS = 2;
 const ASKED = 2500; // milliseconds
 const PAGE = 48;
+const PAUSES = [500, 1500]; // milliseconds before a submission that got no answer is sent once more
 const OPEN = new Set(["queued", "running"]);
 
 export const jobs = new Map();
@@ -56,9 +57,16 @@ export async function load(older = false) {
 /** Have something drawn. order: {model, request, format}; clip: whether it moves. Returns the job. */
 export async function submit(order, clip = false) {
   const headers = { "idempotency-key": unique() };
-  const job = keep(await post(clip ? "v1/videos" : "v1/jobs", { ...order, previews: 8 }, { headers }));
-  follow();
-  return job;
+  for (const pause of [...PAUSES, null]) {
+    try {
+      const job = keep(await post(clip ? "v1/videos" : "v1/jobs", { ...order, previews: 8 }, { headers }));
+      follow();
+      return job;
+    } catch (error) {
+      if (error.code !== UNREACHABLE || pause === null) throw error;
+      await wait(pause); // with the same key it is one job, whether or not the server heard of it
+    }
+  }
 }
 
 export async function cancel(job) {

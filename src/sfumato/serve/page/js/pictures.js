@@ -20,12 +20,17 @@ export async function show(element, path) {
   element.classList.add("loading");
   const ready = element.tagName === "VIDEO" ? "loadeddata" : "load";
   element.addEventListener(ready, () => element.classList.remove("loading"), { once: true });
+  element.addEventListener("error", () => lost(element), { once: true });
   try {
     element.src = await source(path);
   } catch {
-    element.classList.replace("loading", "lost");
-    element.setAttribute("alt", "This one is not kept any more");
+    lost(element);
   }
+}
+
+function lost(element) {
+  element.classList.replace("loading", "lost");
+  element.setAttribute("alt", "It is not kept any more");
 }
 
 /** How two pictures differ: {same, size, most, count}; most of 255, count of pixels. */

@@ -21,6 +21,7 @@ function arrange(pick, attempt) {
   for (const id of rows.keys()) if (!found.some((job) => job.id === id)) rows.delete(id);
   for (const job of found) if (!rows.has(job.id)) rows.set(job.id, row(job, pick, attempt));
   $("queue").hidden = !found.length;
+  document.title = found.length ? `(${found.length}) Sfumato` : "Sfumato";
   $("cancel-all").hidden = found.length < 2;
   const list = $("queue-list");
   const wanted = found.map((job) => rows.get(job.id).node);

@@ -22,7 +22,7 @@ let index = 0;
 let parts = {}; // what of the stage changes while it is drawn
 let tried = () => {};
 
-/** failed(work): runs what a button does, and shows what goes wrong. */
+/** attempt(work): runs what a button does, and shows what goes wrong. */
 export function begin(attempt) {
   tried = attempt;
   listen((changed, what) => {
@@ -67,13 +67,18 @@ export function waiting() {
   $("stage").replaceChildren(h("div", { class: "frame shimmer" }), h("div", { class: "facts" }, h("div", { class: "line shimmer" }), h("div", { class: "line short shimmer" })));
 }
 
+const SAID = { queued: "It waits for its turn.", running: "It is being drawn.", succeeded: "It is done.", failed: "It failed.", cancelled: "It is cancelled." };
+
 function render() {
   parts = {};
+  const focused = $("stage").contains(document.activeElement);
   $("stage").className = `stage ${job.state}`;
   measure($("stage"));
   if (isOpen(job)) forming();
   else if (job.state === "succeeded") done();
   else failed();
+  $("said").textContent = SAID[job.state];
+  if (focused) $("stage").querySelector(".facts button")?.focus({ preventScroll: true });
 }
 
 const frame = (...children) => h("div", { class: "frame" }, children);
