@@ -5,7 +5,7 @@ import { $, h } from "./dom.js";
 import * as form from "./form.js";
 import { cancel, isClip, isOpen, listen, outputs, receipt, title } from "./jobs.js";
 import { show as showPicture } from "./pictures.js";
-import { money, seconds, size, times, trouble } from "./words.js";
+import { money, seconds, size, trouble } from "./words.js";
 
 const EXAMPLES = [
   "a red metal sphere behind a small blue cube",
