@@ -17,8 +17,8 @@ LEVELS = [
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
-    {"drawing", "generate", "planning", "train", "evaluate", "receipts", "fidelity"},
-    {"cli", "serve", "__main__"},
+    {"drawing", "generate", "planning", "train", "evaluate", "receipts", "fidelity", "bulk"},
+    {"cli", "serve", "cluster", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 APART = {
