@@ -7,9 +7,11 @@ import re
 import numpy as np
 import pytest
 
+import small_svd
 from browsing import PHONE, Visitor, chromium
 from serving import PRICES, PROMPT, Client, Server, opened
 from sfumato.serve import keys
+from small_python import small_python
 
 pytestmark = pytest.mark.full  # servers of their own, and a browser
 
@@ -295,6 +297,56 @@ def test_a_control_picture_is_followed(visitor, client, gallery):
     (control,) = latest(client)["request"]["controls"]
     assert control["name"] == "edge" and control["weight"] == 1
     assert visitor.recipe()["Follows"] == "edge 1"
+
+
+# --- clips ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    """A server with pocket and a small model that sets pictures in motion."""
+    place = tmp_path_factory.mktemp("moving")
+    source = small_svd.write("svd", place / "moves", frames=6)
+    (place / "models.toml").write_text(
+        '[[model]]\nname = "pocket"\nsource = "pocket"\n'
+        f'[[model]]\nname = "moves"\nsource = "{source}"\ndtype = "fp32"\n'
+    )
+    running = Server(
+        place / "data", "--models", str(place / "models.toml"), "--memory", "1GB", python=small_python(place)
+    )
+    yield running.start(600)
+    running.kill()
+
+
+def test_a_picture_is_animated_and_plays(moving, browser):
+    visitor, client = Visitor(browser, moving.url).ready(), Client(moving)
+    visitor.draw(prompt="a red cube", seed=1, steps=4).drawn()
+    visitor.press("Animate")
+    visitor.page.wait_for_selector("#start .slot-frame")
+    assert visitor.page.input_value("#model") == "moves" and visitor.text("#draw") == "Animate"
+    assert visitor.page.is_hidden("#prompt"), "this model reads none"
+    visitor.draw(frames=4, steps=2).drawn()
+    job = latest(client)
+    assert job["object"] == "video" and job["request"]["frames"] == 4 and "image" in job["request"]
+    clip = visitor.page.locator("video.final")
+    assert clip.evaluate("(v) => [v.paused, v.loop, v.error]") == [False, True, None]
+    clip.evaluate("(v) => new Promise((done) => v.addEventListener('timeupdate', done))")
+    assert clip.evaluate("(v) => v.duration") == pytest.approx(4 / job["request"]["fps"], abs=0.05)
+    assert visitor.page.locator(".tile video").count() == 1 and violations(visitor) == {}
+    visitor.press("Make again")
+    visitor.page.wait_for_selector("#stage:not(.succeeded)")
+    visitor.drawn()
+    again = latest(client)
+    assert again["id"] != job["id"] and again["request"] == {**job["request"], "count": 1}
+    visitor.press("Use this frame")
+    visitor.page.wait_for_selector("#start .slot-full:has-text('56 × 56')")
+    visitor.close()
+
+
+def test_without_a_model_of_clips_nothing_is_animated(visitor):
+    visitor.drawn()
+    assert visitor.page.get_by_role("button", name="Animate").count() == 0
+    assert visitor.page.is_hidden("#kinds")
 
 
 # --- before it is paid, and what goes wrong ---------------------------------------------------------------------------
