@@ -113,6 +113,6 @@ class Visitor:
 
     def recipe(self) -> dict[str, str]:
         """What stands beside the picture, when its bill is there."""
-        self.page.wait_for_selector(".recipe :text('Cost')")
+        self.page.wait_for_selector(".recipe :text('Took')")
         rows = self.page.locator(".recipe > div").all()
         return {row.locator("dt").inner_text(): row.locator("dd").inner_text() for row in rows}

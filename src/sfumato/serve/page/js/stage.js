@@ -197,34 +197,45 @@ function buttons(main) {
 
 async function recipe(list) {
   const of = job;
-  const { request, expected, price } = of;
-  const rows = [];
-  const row = (name, value) => value !== null && value !== undefined && value !== "" && rows.push([name, value]);
-  row("Model", of.model);
-  row("Negative", request.negative);
-  row("Seed", String(actions.seedOf(of, index)));
-  row("Size", size(expected.size));
-  row("Frames", request.frames);
-  row("Steps", request.steps ?? expected.steps);
-  row("Guidance", request.guidance);
-  row("Sampler", [request.sampler, request.schedule].filter(Boolean).join(", "));
-  row("Variation", request.variation && `${request.variation.strength} towards ${request.variation.seed}`);
-  row("Begins with", request.mask ? "a picture and a mask" : request.image && "a picture");
-  row("LoRAs", request.loras?.map((use) => `${use.name ?? use} ${use.weight ?? 1}`).join(", "));
-  row("Follows", request.controls?.map((use) => `${use.name} ${use.weight ?? 1}`).join(", "));
-  const fill = () => list.replaceChildren(...rows.map(([name, value]) => h("div", { class: String(value).length > SHORT && "long" }, h("dt", {}, name), h("dd", {}, String(value)))));
+  const fill = () => of === job && list.replaceChildren(...lines(of).map(([name, value]) => (
+    h("div", { class: value.length > SHORT && "long" }, h("dt", {}, name), h("dd", {}, value)))));
   fill();
-  const paid = price.charged_micros ? money(price.charged_micros, price.currency) : "free";
-  const most = price.charged_micros && price.charged_micros < price.reserved_micros ? `, of ${money(price.reserved_micros, price.currency)} at most` : "";
   try {
     of.receipt ??= await receipt(of);
-    row("Took", `${seconds(of.receipt.seconds)}, where ${seconds(of.receipt.expected_seconds)} were expected`);
-    if (of.receipt.joules) row("Energy", `${of.receipt.joules.toFixed(0)} J`);
+    fill();
   } catch {
     // the picture is there, and its bill is not: the rest is told without
   }
-  row("Cost", `${paid}${most}${outputs(of).length > 1 ? `, for ${outputs(of).length}` : ""}`);
-  fill();
+}
+
+/** What a job was asked for and what it took, as [name, words]; what it left open is in its receipt. */
+function lines(of) {
+  const bill = of.receipt;
+  const request = { ...bill?.recipe?.request, ...of.request };
+  const { charged_micros: paid, reserved_micros: most, currency } = of.price;
+  const variation = request.variation && `${request.variation.strength} towards ${request.variation.seed}`;
+  const cost = [
+    money(paid, currency),
+    paid && paid < most ? `of ${money(most, currency)} at most` : null,
+    outputs(of).length > 1 ? `for ${outputs(of).length}` : null,
+  ];
+  return Object.entries({
+    Model: of.model,
+    Negative: request.negative,
+    Seed: actions.seedOf(of, index),
+    Size: size(of.expected.size),
+    Frames: request.frames,
+    Steps: request.steps ?? of.expected.steps,
+    Guidance: request.guidance,
+    Sampler: [request.sampler, request.schedule].filter(Boolean).join(", "),
+    Variation: variation,
+    "Begins with": of.request.mask ? "a picture and a mask" : of.request.image && "a picture",
+    LoRAs: request.loras?.map((use) => `${use.name ?? use} ${use.weight ?? 1}`).join(", "),
+    Follows: request.controls?.map((use) => `${use.name} ${use.weight ?? 1}`).join(", "),
+    Took: bill && `${seconds(bill.seconds)}, where ${seconds(bill.expected_seconds)} were expected`,
+    Energy: bill?.joules && `${bill.joules.toFixed(0)} J`,
+    Cost: cost.filter(Boolean).join(", "),
+  }).filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) => [name, String(value)]);
 }
 
 /** Whether a picture that was made again is the same. */
