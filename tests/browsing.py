@@ -19,6 +19,7 @@ FLAGS = (
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DESKTOP, PHONE = (1360, 860), (390, 844)
 DRAWN = "#stage.succeeded .final:not(.loading)"
+TRIES = 10
 SECONDS = 180  # that anything may take, on a machine that is busy
 
 
@@ -81,17 +82,21 @@ class Visitor:
         return self
 
     def draw(self, **fields: object) -> Visitor:
-        """Have it drawn; the stage then shows it."""
+        """Have it drawn, again where a busy server says to come back; if it is accepted, the stage then shows it."""
         self.fill(**fields)
-        with self.page.expect_response(
-            lambda answer: answer.request.method == "POST" and self._is_job(answer)
-        ):
-            self.page.click("#draw")
+        for _ in range(TRIES):
+            with self.page.expect_response(self._is_submission) as found:
+                self.page.click("#draw")
+            if found.value.status != 503:
+                break
+            self.page.wait_for_timeout(2000)
+        if found.value.ok:
+            self.page.wait_for_selector(f"#stage[data-job={found.value.json()['id']}]")
         return self
 
     @staticmethod
-    def _is_job(answer: Any) -> bool:
-        return answer.url.endswith(("/v1/jobs", "/v1/videos"))
+    def _is_submission(answer: Any) -> bool:
+        return answer.request.method == "POST" and answer.url.endswith(("/v1/jobs", "/v1/videos"))
 
     def drawn(self) -> Visitor:
         """When what the stage shows is there."""

@@ -73,6 +73,7 @@ function render() {
   parts = {};
   const focused = $("stage").contains(document.activeElement);
   $("stage").className = `stage ${job.state}`;
+  $("stage").dataset.job = job.id;
   measure($("stage"));
   if (isOpen(job)) forming();
   else if (job.state === "succeeded") done();
