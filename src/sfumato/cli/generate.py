@@ -81,6 +81,7 @@ def generate(
     offload: options.Offload = None,
     preview: options.Preview = False,
     deterministic: options.Deterministic = False,
+    sign: options.Sign = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Draw pictures from a prompt, or from a prompt and a picture. Each file carries its recipe."""
@@ -158,6 +159,11 @@ def generate(
     given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
     request = Request.from_dict(_merged(given, told))
     check_output(output, request.count, request)
+    signer = None
+    if sign is not None:
+        from sfumato.receipts.signing import open_signer
+
+        signer = open_signer(*sign)
     if preview:
         watch.check_preview(output)
 
@@ -215,7 +221,7 @@ def generate(
         finally:
             clean()
     result = billed(loaded, request, result, meter)
-    files = result.save(output)
+    files = result.save(output, signer)
     seconds = time.perf_counter() - started
     if as_json:
         show.answer(
