@@ -466,8 +466,11 @@ def build(kind: Any, values: Any, where: str, **ready: Any) -> Any:
     for name, f in known.items():
         here, hint = _dotted(where, name), _inner(hints[name])
         if name not in values:
-            if is_dataclass(hint) and f.default is MISSING and f.default_factory is MISSING:
-                built[name] = build(hint, {}, here)
+            if f.default is not MISSING or f.default_factory is not MISSING:
+                continue
+            if not is_dataclass(hint):
+                raise InputError(f"{here} is missing", argument=here)
+            built[name] = build(hint, {}, here)
         elif is_dataclass(values[name]):
             built[name] = values[name]
         else:
