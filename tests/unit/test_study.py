@@ -162,7 +162,7 @@ def curve(arm, seed, *points):
         tuple({"compute": c, "strict": s, "kernel_distance": k, "seconds": 1.0} for c, s, k in points),
         True,
         None,
-        {},
+        {"autoencoder": 2000.0, "encoding": 500.0},
         {},
     )
 
@@ -200,6 +200,8 @@ def test_how_much_cheaper_is_read_at_the_quality_that_both_reach(recipe):
     slow = curve(pixel, 0, (1e4, 0.0, 8.0), (1e6, 0.1, 4.0))
     found = cheaper(results(recipe, fast, slow), latent, "strict")
     assert found.ratios == pytest.approx((100.0,)) and found.pixel == pixel
+    given = cheaper(results(recipe, fast, slow), latent, "strict", given=True)
+    assert given.ratios == pytest.approx((1e6 / (1e4 - 2500),))
     assert cheaper(results(recipe, fast), latent, "strict") is None
     dearer = cheaper(
         results(

@@ -10,6 +10,7 @@ from sfumato.study.plots import save
 from sfumato.study.recipe import StudyRecipe
 from sfumato.study.results import AGREE, Cheaper, Results, cheaper, mean, orders
 
+FOLLOWS = 0.1  # of the strict score, from which on a model may be said to follow prompts
 WORDS = {"strict": "strict score", "kernel_distance": "kernel distance"}
 
 
@@ -31,7 +32,7 @@ def text(results: Results, stem: str, pictures: Sequence[str], command: str) -> 
         "A line goes through the means of an arm's seeds, each of which is a dot; pixels are dashed. A mark at the "
         "right edge is the arm's ceiling, what its autoencoder leaves of the scenes themselves; the grey line is "
         "the scenes.",
-        _ends(results),
+        _ends(results) + _level(results),
         _costs(results),
         "## What may be said",
         *_orders(results),
@@ -122,6 +123,17 @@ def _ends(results: Results) -> str:
     )
 
 
+def _level(results: Results) -> str:
+    """What the strict scores say of the budget as a whole."""
+    best = max((curve.last("strict") for curve in results.curves if curve.complete), default=None)
+    if best is None or best >= FOLLOWS:
+        return ""
+    return (
+        f"\n\n**The best strict score is {100 * best:.1f} %: within this budget no arm has learnt to follow its "
+        "prompts.** What the curves show is the beginning of a training; only the kernel distance tells arms apart."
+    )
+
+
 def _scene(results: Results, name: str, scale: float) -> str:
     value = results.scenes.get(name)
     return "" if value is None else f"{scale * value:.{1 if scale > 1 else 2}f}"
@@ -194,7 +206,7 @@ def _cheaper(results: Results) -> str:
         cells = []
         for measure in WORDS:
             ratio = cheaper(results, arm, measure)
-            cells.append(_ratio(ratio))
+            cells += [_ratio(ratio), _ratio(cheaper(results, arm, measure, given=True))]
             if ratio:
                 found.append(ratio)
         rows.append([f"`{arm.name}`", *cells])
@@ -210,8 +222,9 @@ def _cheaper(results: Results) -> str:
         f"{said}Training FLOPs that the best pixel arm ({', '.join(against)}) takes to a quality, divided by those "
         "that the latent arm takes to the same, the autoencoder's included. The quality is the best that both reach "
         "within the budget, seed by seed; between points the curves are taken as straight over the logarithm of "
-        "compute. Above 1 the latent is cheaper. The median, and the range of the seeds.\n\n"
-        + _table(["arm", *(f"by {word}" for word in WORDS.values())], rows)
+        "compute. Above 1 the latent is cheaper; in the columns beside, an autoencoder that is there already costs "
+        "nothing. The median, and the range of the seeds.\n\n"
+        + _table(["arm", *(c for word in WORDS.values() for c in (f"by {word}", "autoencoder given"))], rows)
         + f"\n\n{headline}"
     )
 
@@ -255,17 +268,18 @@ def _drawn(stem: str, pictures: Sequence[str]) -> list[str]:
 
 def _limits(results: Results) -> str:
     recipe = results.study.recipe(results.study.arms[0], results.study.seeds[0])
-    return (
-        "## What this does not show\n\n- One world: rendered solids on a floor. Photographs have more fine detail, "
-        "which compression drops and pixels pay for.\n- One budget and one size, "
-        f"{recipe.data.size}×{recipe.data.size}. An autoencoder is trained once for many denoisers and pays off over "
-        f"them; here each arm pays for its own.\n- Tokens of {results.study.token}×{results.study.token} pixels make "
-        "a step on pixels as cheap as one on latents. That is kind to pixels: with a token for each pixel they "
-        "would pay hundreds of times more a step.\n- Equal training, not equal tuning: rates and losses are the "
-        "recipe's, the same for all but where it says.\n- Losses without a discriminator or pretrained features: "
-        "reconstructions are soft.\n- The detector was trained on renders, sharp and damaged, at 128×128; pictures "
-        "of other sizes are resized for it."
+    token = results.study.token
+    points = (
+        "One world: rendered solids on a floor, with little fine detail. Photographs are another matter.",
+        f"One budget and one size, {recipe.data.size}×{recipe.data.size}. An autoencoder is trained once for many "
+        "denoisers and pays off over them; here each arm pays for its own.",
+        f"Tokens of {token}×{token} pixels make a step on pixels as cheap as one on latents. That is kind to pixels: "
+        f"with a token for each they would have {token**2} times as many.",
+        "Equal training, not equal tuning: rates and losses are the recipe's, the same for all but where it says.",
+        "Losses without a discriminator or pretrained features: reconstructions are soft.",
+        "The detector was trained on renders, sharp and damaged, at 128×128; pictures of other sizes are resized for it.",
     )
+    return "## What this does not show\n\n" + "\n".join(f"- {point}" for point in points)
 
 
 def _spread(values: Sequence[float], form: str) -> str:

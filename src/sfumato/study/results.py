@@ -29,6 +29,11 @@ class Curve:
     plan: dict[str, Any]
     machine: dict[str, Any]
 
+    @property
+    def before(self) -> float:
+        """FLOPs that were spent before the denoiser's first step."""
+        return float(self.plan["autoencoder"] + self.plan["encoding"])
+
     def last(self, measure: str) -> float:
         return float(self.points[-1][measure])
 
@@ -118,9 +123,10 @@ class Cheaper:
         return median(self.ratios)
 
 
-def cheaper(results: Results, latent: Arm, measure: str) -> Cheaper | None:
+def cheaper(results: Results, latent: Arm, measure: str, *, given: bool = False) -> Cheaper | None:
     """A latent arm against the best pixel arm, seed by seed, at the quality that both of a seed reach: the worse of
-    their ends. None without a seed that both have completed.
+    their ends. None without a seed that both have completed. given: the autoencoder and the latents cost nothing, as
+    where many denoisers share them.
     """
     pixels = [arm for arm in results.study.arms if arm.pixels and results.of(arm)]
     if not pixels:
@@ -136,7 +142,7 @@ def cheaper(results: Results, latent: Arm, measure: str) -> Cheaper | None:
                 continue  # no picture of one of them was right: there is no quality to compare at
             mine, its = (reached_at(c, measure, both) for c in (curve, other))
             if mine and its:
-                ratios.append(its / mine)
+                ratios.append(its / (mine - (curve.before if given else 0.0)))
     return Cheaper(latent, best, measure, tuple(ratios)) if ratios else None
 
 
