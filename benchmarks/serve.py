@@ -85,7 +85,10 @@ class Connection:
         self.writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         try:
             status = int((await self.reader.readuntil(b"\r\n")).split()[1])
-        except (asyncio.IncompleteReadError, ConnectionError):  # it was silent for too long, and the server hung up
+        except (
+            asyncio.IncompleteReadError,
+            ConnectionError,
+        ):  # it was silent for too long, and the server hung up
             self.writer.close()
             return await self.ask(method, path, body)
         headers = {}
@@ -164,7 +167,9 @@ def main() -> None:
         times = interleaved(calls, args.rounds)
         alone.stop()
         capacity = 8 / times["together"]
-        asyncio.run(loaded(together, args.clients, 10 * capacity, min(300.0, args.seconds)))  # caches, buffers
+        asyncio.run(
+            loaded(together, args.clients, 10 * capacity, min(300.0, args.seconds))
+        )  # caches, buffers
         asyncio.run(until_idle(together))
         began = together.resident()
         found = asyncio.run(loaded(together, args.clients, 10 * capacity, min(300.0, args.seconds)))

@@ -277,7 +277,7 @@ def _limits(results: Results) -> str:
         f"with a token for each they would have {token**2} times as many.",
         "Equal training, not equal tuning: rates and losses are the recipe's, the same for all but where it says.",
         "Losses without a discriminator or pretrained features: reconstructions are soft.",
-        "The detector was trained on renders, sharp and damaged, at 128×128; pictures of other sizes are resized for it.",
+        "The detector was trained on renders, sharp and damaged, at 128×128; other sizes are resized for it.",
     )
     return "## What this does not show\n\n" + "\n".join(f"- {point}" for point in points)
 
