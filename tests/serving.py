@@ -24,11 +24,26 @@ PROMPT = "a red metal sphere behind a small blue cube"
 PRICES = "[[rule]]\npicture = 0.001\nmegapixel_step = 0.01\n"
 
 
-class Server:
-    """`sfumato serve` on a free port of this machine. `folder`: its data; options: more of the command line."""
+class Patience:
+    """So many seconds of waiting. Those in which this process itself stood still, with the server, do not count."""
 
-    def __init__(self, folder: Path, *options: str, limit: int | None = None):
-        self.folder, self.options, self.limit = folder, options, limit
+    def __init__(self, seconds: float):
+        self.left, self._last = seconds, time.monotonic()
+
+    def __bool__(self) -> bool:
+        now = time.monotonic()
+        self.left -= min(now - self._last, 1.0)
+        self._last = now
+        return self.left > 0
+
+
+class Server:
+    """`sfumato serve` on a free port of this machine. `folder`: its data; options: more of the command line.
+    python: what runs it.
+    """
+
+    def __init__(self, folder: Path, *options: str, limit: int | None = None, python: Path | None = None):
+        self.folder, self.options, self.limit, self.python = folder, options, limit, python
         self.log = folder.parent / f"{folder.name}.log"
         self.process: subprocess.Popen | None = None
         self.url = ""
@@ -36,8 +51,8 @@ class Server:
     def start(self, seconds: float = 120) -> Server:
         """Start it and wait until it can be asked."""
         self.begin()
-        until = time.time() + seconds
-        while time.time() < until:
+        patience = Patience(seconds)
+        while patience:
             found = re.findall(r"serving .* at (\S+)", self.log.read_text())
             if found:
                 self.url = found[-1]
@@ -51,7 +66,7 @@ class Server:
 
     def begin(self) -> None:
         command = [
-            sys.executable,
+            str(self.python or sys.executable),
             "-m",
             "sfumato",
             "serve",
@@ -119,7 +134,7 @@ class Client:
             self.session.headers["authorization"] = f"Bearer {key}"
 
     def __call__(self, method: str, path: str, **more: Any) -> requests.Response:
-        return self.session.request(method, self.server.url + path, timeout=120, **more)
+        return self.session.request(method, self.server.url + path, timeout=600, **more)
 
     def get(self, path: str, **more: Any) -> requests.Response:
         return self("GET", path, **more)
@@ -140,8 +155,8 @@ class Client:
 
     def wait(self, job: str, seconds: float = 120) -> dict[str, Any]:
         """The job when it has ended."""
-        until = time.time() + seconds
-        while time.time() < until:
+        patience = Patience(seconds)
+        while patience:
             found = self.get(f"/v1/jobs/{job}").json()
             if found["state"] in ("succeeded", "failed", "cancelled"):
                 return found

@@ -17,9 +17,9 @@ LEVELS = [
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
-    {"drawing", "generate", "planning", "train", "evaluate", "receipts", "fidelity"},
+    {"drawing", "generate", "planning", "train", "evaluate", "receipts", "fidelity", "bulk"},
     {"study"},
-    {"cli", "serve", "__main__"},
+    {"cli", "serve", "cluster", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 APART = {

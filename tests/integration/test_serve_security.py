@@ -69,11 +69,11 @@ def all_routes() -> list[tuple[str, str]]:
     from pathlib import Path
     from types import SimpleNamespace
 
-    from sfumato.serve.web import native, openai, status, webui
+    from sfumato.serve.web.app import ROOMS
 
     desk = SimpleNamespace(settings=Settings((ModelSpec("pocket", "pocket"),), Path(".")), prices=None)
     found = []
-    for room in (native, openai, webui, status):
+    for room in ROOMS:
         for route in room.routes(desk).routes:
             found += [(method, route.path) for method in sorted(route.methods - {"HEAD"})]
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from sfumato.cli import controls, loras, options, parse, show, watch
+from sfumato.cli import bulk, controls, loras, options, parse, show, watch
 from sfumato.cli import like as likeness
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
@@ -82,6 +82,9 @@ def generate(
     preview: options.Preview = False,
     deterministic: options.Deterministic = False,
     sign: options.Sign = None,
+    prompts: options.Prompts = None,
+    ray: options.Ray = None,
+    replicas: options.Replicas = "1",
     as_json: options.AsJson = False,
 ) -> None:
     """Draw pictures from a prompt, or from a prompt and a picture. Each file carries its recipe."""
@@ -157,9 +160,21 @@ def generate(
     if pictured is not None:
         given["controls"] = pictured
     given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
-    request = Request.from_dict(_merged(given, told))
-    check_output(output, request.count, request)
-    signer = None
+    lines, signer = None, None
+    if prompts is None:
+        request = Request.from_dict(_merged(given, told))
+        check_output(output, request.count, request)
+    else:
+        others = {
+            "the prompt": prompt,
+            "--like": like,
+            "--image": image,
+            "--control": control,
+            "--preview": preview,
+            "--sign": sign,
+        }
+        lines = bulk.lines_of(prompts, given, others, output)
+        request = bulk.largest(lines)
     if sign is not None:
         from sfumato.receipts.signing import open_signer
 
@@ -180,24 +195,24 @@ def generate(
     left_out = {"t5": no_t5, "clip_l": no_clip_l, "clip_g": no_clip_g}
     without = [name for name, asked in left_out.items() if asked]
     limit = None if memory is None else parse.size_in_bytes("memory", memory)
-    loaded = load(
-        model,
-        device=device,
-        dtype=None if dtype is None else parse.dtype(dtype, parse.DRAWN),
-        engine=engine,
-        vae=vae,
-        prediction=prediction,
-        variant=variant,
-        embeddings=embeddings,
-        parts=parts or None,
-        refiner=second,
-        offload="auto",
-        preset=preset,
-        without=without,
-        text_dtype=None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
-        tokenizer=tokenizer,
-        controlnets=networks,
-    )
+    opening: dict[str, Any] = {
+        "device": device,
+        "dtype": None if dtype is None else parse.dtype(dtype, parse.DRAWN),
+        "engine": engine,
+        "vae": vae,
+        "prediction": prediction,
+        "variant": variant,
+        "embeddings": embeddings,
+        "parts": parts or None,
+        "refiner": second,
+        "offload": "auto",
+        "preset": preset,
+        "without": without,
+        "text_dtype": None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
+        "tokenizer": tokenizer,
+        "controlnets": networks,
+    }
+    loaded = load(model, **opening)
     if getattr(loaded.system, "animates", False):
         raise InputError(f"{model} draws clips and no pictures; use sfumato animate", argument="model")
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
@@ -210,6 +225,19 @@ def generate(
     if like is not None and said is not None:
         for note in likeness.differences(like, said, loaded, request):
             show.note(note)
+    if lines is not None:
+        level = None if found is None else found.offload
+        write = bulk.writer(
+            loaded,
+            {"model": model, **opening, "offload": level},
+            adapters,
+            request.loras or (),
+            lora_partial,
+            ray,
+            replicas,
+        )
+        bulk.draw(loaded, lines, output, write, as_json)
+        return
     _note_size(loaded, request)
     from sfumato.receipts.bill import Meter, billed
 

@@ -20,6 +20,7 @@ PICTURE, MASK, CONTROL, LARGER, FASTER, PROMPT, TUNING, WEIGHTS = (
     "For those who know",
     "Opening a Stable Diffusion checkpoint",
 )
+MANY = "Many pictures"
 
 Prompt = Annotated[str | None, Argument(help="What to draw; may be empty.")]
 Output = Annotated[
@@ -440,3 +441,27 @@ def left_open(context: Context, name: str) -> bool:
     """Whether the option has its value by default, so that a picture to be like may give another."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "DEFAULT"
+
+
+Prompts = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        rich_help_panel=MANY,
+        help="Draw each line of a .txt, .jsonl or .csv file into the folder -o; what is there already is left.",
+    ),
+]
+Ray = Annotated[
+    str | None,
+    Option(
+        metavar="ADDRESS",
+        rich_help_panel=MANY,
+        help="Have it done by a Ray cluster: its address, or local (pip install 'sfumato[cluster]').",
+    ),
+]
+Replicas = Annotated[
+    str,
+    Option(
+        metavar="N", rich_help_panel=MANY, help="Of --ray: how many work at once, each with its own copy."
+    ),
+]

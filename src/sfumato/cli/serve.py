@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from sfumato.cli import parse, show
+from sfumato.cli.bulk import replicas_of
 from sfumato.errors import InputError
 
 EXAMPLE = "sfumato serve -m sd_xl_base_1.0.safetensors --host 0.0.0.0 --keys keys.json --prices prices.toml"
@@ -48,6 +49,17 @@ def serve(
         list[str] | None,
         Option(metavar="NAME", rich_help_panel=MODELS, help="cpu, cuda, cuda:1 …; a worker for each."),
     ] = None,
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            rich_help_panel=MODELS,
+            help="Draw on a Ray cluster: its address, or local (pip install 'sfumato[cluster]').",
+        ),
+    ] = None,
+    replicas: Annotated[
+        str, Option(metavar="N", rich_help_panel=MODELS, help="Of --ray: workers on each --device.")
+    ] = "1",
     host: Annotated[str, Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[str, Option(metavar="N", help="0 takes any that is free.")] = "8000",
     name: Annotated[
@@ -120,7 +132,7 @@ def serve(
         if models is not None
         else tuple(model_given(text, **one) for text in wanted),
         data=data or default_data(),
-        devices=tuple(device or [None]),
+        devices=tuple(device or [None]) * (1 if ray is None else replicas_of(replicas)),
         host=host,
         port=parse.whole("port", port),
         keys=keys,
@@ -142,7 +154,20 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     names = ", ".join(each.name for each in settings.models)
-    run(settings, lambda address: show.line(f"serving {names} at {address}"))
+
+    def told(address: str) -> None:
+        show.line(f"serving {names} at {address}")
+
+    if ray is None:
+        run(settings, told)
+        return
+    from sfumato.cluster.replicas import Replicas
+
+    cluster = Replicas(ray, len(settings.devices))
+    try:
+        run(settings, told, cluster.connect)
+    finally:
+        cluster.close()
 
 
 def _default() -> str:

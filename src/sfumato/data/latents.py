@@ -9,9 +9,11 @@ for another picture's. Shards appear whole or not at all; building again encodes
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ SHARD_ROWS = 1024  # rows a kill can cost
 RAM_BYTES = 4 * 2**30  # up to here the rows are held in memory, beyond it they stay mapped files
 
 Encode = Callable[[Tensor], Tensor]
+Write = Callable[["Sequence[Shard]", int, Callable[[int], None]], Iterator[None]]  # shards, batch, told
 
 
 def latent_key(digest: str, size: Size, autoencoder_hash: str, dtype: str) -> str:
@@ -48,12 +51,14 @@ def build_latents(
     on_progress: Callable[[int, int], None] | None = None,
     dtype: str = "float16",
     shard_rows: int = SHARD_ROWS,
+    write: Write | None = None,
 ) -> LatentCache:
     """Encode what `directory` does not hold yet, and open it.
 
     encode: float32 (B, 3, T, H, W) in [−1, 1] → normalised latents (B, C, T, H/f, W/f), on any device.
     on_progress(done, total) is called after each batch and may raise to stop; whole shards stay. Killed and
     started again, the same batches are encoded as without the kill, so the result is the same to the bit.
+    write: has other processes write the shards, each by `write_shard`, in place of this one by `encode`.
     Raises `StaleCacheError` when the folder belongs to another autoencoder, `DataError` naming the picture
     whose latent is not finite, `SfumatoError` when a shard cannot be written (what was there before stays).
     """
@@ -70,34 +75,76 @@ def build_latents(
                 write_json(
                     directory / INDEX, {"format": FORMAT, "autoencoder": autoencoder_hash, "dtype": dtype}
                 )
-        held = {key for _, keys, _ in _shards(directory) for key in keys}
-        missing: dict[Size, dict[str, int]] = {}
-        total = 0
-        for size, members in source.buckets().items():
-            wanted = {
-                latent_key(source.digest(i), size, autoencoder_hash, dtype): i for i in reversed(members)
-            }
-            total += len(wanted)
-            missing[size] = {key: wanted[key] for key in reversed(wanted) if key not in held}
-        done = total - sum(map(len, missing.values()))
-        for size, rows in missing.items():
-            keys = list(rows)
-            for start in range(0, len(keys), shard_rows):
-                shard = keys[start : start + shard_rows]
-                parts = []
-                for at in range(0, len(shard), batch):
-                    indices = [rows[key] for key in shard[at : at + batch]]
-                    parts.append(_encoded(source, encode, indices, dtype))
-                    done += len(indices)
-                    if on_progress:
-                        on_progress(done, total)
-                _save(
-                    _free_name(directory, size),
-                    torch.cat(parts),
-                    shard,
-                    [source.name(rows[k]) for k in shard],
-                )
+        shards, done, total = _missing(source, autoencoder_hash, directory, dtype, shard_rows)
+
+        def told(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if on_progress:
+                on_progress(done, total)
+
+        for _ in (
+            write(shards, batch, told) if write is not None else _here(source, encode, shards, batch, told)
+        ):
+            pass
     return LatentCache(directory, source, autoencoder_hash)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Pictures of one size that are to be one file. indices: of the source. dtype: that is stored."""
+
+    path: Path
+    keys: tuple[str, ...]
+    indices: tuple[int, ...]
+    dtype: str
+
+
+def write_shard(
+    source: Source,
+    encode: Encode,
+    shard: Shard,
+    batch: int = 16,
+    told: Callable[[int], None] = lambda rows: None,
+) -> int:
+    """Encode a shard's pictures and write its file, whole or not at all; told: hears of each batch. Returns rows."""
+    parts = []
+    for start in range(0, len(shard.indices), batch):
+        indices = list(shard.indices[start : start + batch])
+        parts.append(_encoded(source, encode, indices, shard.dtype))
+        told(len(indices))
+    _save(shard.path, torch.cat(parts), list(shard.keys), [source.name(index) for index in shard.indices])
+    return len(shard.indices)
+
+
+def _here(
+    source: Source, encode: Encode, shards: Sequence[Shard], batch: int, told: Callable[[int], None]
+) -> Iterator[None]:
+    for shard in shards:
+        write_shard(source, encode, shard, batch, told)
+        yield
+
+
+def _missing(
+    source: Source, autoencoder_hash: str, directory: Path, dtype: str, shard_rows: int
+) -> tuple[list[Shard], int, int]:
+    """(what the folder lacks, rows that it has of those wanted, rows that are wanted)."""
+    held = {key for _, keys, _ in _shards(directory) for key in keys}
+    total, shards = 0, []
+    for size, members in source.buckets().items():
+        wanted = {latent_key(source.digest(i), size, autoencoder_hash, dtype): i for i in reversed(members)}
+        total += len(wanted)
+        rows = {key: wanted[key] for key in reversed(wanted) if key not in held}
+        keys, names = list(rows), _free_names(directory, size)
+        for start in range(0, len(keys), shard_rows):
+            part = tuple(keys[start : start + shard_rows])
+            shards.append(Shard(next(names), part, tuple(rows[key] for key in part), dtype))
+    return shards, total - sum(len(shard.keys) for shard in shards), total
+
+
+def rows_in(directory: str | os.PathLike[str]) -> int:
+    """How many latents a folder holds. `DataError` for a damaged file."""
+    return sum(len(keys) for _, keys, _ in _shards(Path(directory)))
 
 
 class LatentCache:
@@ -276,7 +323,8 @@ def _mapped(path: Path) -> Tensor:
         return file.get_tensor("latents")
 
 
-def _free_name(directory: Path, size: Size) -> Path:
+def _free_names(directory: Path, size: Size) -> Iterator[Path]:
     stem = f"latents-{size[0]}x{size[1]}-"
     used = [int(p.stem.rsplit("-", 1)[1]) for p in directory.glob(f"{stem}*.safetensors")]
-    return directory / f"{stem}{max(used, default=-1) + 1:05d}.safetensors"
+    for number in itertools.count(max(used, default=-1) + 1):
+        yield directory / f"{stem}{number:05d}.safetensors"

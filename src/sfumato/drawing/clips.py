@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from sfumato.errors import InputError
 from sfumato.sampling import Step
 from sfumato.tasks.canvas import beginning
 from sfumato.tasks.latent import Origin
@@ -15,6 +17,27 @@ from sfumato.types import Clip, Request
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
+
+
+def makes_clips(model: Model) -> bool:
+    """Whether a model draws clips."""
+    return "frames" in getattr(model.system, "reads", ())
+
+
+def as_clip(model: Model, request: Request) -> Request:
+    """The request as one for a clip, of as many frames as the model was made for where it says nothing of them.
+
+    `InputError` for a model that draws none, and for a single frame.
+    """
+    if not makes_clips(model):
+        raise InputError(
+            f"{model.name!r} draws pictures and no clips; name a model that does", argument="model"
+        )
+    if request.frames is None and request.clip is None:
+        request = replace(request, frames=model.preset["frames"])
+    if request.frames == 1:
+        raise InputError("a clip has 2 frames or more", argument="frames")
+    return request
 
 
 def draw_clips(model: Model, request: Request, on_step: Callable[[Step], None] | None) -> tuple[Clip, ...]:

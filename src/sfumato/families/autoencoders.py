@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.autoencoder.banded import encode_safe
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.autoencoder.model import Autoencoder
+from sfumato.autoencoder.safe import encode_safe
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families import checkpoint_families, family_of, is_checkpoint, located, model_folder
 from sfumato.families.published.checkpoint import Checkpoint, open_checkpoint, same_latents
@@ -27,12 +27,15 @@ from sfumato.storage import tensors_hash
 @dataclass(frozen=True)
 class Opened:
     """An autoencoder ready to use. roundtrip: pixels (B, 3, T, H, W) in [-1, 1] → the same shape, not clamped, with H
-    and W multiples of `factor`. digest: SHA-256 of its weights. dtype: what it works in. folder: of the model, if it
-    lies in one. whole: takes a picture of any size in bounded memory."""
+    and W multiples of `factor`. encode: such pixels → normalised latents (B, C, T, H/f, W/f), float32. digest: SHA-256
+    of its weights. dtype: what it works in. folder: of the model, if it lies in one. whole: takes a picture of any size in
+    bounded memory.
+    """
 
     factor: int
     channels: int
     roundtrip: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
     digest: str
     dtype: torch.dtype
     folder: Path | None = None
@@ -65,8 +68,12 @@ def of_our_own(model: Autoencoder, dtype: torch.dtype, folder: Path | None = Non
         with autocast(pixels.device, dtype):
             return model.decode(model.encode(pixels).mode()).float()
 
+    def encode(pixels: Tensor) -> Tensor:
+        with autocast(pixels.device, dtype):
+            return model.encode_normalized(pixels).float()
+
     config, digest = model.config, tensors_hash(model.state_dict())
-    return Opened(config.factor, config.channels, roundtrip, digest, dtype, folder)
+    return Opened(config.factor, config.channels, roundtrip, encode, digest, dtype, folder)
 
 
 def _published(path: Path, device: torch.device, dtype: torch.dtype, vae: str | Path | None) -> Opened:
@@ -90,11 +97,15 @@ def _published(path: Path, device: torch.device, dtype: torch.dtype, vae: str | 
     def roundtrip(pixels: Tensor) -> Tensor:
         return decoded(model, encode_safe(model, pixels).mode()).float()
 
+    def encode(pixels: Tensor) -> Tensor:
+        return model.normalize(encode_safe(model, pixels).mode()).float()
+
     config = model.config
     return Opened(
         config.factor,
         config.channels,
         roundtrip,
+        encode,
         part_hash(found.parts["vae"]),
         kept_dtype(device, dtype),
         found.folder,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from sfumato.receipts import provenance
 from sfumato.video.formats import BY_PYAV, FOLDER, format_of, pyav
 
 if TYPE_CHECKING:
-    from sfumato.types import Result
+    from sfumato.types import Clip, Result
 
 
 def check_output(path: str | os.PathLike[str], count: int = 1) -> None:
@@ -57,6 +58,16 @@ def save_clips(result: Result, path: str | os.PathLike[str]) -> list[Path]:
     except OSError as error:
         raise SfumatoError(f"{path} could not be written: {error.strerror or error}") from error
     return files
+
+
+def encoded(clip: Clip, recipe: dict[str, Any], kind: str) -> bytes:
+    """The bytes of a file of this format, such as mp4, with one clip and its recipe."""
+    from sfumato.video.write import write_clip
+
+    with tempfile.TemporaryDirectory(prefix="sfumato-") as folder:
+        place = Path(folder) / f"clip.{kind}"
+        write_clip(clip, place, kind, notes_of(recipe, kind), **_metadata(recipe, kind))
+        return place.read_bytes()
 
 
 def notes_of(recipe: dict[str, Any], kind: str) -> dict[str, str]:

@@ -53,8 +53,10 @@ def work_of(model: Model, request: Request) -> tuple[Work, ...]:
     one = replace(request, count=1)
     size = request.size
     flops = counted(model, one, size)
-    begun, drawn = [Work("text", flops["text"], 1, 1, size)], []
-    if request.image is not None:
+    # each clip is told its own first picture, and drawn alone
+    batch, told = (1, request.count) if request.moves else (BATCH, 1)
+    begun, drawn = [Work("text", flops["text"], told, 1, size)], []
+    if _encodes(request):
         begun.append(Work("encode", flops["encode"], 1, 1, size))
     passes = [(size, flops["denoise"], calls(model, request, request.strength))]
     if request.hires is not None:
@@ -63,8 +65,8 @@ def work_of(model: Model, request: Request) -> tuple[Work, ...]:
         flops = counted(model, replace(one, hires=None, image=None, strength=None, mask=None), size)
         second = replace(request, steps=hires.steps or request.steps)
         passes.append((size, flops["denoise"], calls(model, second, hires.strength)))
-    whole, rest = divmod(request.count, BATCH)
-    for times, pictures in ((whole, BATCH), (1, rest)):
+    whole, rest = divmod(request.count, batch)
+    for times, pictures in ((whole, batch), (1, rest)):
         if times and pictures:
             drawn += [Work("denoise", pictures * f, times * n, pictures, at) for at, f, n in passes]
             drawn.append(Work("decode", pictures * flops["decode"], times, pictures, size))
@@ -105,7 +107,20 @@ def _key(model: Model, request: Request, size: tuple[int, int]) -> tuple[object,
     texts: tuple[object, ...] = (request.prompt, request.negative)
     if hasattr(model.system, "trace"):  # read in windows: how many follows from the length
         texts = tuple(len(text or "") // WINDOW for text in (request.prompt, request.negative))
-    return size, request.guidance == 1, request.image is None, request.text_length, shown, texts
+    return (
+        size,
+        request.frames or 1,
+        request.guidance == 1,
+        _encodes(request),
+        request.text_length,
+        shown,
+        texts,
+    )
+
+
+def _encodes(request: Request) -> bool:
+    """Whether drawing begins with encoding. A clip's first picture is encoded as it is told to the network."""
+    return request.clip is not None if request.moves else request.image is not None
 
 
 def _keep(model: Model, key: tuple[object, ...], flops: dict[str, int]) -> None:
@@ -116,12 +131,14 @@ def _keep(model: Model, key: tuple[object, ...], flops: dict[str, int]) -> None:
 
 def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str, int]:
     if hasattr(model.system, "trace"):
-        encodes = request.image is not None
-        stages = model.system.trace(request, size, 1, encodes=encodes, offload="none")
+        stages = model.system.trace(request, size, 1, encodes=_encodes(request), offload="none")
         return {stage.name: stage.flops for stage in stages if stage.name in STAGES}
-    x = torch.zeros(1, *model.latent_shape(size[1], size[0]), device=model.device)
+    frames = request.frames or 1
+    x = torch.zeros(1, *model.latent_shape(size[1], size[0], frames), device=model.device)
     plain = Request(request.prompt, request.negative, size=size, guidance=request.guidance)
-    pixels = torch.zeros(1, 3, 1, size[1], size[0], device=model.device)
+    if request.moves:
+        plain = replace(plain, image=request.image, frames=frames, fps=request.fps, fit=request.fit)
+    pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
     with torch.inference_mode(), model.precision():
         denoise = model.denoiser(model.condition(plain), plain)
         return {

@@ -8,7 +8,7 @@
     rates.py      how often somebody may ask
     wire.py       messages between front and worker: JSON and raw bytes
     worker/       the process that draws
-    devices.py    workers started, asked, watched and started again
+    devices.py    workers asked, watched and started again; process.py: one as a process of this machine
     desk.py       jobs accepted, handed to devices, settled; job.py: one of them in memory
     web/          the routes, and what stands before them
     run.py        all of it put together, from start to drained

@@ -1,4 +1,4 @@
-"""A request as clients send it: JSON in which pictures are the ids of files that they uploaded before."""
+"""A request as clients send it: JSON in which pictures and a clip are the ids of files that they uploaded before."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from sfumato.errors import DataError, InputError
 if TYPE_CHECKING:
     from sfumato.types import Request
 
-MOST_PICTURES = 16  # of one request
+MOST_FILES = 16  # of one request
+MOST_PIXELS = 100_000_000  # of the frames of a clip to begin with, together; three bytes each
 
 
-def pictures_of(request: Mapping[str, Any]) -> list[str]:
+def files_of(request: Mapping[str, Any]) -> list[str]:
     """The ids that a request names, each once. `InputError` for what is none where a picture belongs."""
-    places = [(name, request.get(name)) for name in ("image", "mask")]
+    places = [(name, request.get(name)) for name in ("image", "mask", "clip")]
     controls = request.get("controls")
     if isinstance(controls, list):
         places += [("controls", each.get("image")) for each in controls if isinstance(each, dict)]
@@ -26,26 +27,36 @@ def pictures_of(request: Mapping[str, Any]) -> list[str]:
             continue
         if not isinstance(value, str) or not value.startswith("file_"):
             raise InputError(
-                f"{name} must be the id of an uploaded file, such as file_…, not {checks.shown(value)}; send pictures "
+                f"{name} must be the id of an uploaded file, such as file_…, not {checks.shown(value)}; send files "
                 "to /v1/files",
                 argument=name,
             )
         if value not in found:
             found.append(value)
-    if len(found) > MOST_PICTURES:
-        raise InputError(f"a request names at most {MOST_PICTURES} pictures", argument="controls")
+    if len(found) > MOST_FILES:
+        raise InputError(f"a request names at most {MOST_FILES} files", argument="controls")
     return found
 
 
 def request_of(values: Mapping[str, Any], files: Mapping[str, bytes]) -> Request:
     """The request, with the pictures in it. Errors of `Request.from_dict` and of decoding, which name the argument."""
     from sfumato.pictures import BLACK, decode, decode_mask
-    from sfumato.types import Request
+    from sfumato.types import MAX_FRAMES, Request
+    from sfumato.video.read import decode_clip
 
     values = dict(values)
     for name, read in (("image", decode), ("mask", decode_mask)):
         if values.get(name) is not None:
             values[name] = _read(name, values[name], files, read)
+    if values.get("clip") is not None:
+        wanted = values.get("frames")
+        most = wanted if isinstance(wanted, int) and 0 < wanted <= MAX_FRAMES else None
+        values["clip"] = _read(
+            "clip",
+            values["clip"],
+            files,
+            lambda data, what: decode_clip(data, what, frames=most, most=MOST_PIXELS),
+        )
     if isinstance(values.get("controls"), list):
         values["controls"] = [
             {

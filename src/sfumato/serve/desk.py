@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.serve.asked import pictures_of
+from sfumato.serve import process
+from sfumato.serve.asked import files_of
 from sfumato.serve.books import Books
+from sfumato.serve.devices import Connect
 from sfumato.serve.floor import Floor, work_of
-from sfumato.serve.job import Live, now
+from sfumato.serve.job import PICTURE, Live, now
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import OverBudget, Record
 from sfumato.serve.money import shown
@@ -22,6 +24,7 @@ from sfumato.serve.settings import Settings
 from sfumato.serve.store import new_id
 from sfumato.serve.wire import Broken
 
+CANCELLING = 2.0  # seconds that an answer to a cancellation waits for the job's end
 RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined onto its job
 
 
@@ -29,7 +32,7 @@ RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined ont
 class Ask:
     """What a client wants drawn. request: plain JSON with pictures by id. digest: of what was sent. retry: it says that
     it tries again. keep: the job goes on when the client is gone. looks: pictures of it forming, of `look_format`. via:
-    the interface that it came by.
+    the interface that it came by. kind: what is to be drawn, `job.PICTURE` or `job.CLIP`.
     """
 
     model: str
@@ -43,15 +46,19 @@ class Ask:
     retry: bool = False
     keep: bool = True
     via: str = "native"
+    kind: str = PICTURE
 
 
 class Desk:
-    """The front's state. Raises `Refused` for what is not done, and `LedgerError` where the ledger failed."""
+    """The front's state. connect: starts workers.
 
-    def __init__(self, settings: Settings, books: Books):
+    Raises `Refused` for what is not done, and `LedgerError` where the ledger failed.
+    """
+
+    def __init__(self, settings: Settings, books: Books, connect: Connect = process.connect):
         self.settings, self.books, self.prices = settings, books, settings.prices
         self.ledger, self.store = books.ledger, books.store
-        self.floor, self.rates = Floor(settings, books), Rates()
+        self.floor, self.rates = Floor(settings, books, connect), Rates()
         self.metrics = self.floor.metrics
         self.draining = False
         self._coming: dict[str, int] = {}  # by tenant, jobs that are being accepted
@@ -158,8 +165,8 @@ class Desk:
             raise Refused(503 if code == "draining" else 429, code, message, retry_after=after)
 
     async def _accept(self, key: Key, ask: Ask) -> tuple[Record, Live | None]:
-        pictures, parts = await self.pictures(key, ask.request)
-        checked = await self.expected(ask, pictures, parts)
+        files, parts = await self.files(key, ask.request)
+        checked = await self.expected(ask, files, parts)
         expected, made = checked["expected"], now()
         seconds = min(ask.deadline or self.settings.deadline, self.settings.longest)
         if expected["seconds"] > seconds:
@@ -184,7 +191,8 @@ class Desk:
                 "format": ask.format,
                 "looks": ask.looks,
                 "look_format": ask.look_format,
-                "pictures": pictures,
+                "files": files,
+                "kind": ask.kind,
                 "keep": ask.keep,
                 "via": ask.via,
                 **{name: checked[name] for name in ("expected", "sampler_steps", "tune")},
@@ -212,26 +220,26 @@ class Desk:
         self.metrics.accepted.labels(record.model).inc()
         return record, live
 
-    async def pictures(self, key: Key, request: dict[str, Any]) -> tuple[list[str], list[bytes]]:
-        """The pictures that a request names, by id, and their bytes."""
-        names = pictures_of(request)
+    async def files(self, key: Key, request: dict[str, Any]) -> tuple[list[str], list[bytes]]:
+        """The files that a request names, by id, and their bytes."""
+        names = files_of(request)
         parts = []
         for name in names:
             if await self.books.write(self.ledger.upload, key.id, name) is None:
-                raise bad(f"there is no file {name[:80]!r}; send pictures to /v1/files", "image")
+                raise bad(f"there is no file {name[:80]!r}; send files to /v1/files", "image")
             parts.append(await self.floor.bytes_of(name))
         return names, parts
 
-    async def expected(self, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
+    async def expected(self, ask: Ask, files: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
         """What a worker says that a request will take, memory planned; `Refused` if it cannot be drawn."""
-        return await self._asked("check", ask, pictures, parts)
+        return await self._asked("check", ask, files, parts)
 
-    async def preflight(self, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
+    async def preflight(self, ask: Ask, files: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
         """What of a request will not survive the model's autoencoder."""
-        return (await self._asked("preflight", ask, pictures, parts))["preflight"]
+        return (await self._asked("preflight", ask, files, parts))["preflight"]
 
     async def _asked(
-        self, what: str, ask: Ask, pictures: Sequence[str], parts: Sequence[bytes]
+        self, what: str, ask: Ask, files: Sequence[str], parts: Sequence[bytes]
     ) -> dict[str, Any]:
         """A worker's answer; `Refused` if it says no, or none answers."""
         if ask.model not in {model.name for model in self.settings.models}:
@@ -243,7 +251,8 @@ class Desk:
                 param="model",
             )
         message = {
-            "do": what, "model": ask.model, "request": ask.request, "pictures": list(pictures), "format": ask.format,
+            "do": what, "model": ask.model, "kind": ask.kind, "request": ask.request, "files": list(files),
+            "format": ask.format,
         }  # fmt: skip
         for _ in range(2):
             device = await self.floor.some_device()
@@ -257,6 +266,13 @@ class Desk:
     def price(self, model: str, expected: dict[str, Any]) -> int:
         """What a job may cost, in millionths."""
         return self.prices.most(model, work_of(expected, expected["seconds"]))
+
+    async def stopped(self, live: Live) -> None:
+        """Have a job end as cancelled, and wait a little until it has."""
+        self.floor.stop(live, "cancelled")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CANCELLING):
+                await live.ended.wait()
 
     async def find(self, tenant: str, job: str) -> tuple[Record, Live | None]:
         """A tenant's job. `Refused` if there is none."""

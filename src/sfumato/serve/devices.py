@@ -6,12 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import signal
-import socket
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 from sfumato.errors import SfumatoError
 from sfumato.serve import wire
@@ -24,6 +20,25 @@ PATIENCE = 30.0  # seconds that an answer to a check may take
 Hear = Callable[["Device", dict[str, Any], list[bytes]], None]
 
 
+class Link(Protocol):
+    """The front's end of a line to a worker. Both ways raise `wire.Broken` when the worker is gone."""
+
+    def send(self, message: dict[str, Any], parts: Sequence[bytes] = ()) -> None:
+        """Send without waiting; messages arrive in order."""
+
+    async def receive(self) -> wire.Message:
+        """The next message."""
+
+    def kill(self) -> None:
+        """End the worker, whatever it is doing."""
+
+    async def close(self) -> None:
+        """End the worker, and wait until it has."""
+
+
+Connect = Callable[[dict[str, Any]], Awaitable[Link]]  # starts a worker, which is told this
+
+
 class Unable(SfumatoError):
     """A worker cannot open its models; the message is its own."""
 
@@ -34,19 +49,18 @@ class Unable(SfumatoError):
 class Device:
     """One device and the worker process on it, if there is one now.
 
-    start: what a worker is told first. hear: hears when it is ready, and what it says of jobs. lost: hears that it is
-    gone; `running` are then the jobs that went with it.
+    start: what a worker is told first. connect: starts one, such as `process.connect`. hear: hears when it is ready,
+    and what it says of jobs. lost: hears that it is gone; `running` are then the jobs that went with it.
     """
 
-    def __init__(self, start: dict[str, Any], hear: Hear, lost: Callable[[Device], None]):
-        self.start, self._hear, self._lost = start, hear, lost
+    def __init__(self, start: dict[str, Any], connect: Connect, hear: Hear, lost: Callable[[Device], None]):
+        self.start, self._connect, self._hear, self._lost = start, connect, hear, lost
         self.name = start["device"] or "default"
         self.facts: list[dict[str, Any]] = []
         self.room = 0
         self.running: list[Live] = []
         self.ready = asyncio.Event()
-        self.process: asyncio.subprocess.Process | None = None
-        self._stream: asyncio.StreamWriter | None = None
+        self._link: Link | None = None
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
         self._stopping = False
@@ -67,9 +81,8 @@ class Device:
 
     def kill(self) -> None:
         """End this worker; another is started unless the device is closing."""
-        if self.process is not None and self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGKILL)
+        if self._link is not None:
+            self._link.kill()
 
     async def check(self, message: dict[str, Any], parts: Sequence[bytes]) -> dict[str, Any]:
         """A worker's answer to a check or a preflight, or the `Refused` that it is. `wire.Broken` if it is lost."""
@@ -100,9 +113,9 @@ class Device:
             self._say({"do": "cancel", "job": job})
 
     def _say(self, message: dict[str, Any], parts: Sequence[bytes] = ()) -> None:
-        if self._stream is None or self._stream.is_closing():
+        if self._link is None:
             raise wire.Broken("the worker is gone")
-        wire.write(self._stream, message, parts)
+        self._link.send(message, parts)
 
     async def _keep(self, first: asyncio.Future[None]) -> None:
         """A worker after the other, until the device is closed or the first cannot begin."""
@@ -134,24 +147,9 @@ class Device:
                 tries += 1
 
     async def _one(self, first: asyncio.Future[None]) -> None:
-        ours, theirs = socket.socketpair()
+        link = self._link = await self._connect(self.start)
         try:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "sfumato.serve.worker",
-                str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=sys.stderr.fileno() if _has_number(sys.stderr) else None,
-                env=os.environ,
-            )
-        finally:
-            theirs.close()
-        reader, self._stream = await asyncio.open_connection(sock=ours, limit=2**20)
-        try:
-            self._say({"do": "start", **self.start})
-            message, _ = await wire.read(reader)
+            message, _ = await link.receive()
             if message["is"] == "unable":
                 raise Unable(message["error"]["message"])
             self.facts, self.room, self.name = message["models"], message["room"], message["device"]
@@ -160,7 +158,7 @@ class Device:
             if not first.done():
                 first.set_result(None)
             while True:
-                message, parts = await wire.read(reader)
+                message, parts = await link.receive()
                 if message["is"] == "checked":
                     answer = self._asked.get(message["number"])
                     if answer is not None and not answer.done():
@@ -168,14 +166,5 @@ class Device:
                 else:
                     self._hear(self, message, parts)
         finally:
-            self._stream.close()
-            self.kill()
-            await self.process.wait()
-
-
-def _has_number(stream: Any) -> bool:
-    try:
-        stream.fileno()
-    except (OSError, AttributeError, ValueError):
-        return False
-    return True
+            self._link = None
+            await link.close()

@@ -17,8 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from sfumato.serve.books import Books
-from sfumato.serve.devices import Device
-from sfumato.serve.job import Live, fairest, next_for, now
+from sfumato.serve.devices import Connect, Device
+from sfumato.serve.job import CLIP, Live, fairest, next_for, now
 from sfumato.serve.ledger import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, LedgerError
 from sfumato.serve.metrics import Metrics
 from sfumato.serve.money import Work
@@ -31,7 +31,7 @@ MOST_LOSSES = 3  # workers that may be lost with a job before it is given up
 GRACE = 30.0  # seconds that a worker may be late in stopping a job, before it is killed
 TICK = 0.25  # seconds between looks at deadlines
 AGAIN = 1.0  # seconds until the ledger or the disk is tried again
-GIVE_UP = 60.0  # seconds of trying to write pictures
+GIVE_UP = 60.0  # seconds of trying to write what was drawn
 SWEEP = 3600.0
 READY = 10.0  # seconds that a submission waits for a worker that is being started again
 
@@ -39,7 +39,7 @@ READY = 10.0  # seconds that a submission waits for a worker that is being start
 class Floor:
     """The queue and the devices, on one event loop."""
 
-    def __init__(self, settings: Settings, books: Books):
+    def __init__(self, settings: Settings, books: Books, connect: Connect):
         self.settings, self.books, self.metrics = settings, books, Metrics()
         self.live: dict[str, Live] = {}
         self.queue: list[Live] = []
@@ -50,14 +50,18 @@ class Floor:
         self._tasks: set[asyncio.Task[Any]] = set()
         start = {"models": [model.to_json() for model in settings.models], "batch": settings.batch}
         self.devices = [
-            Device({**start, "device": name, "memory": settings.memory}, self._heard, self._lost)
-            for name in settings.devices
+            Device(
+                {**start, "number": number, "device": name, "memory": settings.memory},
+                connect,
+                self._heard,
+                self._lost,
+            )
+            for number, name in enumerate(settings.devices)
         ]
 
     async def open(self) -> None:
         """Start the workers, and take up what an earlier server has left."""
-        for device in self.devices:
-            await device.open()
+        await asyncio.gather(*(device.open() for device in self.devices))
         ledger = self.books.ledger
         for record in await self.books.write(ledger.open_jobs):
             live = Live(
@@ -161,7 +165,7 @@ class Floor:
         self._served[live.record.tenant] = next(self._turns)
         live.device, live.done, started = device, 0, now()
         try:
-            parts = [await self.bytes_of(name) for name in live.record.options["pictures"]]
+            parts = [await self.bytes_of(name) for name in live.files]
             if live not in device.running:  # the worker was lost meanwhile, and the job is in the queue again
                 return
             await self.books.write(self.books.ledger.start, live.id, started)
@@ -183,8 +187,9 @@ class Floor:
         message = {
             "job": live.id,
             "model": live.record.model,
+            "kind": live.kind,
             "request": live.record.request,
-            "pictures": options["pictures"],
+            "files": live.files,
             "format": options["format"],
             "looks": options["looks"],
             "look_format": options["look_format"],
@@ -286,17 +291,19 @@ class Floor:
 
     # --- ending ---------------------------------------------------------------------------------------------------
 
-    async def _settle(self, live: Live, message: dict[str, Any], pictures: list[bytes]) -> None:
-        """Keep the pictures, and then take the money: a crash between the two draws them again and bills once."""
+    async def _settle(self, live: Live, message: dict[str, Any], files: list[bytes]) -> None:
+        """Keep what was drawn, and then take the money: a crash between the two draws them again and bills once."""
         until = time.monotonic() + GIVE_UP
         while True:
             try:
-                await self.books.work(self.books.store.put_outputs, live.id, pictures)
+                await self.books.work(self.books.store.put_outputs, live.id, files)
                 break
             except OSError as error:
-                log.error("pictures of %s cannot be written: %s", live.id, error)
+                log.error("what %s drew cannot be written: %s", live.id, error)
                 if time.monotonic() > until:
-                    await self._end(live, FAILED, error_of("storage_full", "the pictures could not be kept"))
+                    await self._end(
+                        live, FAILED, error_of("storage_full", "what was drawn could not be kept")
+                    )
                     return
                 await asyncio.sleep(AGAIN)
         receipt = message["receipt"]
@@ -313,9 +320,10 @@ class Floor:
             "charged_micros": due,
             "recipe": message["recipe"],
         }
-        changes = {"charged": due, "pictures": len(pictures), "receipt": receipt}
+        changes = {"charged": due, "pictures": len(files), "receipt": receipt}
         if await self._end(live, SUCCEEDED, None, seconds=receipt["seconds"], **changes):
-            self.metrics.pictures.labels(live.record.model).inc(len(pictures))
+            made = self.metrics.clips if live.kind == CLIP else self.metrics.pictures
+            made.labels(live.record.model).inc(len(files))
             self.metrics.seconds.inc(receipt["seconds"])
             self.metrics.charged.inc(due)
 
@@ -398,7 +406,8 @@ class Floor:
 
 def work_of(expected: dict[str, Any], seconds: float) -> Work:
     """What a job is priced by."""
-    return Work(expected["pictures"], expected["pixel_steps"], seconds)
+    count, frames = expected["pictures"], expected.get("frames", 0)
+    return Work(0 if frames else count, expected["pixel_steps"], seconds, frames * count)
 
 
 def error_of(code: str, message: str, param: str | None = None) -> dict[str, Any]:

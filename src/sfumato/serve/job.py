@@ -11,6 +11,7 @@ from typing import Any
 
 from sfumato.serve.ledger import QUEUED, Record
 
+PICTURE, CLIP = "picture", "clip"  # what a job draws
 BACKLOG = 256  # events that a listener may be behind before the oldest are dropped
 
 
@@ -46,6 +47,16 @@ class Live:
     @property
     def id(self) -> str:
         return self.record.id
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.record)
+
+    @property
+    def files(self) -> list[str]:
+        """The uploads that the request names."""
+        options = self.record.options
+        return list(options["files"] if "files" in options else options["pictures"])
 
     @property
     def steps(self) -> int:
@@ -119,12 +130,21 @@ def next_for(turn: Live | None, here: Sequence[Live], batch: int, room: int) -> 
     return turn if sum(live.expected["memory"] for live in at_once) <= room else None
 
 
+def kind_of(record: Record) -> str:
+    """What a job draws."""
+    return str(record.options.get("kind", PICTURE))
+
+
 def job_json(record: Record, live: Live | None, currency: str, position: int | None = None) -> dict[str, Any]:
     """A job as the API tells it."""
-    options = record.options
+    options, kind = record.options, kind_of(record)
+    made = {
+        PICTURE: [f"/v1/jobs/{record.id}/pictures/{number}" for number in range(record.pictures)],
+        CLIP: [f"/v1/videos/{record.id}/clips/{number}" for number in range(record.pictures)],
+    }
     answer: dict[str, Any] = {
         "id": record.id,
-        "object": "job",
+        "object": "video" if kind == CLIP else "job",
         "state": record.state,
         "model": record.model,
         "created": round(record.made, 3),
@@ -135,7 +155,8 @@ def job_json(record: Record, live: Live | None, currency: str, position: int | N
         "format": options["format"],
         "expected": options["expected"],
         "price": {"currency": currency, "reserved_micros": record.reserved, "charged_micros": record.charged},
-        "pictures": [f"/v1/jobs/{record.id}/pictures/{number}" for number in range(record.pictures)],
+        "pictures": made[PICTURE] if kind == PICTURE else [],
+        "clips": made[CLIP] if kind == CLIP else [],
         "error": record.error,
     }
     if live is not None:

@@ -71,7 +71,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture that a tenant sent. format: of `pictures.FORMATS`."""
+    """A picture or clip that a tenant sent. format: of `store.UPLOADS`."""
 
     id: str
     tenant: str

@@ -28,6 +28,7 @@ class Metrics:
         self.accepted = Counter("sfumato_jobs_accepted_total", "Jobs accepted.", ["model"], registry=made)
         self.refused = Counter("sfumato_jobs_refused_total", "Jobs not accepted.", ["code"], registry=made)
         self.pictures = Counter("sfumato_pictures_total", "Pictures drawn.", ["model"], registry=made)
+        self.clips = Counter("sfumato_clips_total", "Clips drawn.", ["model"], registry=made)
         self.seconds = Counter(
             "sfumato_device_seconds_total", "Seconds of devices, by jobs done.", registry=made
         )

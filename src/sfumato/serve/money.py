@@ -5,7 +5,8 @@
     [[rule]]                    # the first rule whose `model` fits counts
     model = "pocket"            # a name, or a pattern such as "sdxl-*"
     picture = 0.0001            # for each picture
-    megapixel_step = 0.00002    # for each million pixels, and step
+    frame = 0.00005             # for each frame of a clip
+    megapixel_step = 0.00002    # for each million pixels, of every frame, and step
     second = 0.0005             # for each second that the device works
     least = 0.0001              # a job costs at least this
 
@@ -27,16 +28,19 @@ from sfumato.errors import InputError
 MICRO = 1_000_000
 HEADROOM = 2
 MOST = Decimal(1_000_000)  # of any price: what is larger was a slip
-RATES = ("picture", "megapixel_step", "second", "least")
+RATES = ("picture", "frame", "megapixel_step", "second", "least")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job asks of a device. pixel_steps: of all pictures, pixels times steps. seconds: expected, or taken."""
+    """What a job asks of a device. frames: of clips, in all. pixel_steps: of all pictures, or frames, pixels times
+    steps. seconds: expected, or taken.
+    """
 
     pictures: int
     pixel_steps: int
     seconds: float
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,15 @@ class Rule:
 
     model: str = "*"
     picture: Decimal = Decimal(0)
+    frame: Decimal = Decimal(0)
     megapixel_step: Decimal = Decimal(0)
     second: Decimal = Decimal(0)
     least: Decimal = Decimal(0)
 
     def micros(self, work: Work, seconds: Decimal) -> int:
         """Millionths for the work, of which `seconds` are paid for; rounded up."""
-        total = self.picture * work.pictures + self.megapixel_step * work.pixel_steps / MICRO
+        total = self.picture * work.pictures + self.frame * work.frames
+        total += self.megapixel_step * work.pixel_steps / MICRO
         return micros(max(self.least, total + self.second * seconds))
 
 

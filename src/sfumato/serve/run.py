@@ -15,8 +15,10 @@ from types import FrameType
 import uvicorn
 
 from sfumato.errors import InputError
+from sfumato.serve import process
 from sfumato.serve.books import Books
 from sfumato.serve.desk import Desk
+from sfumato.serve.devices import Connect
 from sfumato.serve.ledger import Ledger
 from sfumato.serve.settings import Settings
 from sfumato.serve.store import Store
@@ -59,8 +61,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(settings: Settings, told: Callable[[str], None] = lambda address: None) -> None:
-    """Run until a signal ends it. told: hears the address when it can be asked.
+def serve(
+    settings: Settings,
+    told: Callable[[str], None] = lambda address: None,
+    connect: Connect = process.connect,
+) -> None:
+    """Run until a signal ends it. told: hears the address when it can be asked. connect: starts workers.
 
     `InputError` for what cannot be served, a folder that another server has, and an address that is taken.
     """
@@ -73,13 +79,15 @@ def serve(settings: Settings, told: Callable[[str], None] = lambda address: None
         try:
             bound = _bound(settings)
             with bound:
-                asyncio.run(_run(settings, books, bound, told))
+                asyncio.run(_run(settings, books, bound, told, connect))
         finally:
             books.close()
 
 
-async def _run(settings: Settings, books: Books, bound: socket.socket, told: Callable[[str], None]) -> None:
-    desk = Desk(settings, books)
+async def _run(
+    settings: Settings, books: Books, bound: socket.socket, told: Callable[[str], None], connect: Connect
+) -> None:
+    desk = Desk(settings, books, connect)
     config = uvicorn.Config(
         build(desk),
         log_config=None,

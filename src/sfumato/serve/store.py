@@ -1,4 +1,4 @@
-"""Pictures on disk, by names that nobody can guess. Who may see one, the ledger knows."""
+"""Pictures and clips on disk, by names that nobody can guess. Who may see one, the ledger knows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 from sfumato.errors import InputError
 from sfumato.storage import atomic_directory, atomic_file
 
-SUFFIX = {"png": "png", "jpeg": "jpg", "webp": "webp"}
-MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+SUFFIX = {"png": "png", "jpeg": "jpg", "webp": "webp", "mp4": "mp4", "webm": "webm", "gif": "gif"}
+MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}  # of pictures that are drawn
+CLIPS = {"mp4": "video/mp4", "webm": "video/webm", "webp": "image/webp", "gif": "image/gif"}
+UPLOADS = {**MEDIA, **CLIPS, "avi": "video/x-msvideo"}
 _ID = re.compile(r"(job|file)_[0-9a-f]{32}")
 
 

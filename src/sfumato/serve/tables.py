@@ -25,7 +25,7 @@ def tables() -> tuple[MetaData, dict[str, Table]]:
     jobs        one row each: what was asked, how far it is, what was reserved and charged
     entries     a reservation opens a job and one settlement or refund closes it; the constraint on (job, closes) is
                 what no job can be billed twice by
-    uploads     pictures that tenants sent
+    uploads     pictures and clips that tenants sent
     about       version and currency
     """
     meta = MetaData()
@@ -37,7 +37,7 @@ def tables() -> tuple[MetaData, dict[str, Table]]:
         Column("model", Text, nullable=False),
         Column("state", String(16), nullable=False),
         Column("request", Text, nullable=False),  # JSON, as it was asked
-        Column("options", Text, nullable=False),  # JSON: format, looks, and what was expected
+        Column("options", Text, nullable=False),  # JSON: kind, format, looks, and what was expected
         Column("digest", String(64), nullable=False),  # of what was sent
         Column("idempotency", String(255)),
         Column("made", Float(53), nullable=False),

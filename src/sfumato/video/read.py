@@ -8,6 +8,7 @@ the file is refused with the command that makes them equal, and nothing is guess
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import stat
@@ -53,16 +54,32 @@ def read_clip(
     if Path(path).is_dir():
         return _from_folder(Path(path), name, argument, frames, fps)
     with _opened(path, argument, name) as stream:
-        start = stream.read(64)
-        stream.seek(0)
-        kind = sniff(start)
-        if kind is None:
-            what = "a picture" if pictures.sniff(start) else pictures.describe(start)
-            raise DataError(f"{name} is {what}; {READ}")
-        if kind in DEMUXERS:
-            read, rate = _decoded(stream, kind, name, argument, frames)
-        else:
-            read, rate = _animated(stream, name, frames)
+        return _read(stream, name, argument, frames, MAX_TOTAL)
+
+
+def decode_clip(
+    data: bytes,
+    name: str = "the clip",
+    *,
+    argument: str = "clip",
+    frames: int | None = None,
+    most: int = MAX_TOTAL,
+) -> Clip:
+    """The clip that the bytes of a file hold, as `read_clip`. most: pixels of all frames that are read, together."""
+    return _read(io.BytesIO(data), name, argument, frames, most)
+
+
+def _read(stream: BinaryIO, name: str, argument: str, frames: int | None, most: int) -> Clip:
+    start = stream.read(64)
+    stream.seek(0)
+    kind = sniff(start)
+    if kind is None:
+        what = "a picture" if pictures.sniff(start) else pictures.describe(start)
+        raise DataError(f"{name} is {what}; {READ}")
+    if kind in DEMUXERS:
+        read, rate = _decoded(stream, kind, name, argument, frames, most)
+    else:
+        read, rate = _animated(stream, name, frames, most)
     if not 0 < rate <= MAX_FPS:
         raise DataError(f"{name} says {rate:g} frames a second; at most {MAX_FPS:g} are read")
     return Clip(read, rate)
@@ -126,7 +143,7 @@ def _demuxer(kind: str) -> str:
     return DEMUXERS[kind].split(",")[0]
 
 
-def _check_size(name: str, width: int, height: int, count: int) -> None:
+def _check_size(name: str, width: int, height: int, count: int, most: int = MAX_TOTAL) -> None:
     """`DataError` for frames too large, alone or together."""
     if (
         width < 1
@@ -137,9 +154,9 @@ def _check_size(name: str, width: int, height: int, count: int) -> None:
         raise DataError(
             f"{name} has frames of {width}x{height} pixels; at most {pictures.MAX_PIXELS:,} are read"
         )
-    if count * width * height > MAX_TOTAL:
+    if count * width * height > most:
         raise DataError(
-            f"{name} holds more than {MAX_TOTAL:,} pixels in its frames together; read fewer by frames, or make "
+            f"{name} holds more than {most:,} pixels in its frames together; read fewer by frames, or make "
             "it smaller"
         )
 
@@ -149,7 +166,7 @@ def _too_many(name: str) -> DataError:
 
 
 def _decoded(
-    stream: BinaryIO, kind: str, name: str, argument: str, most: int | None
+    stream: BinaryIO, kind: str, name: str, argument: str, most: int | None, pixels: int
 ) -> tuple[tuple[Image.Image, ...], float]:
     """By FFmpeg."""
     av = pyav(argument)
@@ -164,13 +181,13 @@ def _decoded(
         tick = float(track.time_base or 0)
         if track.codec_context is None:
             raise DataError(f"{name} is damaged, or coded in a way that is not known here")
-        _check_size(name, track.width, track.height, 1)
+        _check_size(name, track.width, track.height, 1, pixels)
         for frame in container.decode(track):
             if most is not None and len(read) == most:
                 break
             if len(read) == MAX_FRAMES:
                 raise _too_many(name)
-            _check_size(name, frame.width, frame.height, len(read) + 1)
+            _check_size(name, frame.width, frame.height, len(read) + 1, pixels)
             if frame.pts is None:
                 raise DataError(f"{name} does not say when its frames are shown; it is damaged")
             times.append(float(frame.pts * (frame.time_base or 0)))
@@ -218,18 +235,20 @@ def _turned(picture: Image.Image, degrees: float) -> Image.Image:
     return picture if found is None else picture.transpose(found)
 
 
-def _animated(stream: BinaryIO, name: str, most: int | None) -> tuple[tuple[Image.Image, ...], float]:
+def _animated(
+    stream: BinaryIO, name: str, most: int | None, pixels: int
+) -> tuple[tuple[Image.Image, ...], float]:
     """By Pillow: WebP and GIF. Transparency is laid on white."""
     read: list[Image.Image] = []
     waits: list[float] = []
     with _damage(name, Exception), Image.open(stream, formats=["WEBP", "GIF"]) as opened:
-        _check_size(name, *opened.size, 1)
+        _check_size(name, *opened.size, 1, pixels)
         for frame in ImageSequence.Iterator(opened):
             if most is not None and len(read) == most:
                 break
             if len(read) == MAX_FRAMES:
                 raise _too_many(name)
-            _check_size(name, *frame.size, len(read) + 1)
+            _check_size(name, *frame.size, len(read) + 1, pixels)
             read.append(pictures.flatten(frame.copy(), name))
             waits.append(float(frame.info.get("duration") or 1000 / STILL) / 1000)
     if len(read) < 2:

@@ -16,13 +16,15 @@ from sfumato.serve.desk import Desk
 from sfumato.serve.keys import KeyRing
 from sfumato.serve.ledger import LedgerError
 from sfumato.serve.refusals import Refused
-from sfumato.serve.web import native, openai, status, webui
+from sfumato.serve.web import native, openai, status, videos, webui
 from sfumato.serve.web.answers import Answer, Gone
 from sfumato.serve.web.guard import Guard, error_headers, error_json
 
 log = logging.getLogger("sfumato.serve")
-ABOUT = """Pictures by latent diffusion. Keys are sent as `Authorization: Bearer sfk_…`. Errors are
+ABOUT = """Pictures and clips by latent diffusion. Keys are sent as `Authorization: Bearer sfk_…`. Errors are
 `{"error": {"message", "type", "param", "code"}}`; 429 and 503 say by Retry-After when to come back."""
+
+ROOMS = (native, videos, openai, webui, status)
 
 
 def build(desk: Desk) -> Guard:
@@ -35,7 +37,7 @@ def build(desk: Desk) -> Guard:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for room in (native, openai, webui, status):
+    for room in ROOMS:
         app.include_router(room.routes(desk))
     for kind, answer in _answers().items():
         app.add_exception_handler(kind, answer)

@@ -1,4 +1,4 @@
-"""Bodies read strictly: JSON without doubtful spots, forms within limits, pictures decoded before they are kept."""
+"""Bodies read strictly: JSON without doubtful spots, forms within limits, files decoded before they are kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
@@ -14,6 +15,7 @@ from starlette.requests import Request
 
 from sfumato import pictures
 from sfumato.errors import DataError
+from sfumato.serve.asked import MOST_PIXELS
 from sfumato.serve.books import Books
 from sfumato.serve.job import now
 from sfumato.serve.keys import Key
@@ -21,6 +23,8 @@ from sfumato.serve.ledger import Upload
 from sfumato.serve.refusals import Refused, bad
 from sfumato.serve.store import new_id
 from sfumato.storage import strict_json
+from sfumato.video import formats
+from sfumato.video.read import decode_clip
 
 MOST_KEPT = 2 * 2**30  # bytes of uploads that a tenant may have
 FIELD = 2**20  # bytes of a form's text field
@@ -28,19 +32,29 @@ FIELD = 2**20  # bytes of a form's text field
 
 async def json_body(request: Request) -> tuple[dict[str, Any], str]:
     """The JSON object of a body, and the hash of what it says. `Refused` for anything else."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if kind_of_body(request) != "application/json":
         raise Refused(415, "unsupported_media_type", "send JSON, with Content-Type: application/json")
-    data = await request.body()
-    try:
-        value = strict_json(data.decode("utf-8"))
-    except RecursionError:
-        raise bad("the body's JSON is nested too deeply") from None
-    except ValueError as error:
-        raise bad(f"the body is not readable JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise bad("the body must be a JSON object")
+    value = json_of(await request.body())
     return value, digest_of(value)
+
+
+def kind_of_body(request: Request) -> str:
+    """The media type that a body is said to have."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def json_of(data: bytes | str, param: str | None = None) -> dict[str, Any]:
+    """The JSON object in a body, or in a field of a form. `Refused` for anything else."""
+    what = "the body" if param is None else param
+    try:
+        value = strict_json(data.decode("utf-8") if isinstance(data, bytes) else data)
+    except RecursionError:
+        raise bad(f"{what}'s JSON is nested too deeply", param) from None
+    except ValueError as error:
+        raise bad(f"{what} is not readable JSON: {str(error)[:200]}", param) from None
+    if not isinstance(value, dict):
+        raise bad(f"{what} must be a JSON object", param)
+    return value
 
 
 def digest_of(value: Any, *more: bytes) -> str:
@@ -53,8 +67,7 @@ def digest_of(value: Any, *more: bytes) -> str:
 
 async def form_body(request: Request) -> FormData:
     """The form of a body. `Refused` for anything else."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    if kind_of_body(request) != "multipart/form-data":
         raise Refused(415, "unsupported_media_type", "send a form: multipart/form-data")
     try:
         return await request.form(max_files=8, max_fields=64, max_part_size=FIELD)
@@ -103,22 +116,42 @@ def unbase64(value: Any, param: str) -> bytes:
 
 async def keep_picture(books: Books, key: Key, data: bytes, param: str = "image") -> Upload:
     """Decode a picture, to know that it is one, and keep its bytes. `Refused` for what is none."""
+    return await _kept(books, key, data, param, _picture)
+
+
+async def keep_file(books: Books, key: Key, data: bytes, param: str) -> Upload:
+    """The same of a picture or a clip, of which only the beginning is decoded."""
+    return await _kept(books, key, data, param, _picture_or_clip)
+
+
+async def _kept(
+    books: Books, key: Key, data: bytes, param: str, look: Callable[[bytes, str], pictures.Header]
+) -> Upload:
     try:
-        header = await books.work(_decoded, data, param)
+        header = await books.work(look, data, param)
     except DataError as error:
         raise Refused(400, error.code, str(error), param=param) from None
     upload = Upload(new_id("file"), key.id, header.format, len(data), header.width, header.height, now())
     try:
         await books.work(books.store.put, upload.id, data)
     except OSError:
-        raise Refused(503, "storage_full", "the picture cannot be kept now", retry_after=60) from None
+        raise Refused(503, "storage_full", "the file cannot be kept now", retry_after=60) from None
     if not await books.write(books.ledger.add_upload, upload, MOST_KEPT):
         await books.work(books.store.drop, upload.id)
         raise Refused(413, "storage_quota", f"a key may keep {MOST_KEPT:,} bytes of files; delete some")
     return upload
 
 
-def _decoded(data: bytes, name: str) -> pictures.Header:
+def _picture(data: bytes, name: str) -> pictures.Header:
     header = pictures.read_header(data, f"the {name}")
     pictures.decode(data, f"the {name}")
     return header
+
+
+def _picture_or_clip(data: bytes, name: str) -> pictures.Header:
+    """A WebP that moves is a picture, too: its first."""
+    kind = formats.sniff(data[:64])
+    if kind is None or kind == "webp":
+        return _picture(data, name)
+    clip = decode_clip(data, f"the {name}", argument=name, frames=2, most=MOST_PIXELS)
+    return pictures.Header(kind, *clip.size)

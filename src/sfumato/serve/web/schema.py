@@ -10,7 +10,11 @@ from typing import Any
 from sfumato import parts
 from sfumato.types import Request
 
-FILE = {"type": "string", "pattern": "^file_[0-9a-f]{32}$", "description": "the id of an uploaded picture"}
+FILE = {
+    "type": "string",
+    "pattern": "^file_[0-9a-f]{32}$",
+    "description": "the id of an uploaded picture, or clip",
+}
 PLAIN: dict[Any, dict[str, Any]] = {
     str: {"type": "string"},
     int: {"type": "integer"},
@@ -25,7 +29,7 @@ class _Picture:
 
 
 def request_schema() -> dict[str, Any]:
-    """Of `sfumato.Request`, where pictures are ids of uploads."""
+    """Of `sfumato.Request`, where pictures and the clip are ids of uploads."""
     return {**_object(Request), "example": EXAMPLE}
 
 
@@ -51,7 +55,7 @@ def _schema(hint: Any) -> dict[str, Any]:
     if origin in (types.UnionType, typing.Union):
         found = [_schema(each) for each in inner if each is not type(None)]
         return {"anyOf": [*found, {"type": "null"}]} if type(None) in inner else {"anyOf": found}
-    if hint is _Picture:
+    if hint is _Picture or hint is parts.Clip:
         return FILE
     if hint in PLAIN:
         return PLAIN[hint]

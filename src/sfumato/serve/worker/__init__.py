@@ -1,6 +1,7 @@
 """The process that draws: models opened once, several requests at work, one device.
 
-__main__.py   the process: what it hears and answers
+__main__.py   the process, at its end of a socket
+worker.py     what it hears and answers
 together.py   several drawings' calls of a network, made as one
 models.py     models opened, with their networks shared and all work on one thread
 job.py        one request drawn, with progress, looks and cancelling

@@ -1,8 +1,6 @@
 """The worker process: `python -m sfumato.serve.worker FD`, a socket whose other end the front has.
 
-It hears      start, check, draw, cancel
-and answers   ready or unable, checked, step, look, done or failed, and a pulse
-and ends when the front does, whatever it is doing.
+It ends when the front does, whatever it is doing.
 """
 
 from __future__ import annotations
@@ -14,178 +12,11 @@ import os
 import signal
 import socket
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from sfumato.errors import InputError, SfumatoError
 from sfumato.serve.wire import Broken, Line
+from sfumato.serve.worker.worker import Worker, told
 
-PULSE = 1.0  # seconds
 PR_SET_PDEATHSIG = 1
-log = logging.getLogger("sfumato.serve.worker")
-
-
-class Worker:
-    """Models on one device, and the jobs that are drawn with them."""
-
-    def __init__(self, line: Line, start: dict[str, Any]):
-        import torch
-
-        from sfumato.memory import available
-        from sfumato.runtime import pick_device
-        from sfumato.serve.settings import ModelSpec
-        from sfumato.serve.worker.costs import Costs
-        from sfumato.serve.worker.models import open_model
-        from sfumato.serve.worker.together import Bench, Together
-
-        self.line = line
-        place = pick_device(start["device"])
-        if place.type == "cpu":
-            with contextlib.suppress(OSError):
-                os.nice(5)  # so that the front answers while this draws
-        if start.get("threads"):
-            torch.set_num_threads(start["threads"])
-        self.together = Together(Bench(place), 2 * start["batch"])
-        self.models = {}
-        self.specs = [ModelSpec(**row) for row in start["models"]]
-        self.preflights: dict[str, Any] = {}
-        for spec in self.specs:
-            opened = open_model(spec, start["device"], self.together, start["memory"])
-            self.models[opened.name] = opened
-        room = available(place)
-        room = room if start["memory"] is None else min(room, start["memory"])
-        self.costs = {name: Costs(o.model, room) for name, o in self.models.items()}
-        self.stops: dict[str, threading.Event] = {}  # of the jobs at work
-        self.checks = ThreadPoolExecutor(1, "check")
-        for name in self.models:
-            self._warm(name)
-        facts = [opened.facts() for opened in self.models.values()]
-        self.tell({"is": "ready", "models": facts, "room": room, "device": str(place), "pid": os.getpid()})
-        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
-
-    def tell(self, message: dict[str, Any], parts: Any = ()) -> None:
-        try:
-            self.line.send(message, parts)
-        except Broken:
-            os._exit(0)
-
-    def hear(self) -> None:
-        """Until the front is gone."""
-        while True:
-            message, parts = self.line.receive()
-            if message["do"] in ("check", "preflight"):
-                self.checks.submit(self._answer, message, parts)
-            elif message["do"] == "draw":
-                stop = self.stops[message["job"]] = threading.Event()
-                threading.Thread(target=self._draw, args=(message, parts, stop), name=message["job"]).start()
-            elif message["do"] == "cancel" and (found := self.stops.get(message["job"])) is not None:
-                found.set()
-
-    def _asked(self, message: dict[str, Any], parts: list[bytes]) -> Any:
-        """(the complete request, what it will take)."""
-        from dataclasses import replace
-
-        from sfumato.receipts.provenance import check_recipe
-        from sfumato.serve.asked import request_of
-        from sfumato.serve.worker.job import SUFFIXES
-
-        opened = self.models[message["model"]]
-        request = request_of(message["request"], dict(zip(message["pictures"], parts, strict=True)))
-        request = opened.model.complete(request)
-        if request.moves or request.clip is not None:
-            raise InputError("clips are not drawn over HTTP yet; ask for frames 1", argument="frames")
-        if request.loras is None:
-            request = replace(request, loras=() if getattr(opened.model.system, "adapters", None) else None)
-        check_recipe(request, SUFFIXES[message["format"]])
-        return request, self.costs[message["model"]].expected(request)
-
-    def _answer(self, message: dict[str, Any], parts: list[bytes]) -> None:
-        """What a request will take, or what of it will not survive; or the error that it is."""
-        answer: dict[str, Any]
-        try:
-            request, expected = self._asked(message, parts)
-            if message["do"] == "preflight":
-                answer = {"preflight": self._survives(message["model"], request)}
-            else:
-                tune = [use.to_json() for use in request.loras or ()]
-                answer = {"expected": expected.to_json(), "sampler_steps": expected.steps, "tune": tune}
-        except Exception as error:
-            answer = {"error": told(error)}
-        self.tell({"is": "checked", "number": message["number"], **answer})
-
-    def _survives(self, name: str, request: Any) -> dict[str, Any]:
-        from sfumato.serve.worker.preflight import Preflights
-
-        if name not in self.preflights:
-            spec = next(spec for spec in self.specs if spec.name == name)
-            self.preflights[name] = Preflights(spec, self.models[name].model, self.together.bench)
-        return self.preflights[name].of(request)
-
-    def _draw(self, message: dict[str, Any], parts: list[bytes], stop: threading.Event) -> None:
-        from sfumato.serve.worker.job import Job
-
-        name = message["job"]
-        try:
-            request, expected = self._asked(message, parts)
-            job = Job(
-                name,
-                self.models[message["model"]].shared,
-                request,
-                expected,
-                message["format"],
-                message["looks"],
-                message["look_format"],
-                time.monotonic() + message["left"],
-                self.tell,
-                stop,
-                self.costs[message["model"]].joules,
-            )
-            spent = job.draw(self.together)
-            self.costs[message["model"]].learn(expected, spent)
-        except Exception as error:
-            self.tell({"is": "failed", "job": name, "error": told(error)})
-        finally:
-            self.stops.pop(name, None)
-
-    def _warm(self, name: str) -> None:
-        """Draw once, so that the first client does not wait for what is only made then, and seconds are known."""
-        from sfumato.types import Request
-
-        opened = self.models[name]
-        request = opened.model.complete(Request(steps=2))
-        expected = self.costs[name].expected(request)
-        for _ in range(2):
-            self.together.bench.spent()
-            opened.shared.generate(request)
-            self.together.leave()
-        self.costs[name].learn(expected, self.together.bench.spent())
-
-    def _pulse(self) -> None:
-        from sfumato.memory import resident
-
-        while True:
-            together = self.together
-            counts = {"calls": together.calls, "rows": together.called_rows}
-            self.tell({"is": "pulse", "jobs": len(self.stops), "resident": resident(), **counts})
-            time.sleep(PULSE)
-
-
-def told(error: BaseException) -> dict[str, Any]:
-    """An error as the API tells it. What nobody expected is logged here and told without its insides."""
-    if isinstance(error, InputError):
-        return {"code": error.code, "message": str(error), "param": error.argument, "client": True}
-    if isinstance(error, SfumatoError):
-        return {"code": error.code, "message": str(error), "param": None, "client": False}
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        log.warning("out of memory: %s", error)
-        message = "the device had not enough memory for this job; ask for fewer or smaller pictures"
-        return {"code": "out_of_memory", "message": message, "param": None, "client": False}
-    log.error("drawing failed", exc_info=error)
-    message = f"drawing failed ({type(error).__name__}); the server's log says more"
-    return {"code": "internal", "message": message, "param": None, "client": False}
 
 
 def die_with_the_front() -> None:
@@ -208,7 +39,7 @@ def main(descriptor: int) -> int:
         except Exception as error:
             line.send({"is": "unable", "error": told(error)})
             return 1
-        worker.hear()
+        worker.hear(line)
     except Broken:
         pass
     os._exit(0)  # threads may be drawing for nobody

@@ -29,6 +29,7 @@ from sfumato.types import Request
 WEIGHT = 0.3  # of what the last job says, against those before
 UNKNOWN = 1e-6  # seconds for a pixel of a call, of a model that has drawn nothing yet
 COUNTED = 4  # times the model's own pixels: of a model of ours, FLOPs are counted by doing a call
+PIXEL = 3 * 4  # bytes of a decoded pixel: what drawing takes at least
 WORDS = 8  # texts are counted and planned for by lengths of so many words
 KEPT = 256  # kinds of request whose memory is remembered
 Size = tuple[int, int]
@@ -36,31 +37,42 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the sampler for one picture. calls: of the network; one without guidance is half of one."""
+    """One run of the sampler for one picture, or clip. calls: of the network; one without guidance is half of one."""
 
     size: Size
     steps: int
     calls: float
+    frames: int = 1
 
     @property
     def pixels(self) -> int:
-        return self.size[0] * self.size[1]
+        """Of all frames."""
+        return self.size[0] * self.size[1] * self.frames
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a request will take. runs: of the sampler, for each picture. need: bytes beside the weights."""
+    """What a request will take. runs: of the sampler, for each picture or clip. need: bytes beside the weights. fps: of
+    clips.
+    """
 
     pictures: int
     runs: tuple[Pass, ...]
     seconds: float
     need: int
     flops: dict[str, int] | None  # by stage
+    fps: float | None = None
+
+    @property
+    def frames(self) -> int:
+        """Of each."""
+        return self.runs[-1].frames
 
     @property
     def steps(self) -> int:
-        """Steps of samplers until all pictures are there: those of pictures drawn together are counted once."""
-        return math.ceil(self.pictures / BATCH) * sum(run.steps for run in self.runs)
+        """Steps of samplers until all is there: those of pictures drawn together are counted once."""
+        together = 1 if self.frames > 1 else BATCH
+        return math.ceil(self.pictures / together) * sum(run.steps for run in self.runs)
 
     @property
     def pixel_steps(self) -> int:
@@ -68,8 +80,10 @@ class Expected:
 
     def to_json(self) -> dict[str, Any]:
         last = self.runs[-1].size
+        moving = {"frames": self.frames, "fps": self.fps} if self.frames > 1 else {}
         return {
             "pictures": self.pictures,
+            **moving,
             "size": list(last),
             "steps": sum(run.steps for run in self.runs),
             "calls": round(self.pictures * sum(run.calls for run in self.runs), 2),
@@ -88,21 +102,22 @@ class Costs:
         # no LoRAs: which of them are folded in, those who draw decide, and nothing here is to wait for them
         self.plain = Model(_WithoutAdapters(model.system), model.device, model.name, model.dtype)
         self.watts = read_machine().price.watts
-        self._call: dict[Size, float] = {}  # seconds of a call of the network, for a picture of that size
-        self._rest: dict[Size, float] = {}  # seconds of all else
-        self._traced: dict[Size, int] = {}  # memory of one picture
+        self._call: dict[
+            int, float
+        ] = {}  # seconds of a call of the network, for a picture or clip of so many pixels
+        self._rest: dict[int, float] = {}  # seconds of all else
+        self._traced: dict[tuple[Size, int], int] = {}  # memory of one, by size and frames
         self._need: dict[Any, int] = {}  # memory, by kind of request
         self._lock = threading.Lock()
 
     def expected(self, request: Request) -> Expected:
         """Of a complete request. `InputError` if the device's memory does not hold it."""
         runs = passes(self.model, request)
-        one = sum(run.calls * self._at(self._call, run.size) for run in runs)
-        one += self._at(self._rest, runs[-1].size)
+        one = sum(run.calls * self._at(self._call, run.pixels) for run in runs)
+        one += self._at(self._rest, runs[-1].pixels)
         request = _nominal(request)
-        return Expected(
-            request.count, runs, request.count * one, self._memory(request, runs), self._flops(request, runs)
-        )
+        need, flops = self._memory(request, runs), self._flops(request, runs)
+        return Expected(request.count, runs, request.count * one, need, flops, request.fps)
 
     def joules(self, seconds: float) -> float | None:
         """What the device took, where the machine's price says its watts (`sfumato cost --watts --keep`)."""
@@ -111,44 +126,51 @@ class Costs:
     def learn(self, expected: Expected, spent: Spent) -> None:
         """From what a job took."""
         weighed = expected.pictures * sum(run.calls * run.pixels for run in expected.runs)
-        size = expected.runs[-1].size
+        pixels = expected.runs[-1].pixels
         with self._lock:
             if weighed:
-                _mix(self._call, size, spent.network / weighed * size[0] * size[1])
-            _mix(self._rest, size, spent.other / expected.pictures)
+                _mix(self._call, pixels, spent.network / weighed * pixels)
+            _mix(self._rest, pixels, spent.other / expected.pictures)
 
-    def _at(self, known: dict[Size, float], size: Size) -> float:
-        """Seconds at a size: as known, or in proportion to the pixels of the nearest that is."""
+    def _at(self, known: dict[int, float], pixels: int) -> float:
+        """Seconds at so many pixels: as known, or in proportion to the nearest number that is."""
         with self._lock:
-            if size in known:
-                return known[size]
-            pixels = size[0] * size[1]
+            if pixels in known:
+                return known[pixels]
             if not known:
                 return UNKNOWN * pixels
-            near = min(known, key=lambda other: abs(math.log(other[0] * other[1] / pixels)))
-            return known[near] * pixels / (near[0] * near[1])
+            near = min(known, key=lambda other: abs(math.log(other / pixels)))
+            return known[near] * pixels / near
 
     def _memory(self, request: Request, runs: tuple[Pass, ...]) -> int:
         """Bytes: of a request of the same kind if there was one, else worked out."""
         sizes = tuple(run.size for run in runs)
         shown = tuple(sorted({control.name for control in request.controls or ()}))
         texts = request.prompt, request.negative, request.text_length
-        key = sizes, request.count, texts, request.image is None, shown
+        key = sizes, request.frames, request.count, texts, request.image is None, request.clip is None, shown
         if key not in self._need:
+            self._check_room(
+                request, sizes[-1], runs[-1].pixels * PIXEL
+            )  # what is far too large is not worked out
             need = self._worked_out(request, sizes)
             with self._lock:
                 while len(self._need) >= KEPT:
                     self._need.pop(next(iter(self._need)))
                 self._need[key] = need
         need = self._need[key]
-        if self.memory is not None and need > self.memory:
-            width, height = sizes[-1]
-            raise InputError(
-                f"drawing {request.count} of {width}x{height} needs {planning.shown(need)} of memory, and "
-                f"{planning.shown(self.memory)} are there; draw fewer, or smaller",
-                argument="size",
-            )
+        self._check_room(request, sizes[-1], need)
         return need
+
+    def _check_room(self, request: Request, size: Size, need: int) -> None:
+        """`InputError` if so many bytes are not there."""
+        if self.memory is None or need <= self.memory:
+            return
+        frames = f"{request.frames} frames of " if request.moves else ""
+        raise InputError(
+            f"drawing {request.count} of {frames}{size[0]}x{size[1]} needs {planning.shown(need)} of memory, and "
+            f"{planning.shown(self.memory)} are there; draw fewer, or smaller",
+            argument="size",
+        )
 
     def _worked_out(self, request: Request, sizes: tuple[Size, ...]) -> int:
         if planning.tells(self.model):
@@ -156,10 +178,11 @@ class Costs:
             plan = planning.plan(self.plain, request, getattr(self.model.system, "offload", None))
             return max(stage.activations for stage in plan.stages)
         largest = max(sizes, key=lambda size: size[0] * size[1])
+        kind = largest, request.frames or 1
         with self._lock:
-            if largest not in self._traced:
-                self._traced[largest] = traced(self.model, largest)
-        return self._traced[largest] * min(request.count, BATCH)
+            if kind not in self._traced:
+                self._traced[kind] = traced(self.model, *kind)
+        return self._traced[kind] * (1 if request.moves else min(request.count, BATCH))
 
     def _flops(self, request: Request, runs: tuple[Pass, ...]) -> dict[str, int] | None:
         """None where counting would take long."""
@@ -204,22 +227,21 @@ def passes(model: Model, request: Request) -> tuple[Pass, ...]:
 
 def _pass(model: Model, request: Request, size: Size, steps: int, strength: float | None) -> Pass:
     count = steps if strength is None else steps_to_run(steps, strength)
-    return Pass(
-        size, count, calls(model, replace(request, size=size, steps=steps), strength) if count else 0.0
-    )
+    called = calls(model, replace(request, size=size, steps=steps), strength) if count else 0.0
+    return Pass(size, count, called, request.frames or 1)
 
 
-def traced(model: Model, size: Size) -> int:
-    """Bytes that a guided call for one picture, or decoding it, holds at its worst moment beside the weights."""
+def traced(model: Model, size: Size, frames: int = 1) -> int:
+    """Bytes that a guided call for one picture or clip, or decoding it, holds at its worst beside the weights."""
     with torch.inference_mode(), model.precision():
         cond = model.system.condition(["a", None], Request())
     with tracing(WHOLE) as tracer, model.precision():
-        x = torch.empty(2, *model.latent_shape(size[1], size[0]), device=model.device)
+        x = torch.empty(2, *model.latent_shape(size[1], size[0], frames), device=model.device)
         level = torch.empty(2, device=model.device)
         _, network = tracer.worst(lambda: model.system.network(x, level, cond))
         _, decoding = tracer.worst(lambda: model.system.decode(x[:1]))
     return max(network, decoding)
 
 
-def _mix(known: dict[Size, float], size: Size, value: float) -> None:
-    known[size] = value if size not in known else (1 - WEIGHT) * known[size] + WEIGHT * value
+def _mix(known: dict[int, float], pixels: int, value: float) -> None:
+    known[pixels] = value if pixels not in known else (1 - WEIGHT) * known[pixels] + WEIGHT * value

@@ -12,11 +12,12 @@ from typing import Any
 from PIL import Image
 
 from sfumato.errors import Cancelled, SfumatoError
+from sfumato.receipts import clips
 from sfumato.receipts.provenance import encoded, recipe_of
 from sfumato.sampling import Step
 from sfumato.serve.worker.costs import Expected
 from sfumato.serve.worker.together import Spent, Together
-from sfumato.types import Request
+from sfumato.types import Request, Result
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 Tell = Callable[[dict[str, Any], Sequence[bytes]], None]
@@ -73,8 +74,7 @@ class Job:
         finally:
             together.leave()
         spent = together.bench.spent()
-        suffix = SUFFIXES[self.format]
-        files = [encoded(image, recipe_of(result.recipe, k), suffix) for k, image in enumerate(result.images)]
+        files = self._files(result)
         seconds = {"network": round(spent.network, 4), "other": round(spent.other, 4)}
         receipt = {
             **self.expected.to_json(),
@@ -85,6 +85,14 @@ class Job:
         }
         self.tell({"is": "done", "job": self.id, "receipt": receipt, "recipe": result.recipe}, files)
         return spent
+
+    def _files(self, result: Result) -> list[bytes]:
+        """Each picture or clip with its recipe, as a file."""
+        recipes = [recipe_of(result.recipe, k) for k in range(self.request.count)]
+        if result.clips:
+            return [clips.encoded(*each, self.format) for each in zip(result.clips, recipes, strict=True)]
+        suffix = SUFFIXES[self.format]
+        return [encoded(*each, suffix) for each in zip(result.images, recipes, strict=True)]
 
     def _check(self) -> None:
         if self.stop.is_set():

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sfumato import planning
 from sfumato.diffusion.schedules import SCHEDULES
+from sfumato.drawing.clips import as_clip, makes_clips
 from sfumato.errors import InputError
 from sfumato.generate import Model, eta_samplers, load
 from sfumato.runtime import DTYPES
 from sfumato.sampling import SAMPLERS
+from sfumato.serve.job import CLIP
 from sfumato.serve.settings import ModelSpec
 from sfumato.serve.worker.together import Precision, Together
 from sfumato.types import Conditioning, Request
 
 HEAVY = frozenset({"encode", "decode", "condition", "preview", "split", "inpaint_channels"})
+GREY = (128, 128, 128)
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -59,6 +64,15 @@ class Opened:
     model: Model
     shared: Model
 
+    def asked(self, request: Request, kind: str) -> Request:
+        """The complete request of a client. `InputError` for what the model, or the route it came by, does not draw."""
+        if kind == CLIP:
+            request = as_clip(self.model, request)
+        request = self.model.complete(request)
+        if kind != CLIP and request.moves:
+            raise InputError("a job draws pictures; send what has frames to /v1/videos", argument="frames")
+        return request
+
     def facts(self) -> dict[str, Any]:
         """What clients may know of it, as plain JSON."""
         system = self.model.system
@@ -68,6 +82,8 @@ class Opened:
             "name": self.name,
             "preset": {**preset, "size": list(preset["size"])},
             "multiple": system.config.multiple,
+            "clips": makes_clips(self.model),
+            "needs_image": bool(getattr(system, "animates", False)),
             "loras": [] if adapters is None else sorted(adapters.opened),
             "controls": list(getattr(system, "controls", ())),
             "weights": self.model.hashes,
@@ -88,8 +104,6 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
     if spec.dtype is not None:
         options["dtype"] = dtype_named(spec.dtype)
     found = load(spec.source, device, offload="auto", controlnets=dict(spec.controlnets) or None, **options)
-    if "frames" in found.preset:
-        raise InputError(f"{spec.name!r} is a model of clips, which are not served yet", argument="model")
     found = _planned(found, spec, memory)
     for name, file in spec.loras.items():
         found.attach(file, 0.0, name=name)
@@ -111,11 +125,34 @@ def _planned(model: Model, spec: ModelSpec, memory: int | None) -> Model:
         return (
             model if not hasattr(model.system, "trace") else planning.offloaded(model, spec.offload or "none")
         )
-    request = Request()
+    request = usual(model)
     found = planning.plan(model, request, spec.offload, memory)
     if not found.fits:
         raise planning.refusal(model, request, found)
     return planning.follow(model, found)
+
+
+def usual(model: Model) -> Request:
+    """What a model draws of whom nobody asks anything special: a picture, or a clip if that is what it was made for."""
+    request = Request()
+    if "frames" in model.preset:
+        request = as_clip(model, request)
+    if getattr(model.system, "animates", False):
+        request = replace(request, image=Image.new("RGB", model.preset["size"], GREY))
+    return request
+
+
+def shortest(model: Model) -> Request:
+    """The least of the same in which everything happens once: two steps, of a clip one, and the fewest frames."""
+    request = replace(usual(model), steps=2)
+    if not request.moves:
+        return request
+    for frames in range(2, model.preset["frames"] + 1):
+        short = replace(request, frames=frames, steps=1)
+        with contextlib.suppress(InputError):
+            model.complete(short)
+            return short
+    return request
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -1,0 +1,220 @@
+"""What jobs of every kind have in common: estimated, submitted, watched, cancelled, fetched, and their receipts."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import FileResponse, Response
+
+from sfumato import checks
+from sfumato.errors import InputError
+from sfumato.serve.desk import Ask, Desk
+from sfumato.serve.job import CLIP, Live, job_json, kind_of
+from sfumato.serve.keys import Key
+from sfumato.serve.ledger import ENDED, SUCCEEDED, Record
+from sfumato.serve.money import HEADROOM
+from sfumato.serve.refusals import Refused, bad, not_found
+from sfumato.serve.store import SUFFIX, is_id
+from sfumato.serve.web.answers import Answer, event, streamed
+from sfumato.serve.web.body import idempotency_of
+from sfumato.serve.web.schema import described, request_schema
+
+FIELDS = ("model", "request", "format", "previews", "deadline")
+MOST_PREVIEWS = 50
+MOST_LISTED = 100
+Read = Callable[[Request], Coroutine[Any, Any, tuple[dict[str, Any], str]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of routes on jobs of one kind, and its words.
+
+    kind: of `Ask`. path: where it lies. estimate: where one asks for the price. outputs: what a job's files are called,
+    of which one is `output`. media: formats to media types, the one by default first. example: a body.
+    """
+
+    kind: str
+    path: str
+    estimate: str
+    outputs: str
+    output: str
+    media: Mapping[str, str]
+    example: dict[str, Any]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Of a body."""
+        formats = list(self.media)
+        return {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["request"],
+            "properties": {
+                "model": {"type": "string", "description": "of /v1/models; the first by default"},
+                "request": request_schema(),
+                "format": {"type": "string", "enum": formats, "default": formats[0]},
+                "previews": {"type": "integer", "minimum": 0, "maximum": MOST_PREVIEWS, "default": 0},
+                "deadline": {"type": "number", "description": "seconds from acceptance"},
+            },
+        }
+
+
+def add(
+    router: APIRouter, desk: Desk, family: Family, read: Read, form: dict[str, Any] | None = None
+) -> None:
+    """Add the routes of a family. read: the body of a submission, and the hash of what was sent. form: its schema as a
+    form, where one is read.
+    """
+    one, outputs = f"{family.path}/{{job}}", family.outputs
+    body = described(family.schema, family.example)
+    if form is not None:
+        body["requestBody"]["content"]["multipart/form-data"] = {"schema": form}
+
+    async def find(request: Request, job: str) -> tuple[Record, Live | None]:
+        if not is_id(job, "job"):
+            raise not_found("job", job)
+        record, live = await desk.find(key_of(request).id, job)
+        if family.kind == CLIP and kind_of(record) != CLIP:
+            raise not_found("job", job)
+        return record, live
+
+    @router.post(family.estimate, summary=f"What {outputs} would cost and take", openapi_extra=body)
+    async def estimate(request: Request) -> Response:
+        ask = asked(desk, family, request, *await read(request))
+        files, parts = await desk.files(key_of(request), ask.request)
+        expected = (await desk.expected(ask, files, parts))["expected"]
+        most = desk.price(ask.model, expected)
+        price = {"currency": desk.prices.currency, "most_micros": most, "headroom": HEADROOM}
+        waits = round(desk.floor.wait(), 3)
+        return Answer(
+            {"object": "estimate", "model": ask.model, **expected, "price": price, "wait_seconds": waits}
+        )
+
+    @router.post(family.path, status_code=202, summary=f"Have {outputs} drawn", openapi_extra=body)
+    async def submit(request: Request) -> Response:
+        ask = asked(desk, family, request, *await read(request))
+        record, live = await desk.submit(key_of(request), ask)
+        return Answer(told(desk, record, live), 202, {"location": f"/v1{family.path}/{record.id}"})
+
+    @router.get(one, summary="How far a job is")
+    async def state(request: Request, job: str) -> Response:
+        return Answer(told(desk, *await find(request, job)))
+
+    @router.get(f"{one}/events", summary="A job's state, progress and previews as they happen (server-sent)")
+    async def events(request: Request, job: str) -> Response:
+        return streamed(_events(desk, *await find(request, job)))
+
+    @router.post(f"{one}/cancel", summary="Stop a job; what is cancelled is free")
+    async def cancel(request: Request, job: str) -> Response:
+        record, live = await find(request, job)
+        if live is not None:
+            await desk.stopped(live)
+            record = live.record
+        return Answer(told(desk, record, None if record.state in ENDED else live))
+
+    @router.get(f"{one}/{outputs}/{{number}}", summary=f"A {family.output} of a job that is done")
+    async def output(request: Request, job: str, number: str) -> Response:
+        record, _ = await find(request, job)
+        place = whole(number, "number", 0, 10_000)
+        if record.state != SUCCEEDED or kind_of(record) != family.kind or place >= record.pictures:
+            raise not_found(family.output, number)
+        path = await desk.books.work(desk.store.output, record.id, place)
+        if path is None:
+            raise Refused(410, "gone", f"this {family.output} is not kept any more")
+        kind = record.options["format"]
+        return FileResponse(
+            path,
+            media_type=family.media[kind],
+            filename=f"{record.id}-{place}.{SUFFIX[kind]}",
+            content_disposition_type="inline",
+            headers={"cache-control": "private, max-age=86400, immutable"},
+        )
+
+    @router.get(f"{one}/receipt", summary="What a job took and cost, with the recipe to draw it again")
+    async def receipt(request: Request, job: str) -> Response:
+        record, _ = await find(request, job)
+        if record.receipt is None:
+            raise Refused(404, "no_receipt", f"this job is {record.state}; one that succeeded has a receipt")
+        return Answer(record.receipt)
+
+
+def asked(desk: Desk, family: Family, request: Request, body: dict[str, Any], digest: str) -> Ask:
+    """What a body asks for, checked as far as it goes without the model."""
+    for name in body:
+        if name not in FIELDS:
+            raise bad(f"unknown field {checks.shown(name)}; a job has {', '.join(FIELDS)}", name)
+    wanted = body.get("request")
+    if not isinstance(wanted, dict):
+        example = str(family.example["request"]).replace("'", '"')
+        raise bad(f"request must be an object, such as {example}", "request")
+    model = body.get("model", desk.settings.models[0].name)
+    if not isinstance(model, str):
+        raise bad(f"model must be a name, not {checks.shown(model)}", "model")
+    kind = body.get("format", next(iter(family.media)))
+    if not isinstance(kind, str) or kind not in family.media:
+        raise bad(f"format must be {checks.either(family.media)}, not {checks.shown(kind)}", "format")
+    previews, deadline = body.get("previews", 0), body.get("deadline")
+    try:
+        checks.integer("previews", previews, 0, MOST_PREVIEWS)
+        if deadline is not None:
+            checks.number("deadline", deadline, 1, desk.settings.longest)
+    except InputError as error:
+        raise bad(str(error), error.argument) from None
+    return Ask(
+        model,
+        wanted,
+        digest,
+        kind,
+        looks=previews,
+        deadline=deadline,
+        idempotency=idempotency_of(request),
+        kind=family.kind,
+    )
+
+
+def key_of(request: Request) -> Key:
+    """Who asks, as the guard found."""
+    return request.state.key
+
+
+def told(desk: Desk, record: Record, live: Live | None) -> dict[str, Any]:
+    """A job as the API tells it."""
+    position = None if live is None else desk.floor.position(live)
+    return job_json(record, live, desk.prices.currency, position)
+
+
+def whole(text: str, name: str, low: int, high: int) -> int:
+    """A whole number of an address. `Refused` for what is none, or outside."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
+        raise bad(f"{name} must be a whole number between {low} and {high}", name)
+    return int(text)
+
+
+async def _events(desk: Desk, record: Record, live: Live | None) -> AsyncIterator[bytes]:
+    """The job's state now, then whatever happens, until it has ended: state with the whole job, progress, preview."""
+    number = 0
+    if live is None:
+        yield event("state", told(desk, record, None), number)
+        return
+    with live.listening() as listener:
+        yield event("state", told(desk, live.record, live), number)
+        if live.look is not None:
+            number += 1
+            yield event("preview", _preview(*live.look), number)
+        while not (live.ended.is_set() and listener.empty()):
+            happened = await listener.get()
+            number += 1
+            if happened.kind == "state":
+                yield event("state", told(desk, live.record, live), number)
+            elif happened.picture is not None:
+                yield event("preview", _preview(happened.data["number"], happened.picture), number)
+            else:
+                yield event(happened.kind, happened.data, number)
+
+
+def _preview(number: int, picture: bytes) -> dict[str, Any]:
+    return {"number": number, "media_type": "image/jpeg", "b64": base64.b64encode(picture).decode()}
