@@ -8,7 +8,7 @@ from pathlib import Path
 from sfumato.storage import atomic_file
 from sfumato.study.plots import save
 from sfumato.study.recipe import StudyRecipe
-from sfumato.study.results import AGREE, Cheaper, Results, cheaper, mean, orders
+from sfumato.study.results import AGREE, TOLD, Cheaper, Results, cheaper, mean, orders
 
 FOLLOWS = 0.1  # of the strict score, from which on a model may be said to follow prompts
 WORDS = {"strict": "strict score", "kernel_distance": "kernel distance"}
@@ -67,7 +67,7 @@ def _question(study: StudyRecipe, command: str) -> str:
 def _state(results: Results) -> str:
     study = results.study
     rows = []
-    for arm in study.arms:
+    for arm in study.ranged:
         done = [str(curve.seed) for curve in results.of(arm)]
         begun = [str(c.seed) for c in results.curves if c.arm.name == arm.name and not c.complete]
         rows.append([f"`{arm.name}`", ", ".join(done) or "none", ", ".join(begun) or "–"])
@@ -85,7 +85,7 @@ def _state(results: Results) -> str:
 
 def _ends(results: Results) -> str:
     rows = []
-    for arm in results.study.arms:
+    for arm in results.study.ranged:
         done = results.of(arm)
         if not done:
             continue
@@ -141,7 +141,7 @@ def _scene(results: Results, name: str, scale: float) -> str:
 
 def _costs(results: Results) -> str:
     rows = []
-    for arm in results.study.arms:
+    for arm in results.study.ranged:
         for curve in [c for c in results.curves if c.arm.name == arm.name][:1]:
             p = curve.plan
             known = [s for s in (point["seconds"] for point in curve.points) if s is not None]
@@ -200,7 +200,7 @@ def _orders(results: Results) -> list[str]:
 def _cheaper(results: Results) -> str:
     """How much cheaper latents are for the same quality."""
     rows, found = [], []
-    for arm in results.study.arms:
+    for arm in results.study.ranged:
         if arm.pixels:
             continue
         cells = []
@@ -223,7 +223,8 @@ def _cheaper(results: Results) -> str:
         "that the latent arm takes to the same, the autoencoder's included. The quality is the best that both reach "
         "within the budget, seed by seed; between points the curves are taken as straight over the logarithm of "
         "compute. Above 1 the latent is cheaper; in the columns beside, an autoencoder that is there already costs "
-        "nothing. The median, and the range of the seeds.\n\n"
+        "nothing. The median, and the range of the seeds; strict scores are compared from "
+        f"{TOLD:.0%} on. An arm that is as good at its first point already is charged all of that point.\n\n"
         + _table(["arm", *(c for word in WORDS.values() for c in (f"by {word}", "autoencoder given"))], rows)
         + f"\n\n{headline}"
     )
@@ -236,14 +237,12 @@ def _headline(found: Sequence[Cheaper]) -> str:
     seeds = len(best.ratios)
     sure = seeds >= AGREE and (min(best.ratios) > 1 or max(best.ratios) < 1)
     told = f"{best.middle:.1f} times cheaper" if best.middle >= 1 else f"{1 / best.middle:.1f} times dearer"
-    end = (
-        "and all seeds agree which is cheaper."
-        if sure
-        else f"of {seeds} seed{'s' * (seeds > 1)}, which is not enough to claim it, or they do not agree."
-    )
+    end = "and all seeds agree which is cheaper" if sure else "but the seeds do not agree which is cheaper"
+    if seeds < AGREE:
+        end = f"by {seeds} seed{'s' * (seeds > 1)}; it takes {AGREE} to claim it"
     return (
         f"**The best latent arm here, `{best.latent.name}`, is {told} than `{best.pixel.name}` at the same kernel "
-        f"distance** ({_ratio(best)}), {end}"
+        f"distance** ({_ratio(best)}), {end}."
     )
 
 

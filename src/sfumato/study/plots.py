@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INKS = ("#1f5a92", "#b4431f", "#3d7d3a", "#7a4a9e", "#9a7b12", "#2a8f91", "#c2528b", "#5d6b2f", "#444444")
+SHOWN = 96  # pixels a side that pictures are enlarged to, by whole numbers
 LABEL = 70  # pixels left of a row of pictures for the arm's name
 
 
@@ -33,15 +34,15 @@ def curves(results: Results) -> Figure:
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for axes, measure, scale in ((left, "strict", 100.0), (right, "kernel_distance", 1.0)):
-            for ink, arm in zip(_inks(results), results.study.arms, strict=True):
+            for ink, arm in zip(_inks(results), results.study.ranged, strict=True):
                 _line(axes, ink, arm, [c for c in results.curves if c.arm.name == arm.name], measure, scale)
-            if measure in results.scenes:
+            if results.scenes.get(measure, 0) > 0:
                 axes.axhline(scale * results.scenes[measure], color=GREY, linewidth=0.8)
             axes.set_xlabel("FLOPs of training, the autoencoder's included")
             axes.set_xscale("log")
         left.set_title("pictures that show exactly what was asked, per cent")
         right.set_title("kernel distance to unseen scenes (lower is better)")
-        right.set_yscale("symlog", linthresh=0.1)
+        right.set_yscale("log")
         left.legend(ncols=2)
         return figure
 
@@ -85,13 +86,22 @@ def _inks(results: Results) -> list[str]:
 def drawn(results: Results, out: Path) -> Image.Image | None:
     """The first row of each arm's last sheet of its first complete seed, one below the other; None without any."""
     rows = []
-    for arm in results.study.arms:
+    for arm in results.study.ranged:
         for curve in results.of(arm)[:1]:
             sheets = sorted((place_of(out, arm, curve.seed) / "sheets").glob("denoiser-*.png"))
             if sheets:
                 with Image.open(sheets[-1]) as sheet:
                     side = sheet.height // 2
-                    rows.append((arm.name, sheet.convert("RGB").crop((0, 0, sheet.width, side))))
+                    row = sheet.convert("RGB").crop((0, 0, sheet.width, side))
+                    enlarged = max(1, SHOWN // side)
+                    rows.append(
+                        (
+                            arm.name,
+                            row.resize(
+                                (row.width * enlarged, row.height * enlarged), Image.Resampling.NEAREST
+                            ),
+                        )
+                    )
     if not rows:
         return None
     page = Image.new(

@@ -50,6 +50,11 @@ class StudyRecipe:
     pictures: int = 200  # drawn and scored at every point
     steps: int = 0  # of the sampler when they are drawn; 0 for the preset's
 
+    @property
+    def ranged(self) -> list[Arm]:
+        """The arms from pixels to the coarsest latents, as a reader looks for them."""
+        return sorted(self.arms, key=lambda arm: (arm.factor, arm.channels, arm.name))
+
     def order(self) -> list[tuple[Arm, int]]:
         """Arms and seeds as they are run: by turns, within a turn seed by seed, so that what is there is comparable."""
         turns = sorted({arm.turn for arm in self.arms})

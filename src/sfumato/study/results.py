@@ -14,6 +14,7 @@ from sfumato.study.recipe import Arm, StudyRecipe
 from sfumato.study.run import kept_result, place_of
 
 AGREE = 3  # seeds that must agree before an order is claimed
+TOLD = 0.05  # strict score below which curves are not compared: a handful of pictures
 MEASURES = {"strict": True, "kernel_distance": False}  # and whether more of it is better
 
 
@@ -138,8 +139,8 @@ def cheaper(results: Results, latent: Arm, measure: str, *, given: bool = False)
     for curve in results.of(latent):
         if other := theirs.get(curve.seed):
             both = min(sign * curve.last(measure), sign * other.last(measure)) * sign
-            if measure == "strict" and both <= 0:
-                continue  # no picture of one of them was right: there is no quality to compare at
+            if measure == "strict" and both < TOLD:
+                continue  # hardly a picture of one of them was right: there is no quality to compare at
             mine, its = (reached_at(c, measure, both) for c in (curve, other))
             if mine and its:
                 ratios.append(its / (mine - (curve.before if given else 0.0)))
