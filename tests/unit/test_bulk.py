@@ -169,7 +169,7 @@ def test_a_folder_is_encoded_once(tmp_path, tiny, capsys):
     with safe_open(shards[0], "pt") as shard:
         assert shard.get_tensor("latents").shape[0] <= 2
     found = open_autoencoder(tiny, torch.device("cpu"), torch.float32)
-    source = FolderSource(photos, 64, multiple=found.factor)
+    source = FolderSource(photos, 64, multiple=found.factor, captions=False)
     cache = LatentCache(place, source, found.digest)
     for size, members in source.buckets().items():
         pixels = torch.from_numpy(source.pixels(members)).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1

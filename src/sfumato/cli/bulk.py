@@ -57,6 +57,7 @@ def draw(loaded: Model, lines: Sequence[Line], folder: Path, write: Write, as_js
     parse.folder("output", folder)
     wanted = drawing.tasks(loaded, lines, folder)
     left = drawing.missing(wanted)
+    folder.mkdir(parents=True, exist_ok=True)
     receipts: list[dict[str, Any]] = []
     with show.progress() as bar:
         task = bar.add_task("drawing", total=len(wanted), completed=len(wanted) - len(left))

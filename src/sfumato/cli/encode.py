@@ -60,7 +60,11 @@ def encode(
     }
     found = open_autoencoder(**opening)
     source = FolderSource(
-        folder, parse.whole("size", size), multiple=found.factor, max_ratio=parse.number("ratio", ratio)
+        folder,
+        parse.whole("size", size),
+        multiple=found.factor,
+        max_ratio=parse.number("ratio", ratio),
+        captions=False,
     )
     for problem in source.problems:
         show.note(f"set aside: {problem}")

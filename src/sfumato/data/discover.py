@@ -87,8 +87,11 @@ class Found:
     passed_over: list[Problem] = field(default_factory=list)
 
 
-def discover(path: str | os.PathLike[str]) -> Found:
-    """The pictures and captions under `path`. Raises `DataError` when none is usable, or it is unsafe."""
+def discover(path: str | os.PathLike[str], captions: bool = True) -> Found:
+    """The pictures and captions under `path`. Raises `DataError` when none is usable, or it is unsafe.
+
+    captions: they are needed; without, every picture under a folder counts, whatever lies beside it.
+    """
     root = Path(path)
     if not root.exists():
         raise DataError(f"{root} does not exist; give a folder of captioned pictures", argument="path")
@@ -96,9 +99,9 @@ def discover(path: str | os.PathLike[str]) -> Found:
         if root.name.endswith(".tar"):
             return _archives([root], root.parent)
         raise DataError(f"{root} is a file; give a folder of captioned pictures, or a .tar", argument="path")
-    if not (root / "metadata.jsonl").is_file():
+    if captions and not (root / "metadata.jsonl").is_file():
         root = _training_split(root)
-    if (root / "metadata.jsonl").is_file():
+    if captions and (root / "metadata.jsonl").is_file():
         return _from_metadata(root)
     folders = _walk(root)
     tars = [f for files in folders.values() for f in files if f.suffix == ".tar"]
@@ -110,7 +113,10 @@ def discover(path: str | os.PathLike[str]) -> Found:
         return _archives(sorted(tars), root)
     if not pictures:
         raise DataError(_nothing(root, folders, found), argument="path")
-    if kohya and root not in pictures and any(k in pictures for k in kohya):
+    if not captions:
+        found.layout = "pictures"
+        found.entries = [Entry(_name(root, p), p, "") for files in pictures.values() for p in files]
+    elif kohya and root not in pictures and any(k in pictures for k in kohya):
         _from_kohya(root, pictures, found)
     elif any(_sidecar(p) for files in pictures.values() for p in files):
         _from_sidecars(root, pictures, found)

@@ -36,6 +36,7 @@ class FolderSource:
     enlarge: a picture that would have to grow more than this many times is set aside as too small; one more than
         twice as long as the longest bucket is set aside too.
     part: "all", or "train" / "held_out": the fraction `held_out` is split off by a hash of each picture's bytes.
+    captions: as of `discover`.
     allow: the fraction of members that may be set aside (a handful always may) before it is a `DataError`.
     cache: folder in which the outcome of checking each file is remembered (by its size and time of change) and, after
         `prepare`, the cropped pixels: for pictures so large that decoding them in every epoch would slow training.
@@ -56,6 +57,7 @@ class FolderSource:
         held_out: float = 0.0,
         cache: str | os.PathLike[str] | None = None,
         allow: float = 0.05,
+        captions: bool = True,
     ):
         if crop not in ("centre", "random"):
             raise InputError(f"crop must be centre or random, not {crop!r}", argument="crop")
@@ -68,7 +70,7 @@ class FolderSource:
         self._max_ratio, self._enlarge = max_ratio, enlarge
         self._cache = None if cache is None else Path(cache)
         self._stores: dict[Size, tuple[RowStore, dict[int, int]]] = {}
-        found = discover(path)
+        found = discover(path, captions)
         self.layout, self.passed_over = found.layout, tuple(found.passed_over)
         problems = list(found.problems)
         self._entries: list[Entry] = []

@@ -28,8 +28,8 @@ from sfumato.storage import tensors_hash
 class Opened:
     """An autoencoder ready to use. roundtrip: pixels (B, 3, T, H, W) in [-1, 1] → the same shape, not clamped, with H
     and W multiples of `factor`. encode: such pixels → normalised latents (B, C, T, H/f, W/f), float32. digest: SHA-256
-    of its weights. dtype: what it works in. folder: of the model, if it lies in one. whole: takes a picture of any size in
-    bounded memory.
+    of its weights. dtype: what it works in. folder: of the model, if it lies in one. whole: takes a picture of any size
+    in bounded memory.
     """
 
     factor: int
