@@ -27,6 +27,7 @@ name = "v"
 kind = "scenes"
 size = 32
 count = 12
+objects = [1, 3]
 [video]
 base = "BASE"
 frames = 13

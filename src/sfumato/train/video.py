@@ -104,7 +104,7 @@ class VideoJob(Job):
         """The clips of the recipe: scenes of a split, which are rendered as they are asked for, or a folder's."""
         d, own = self.recipe.data, self.own
         if d.kind == "scenes":
-            options = {"objects": list(own.objects)}
+            options = {"objects": list(d.objects)}
             if own.fps != 8.0:
                 options["fps"] = own.fps
             device = self.device.type

@@ -35,7 +35,6 @@ class VideoRecipe:
     loss: VideoLoss
     train: TrainRecipe  # of the denoiser
     base: str = DEFAULT_FAMILY  # a packaged model or a folder; it stays as it is
-    objects: tuple[int, ...] = (1, 3)  # of scenes: fewest and most
     frames: int = 17  # of a clip of the data, 1 + 4k
     fps: float = 8.0  # of the data
     short: int = 9  # frames of the shorter windows, 1 + 4k
@@ -57,8 +56,6 @@ def check_video(recipe: VideoRecipe) -> None:
     for name in ("frames", "short"):
         if latents_of(getattr(recipe, name)) < 2:
             raise InputError(f"video.{name} must be 5 or more", argument=f"video.{name}")
-    if len(recipe.objects) != 2:
-        raise InputError("video.objects must be [fewest, most]", argument="video.objects")
     if recipe.short > recipe.frames:
         raise InputError("video.short must be at most video.frames", argument="video.short")
     if len(recipe.mix) != 3 or min(recipe.mix) < 0 or sum(recipe.mix) != recipe.train.parts:
