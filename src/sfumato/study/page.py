@@ -15,7 +15,7 @@ WORDS = {"strict": "strict score", "kernel_distance": "kernel distance"}
 
 
 def write_page(results: Results, out: Path, path: Path, command: str) -> list[Path]:
-    """Write the page as Markdown, its numbers as JSON and its figures into `pictures/` beside it; the page comes first."""
+    """Write the page as Markdown, its numbers beside it as JSON, its figures into `pictures/`; the page comes first."""
     pictures = save(results, out, path.parent / "pictures", path.stem)
     numbers = path.with_suffix(".json")
     write_json(numbers, {"study": results.study.name, "scenes": results.scenes, "runs": plain(results)})
