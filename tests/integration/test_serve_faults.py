@@ -57,8 +57,10 @@ def balanced(server: Server, accepted: set[str]) -> None:
 
 
 def killed_at_random(place, kills: int, of_front: float, seed: int) -> None:
-    """Jobs submitted without pause, while a worker or the front is killed at random moments, which lie so far apart that
-    most jobs are not lost with three workers, after which they would be given up."""
+    """Jobs submitted without pause, while a worker or the front is killed at random moments.
+
+    These lie so far apart that hardly a job is lost with three workers, after which it would be given up.
+    """
     chance = random.Random(seed)
     server = serving(place, "--queue", "64")
     client, started = Client(server.start()), awake().seconds
