@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from sfumato.receipts.signing import Signer
+
 MAX_COUNT = 64
 MAX_CLIP_SKIP = 24
 MAX_REUSE = 10  # calls that share deep features; DeepCache goes to 10
@@ -375,13 +377,15 @@ class Result:
     recipe: dict[str, Any] = field(default_factory=dict)
     clips: tuple[Clip, ...] = ()
 
-    def save(self, path: str | Path) -> list[Path]:
+    def save(self, path: str | Path, sign: Signer | None = None) -> list[Path]:
         """Write `path`, or `name-0.png` … `name-(n-1).png` for several, atomically, each with its recipe inside.
 
         Pictures are written as .png, .jpg or .webp, clips as .mp4, .webm, .gif, .webp or, without an ending, as folders
-        of .png.
+        of .png. sign: who seals pictures with a C2PA manifest (`receipts.signing.open_signer`); clips are not signed.
         """
         from sfumato.receipts.clips import save_clips
         from sfumato.receipts.provenance import save_images
 
-        return save_clips(self, path) if self.clips else save_images(self, path)
+        if self.clips and sign is not None:
+            raise InputError("clips are not signed; sign pictures (.png, .jpg, .webp)", argument="sign")
+        return save_clips(self, path) if self.clips else save_images(self, path, sign)

@@ -18,6 +18,7 @@ LEVELS = [
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},
     {"drawing", "generate", "planning", "train", "evaluate", "receipts", "fidelity", "bulk"},
+    {"study"},
     {"cli", "serve", "cluster", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -11,16 +11,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sfumato.autoencoder.banded import (
-    Moments,
-    NonFiniteError,
-    decode_banded,
-    decode_safe,
-    encode_banded,
-    encode_safe,
-)
+from sfumato.autoencoder.banded import decode_banded, encode_banded
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig, Upsample
 from sfumato.autoencoder.memory import BAND, LEAST_BAND, band_for, peak_bytes
+from sfumato.autoencoder.safe import decode_safe, encode_safe
+from sfumato.autoencoder.statistics import Moments, NonFiniteError
 from sfumato.errors import InputError, SfumatoError
 
 TINY = {"widths": (8, 16, 16), "groups": 4, "resnets": 1}

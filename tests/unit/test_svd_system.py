@@ -28,9 +28,11 @@ from sfumato.families.published.openers import blank
 from sfumato.families.svd.family import FAMILY
 from sfumato.families.svd.shapes import IMAGE_ENCODER, SYSTEMS
 from sfumato.families.svd.system import open_system
+from sfumato.flops import count_flops
 from sfumato.generate import Model, load
 from sfumato.memory import LiveBytes
 from sfumato.receipts.clips import read_recipe
+from sfumato.receipts.work import by_stage, work_of
 from sfumato.tasks.canvas import first_picture
 from sfumato.tasks.pixels import to_image, to_pixels
 from sfumato.types import Clip, Control, HiRes, Motion, Request, Variation
@@ -262,6 +264,16 @@ def published(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("published") / "svd.safetensors"
     return hollow(FAMILY.file_map(system).to_theirs(ours), path)
+
+
+def test_the_flops_told_before_are_those_done(place):
+    """The picture's encoding among them, which is a part of telling the network what to draw."""
+    model = opened(place)
+    request = model.complete(REQUEST)
+    told = by_stage(work_of(model, request))
+    assert sum(told.values()) == pytest.approx(count_flops(lambda: model.generate(request)), rel=0.02)
+    alone = count_flops(lambda: model.system.autoencoder.encode(torch.zeros(1, 3, 1, *SIZE[::-1])))
+    assert told["text"] > alone > 0
 
 
 def test_the_published_one_fits_where_it_should(published):

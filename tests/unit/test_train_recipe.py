@@ -8,6 +8,7 @@ import pytest
 
 from sfumato.errors import InputError
 from sfumato.train import run
+from sfumato.train.job import data_identity, source_of
 from sfumato.train.recipe import parse_recipe, read_recipe
 
 WEIGHTS = ("l1", "gradient", "haar", "spectral", "kl", "equivariance", "adversarial")
@@ -93,3 +94,15 @@ def test_what_is_no_recipe_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "bytes.toml", "a\0b.toml"):
         with pytest.raises(InputError):
             read_recipe(path)
+
+
+def test_objects_of_scenes_are_asked_for_and_change_no_run_that_does_not():
+    tables = {"name": "a", "data": {"kind": "scenes", "count": 3, "size": 32}, "autoencoder": {"factor": 1}}
+    plain = parse_recipe(tables)
+    assert "objects" not in data_identity(plain.data)
+    few = parse_recipe({**tables, "data": {**tables["data"], "objects": [1, 1]}})
+    assert data_identity(few.data)["objects"] == (1, 1)
+    assert {len(source_of(few, 1).scene(i).objects) for i in range(3)} == {1}
+    for wrong in ([0, 2], [3, 2], [1, 6], [2]):
+        with pytest.raises(InputError, match=r"data\.objects"):
+            parse_recipe({**tables, "data": {**tables["data"], "objects": wrong}})

@@ -16,9 +16,6 @@ few bands. A batch goes through picture by picture and takes no more.
 
 Storing less means computing more: with only x kept, each resnet would run conv1 twice, which is a third more work for a
 quarter less memory.
-
-Statistics are means and variances of bands, two passes each in float32, merged in float64 (Chan, Golub & LeVeque 1983);
-that is closer to the truth than PyTorch's own channels-last GroupNorm, which adds up in sequence in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -54,25 +50,11 @@ from sfumato.autoencoder.memory import (
     rows_of,
 )
 from sfumato.autoencoder.model import PIXEL_CHANNELS, Posterior
-from sfumato.errors import InputError, SfumatoError
+from sfumato.autoencoder.statistics import Moments, NonFiniteError, normalise
+from sfumato.errors import InputError
 from sfumato.nn.attention import attention
 from sfumato.nn.packed import CELLS, PackedConv2d, can_pack
 from sfumato.runtime import give_back
-
-Out = TypeVar("Out")
-
-
-class NonFiniteError(SfumatoError):
-    """A layer gave NaN or infinity. `layer` is its name as in the weights' file."""
-
-    code = "not_finite"
-
-    def __init__(self, layer: str, dtype: torch.dtype):
-        kind = str(dtype).removeprefix("torch.")
-        super().__init__(
-            f"{layer} of the autoencoder gives NaN or infinity in {kind}; its weights are damaged, or not of this model"
-        )
-        self.layer = layer
 
 
 def decode_banded(
@@ -115,88 +97,12 @@ def encode_banded(
     return posterior_of(moments)
 
 
-def decode_safe(
-    model: AutoencoderKL, latent: Tensor, *, band: int = BAND, dtype: torch.dtype | None = None
-) -> Tensor:
-    """`decode_banded`, in float32 where the type asked for overflows, so that no picture comes out black.
-
-    float16 goes straight to float32 if the config says `force_upcast`. What overflows in float32 too is a
-    `NonFiniteError` that names the first layer.
-    """
-    return rescued(decode_banded, model, latent, band, dtype)
-
-
-def encode_safe(
-    model: AutoencoderKL, pixels: Tensor, *, band: int = BAND, dtype: torch.dtype | None = None
-) -> Posterior:
-    """`encode_banded`, in float32 where the type asked for overflows; as `decode_safe`."""
-    return rescued(encode_banded, model, pixels, band, dtype)
-
-
-def rescued(
-    run: Callable[..., Out], model: AutoencoderKL, x: Tensor, band: int, dtype: torch.dtype | None
-) -> Out:
-    """A banded pass in the type asked for, or in float32 where that overflows or is known to."""
-    dtype = model.dtype if dtype is None else dtype
-    if dtype == torch.float16 and model.config.force_upcast:
-        dtype = torch.float32
-    try:
-        return run(model, x, band=band, dtype=dtype)
-    except NonFiniteError:
-        if dtype == torch.float32:
-            raise
-    return run(model, x, band=band, dtype=torch.float32)
-
-
 def check_finite(x: Tensor, name: str) -> None:
     if (~torch.isfinite(x)).any():
         raise InputError(f"{name} must be finite, but holds NaN or infinity", argument=name)
 
 
 # --- one picture -------------------------------------------------------------------------------------------------
-
-
-class Moments:
-    """Mean and sum of squared deviations of each channel, gathered band by band."""
-
-    def __init__(self, channels: int, device: torch.device):
-        self.count = 0
-        self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
-        self.square = torch.zeros(channels, dtype=torch.float64, device=device)
-
-    def add(self, band: Tensor) -> None:
-        """band: (1, C, h, W) in float32 or wider; it is overwritten."""
-        n = band.shape[2] * band.shape[3]
-        mean = band.mean((0, 2, 3))
-        square = band.sub_(mean[:, None, None]).square_().mean((0, 2, 3)).double() * n
-        total = self.count + n
-        delta = mean.double() - self.mean
-        self.square += square + delta**2 * (self.count * n / total)
-        self.mean += delta * (n / total)
-        self.count = total
-
-    def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each channel's group, (C,)."""
-        means = self.mean.view(groups, -1)
-        mean = means.mean(1, keepdim=True)
-        variance = (self.square.view(groups, -1) / self.count + (means - mean) ** 2).mean(1, keepdim=True)
-        return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
-
-    def finite(self) -> bool:
-        return not bool((~torch.isfinite(self.mean + self.square)).any())
-
-
-def normalise(x: Tensor, norm: nn.GroupNorm, moments: Moments, wide: torch.dtype) -> None:
-    """In place, by given statistics, which is what a batch norm does outside training; in one rounding.
-
-    x: (1, C, H, W). wide: the type of the arithmetic.
-    """
-    mean, variance = (value.to(wide) for value in moments.of_groups(norm.num_groups))
-    weight, bias = norm.weight.to(wide), norm.bias.to(wide)
-    unused = x.new_empty(0, dtype=wide)
-    torch.native_batch_norm(
-        x, weight, bias, mean, variance, False, 0.0, norm.eps, out=(x, unused, unused.clone())
-    )
 
 
 @dataclass

@@ -10,7 +10,7 @@ But no layer does everything at once. Of a space-time block
     the temporal half                                            is of one pixel in all frames; no other need be there
 
 so the first go frame by frame, and the second band by band of rows with all frames. What joins the bands are the two
-norms' statistics, means and variances of all that was ever added (`banded.Moments`): a first walk over the bands has
+norms' statistics, means and variances of all ever added (`statistics.Moments`): a first walk over the bands has
 the second norm's, and a second walk makes the first convolution once more instead of keeping its answer.
 
 Held are the activation of every frame between two layers, once, and what one frame or one band needs. For the published
@@ -27,10 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from sfumato.autoencoder.banded import Moments, NonFiniteError, check_finite, normalise, rescued
+from sfumato.autoencoder.banded import check_finite
 from sfumato.autoencoder.kl import norm_silu
 from sfumato.autoencoder.memory import BAND, rows_of
 from sfumato.autoencoder.model import PIXEL_CHANNELS
+from sfumato.autoencoder.safe import rescued
+from sfumato.autoencoder.statistics import Moments, NonFiniteError, normalise
 from sfumato.autoencoder.temporal import SpaceTimeResnet, TemporalAutoencoderKL
 from sfumato.errors import InputError
 from sfumato.nn.temporal import Mixer, TemporalResnet, as_clips, as_frames
@@ -61,7 +63,7 @@ def decode_framed(
 def decode_safe(
     model: TemporalAutoencoderKL, latent: Tensor, *, band: int = BAND, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`decode_framed`, in float32 where the type asked for overflows; as `banded.decode_safe`."""
+    """`decode_framed`, in float32 where the type asked for overflows; as `safe.decode_safe`."""
     return rescued(decode_framed, model, latent, band, dtype)
 
 

@@ -26,6 +26,7 @@ from sfumato.cli import (
     replay,
     scenes,
     serve,
+    study,
     train,
     usage,
 )
@@ -54,6 +55,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
 GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {
     "lora": (lora.ABOUT, lora.VERBS),
     "keys": (keys.ABOUT, keys.VERBS),
+    "study": (study.ABOUT, study.VERBS),
 }
 
 

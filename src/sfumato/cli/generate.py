@@ -81,6 +81,7 @@ def generate(
     offload: options.Offload = None,
     preview: options.Preview = False,
     deterministic: options.Deterministic = False,
+    sign: options.Sign = None,
     prompts: options.Prompts = None,
     ray: options.Ray = None,
     replicas: options.Replicas = "1",
@@ -159,7 +160,7 @@ def generate(
     if pictured is not None:
         given["controls"] = pictured
     given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
-    lines = None
+    lines, signer = None, None
     if prompts is None:
         request = Request.from_dict(_merged(given, told))
         check_output(output, request.count, request)
@@ -170,9 +171,14 @@ def generate(
             "--image": image,
             "--control": control,
             "--preview": preview,
+            "--sign": sign,
         }
         lines = bulk.lines_of(prompts, given, others, output)
         request = bulk.largest(lines)
+    if sign is not None:
+        from sfumato.receipts.signing import open_signer
+
+        signer = open_signer(*sign)
     if preview:
         watch.check_preview(output)
 
@@ -243,7 +249,7 @@ def generate(
         finally:
             clean()
     result = billed(loaded, request, result, meter)
-    files = result.save(output)
+    files = result.save(output, signer)
     seconds = time.perf_counter() - started
     if as_json:
         show.answer(

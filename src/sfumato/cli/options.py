@@ -427,6 +427,13 @@ Deterministic = Annotated[
         "write equal bytes.",
     ),
 ]
+Sign = Annotated[
+    tuple[Path, Path] | None,
+    Option(
+        metavar="CERT KEY",
+        help="Seal each file with a C2PA manifest: your chain of certificates and its private key, PEM files.",
+    ),
+]
 AsJson = Annotated[bool, Option("--json", help="Answer with one JSON object.")]
 
 

@@ -57,9 +57,9 @@ class Reporter:
         if event.kind in ("step", "prepare"):
             self._move(event)
         elif event.kind == "sheet":
-            self._say(f"{event.stage}: samples at step {event.step} in {event.text}")
+            self.say(f"{event.stage}: samples at step {event.step} in {event.text}")
         elif event.text:
-            self._say(f"{event.stage}: {event.text}")
+            self.say(f"{event.stage}: {event.text}")
 
     def _move(self, event: Event) -> None:
         told = describe(event)
@@ -71,9 +71,10 @@ class Reporter:
         now = time.monotonic()
         if self.bar.disable and (now - self.spoke >= QUIET_SECONDS or event.step == event.total):
             self.spoke = now
-            self._say(f"{event.stage} {event.step}/{event.total} {told}".rstrip())
+            self.say(f"{event.stage} {event.step}/{event.total} {told}".rstrip())
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line of text, above the bars."""
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

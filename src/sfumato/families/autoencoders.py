@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.autoencoder.banded import encode_safe
 from sfumato.autoencoder.kl import KLConfig
 from sfumato.autoencoder.model import Autoencoder
+from sfumato.autoencoder.safe import encode_safe
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families import checkpoint_families, family_of, is_checkpoint, located, model_folder
 from sfumato.families.published.checkpoint import Checkpoint, open_checkpoint, same_latents

@@ -160,10 +160,11 @@ def machine_key(device: torch.device) -> str:
     """The processor or GPU, the threads, and the version of PyTorch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} | torch {torch.__version__}"
-    return f"{_processor()} | {torch.get_num_threads()} threads | torch {torch.__version__}"
+    return f"{processor_name()} | {torch.get_num_threads()} threads | torch {torch.__version__}"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The CPU's model and the instructions that PyTorch uses of it."""
     try:
         told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -27,6 +27,7 @@ from sfumato.storage import atomic_file
 if TYPE_CHECKING:
     from PIL.Image import Exif, Image
 
+    from sfumato.receipts.signing import Signer
     from sfumato.types import Request, Result
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -109,22 +110,22 @@ def encoded(image: Image, recipe: dict[str, Any], suffix: str) -> bytes:
     return stream.getvalue()
 
 
-def save_images(result: Result, path: str | os.PathLike[str]) -> list[Path]:
+def save_images(result: Result, path: str | os.PathLike[str], sign: Signer | None = None) -> list[Path]:
     """Write every picture of `result` with its recipe; all appear, or on a failure none does. Returns the files.
 
-    The recipe in file k is that of picture k alone: count 1 and its own seed.
+    The recipe in file k is that of picture k alone: count 1 and its own seed. sign: who seals each file.
     """
     check_output(path, len(result.images))
     files = targets(path, len(result.images))
     try:
         with contextlib.ExitStack() as stack:
             for k, (image, file) in enumerate(zip(result.images, files, strict=True)):
-                _save(
-                    image,
-                    stack.enter_context(atomic_file(file)),
-                    file.suffix.lower(),
-                    recipe_of(result.recipe, k),
-                )
+                place, suffix = stack.enter_context(atomic_file(file)), file.suffix.lower()
+                recipe = recipe_of(result.recipe, k)
+                if sign is None:
+                    _save(image, place, suffix, recipe)
+                else:
+                    place.write_bytes(sign.sign(encoded(image, recipe, suffix), suffix, recipe))
     except OSError as error:
         raise SfumatoError(f"{path} could not be written: {error.strerror or error}") from error
     return files

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from sfumato.autoencoder.losses import (
     kl_loss,
     picture_loss,
 )
-from sfumato.autoencoder.model import Autoencoder
+from sfumato.autoencoder.model import Autoencoder, AutoencoderConfig
 from sfumato.errors import InputError
+from sfumato.flops import count_flops
 
 
 def autoencoder_loss(
@@ -85,6 +87,26 @@ def discriminator_loss(
     }
 
 
+def step_flops(config: AutoencoderConfig, losses: LossConfig, shape: tuple[int, int, int]) -> float:
+    """FLOPs of one picture's share of a step, forward and backward, averaged over the scales that the loss may draw.
+
+    shape: pictures in a microbatch, height and width in pixels. Counted on tensors without numbers: any size costs
+    nothing. The discriminator's are not among them.
+    """
+    with torch.device("meta"):
+        model = Autoencoder(config)
+        pixels = torch.empty(shape[0], 3, 1, *shape[1:])
+    cells = model.latent_shape(1, *shape[1:])[-2:]
+    scales = legal_scales(cells, losses) if losses.equivariance else []
+    each = [replace(losses, equivariance_scales=(scale,)) for scale in scales] or [losses]
+
+    def steps() -> None:
+        for one in each:
+            autoencoder_loss(model, pixels, one, torch.Generator(), 1)[0].backward()
+
+    return count_flops(steps) / (len(each) * shape[0])
+
+
 @torch.no_grad()
 def latent_statistics(model: Autoencoder, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) float32 of the posterior means of all `batches` of pixels (B, 3, T, H, W).
@@ -118,9 +140,14 @@ def latent_noise(model: Autoencoder, pixels: Tensor, generator: torch.Generator)
     return torch.randn(shape, generator=generator, device=generator.device).to(pixels.device)
 
 
+def legal_scales(cells: tuple[int, ...], config: LossConfig) -> list[int]:
+    """Those of the scales by which the latent divides."""
+    return [s for s in config.equivariance_scales if all(n % s == 0 and n >= s for n in cells)]
+
+
 def draw_shrink(cells: tuple[int, ...], config: LossConfig, generator: torch.Generator) -> int:
     """One of the scales by which the latent divides, drawn evenly; 1 (no such loss) when none does."""
-    legal = [s for s in config.equivariance_scales if all(n % s == 0 and n >= s for n in cells)]
+    legal = legal_scales(cells, config)
     if not legal:
         return 1
     return legal[int(torch.randint(len(legal), (), generator=generator, device=generator.device))]

@@ -23,7 +23,7 @@ from sfumato.errors import DataError, InputError
 from sfumato.generate import Model, load, to_image
 from sfumato.storage import write_json
 from sfumato.train.control_data import Folder, Pairs, Scenes
-from sfumato.train.job import VOLATILE, Job, fingerprint, source_of
+from sfumato.train.job import VOLATILE, Job, data_identity, fingerprint, source_of
 from sfumato.train.loop import Event, Loss, Player, fit, seeded
 from sfumato.train.recipe import ControlRecipe
 from sfumato.train.state import tensorboard
@@ -85,7 +85,7 @@ class ControlJob(Job):
         """A hash of what decides the weights at a given step."""
         own = asdict(self.own)
         own["train"] = {name: value for name, value in own["train"].items() if name not in VOLATILE}
-        data = asdict(self.recipe.data) | {"cache": ""}
+        data = data_identity(self.recipe.data)
         return fingerprint([data, self.recipe.seed, own, self.model.hashes])
 
     def pairs(self, part: str) -> Pairs:

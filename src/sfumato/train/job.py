@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sfumato.data.source import Source, to_float
 from sfumato.errors import InputError
 from sfumato.families import family_named
 from sfumato.train.loop import Event, OnEvent, World
-from sfumato.train.recipe import Recipe, check, read_recipe
+from sfumato.train.recipe import DataRecipe, Recipe, check, read_recipe
 
 HELD_OUT_SCENES = 256  # of the val split, to measure on
 VOLATILE = {"steps", "save_every", "sheet_every"}  # may change between two starts of one run
@@ -47,7 +47,7 @@ def source_of(
         split = "val" if part == "held_out" else d.split
         count = HELD_OUT_SCENES if part == "held_out" else d.count
         kept = d.cache or (None if cache is None else Path(cache) / "scenes")
-        return SceneSource(count, d.seed, split, d.size, cache=kept)
+        return SceneSource(count, d.seed, split, d.size, cache=kept, options=options_of(d))
     if not d.path:
         raise InputError(
             "no pictures were named: give --data DIR, or data.path in the recipe", argument="data"
@@ -62,6 +62,11 @@ def source_of(
         held_out=d.held_out,
         cache=None if cache is None else Path(cache) / "pictures",
     )
+
+
+def options_of(data: DataRecipe) -> dict[str, Any]:
+    """What a recipe asks of its scenes beyond their split; nothing where it asks for what they are anyway."""
+    return {} if data.objects == DataRecipe.objects else {"objects": data.objects}
 
 
 def training_pictures(recipe: str | Path, data: str | Path | None, most: int) -> Tensor:
@@ -125,6 +130,15 @@ class Job:
         if problems := getattr(source, "problems", ()):
             first = problems[0]
             self.note(f"{len(problems):,} set aside, the first {first.path}: {first.reason}")
+
+
+def data_identity(data: DataRecipe) -> dict[str, Any]:
+    """What of a recipe's [data] decides the weights; the objects of scenes where they are not what they always were."""
+    return {
+        name: value
+        for name, value in (asdict(data) | {"cache": ""}).items()
+        if name != "objects" or options_of(data)
+    }
 
 
 def fingerprint(parts: Any) -> str:

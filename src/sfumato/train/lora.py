@@ -34,7 +34,7 @@ from sfumato.train.adapter import (
     held_out_error,
     picture_flops,
 )
-from sfumato.train.job import VOLATILE, Job, fingerprint
+from sfumato.train.job import VOLATILE, Job, data_identity, fingerprint
 from sfumato.train.loop import Event, Loss, Player, fit, seeded
 from sfumato.train.notes import notes_of
 from sfumato.train.prior import draw_class
@@ -141,7 +141,7 @@ class LoraJob(Job):
         own["train"] = {key: value for key, value in own["train"].items() if key not in VOLATILE}
         for name in ("samples", "layout", "dtype", "recompute"):
             del own[name]
-        data = asdict(self.recipe.data) | {"cache": ""}
+        data = data_identity(self.recipe.data)
         parts = [DRAWS, data, self.recipe.seed, own, self.trainee.identity(), str(self.dtype)]
         return fingerprint(parts)
 

@@ -43,6 +43,7 @@ class DataRecipe:
     size: int = 128  # side in pixels of a square picture; other shapes get about the same area
     count: int = 10_000  # scenes: how many different ones
     split: str = "train"  # scenes: which split
+    objects: tuple[int, int] = (1, 5)  # scenes: fewest and most objects
     seed: int = 0  # scenes: which world; folder: the choice of crops
     flip: bool = False  # folder: add the mirror image of every picture
     held_out: float = 0.02  # folder: share of the pictures kept from the autoencoder, to measure it on
@@ -206,11 +207,10 @@ class Recipe:
     log: str = "csv"  # csv, or tensorboard for both
 
 
-def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read and check a recipe. `overrides` are dotted keys, such as {"denoiser.train.steps": 100}."""
-    path = Path(path)
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file as they stand; `InputError` for one that is not there or not TOML."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no recipe {str(path)!r}", argument="recipe") from None
     except (
@@ -219,7 +219,21 @@ def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         RecursionError,
     ) as error:  # ValueError: not UTF-8, not TOML, no possible name
         raise InputError(f"{path} is not a readable TOML recipe: {error}", argument="recipe") from None
-    for key, value in (overrides or {}).items():
+
+
+def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe. `overrides` are dotted keys, such as {"denoiser.train.steps": 100}."""
+    path = Path(path)
+    values = read_tables(path)
+    set_values(values, overrides or {})
+    values.setdefault("name", path.stem)
+    values.setdefault("data", {})
+    return parse_recipe(values)
+
+
+def set_values(values: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Put values into nested tables, in place, by dotted keys such as denoiser.train.steps; missing tables are made."""
+    for key, value in overrides.items():
         *parents, last = key.split(".")
         table = values
         for parent in parents:
@@ -227,9 +241,6 @@ def read_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             if not isinstance(table, dict):
                 raise InputError(f"{key} cannot be set: {parent} is a value, not a table", argument=key)
         table[last] = value
-    values.setdefault("name", path.stem)
-    values.setdefault("data", {})
-    return parse_recipe(values)
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
@@ -248,15 +259,15 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         own = {f.name for f in fields(kind)} - {"model"}
         shape = {name: value for name, value in table.items() if name not in own}
         rest = {name: value for name, value in table.items() if name in own}
-        values[stage] = _build(kind, rest, stage, model=_build(model, shape, stage))
+        values[stage] = build(kind, rest, stage, model=build(model, shape, stage))
     lora = values.get("lora")
     if isinstance(lora, dict):
         train = lora.get("train", {})
         targets = lora.get("targets", "attention")
         more = {"targets": [targets] if isinstance(targets, str) else targets}
         values["lora"] = lora | more | ({"train": LORA_TRAIN | train} if isinstance(train, dict) else {})
-    values["preset"] = _build(family.Preset, values.get("preset", {}), "preset")
-    recipe = _build(Recipe, values, "")
+    values["preset"] = build(family.Preset, values.get("preset", {}), "preset")
+    recipe = build(Recipe, values, "")
     check(recipe)
     return recipe
 
@@ -264,6 +275,11 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 def check(recipe: Recipe) -> None:
     """`InputError` for what does not go together, or is out of its range."""
     _one_of("data.kind", recipe.data.kind, ("folder", "scenes"))
+    if len(recipe.data.objects) != 2 or not 1 <= recipe.data.objects[0] <= recipe.data.objects[1] <= 5:
+        raise InputError(
+            f"data.objects must be the fewest and the most, within 1 to 5, not {list(recipe.data.objects)}",
+            argument="data.objects",
+        )
     stages = [stage for stage in (*STAGES, *BESIDE) if getattr(recipe, stage)]
     if not stages:
         tables = ", ".join(f"no [{stage}]" for stage in (*STAGES, *BESIDE))
@@ -434,7 +450,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise InputError(f"{name} must be {' or '.join(known)}, not {value!r}", argument=name)
 
 
-def _build(kind: Any, values: Any, where: str, **ready: Any) -> Any:
+def build(kind: Any, values: Any, where: str, **ready: Any) -> Any:
     """Fill the dataclass `kind` from a table, recursively; `ready` fields and values already built are kept."""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a table, not {values!r}", argument=where)
@@ -450,13 +466,16 @@ def _build(kind: Any, values: Any, where: str, **ready: Any) -> Any:
     for name, f in known.items():
         here, hint = _dotted(where, name), _inner(hints[name])
         if name not in values:
-            if is_dataclass(hint) and f.default is MISSING and f.default_factory is MISSING:
-                built[name] = _build(hint, {}, here)
+            if f.default is not MISSING or f.default_factory is not MISSING:
+                continue
+            if not is_dataclass(hint):
+                raise InputError(f"{here} is missing", argument=here)
+            built[name] = build(hint, {}, here)
         elif is_dataclass(values[name]):
             built[name] = values[name]
         else:
             built[name] = (
-                _build(hint, values[name], here) if is_dataclass(hint) else _value(hint, values[name], here)
+                build(hint, values[name], here) if is_dataclass(hint) else _value(hint, values[name], here)
             )
     return kind(**built)
 

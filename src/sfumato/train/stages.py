@@ -25,7 +25,7 @@ from sfumato.storage import load_tensors, save_tensors, tensors_hash, write_json
 from sfumato.text import Tokenizer, learn_words
 from sfumato.train.autoencoder import latent_statistics
 from sfumato.train.denoiser import Examples
-from sfumato.train.job import VOLATILE, Job, fingerprint, multiple_of
+from sfumato.train.job import VOLATILE, Job, data_identity, fingerprint, multiple_of
 from sfumato.train.loop import Event, fit
 from sfumato.train.state import has_state, tensorboard
 from sfumato.train.tasks import AutoencoderTask, DenoiserTask
@@ -222,8 +222,7 @@ class ModelJob(Job):
         """The vocabulary, learnt once and kept with the run."""
         kept = self.folder / "denoiser" / "words.json"
         if self.world.leads and not kept.exists():
-            texts = (source.caption(i, epoch) for epoch in range(2) for i in range(min(len(source), 20_000)))
-            write_json(kept, learn_words(texts, limit))
+            write_json(kept, vocabulary(source, limit))
         self.world.wait()
         return tuple(json.loads(kept.read_text(encoding="utf-8")))
 
@@ -263,7 +262,7 @@ class ModelJob(Job):
         `steps` is left out so that a finished run can be given more, though the rate's fall at the end depends on it:
         a run given more steps is another than one that had them from the start.
         """
-        parts: dict[str, Any] = {"data": asdict(self.recipe.data) | {"cache": ""}, "seed": self.recipe.seed}
+        parts: dict[str, Any] = {"data": data_identity(self.recipe.data), "seed": self.recipe.seed}
         if stage == "denoiser":
             parts["draws"] = DRAWS
         for name in ("autoencoder", "denoiser")[: 1 + (stage == "denoiser")]:
@@ -272,3 +271,9 @@ class ModelJob(Job):
             part["train"] = {key: value for key, value in part["train"].items() if key not in volatile}
             parts[name] = part
         return fingerprint(parts)
+
+
+def vocabulary(source: Source, limit: int) -> tuple[str, ...]:
+    """The most frequent words of a source's captions that get a token of their own."""
+    texts = (source.caption(i, epoch) for epoch in range(2) for i in range(min(len(source), 20_000)))
+    return tuple(learn_words(texts, limit))

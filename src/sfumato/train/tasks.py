@@ -15,11 +15,10 @@ from sfumato.autoencoder.discriminator import Discriminator
 from sfumato.data.buckets import Order, raw_bits
 from sfumato.data.source import Source, to_float
 from sfumato.families import family_named
-from sfumato.flops import count_flops
 from sfumato.generate import Model, to_image
 from sfumato.runtime import autocast, fast_dtype
 from sfumato.storage import atomic_directory, atomic_file
-from sfumato.train.autoencoder import autoencoder_loss, discriminator_loss
+from sfumato.train.autoencoder import autoencoder_loss, discriminator_loss, step_flops
 from sfumato.train.denoiser import Examples, denoiser_player, picture_flops
 from sfumato.train.loop import Loss, Player, seeded
 from sfumato.train.recipe import Recipe
@@ -58,11 +57,9 @@ class AutoencoderTask:
                 return discriminator_loss(model, net, pixels, losses, generator, step)
 
             self.players.append(Player("discriminator", discriminator, self.recipe, self.pixels, judge))
-        sample = self.pixels(1, 0)[:1]
-        self.flops = float(
-            count_flops(lambda: autoencoder_loss(model, sample, losses, seeded("cpu", 0), 1)[0].backward())
-        )
-        model.zero_grad(set_to_none=True)
+        height, width = self.pixels(1, 0).shape[-2:]
+        parts = self.recipe.batch // self.recipe.parts
+        self.flops = step_flops(model.config, losses, (parts, height, width))
 
     def pixels(self, step: int, part: int) -> Tensor:
         """(B, 3, T, H, W) of one microbatch, cropped at places that depend on (seed, step, part) alone."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sfumato.adapters.fold import Adapters, Touched
 from sfumato.autoencoder import framed
-from sfumato.autoencoder.banded import decode_safe, encode_safe
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
 from sfumato.autoencoder.model import PIXEL_CHANNELS, check_size
 from sfumato.autoencoder.preview import has_factors, preview
+from sfumato.autoencoder.safe import decode_safe, encode_safe
 from sfumato.autoencoder.temporal import TemporalAutoencoderKL
 from sfumato.checkpoint.rules import View
 from sfumato.diffusion.guidance import ALWAYS

@@ -114,6 +114,10 @@ def trace(
         )
         marks = [tracer.flops]
         cond, text = tracer.worst(lambda: ghost.condition([request.prompt, request.negative], request))
+        if (
+            "autoencoder" in system.texts
+        ):  # told from a picture, whose encoding was taken as one without a count
+            networks["autoencoder"].encode(torch.empty(1, 3, 1, size[1], size[0], device=system.device))
         marks.append(tracer.flops)
         denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
         marks.append(tracer.flops)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.fold import Touched
-from sfumato.autoencoder.banded import encode_safe
 from sfumato.autoencoder.model import check_size
+from sfumato.autoencoder.safe import encode_safe
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import NoiseLevels
