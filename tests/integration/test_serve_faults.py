@@ -65,7 +65,7 @@ def killed_at_random(place, kills: int, of_front: float, seed: int) -> None:
     server = serving(place, "--queue", "64")
     client, started = Client(server.start()), awake().seconds
     client.wait(client.submit({"steps": MOST_STEPS})["id"])
-    pace = max(2.0, 4 * (awake().seconds - started))
+    pace = max(2.0, 8 * (awake().seconds - started))
     accepted: set[str] = set()
     over, wrong = threading.Event(), []
 
