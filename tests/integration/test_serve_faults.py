@@ -57,14 +57,15 @@ def balanced(server: Server, accepted: set[str]) -> None:
 
 
 def killed_at_random(place, kills: int, of_front: float, seed: int) -> None:
-    """Jobs submitted without pause, while a worker or the front is killed at random moments. These lie so far apart
-    that few jobs lose three workers, after which they would be given up.
+    """Jobs submitted without pause, while a worker or the front is killed at random moments.
+
+    These lie so far apart that hardly a job is lost with three workers, after which it would be given up.
     """
     chance = random.Random(seed)
     server = serving(place, "--queue", "64")
     client, started = Client(server.start()), awake().seconds
     client.wait(client.submit({"steps": MOST_STEPS})["id"])
-    pace = max(2.0, 4 * (awake().seconds - started))
+    pace = max(2.0, 8 * (awake().seconds - started))
     accepted: set[str] = set()
     over, wrong = threading.Event(), []
 

@@ -29,6 +29,11 @@ def moves(tmp_path_factory):
     return Model(open_system(place, CPU, torch.float32, systems=small_svd.SMALL), CPU, "moves")
 
 
+@pytest.fixture(scope="module")
+def costs(moves):
+    return Costs(moves)
+
+
 def opened(model: Model) -> Opened:
     return Opened("it", model, model)
 
@@ -56,27 +61,31 @@ def test_a_model_of_pictures_draws_no_clips():
     assert refused.value.argument == "model"
 
 
-def test_what_a_clip_takes_grows_with_its_frames(moves):
-    costs, first = Costs(moves), small_svd.picture()
+def test_what_a_clip_takes_grows_with_its_frames(moves, costs):
+    first, size = small_svd.picture(), (256, 192)
     assert shortest(moves).frames == 2 and usual(moves).frames == FRAMES
     two, three = (
-        costs.expected(moves.complete(Request(image=first, frames=frames, steps=4, count=2)))
+        costs.expected(moves.complete(Request(image=first, frames=frames, size=size, steps=4, count=2)))
         for frames in (2, 3)
     )
-    pixels = small_svd.SIZE[0] * small_svd.SIZE[1]
+    pixels = size[0] * size[1]
     assert (two.pixel_steps, three.pixel_steps) == (2 * 2 * 4 * pixels, 2 * 3 * 4 * pixels)
     assert three.steps == 8 and three.frames == 3  # one clip after the other
     assert three.need > two.need > 0 and three.seconds > two.seconds
     assert three.flops["denoise"] > two.flops["denoise"] > 0 and "encode" not in two.flops
     told = three.to_json()
     assert (told["pictures"], told["frames"], told["fps"]) == (2, 3, 7)
+    costs.memory = two.need
     with pytest.raises(InputError, match="memory"):
-        Costs(moves, memory=two.need).expected(moves.complete(Request(image=first, frames=3)))
+        costs.expected(moves.complete(Request(image=first, frames=3, size=size, count=2)))
 
 
-def test_flops_of_clips_of_other_lengths_are_not_taken_for_each_other(moves):
+def test_flops_of_clips_of_other_lengths_are_not_taken_for_each_other(costs):
     first = small_svd.picture()
-    works = [work_of(moves, Request(image=first, frames=frames, steps=2, count=3)) for frames in (2, 3)]
+    works = [
+        work_of(costs.plain, Request(image=first, frames=frames, size=(256, 192), steps=2, count=3))
+        for frames in (2, 3)
+    ]
     totals = [sum(part.total for part in work if part.stage == "denoise") for work in works]
     assert totals[0] < totals[1]
     assert [part.pictures for part in works[0] if part.stage == "decode"] == [1]
