@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,38 @@ PROMPT = "a red metal sphere behind a small blue cube"
 PRICES = "[[rule]]\npicture = 0.001\nmegapixel_step = 0.01\n"
 
 
+class Awake(threading.Thread):
+    """Seconds in which this process could run. One that was stopped for a while, with the server, has not waited."""
+
+    TICK = 0.1
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seconds = 0.0
+        self.start()
+
+    def run(self) -> None:
+        last = time.monotonic()
+        while True:
+            time.sleep(self.TICK)
+            now = time.monotonic()
+            self.seconds += min(now - last, 10 * self.TICK)
+            last = now
+
+
+@functools.cache
+def awake() -> Awake:
+    return Awake()
+
+
 class Patience:
-    """So many seconds of waiting. Those in which this process itself stood still, with the server, do not count."""
+    """So many seconds of waiting, as `Awake` counts them: true until they are over."""
 
     def __init__(self, seconds: float):
-        self.left, self._last = seconds, time.monotonic()
+        self._until = awake().seconds + seconds
 
     def __bool__(self) -> bool:
-        now = time.monotonic()
-        self.left -= min(now - self._last, 1.0)
-        self._last = now
-        return self.left > 0
+        return awake().seconds < self._until
 
 
 class Server:
@@ -62,6 +85,7 @@ class Server:
             if self.process.poll() is not None:
                 break
             time.sleep(0.05)
+        self.kill()
         raise AssertionError(f"the server did not start: {self.log.read_text()[-3000:]}")
 
     def begin(self) -> None:

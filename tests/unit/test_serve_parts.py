@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.cli.app import run
+from sfumato.cluster.replicas import Outbox
 from sfumato.errors import InputError
 from sfumato.serve import keys, money
+from sfumato.serve.floor import work_of
 from sfumato.serve.job import Live, fairest, next_for
 from sfumato.serve.ledger import Record
 from sfumato.serve.money import Prices, Rule, Work
@@ -44,6 +47,14 @@ def test_prices_are_exact(tmp_path):
     assert read.due("pocket", work, 10**9) == 300_000 + 90 + 100_000
     assert read.due("pocket", work, 1000) == 1000  # never more than was reserved
     assert read.most("other", work) == 1  # a tenth of a millionth, rounded up
+
+
+def test_frames_of_clips_have_a_price_of_their_own(tmp_path):
+    read = prices(tmp_path, "[[rule]]\npicture = 1\nframe = 0.002\nmegapixel_step = 0.01\n")
+    clips = work_of({"pictures": 2, "frames": 9, "pixel_steps": 2 * 9 * 10**6}, 1.0)
+    assert clips == Work(0, 18 * 10**6, 1.0, 18) and read.most("m", clips) == 18 * 2_000 + 180_000
+    pictures = work_of({"pictures": 2, "pixel_steps": 10**6}, 1.0)
+    assert read.most("m", pictures) == 2_000_000 + 10_000
 
 
 def test_without_rules_everything_is_free():
@@ -329,3 +340,28 @@ def test_what_is_no_message_is_refused(data):
     ours.close()
     with pytest.raises(Broken):
         Line(theirs).receive()
+
+
+# --- a worker at the other end of a cluster -------------------------------------------------------------------------
+
+
+def test_who_comes_to_a_replica_hears_that_it_is_ready_and_what_follows():
+    async def listening() -> None:
+        outbox = Outbox()
+        outbox.send({"is": "ready", "models": []})
+        outbox.send({"is": "pulse"})  # to nobody
+        first = outbox.open()
+        await asyncio.to_thread(outbox.send, {"is": "look"}, (b"x",))
+        assert [await first.get(), await first.get()] == [
+            ({"is": "ready", "models": []}, []),
+            ({"is": "look"}, [b"x"]),
+        ]
+        second = outbox.open()  # a front that was started again
+        outbox.send({"is": "done"}, (b"y", b"z"))
+        assert (await second.get())[0]["is"] == "ready" and (await second.get())[1] == [b"y", b"z"]
+        assert first.empty() and not outbox.close(first) and outbox.close(second)
+        outbox.send({"is": "done"})
+        await asyncio.sleep(0)
+        assert second.empty()
+
+    asyncio.run(listening())

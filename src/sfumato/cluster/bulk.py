@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ def _mapped(
     ray = join(address, replicas + 1)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.execution_options.preserve_order = False
     rows = ray.data.from_items([{"place": k} for k in range(count)], override_num_blocks=min(count, BLOCKS))
     gpus = 1 if device is not None and device.startswith("cuda") else 0

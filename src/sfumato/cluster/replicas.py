@@ -18,7 +18,7 @@ from sfumato.serve import wire
 
 APPLICATION = "sfumato-worker-{}"
 ONGOING = 1000  # calls of a replica at once: one listens, the others are short
-STARTING = 600.0  # seconds that a replica may take to be there again
+WATCH = 2.0  # seconds between looks whether a replica lives
 
 
 class Replica:
@@ -106,6 +106,7 @@ class Replicas:
             name=f"worker-{number}",
             num_replicas=1,
             max_ongoing_requests=ONGOING,
+            health_check_period_s=WATCH,
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         )
         told = {**start, "models": [absolute(model) for model in start["models"]]}

@@ -152,7 +152,8 @@ class Device:
             message, _ = await link.receive()
             if message["is"] == "unable":
                 raise Unable(message["error"]["message"])
-            self.facts, self.room, self.name = message["models"], message["room"], message["device"]
+            self.facts, self.room, number = message["models"], message["room"], self.start["number"]
+            self.name = f"{message['device']}#{number}" if number else message["device"]
             self.ready.set()
             self._hear(self, message, [])
             if not first.done():

@@ -27,7 +27,7 @@ from sfumato.serve.settings import Settings
 from sfumato.serve.wire import Broken
 
 log = logging.getLogger("sfumato.serve")
-MOST_LOSSES = 3  # workers that may be lost with a job before it is given up
+MOST_LOSSES = 3  # workers that may be lost with a job drawn by itself before it is given up
 GRACE = 30.0  # seconds that a worker may be late in stopping a job, before it is killed
 TICK = 0.25  # seconds between looks at deadlines
 AGAIN = 1.0  # seconds until the ledger or the disk is tried again
@@ -265,13 +265,14 @@ class Floor:
         self.metrics.restarts.inc()
         jobs, device.running = device.running, []
         for live in jobs:
-            live.losses, live.alone = live.losses + 1, True
+            live.losses += len(jobs) == 1  # in company it may have been another's fault
+            live.alone = True
             if live.ending is not None:
                 late = live.ending == "deadline"
                 error = error_of("deadline_exceeded" if late else "cancelled", _why(live.ending))
                 self._begin(self._end(live, FAILED if late else CANCELLED, error))
             elif live.losses >= MOST_LOSSES:
-                message = f"the worker was lost {live.losses} times while it drew this"
+                message = f"the worker was lost {live.losses} times while it drew nothing but this"
                 self._begin(self._end(live, FAILED, error_of("worker_lost", message)))
             else:
                 self._begin(self._again(live))

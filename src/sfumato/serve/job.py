@@ -29,7 +29,7 @@ class Live:
     """A job between acceptance and its end.
 
     record: as the ledger has it. keep: it goes on when nobody waits for it any more. alone: it was at work when a
-    worker was lost, and is drawn without others. losses: how many were lost with it.
+    worker was lost, and is drawn without others. losses: how many were lost while they drew nothing else.
     """
 
     record: Record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, Response
 
 import sfumato
@@ -46,20 +46,27 @@ def routes(desk: Desk) -> APIRouter:
         return Response(desk.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/", include_in_schema=False)
-    async def home() -> Response:
-        return _file("index.html")
+    async def home(request: Request) -> Response:
+        return _file("index.html", request)
 
     @router.get("/page/{path:path}", include_in_schema=False)
-    async def page(path: str) -> Response:
-        return _file(path)
+    async def page(request: Request, path: str) -> Response:
+        return _file(path, request)
 
     return router
 
 
-def _file(name: str) -> Response:
-    """A file of the page, which all lie in one folder and those under it; nothing else of this machine."""
+def _file(name: str, request: Request) -> Response:
+    """A file of the page, which all lie in one folder and those under it; nothing else of this machine.
+
+    304 where the browser says that it has this one.
+    """
     found = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()}
     path = found.get(name)
     if path is None or path.suffix not in MEDIA:
         raise not_found("file", name)
-    return FileResponse(path, media_type=MEDIA[path.suffix], headers={"cache-control": "no-cache"})
+    headers = {"cache-control": "no-cache"}
+    answer = FileResponse(path, media_type=MEDIA[path.suffix], headers=headers, stat_result=path.stat())
+    if request.headers.get("if-none-match") == answer.headers["etag"]:
+        return Response(status_code=304, headers={**headers, "etag": answer.headers["etag"]})
+    return answer

@@ -1,0 +1,109 @@
+"""Clips as a worker has them: what is asked, what it takes, and the files that stand for clips in requests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import small_svd
+from helpers import tiny_system
+from sfumato.errors import DataError, InputError
+from sfumato.families.svd.system import open_system
+from sfumato.generate import Model
+from sfumato.receipts.clips import encoded
+from sfumato.receipts.work import work_of
+from sfumato.serve.asked import files_of, request_of
+from sfumato.serve.worker.costs import Costs
+from sfumato.serve.worker.models import Opened, shortest, usual
+from sfumato.types import Clip, Request
+from sfumato.video.read import decode_clip
+
+CPU = torch.device("cpu")
+FRAMES = 3
+
+
+@pytest.fixture(scope="module")
+def moves(tmp_path_factory):
+    place = small_svd.write("svd", tmp_path_factory.mktemp("svd") / "model", frames=FRAMES)
+    return Model(open_system(place, CPU, torch.float32, systems=small_svd.SMALL), CPU, "moves")
+
+
+@pytest.fixture(scope="module")
+def costs(moves):
+    return Costs(moves)
+
+
+def opened(model: Model) -> Opened:
+    return Opened("it", model, model)
+
+
+def test_a_clip_is_asked_for_where_clips_are_drawn(moves):
+    first = small_svd.picture()
+    asked = opened(moves).asked(Request(image=first), "clip")
+    assert asked.frames == FRAMES and asked.fps == 7 and asked.moves
+    assert opened(moves).asked(Request(image=first, frames=2), "clip").frames == 2
+    for request, kind, argument in (
+        (Request(image=first, frames=1), "clip", "frames"),
+        (Request(), "clip", "image"),
+        (Request(image=first, frames=2), "picture", "frames"),
+    ):
+        with pytest.raises(InputError) as refused:
+            opened(moves).asked(request, kind)
+        assert refused.value.argument == argument
+    facts = opened(moves).facts()
+    assert facts["clips"] and facts["needs_image"] and facts["preset"]["frames"] == FRAMES
+
+
+def test_a_model_of_pictures_draws_no_clips():
+    with pytest.raises(InputError) as refused:
+        opened(Model(tiny_system(), CPU, "tiny")).asked(Request("a"), "clip")
+    assert refused.value.argument == "model"
+
+
+def test_what_a_clip_takes_grows_with_its_frames(moves, costs):
+    first, size = small_svd.picture(), (256, 192)
+    assert shortest(moves).frames == 2 and usual(moves).frames == FRAMES
+    two, three = (
+        costs.expected(moves.complete(Request(image=first, frames=frames, size=size, steps=4, count=2)))
+        for frames in (2, 3)
+    )
+    pixels = size[0] * size[1]
+    assert (two.pixel_steps, three.pixel_steps) == (2 * 2 * 4 * pixels, 2 * 3 * 4 * pixels)
+    assert three.steps == 8 and three.frames == 3  # one clip after the other
+    assert three.need > two.need > 0 and three.seconds > two.seconds
+    assert three.flops["denoise"] > two.flops["denoise"] > 0 and "encode" not in two.flops
+    told = three.to_json()
+    assert (told["pictures"], told["frames"], told["fps"]) == (2, 3, 7)
+    costs.memory = two.need
+    with pytest.raises(InputError, match="memory"):
+        costs.expected(moves.complete(Request(image=first, frames=3, size=size, count=2)))
+
+
+def test_flops_of_clips_of_other_lengths_are_not_taken_for_each_other(costs):
+    first = small_svd.picture()
+    works = [
+        work_of(costs.plain, Request(image=first, frames=frames, size=(256, 192), steps=2, count=3))
+        for frames in (2, 3)
+    ]
+    totals = [sum(part.total for part in work if part.stage == "denoise") for work in works]
+    assert totals[0] < totals[1]
+    assert [part.pictures for part in works[0] if part.stage == "decode"] == [1]
+
+
+def test_a_clip_in_a_request_is_an_uploaded_file():
+    clip = Clip(tuple(small_svd.picture(seed=k) for k in range(4)), 5.0)
+    name, data = "file_" + "0" * 32, encoded(clip, {"request": {}}, "webp")
+    values = {"clip": name, "frames": 3, "strength": 0.5}
+    assert files_of(values) == [name]
+    found = request_of(values, {name: data}).clip
+    assert len(found.frames) == 3 and found.fps == pytest.approx(5)
+    assert (np.asarray(found.frames[2]) == np.asarray(clip.frames[2])).all()
+    for wrong in (b"", b"no clip", data[:100]):
+        with pytest.raises(InputError) as refused:
+            request_of(values, {name: wrong})
+        assert refused.value.argument == "clip"
+    with pytest.raises(InputError, match="uploaded"):
+        files_of({"clip": {"frames": [], "fps": 3}})
+    with pytest.raises(DataError, match="pixels"):
+        decode_clip(data, most=2 * 64 * 48)
