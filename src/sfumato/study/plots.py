@@ -119,6 +119,8 @@ def save(results: Results, out: Path, folder: Path, stem: str) -> list[Path]:
     """Write the figures into a folder: STEM.png and STEM.svg, and STEM-drawn.png where pictures were drawn."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, written = curves(results), []
+    from matplotlib import rc_context  # it is there: the figure is
+
     for kind in ("png", "svg"):
         path = folder / f"{stem}.{kind}"
         with atomic_file(path) as temporary:
