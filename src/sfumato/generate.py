@@ -148,6 +148,11 @@ class Model:
             preset with `frames`, more than 1, and `fps`, and in `reads` what it reads of "frames", "fps",
             "guidance_first", "motion" and "clip"; `latent_shape` says of a number of frames what latents it makes, or
             refuses it.
+        clip_preset: of a model of pictures that draws clips too, what these have by default: frames and fps.
+        clip_hashes() -> part to SHA-256: of what such a model draws with in clips alone.
+        shared_noise: share of the noise's variance that the frames of a clip have in common.
+        window: (latents of a clip that it draws together, how many of them are known where a film goes on); a longer
+            clip is drawn in such pieces, of frames_of(latents) frames, and `Conditioning.channels` says what is known.
         controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
             -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
             the tensors that one adds, shown a picture (1, 3, H, W) in [0, 1]. `network(x, time, cond, control=…)`
@@ -187,10 +192,20 @@ class Model:
         frames, fps and the guidance of the first frame."""
         preset = self.system.config.preset
         known = {name: getattr(preset, name) for name in ("steps", "guidance", "sampler", "schedule", "size")}
-        if getattr(preset, "frames", 1) > 1:
-            of_clips = {name: getattr(preset, name) for name in ("frames", "fps", "guidance_first")}
-            known |= {name: value for name, value in of_clips.items() if value is not None}
-        return known
+        return known | (self.clip_preset if getattr(preset, "frames", 1) > 1 else {})
+
+    @property
+    def clip_preset(self) -> dict[str, Any]:
+        """What a request for a clip gets besides where it leaves that open: frames, fps and perhaps guidance_first;
+        empty of a model that draws none.
+        """
+        if hasattr(self.system, "clip_preset"):
+            return dict(self.system.clip_preset)
+        preset = self.system.config.preset
+        if getattr(preset, "frames", 1) <= 1:
+            return {}
+        of_clips = {name: getattr(preset, name) for name in ("frames", "fps", "guidance_first")}
+        return {name: value for name, value in of_clips.items() if value is not None}
 
     def attach(
         self,
@@ -233,6 +248,11 @@ class Model:
             name: tensors_hash(getattr(self.system, name).state_dict())
             for name in ("autoencoder", "denoiser")
         }
+
+    @functools.cached_property
+    def clip_hashes(self) -> dict[str, str]:
+        """The same of the parts that draw nothing but clips, of a model that has such."""
+        return self.system.clip_hashes() if hasattr(self.system, "clip_hashes") else {}
 
     @property
     def embeddings(self) -> dict[str, str]:
@@ -416,7 +436,7 @@ class Model:
         return {
             "sfumato": sfumato.__version__,
             "model": self.name,
-            "weights": self.hashes,
+            "weights": self.hashes | (self.clip_hashes if request.moves else {}),
             **({"embeddings": self.embeddings} if self.embeddings else {}),
             **self._controls_drawn(request),
             **({"loras": self._adapters("loras").digests(request.loras)} if request.loras else {}),

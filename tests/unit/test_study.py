@@ -196,25 +196,33 @@ def test_compute_to_a_quality_lies_on_the_curve():
 
 def test_how_much_cheaper_is_read_at_the_quality_that_both_reach(recipe):
     pixel, latent = read_study(recipe).arms
-    fast = curve(latent, 0, (1e4, 0.1, 4.0), (1e6, 0.5, 2.0))
-    slow = curve(pixel, 0, (1e4, 0.0, 8.0), (1e6, 0.1, 4.0))
+    fast = curve(latent, 0, (1e4, 0.0, 8.0), (1e6, 0.4, 4.0))
+    slow = curve(pixel, 0, (1e4, 0.0, 12.0), (1e6, 0.2, 6.0))
     found = cheaper(results(recipe, fast, slow), latent, "strict")
-    assert found.ratios == pytest.approx((100.0,)) and found.pixel == pixel
+    assert found.ratios == pytest.approx((10.0,)) and found.pixel == pixel
+    assert not (found.at_most or found.at_least)
     given = cheaper(results(recipe, fast, slow), latent, "strict", given=True)
-    assert given.ratios == pytest.approx((1e6 / (1e4 - 2500),))
+    assert given.ratios == pytest.approx((1e6 / (1e5 - 2500),))
     assert cheaper(results(recipe, fast), latent, "strict") is None
-    dearer = cheaper(
-        results(
-            recipe,
-            curve(latent, 0, (1e4, 0.0, 8.0), (1e6, 0.1, 4.0)),
-            curve(pixel, 0, (1e4, 0.1, 4.0), (1e6, 0.5, 2.0)),
-        ),
-        latent,
-        "kernel_distance",
-    )
-    assert dearer.ratios == pytest.approx((0.01,))
-    nothing = [curve(arm, 0, (1e4, 0.0, 8.0), (1e6, 0.0, 4.0)) for arm in (pixel, latent)]
+    swapped = [
+        curve(latent, 0, (1e4, 0.0, 12.0), (1e6, 0.2, 6.0)),
+        curve(pixel, 0, (1e4, 0.0, 8.0), (1e6, 0.4, 4.0)),
+    ]
+    assert cheaper(results(recipe, *swapped), latent, "kernel_distance").ratios == pytest.approx((0.1,))
+    nothing = [curve(arm, 0, (1e4, 0.0, 8.0), (1e6, 0.01, 4.0)) for arm in (pixel, latent)]
     assert cheaper(results(recipe, *nothing), latent, "strict") is None
+
+
+def test_what_was_reached_at_a_first_point_is_a_bound(recipe):
+    pixel, latent = read_study(recipe).arms
+    slow = curve(latent, 0, (1e4, 0.0, 9.0), (1e6, 0.0, 5.0))
+    found = cheaper(
+        results(recipe, slow, curve(pixel, 0, (1e4, 0.0, 4.0), (1e6, 0.0, 2.0))), latent, "kernel_distance"
+    )
+    assert found.ratios == pytest.approx((0.01,)) and found.at_most and not found.at_least
+    early = curve(latent, 0, (1e4, 0.0, 5.0), (1e6, 0.0, 5.0))
+    both = results(recipe, early, curve(pixel, 0, (1e4, 0.0, 4.0), (1e6, 0.0, 2.0)))
+    assert cheaper(both, latent, "kernel_distance") is None
 
 
 def test_the_page_claims_no_order_before_three_seeds(recipe):
@@ -254,6 +262,8 @@ def test_a_study_runs_stops_goes_on_and_is_reported(recipe, tmp_path, capsys):
     assert run(["study", "compression", str(recipe), "--out", str(out), "--report", str(page)]) == 0
     written = page.read_text()
     assert "| `f8` | 0 | – |" in written and "no order is claimed" in written
+    numbers = json.loads((tmp_path / "page.json").read_text())
+    assert [run["points"][-1] for run in numbers["runs"]] == [c.points[-1] for c in found.curves]
     for name in ("page.png", "page.svg", "page-drawn.png"):
         assert (tmp_path / "pictures" / name).stat().st_size > 1000
         assert name in written or name.endswith("svg")

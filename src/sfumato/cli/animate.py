@@ -212,7 +212,7 @@ def _of_clips(loaded: Model, request: Request) -> Request:
             argument="model",
         )
     if request.frames is None and request.clip is None:
-        request = replace(request, frames=loaded.preset["frames"])
+        request = replace(request, frames=loaded.clip_preset["frames"])
     if request.frames == 1:
         raise InputError("a clip has 2 frames or more; for a picture use sfumato generate", argument="frames")
     return request

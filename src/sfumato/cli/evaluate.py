@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
+    from sfumato.generate import Model
+    from sfumato.types import Request
+
 EXAMPLE = "sfumato evaluate -m runs/mine --per-group 32 --group single --group binding"
 MAX_PICTURES = 100_000
 TRAINING_PICTURES = 4_096  # of a recipe, among which copies are looked for
@@ -48,6 +51,13 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder of pictures, if that recipe names none.")
     ] = None,
+    clips: Annotated[
+        str, typer.Option(metavar="N", help="Clips of scenes in motion instead of pictures; 0 for none.")
+    ] = "0",
+    frames: Annotated[str, typer.Option(metavar="N", help="Frames of each clip, 1 + 4k.")] = "9",
+    split: Annotated[
+        str, typer.Option(metavar="NAME", help="Of clips: val, or motions, which training never shows.")
+    ] = "val",
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
@@ -62,6 +72,9 @@ def evaluate(
     prompts = parse.between("per-group", parse.whole("per-group", per_group), 1, MAX_PICTURES)
     rebuilt = parse.between("reconstruction", parse.whole("reconstruction", reconstruction), 0, MAX_PICTURES)
     drawn = parse.between("distribution", parse.whole("distribution", distribution), 0, MAX_PICTURES)
+    moving = parse.between("clips", parse.whole("clips", clips), 0, MAX_PICTURES)
+    if split not in ("val", "motions"):
+        raise InputError(f"split must be val or motions, not {split!r}", argument="split")
     if training is not None and not drawn:
         raise InputError("training goes with --distribution N, the pictures to compare", argument="training")
     if groups:
@@ -71,6 +84,16 @@ def evaluate(
     from sfumato.generate import DEFAULT_MODEL, load
 
     loaded = load(DEFAULT_MODEL if model is None else model, device=device)
+    if moving:
+        _clips(
+            loaded,
+            moving,
+            request,
+            split,
+            parse.between("frames", parse.whole("frames", frames), 5, 1_000),
+            as_json,
+        )
+        return
     from sfumato.evaluate.report import distribution_report, evaluate_model, reconstruction_report
 
     known = None if training is None else _pictures_of(training, data)
@@ -111,6 +134,29 @@ def evaluate(
         show.table(
             "pictures against unseen scenes", ["", "model", "real"], _distances(answer["distribution"])
         )
+
+
+def _clips(loaded: Model, count: int, request: Request, split: str, frames: int, as_json: bool) -> None:
+    """Measure clips, and show what came out."""
+    from sfumato.evaluate.clips import evaluate_clips
+    from sfumato.evaluate.detect_network import load_detector
+
+    with show.progress() as bar:
+        found = evaluate_clips(
+            loaded,
+            load_detector(loaded.device),
+            count,
+            request.seed,
+            split=split,
+            frames=frames,
+            steps=request.steps,
+            guidance=request.guidance,
+            on_progress=_reporter(bar),
+        )
+    if as_json:
+        show.answer({"model": loaded.name, **found.to_dict()})
+        return
+    show.table(f"{loaded.name}: {count} clips of {frames} frames, split {split}", *found.table())
 
 
 def _reporter(bar: Progress) -> Callable[[str, int, int], None]:

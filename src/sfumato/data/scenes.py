@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ from sfumato.data.store import RowStore, address, lock
 from sfumato.errors import InputError, SfumatoError
 
 RENDERER = 1  # to be raised whenever `sfumato.scenes` makes another picture of the same seed
+MOTION = 2  # the same of clips
 CHUNK = 256  # scenes a kill can cost
 BATCH = 16  # scenes per call of the renderer
 
@@ -86,16 +88,23 @@ class SceneSource:
         """uint8 (B, T, H, W): 0 where nothing stands, k where object k − 1 of the scene does."""
         return self._rows("instances", indices)
 
-    def caption(self, index: int, epoch: int = 0) -> str:
-        return self.described(index, epoch)[0]
+    def caption(self, index: int, epoch: int = 0, frames: int | None = None) -> str:
+        return self.described(index, epoch, frames)[0]
 
-    def described(self, index: int, epoch: int = 0) -> tuple[str, Any]:
-        """The caption of an epoch, and the `Statement` of what it claims."""
+    def described(self, index: int, epoch: int = 0, frames: int | None = None) -> tuple[str, Any]:
+        """The caption of an epoch, and the `Statement` of what it claims. frames: of its first ones alone."""
         from sfumato.scenes import describe
 
-        return describe(
-            self.scene(index), _seed("caption", self.seed, self.split, index, epoch), style=self.style
-        )
+        scene = self.scene(index)
+        if frames is not None:
+            scene = replace(scene, frames=frames)
+        return describe(scene, _seed("caption", self.seed, self.split, index, epoch), style=self.style)
+
+    def stills(self) -> list[int]:
+        """Clips whose first frame, as a picture, is of the same split."""
+        from sfumato.scenes import split_of
+
+        return [i for i in range(self.count) if split_of(replace(self.scene(i), frames=1)) == self.split]
 
     def digest(self, index: int) -> str:
         return address({**self._identity(), "index": self._checked(index)})
@@ -244,7 +253,8 @@ class SceneSource:
     def _identity(self) -> dict[str, Any]:
         """All that decides the pixels of scene k, besides k."""
         names = ("seed", "split", "size", "frames", "device", "options")
-        return {"renderer": RENDERER, **{name: getattr(self, name) for name in names}}
+        motion = {"motion": MOTION} if self.frames > 1 else {}
+        return {"renderer": RENDERER, **motion, **{name: getattr(self, name) for name in names}}
 
     def _sample(self, index: int) -> Any:
         from sfumato.scenes import sample_scene

@@ -1,19 +1,27 @@
-"""From a request to clips: as for pictures, one clip after the other, since each is as much work as a batch."""
+"""From a request to clips: as for pictures, one clip after the other, since each is as much work as a batch.
+
+A model may draw only so many latents together (`window`). A longer film is drawn in stretches: each goes on from the
+last latents of the one before, which the network is shown as known. The noise is the whole film's, so that a stretch
+has what is its own by the film's seed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from sfumato.drawing.sample import noise_of, sample
+from sfumato.drawing.script import Script
 from sfumato.errors import InputError
 from sfumato.sampling import Step
 from sfumato.tasks.canvas import beginning
 from sfumato.tasks.latent import Origin
 from sfumato.tasks.pixels import to_image, to_pixels
-from sfumato.types import Clip, Request
+from sfumato.types import Clip, Conditioning, Request
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
@@ -34,7 +42,7 @@ def as_clip(model: Model, request: Request) -> Request:
             f"{model.name!r} draws pictures and no clips; name a model that does", argument="model"
         )
     if request.frames is None and request.clip is None:
-        request = replace(request, frames=model.preset["frames"])
+        request = replace(request, frames=model.clip_preset["frames"])
     if request.frames == 1:
         raise InputError("a clip has 2 frames or more", argument="frames")
     return request
@@ -48,10 +56,75 @@ def draw_clips(model: Model, request: Request, on_step: Callable[[Step], None] |
     for k in range(request.count):
         part = request.part(k)
         cond = model.condition(part)  # of each, since a seed may be in it
-        latent = model.sample(cond, part.seeds(), part, on_step, origin)
+        latent = _film(model, cond, part, on_step, origin)
         pixels = model.decode_pixels(latent)[0]  # (3, T, H, W)
         clips.append(Clip(tuple(to_image(frame[:, None]) for frame in pixels.unbind(1)), request.fps))
     return tuple(clips)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The part of a film's noise that belongs to the latents `start` … `stop − 1`."""
+
+    whole: Any
+    start: int
+    stop: int
+
+    def initial(self) -> Tensor:
+        return self.whole.initial()[:, :, self.start : self.stop]
+
+    def __call__(self, step: int, draw: int = 0) -> Tensor:
+        return self.whole(step, draw)[:, :, self.start : self.stop]
+
+
+def _film(
+    model: Model,
+    cond: Conditioning | Script,
+    request: Request,
+    on_step: Callable[[Step], None] | None,
+    origin: Origin | None,
+) -> Tensor:
+    """Normalised latents (1, C, T, H/f, W/f) of a complete request for one clip."""
+    assert request.size and request.frames and request.steps
+    shape = model.latent_shape(request.size[1], request.size[0], request.frames)
+    stretches = drawn_together(model, shape[1])
+    if len(stretches) == 1 or not isinstance(cond, Conditioning):
+        return model.sample(cond, request.seeds(), request, on_step, origin)
+    noise = noise_of(model, request.seeds(), shape, request)
+    film: Tensor | None = None
+    for number, (start, stop) in enumerate(stretches):
+        told = cond
+        if film is not None:
+            known = film[:, :, start:].expand(len(cond), -1, -1, -1, -1)
+            told = replace(cond, channels=known)
+        begun = None if origin is None else replace(origin, latent=origin.latent[:, :, start:stop])
+        part = replace(request, frames=model.system.frames_of(stop - start))
+        hear = None if on_step is None else _counted(on_step, number, len(stretches))
+        own = Stretch(noise, start, stop)
+        drawn = sample(model, told, request.seeds(), part, hear, begun, noise=own)
+        film = drawn if film is None else torch.cat([film[:, :, :start], drawn], 2)
+    assert film is not None
+    return film
+
+
+def drawn_together(model: Model, latents: int) -> list[tuple[int, int]]:
+    """(first, stop) of the latents of a clip that are drawn together. Of a model with a `window` all but the first
+    stretch begin with latents that the one before has drawn.
+    """
+    window, context = getattr(model.system, "window", None) or (latents, 0)
+    stretches = [(0, min(latents, window))]
+    while (stop := stretches[-1][1]) < latents:
+        stretches.append((stop - context, min(latents, stop - context + window)))
+    return stretches
+
+
+def _counted(hear: Callable[[Step], None], number: int, stretches: int) -> Callable[[Step], None]:
+    """Steps as those of all stretches together."""
+
+    def told(step: Step) -> None:
+        hear(replace(step, index=step.index + number * step.total, total=stretches * step.total))
+
+    return told
 
 
 def origin_of_clip(model: Model, request: Request) -> Origin:

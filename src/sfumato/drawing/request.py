@@ -70,8 +70,9 @@ def complete(model: Model, request: Request) -> Request:
 
 def _preset(model: Model, request: Request) -> dict[str, Any]:
     """What the request gets that it leaves open. How many frames is asked for, or else it is a picture."""
+    known = model.preset | (model.clip_preset if request.moves else {})
     left = {"frames"} if request.moves else {"frames", "fps", "guidance_first"}
-    return {name: value for name, value in model.preset.items() if name not in left}
+    return {name: value for name, value in known.items() if name not in left}
 
 
 def _check_clip(model: Model, request: Request) -> None:
@@ -88,6 +89,12 @@ def _check_clip(model: Model, request: Request) -> None:
         if request.variation is not None or request.controls:
             name = "variation" if request.variation is not None else "controls"
             raise InputError(f"{name} is for pictures; leave it out of a clip", argument=name)
+        if getattr(system, "window", None) is not None:
+            for name in ("loras", "reuse", "skip_layers"):
+                if getattr(request, name) not in (None, (), 1):
+                    raise InputError(
+                        f"{name} is for pictures of this model; leave it out of a clip", argument=name
+                    )
         model.latent_shape(request.size[1], request.size[0], request.frames or 1)
 
 

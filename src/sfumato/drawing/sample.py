@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from sfumato.drawing.request import enlarged_size, levels_of
 from sfumato.drawing.script import Script, script
 from sfumato.sampling import SeededNoise, Step, sampler_named
+from sfumato.sampling.noise import SharedNoise
 from sfumato.sampling.step import continued
 from sfumato.sampling.variation import VariedNoise
 from sfumato.tasks.canvas import Canvas
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
     from sfumato.generate import Model
 
 
+class Noise(Protocol):
+    """The noise that drawing begins with, and that of each step."""
+
+    def initial(self) -> Tensor: ...
+
+    def __call__(self, step: int, draw: int = 0) -> Tensor: ...
+
+
 def sample(
     model: Model,
     cond: Conditioning | Script,
@@ -42,8 +51,12 @@ def sample(
     on_step: Callable[[Step], None] | None = None,
     origin: Origin | None = None,
     done: int = 0,
+    noise: Noise | None = None,
 ) -> Tensor:
-    """Noise, or what `origin` begins with, → normalised latents (B, C, T, H/f, W/f); see `Model.sample`."""
+    """Noise, or what `origin` begins with, → normalised latents (B, C, T, H/f, W/f); see `Model.sample`.
+
+    noise: in the place of the seeds' own, of the latents' shape.
+    """
     assert (
         request.size
         and request.sampler
@@ -53,7 +66,7 @@ def sample(
     )
     width, height = request.size
     shape = model.latent_shape(height, width, request.frames or 1)
-    noise = noise_of(model, seeds, shape, request)
+    noise = noise or noise_of(model, seeds, shape, request)
     initial = noise.initial()
     sigmas = levels_of(model, request)
     path = model.system.parameterization.path
@@ -125,10 +138,16 @@ def origin_of(model: Model, canvas: Canvas, request: Request) -> Origin:
 
 def noise_of(
     model: Model, seeds: Sequence[int], shape: Sequence[int], request: Request
-) -> SeededNoise | VariedNoise:
-    """The noise of each picture's seed, or between that and another's; shape: (C, T, H, W) of one."""
+) -> SeededNoise | SharedNoise | VariedNoise:
+    """The noise of each picture's seed, or between that and another's; shape: (C, T, H, W) of one. A clip's frames have
+    so much of it in common as the model was trained with.
+    """
     if request.variation is None:
-        return SeededNoise(seeds, shape, model.device, torch.float32)
+        own, share = (
+            SeededNoise(seeds, shape, model.device, torch.float32),
+            getattr(model.system, "shared_noise", 0),
+        )
+        return SharedNoise(own, share) if share and shape[1] > 1 else own
     others = [request.variation.seed + k for k in range(len(seeds))]
     return VariedNoise(seeds, others, request.variation.strength, shape, model.device, torch.float32)
 

@@ -73,7 +73,8 @@ class DiT(nn.Module):
         skip_layers: Collection[int] = (),
         control: Sequence[Tensor] = (),
     ) -> Tensor:
-        """x: (B, C, T, H, W); time: (B,) or scalar in [0, 1]; returns (B, C, T, H, W).
+        """x: (B, C, T, H, W); time: (B,) or scalar in [0, 1], or (B, T), a level of its own for each frame as in
+        diffusion forcing (Chen et al. 2024, 2407.01392); returns (B, C, T, H, W).
 
         skip_layers: blocks to leave out, counted from 0. control: what is added to the latent's tokens, (B, N, D) each,
         before as many blocks at equal distances, the first among them (`nn/dit_control.py`).
@@ -107,7 +108,11 @@ class DiT(nn.Module):
         return self._leave(h, c, x), deep
 
     def enter(self, x: Tensor, time: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens of text and latent (B, M + N, D), what all are told (B, D), and places in the latent (N, 3)."""
+        """Tokens of text and latent (B, M + N, D), what all are told (B, D), and places in the latent (N, 3).
+
+        With a time for each frame, (B, 1 + T, D): what the words are told, which is the latest of the times, and each
+        frame.
+        """
         B, _, T, H, W = x.shape
         p = self.config.patch
         tokens = self.latent_in(to_patches(x, p))  # (B, N, D)
@@ -116,7 +121,12 @@ class DiT(nn.Module):
         text = self.text_in(cond.tokens)  # (B, M, D)
 
         pooled = self._pooled(cond)  # (B, text_width)
-        c = self.time_in(sinusoid(1000 * time.expand(B), self.config.time_width)) + self.pooled_in(pooled)
+        pooled_c = self.pooled_in(pooled)
+        if time.ndim == 2:
+            time, pooled_c = torch.cat([time.amax(1, keepdim=True), time], 1), pooled_c[:, None]
+        else:
+            time = time.expand(B)
+        c = self.time_in(sinusoid(1000 * time, self.config.time_width)) + pooled_c
         return torch.cat([text, tokens], dim=1), nn.functional.silu(c), positions
 
     def _pooled(self, cond: Conditioning) -> Tensor:
@@ -145,17 +155,21 @@ class DiT(nn.Module):
         control: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """(B, M + N, D) → the same after all blocks but the `skipped`, and the label head's logits."""
-        B, M = len(h), h.shape[1] - len(positions)
+        M = h.shape[1] - len(positions)
         cos, sin, mask = self.turns(h, positions, cond)
         added = dict(zip(places(len(self.blocks), len(control)), control, strict=True))
-        shared = self.modulation(c).view(B, 6, -1)
+        shared = self.modulation(c).unflatten(-1, (6, -1))  # (B, 6, D), or (B, 1 + T, 6, D)
+        owner = None if c.ndim == 2 else owners(M, positions)
 
         labels = None
         for i, block in enumerate(self.blocks):
             if i in added:
                 h = torch.cat([h[:, :M], h[:, M:] + added[i].to(h.dtype)], dim=1)
             if i not in skipped:
-                h = block(h, cos, sin, mask, shared + self.offsets[i])
+                told = shared + self.offsets[i]
+                if owner is not None:
+                    told = told[:, owner].transpose(1, 2)  # (B, 6, M + N, D)
+                h = block(h, cos, sin, mask, told)
             if self.label_out is not None and i + 1 == self.label_depth:
                 labels = self.label_out(rms_norm(h[:, M:]))
         return h, labels
@@ -165,9 +179,17 @@ class DiT(nn.Module):
         p = self.config.patch
         T, H, W = x.shape[-3:]
         N = T * (H // p) * (W // p)
-        shift, scale = self.final_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        told = self.final_modulation(c)
+        told = told[:, None] if c.ndim == 2 else told[:, 1:].repeat_interleave(N // T, 1)  # (B, N, 2D)
+        shift, scale = told.chunk(2, dim=-1)
         out = self.latent_out(rms_norm(h[:, -N:]) * (1 + scale) + shift)  # (B, N, C·p²)
         return from_patches(out, (T, H, W), p).to(x.dtype)
+
+
+def owners(words: int, positions: Tensor) -> Tensor:
+    """(M + N,) of M words and N cells at `positions`: 0 for a word, and 1 + t for a cell of frame t."""
+    frames = positions[:, 0].long()
+    return torch.cat([frames.new_zeros(words), 1 + frames])
 
 
 def places(depth: int, count: int) -> list[int]:

@@ -59,7 +59,8 @@ class Block(nn.Module):
     """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)).
 
     `modulation`, when given, is (B, 6, D): shift, scale, gate for the attention and for the MLP (adaLN, Peebles & Xie
-    2023, sec. 3.2); without it the norms carry learned gains and the gates are one.
+    2023, sec. 3.2), or (B, 6, N, D), for each token its own; without it the norms carry learned gains and the gates are
+    one.
     """
 
     def __init__(self, width: int, heads: int, *, modulated: bool):
@@ -76,8 +77,8 @@ class Block(nn.Module):
         if modulation is None:
             x = x + self.attn(rms_norm(x) * self.attn_gain, cos, sin, mask)
             return x + self.mlp(rms_norm(x) * self.mlp_gain)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unsqueeze(2).unbind(
-            1
-        )  # each (B, 1, D)
+        if modulation.ndim == 3:
+            modulation = modulation.unsqueeze(2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)  # (B, 1, D) or (B, N, D)
         x = x + gate_a * self.attn(rms_norm(x) * (1 + scale_a) + shift_a, cos, sin, mask)
         return x + gate_m * self.mlp(rms_norm(x) * (1 + scale_m) + shift_m)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sfumato.drawing.clips import drawn_together
 from sfumato.drawing.request import enlarged_size, levels_of
 from sfumato.flops import count_flops
 from sfumato.generate import BATCH
@@ -135,16 +136,19 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
         return {stage.name: stage.flops for stage in stages if stage.name in STAGES}
     frames = request.frames or 1
     x = torch.zeros(1, *model.latent_shape(size[1], size[0], frames), device=model.device)
+    stretches = drawn_together(model, x.shape[2])
     plain = Request(request.prompt, request.negative, size=size, guidance=request.guidance)
     if request.moves:
         plain = replace(plain, image=request.image, frames=frames, fps=request.fps, fit=request.fit)
     pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
+    level = torch.tensor(0.5, dtype=torch.float64)
     with torch.inference_mode(), model.precision():
         denoise = model.denoiser(model.condition(plain), plain)
+        steps = [count_flops(denoise, x[:, :, start:stop], level) for start, stop in stretches]
         return {
             "text": count_flops(model.condition, plain),
             "encode": count_flops(model.system.encode, pixels),
-            "denoise": count_flops(denoise, x, torch.tensor(0.5, dtype=torch.float64)),
+            "denoise": sum(steps),
             "decode": count_flops(model.decode_pixels, x),
         }
 

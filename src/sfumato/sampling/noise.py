@@ -58,6 +58,32 @@ class SeededNoise:
         return torch.from_numpy(rows).to(self.dtype).to(self.device).view(len(self.seeds), *self.shape)
 
 
+COMMON = 1 << 20  # draws from here on are the parts that all frames have in common
+
+
+@dataclass(frozen=True)
+class SharedNoise:
+    """Noise of clips whose frames have a share of it in common, so that they begin alike (the mixed noise of PYoCo, Ge
+    et al. 2023, 2305.10474, sec. 4.1).
+
+    share: of the variance, 0 … 1. own: the noise that frames do not share; its seeds give what they do.
+    """
+
+    own: SeededNoise
+    share: float
+
+    def initial(self, draw: int = 0) -> Tensor:
+        return mixed(self.own.initial(draw), self.own.initial(COMMON + draw)[:, :, :1], self.share)
+
+    def __call__(self, step: int, draw: int = 0) -> Tensor:
+        return mixed(self.own(step, draw), self.own(step, COMMON + draw)[:, :, :1], self.share)
+
+
+def mixed(own: Tensor, common: Tensor, share: float) -> Tensor:
+    """Standard normals again: own (B, C, T, H, W) of each frame, and common (B, C, 1, H, W) of all."""
+    return math.sqrt(1 - share) * own + math.sqrt(share) * common
+
+
 def normals(seed: int, word: int, draw: int, count: int) -> np.ndarray:
     """(count,) float64 standard normals at Philox key (seed, DOMAIN), counter (·, draw, word, 0)."""
     raw = philox(seed, word, draw, count + count % 2).reshape(-1, 2)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from sfumato.errors import InputError
-from sfumato.scenes.graph import COLORS, INVERSE, Object, Scene, motion_of, related
+from sfumato.scenes.graph import COLORS, INVERSE, Object, Scene, camera_move, manner_of, motion_of, related
 
 MAX_WORDS = 45
+CAMERA_TOLD, PASSING_TOLD, MANNER_TOLD = 0.85, 0.8, 0.7  # shares of the captions of clips
+SENTENCE = 0.6  # share of those that are sentences and not lists of nouns
 STYLES = ("mixed", "full", "short")
 NOUNS = {
     "sphere": (("sphere", 6), ("ball", 4)),
@@ -45,11 +47,28 @@ POSSESSIVE = {
     "in front of": "in front of it",
     "behind": "behind it",
 }
-MOTION_WORDS = {
-    "left": (("moving left", 5), ("moving to the left", 3), ("going left", 2)),
-    "right": (("moving right", 5), ("moving to the right", 3), ("going right", 2)),
-    "toward": (("moving closer", 4), ("moving toward the viewer", 3), ("coming closer", 3)),
-    "away": (("moving away", 6), ("going away", 4)),
+VERBS: dict[str | None, tuple[str, str]] = {  # in a sentence, and beside a noun
+    "rolls": ("rolls", "rolling"),
+    "slides": ("slides", "sliding"),
+    "bounces": ("bounces", "bouncing"),
+    "circles": ("circles", "circling"),
+    None: ("moves", "moving"),
+}
+MOTION_WORDS = {  # after the verb
+    "left": (("left", 6), ("to the left", 4)),
+    "right": (("right", 6), ("to the right", 4)),
+    "toward": (("closer", 7), ("toward the viewer", 3)),
+    "away": (("away", 1),),
+    "around": (("in a circle", 1),),
+    "up": (("up and down", 1),),
+}
+PASSING = {"past": "past", "around": "around"}  # of what moves, by what rests
+STANDING = (("stands still", 7), ("rests", 3))
+CAMERA_WORDS = {
+    "left": (("moves to the left", 6), ("turns to the left", 4)),
+    "right": (("moves to the right", 6), ("turns to the right", 4)),
+    "closer": (("moves closer", 6), ("comes nearer", 4)),
+    "back": (("moves back", 6), ("backs away", 4)),
 }
 SPEED_WORDS = {"slow": (("slowly", 1),), "fast": (("quickly", 5), ("fast", 5))}
 ENDINGS = (("and other things", 3), ("and more", 2), ("among other things", 2))
@@ -59,7 +78,7 @@ ENDINGS = (("and other things", 3), ("and more", 2), ("among other things", 2))
 class ObjectClaim:
     """`count` objects with the given attributes; None leaves one open. A count above 1 claims there are no more.
 
-    motion: left, right, toward or away; speed: slow or fast, only beside a motion.
+    motion: one of `graph.MOTIONS`; speed: slow or fast, and manner: one of `graph.MANNERS`, only beside a motion.
     """
 
     shape: str | None = None
@@ -69,11 +88,14 @@ class ObjectClaim:
     count: int = 1
     motion: str | None = None
     speed: str | None = None
+    manner: str | None = None
 
 
 @dataclass(frozen=True)
 class RelationClaim:
-    """Claim `subject` stands in `relation` (of `graph.RELATIONS`) to claim `object`, as the viewer sees it."""
+    """Claim `subject` stands in `relation` (of `graph.RELATIONS`) to claim `object`, as the viewer sees it; or goes
+    past or around it, which the first claim may do by the second.
+    """
 
     subject: int
     relation: str
@@ -82,11 +104,14 @@ class RelationClaim:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a caption claims; `exact` claims also that the picture shows nothing else."""
+    """What a caption claims; `exact` claims also that the picture shows nothing else. camera: one of
+    `graph.CAMERA_MOVES`, or None for nothing said.
+    """
 
     objects: tuple[ObjectClaim, ...]
     relations: tuple[RelationClaim, ...] = ()
     exact: bool = True
+    camera: str | None = None
 
 
 def matches(claim: ObjectClaim, scene: Scene, obj: Object) -> bool:
@@ -98,7 +123,9 @@ def matches(claim: ObjectClaim, scene: Scene, obj: Object) -> bool:
     if claim.motion is None:
         return True
     moves = motion_of(scene, obj)
-    return moves is not None and moves[1] == claim.motion and claim.speed in (None, moves[0])
+    if moves is None or moves[1] != claim.motion or claim.speed not in (None, moves[0]):
+        return False
+    return claim.manner in (None, manner_of(scene, obj))
 
 
 def holds(statement: Statement, scene: Scene) -> bool:
@@ -107,6 +134,8 @@ def holds(statement: Statement, scene: Scene) -> bool:
     for claim, found in zip(statement.objects, candidates, strict=True):
         if claim.count > 1 and len(found) != claim.count:
             return False
+    if statement.camera is not None and statement.camera != camera_move(scene):
+        return False
     if statement.exact and sum(c.count for c in statement.objects) != len(scene.objects):
         return False
 
@@ -155,7 +184,25 @@ def _state(scene: Scene, random: Random, style: str) -> Statement:
         groups = _group(order, [_claim(scene, scene.objects[k], random, "still") for k in order])
     claims = [claim for claim, _ in groups]
     found = _relate(scene, groups, random) if random.random() < (0.5 if style == "short" else 0.75) else ()
-    return Statement(tuple(claims), found, exact=len(order) == len(everything))
+    exact = len(order) == len(everything)
+    if scene.frames == 1:
+        return Statement(tuple(claims), found, exact)
+    camera = camera_move(scene) if random.random() < CAMERA_TOLD else None
+    if (pair := _passing(scene, groups)) and random.random() < PASSING_TOLD:
+        (i, relation, j), rest = pair, [k for k in range(len(claims)) if k not in (pair[0], pair[2])]
+        found, claims = (RelationClaim(0, relation, 1),), [claims[k] for k in (i, j, *rest)]
+    return Statement(tuple(claims), found, exact, camera)
+
+
+def _passing(scene: Scene, groups: list[tuple[ObjectClaim, list[int]]]) -> tuple[int, str, int] | None:
+    """The first two claims of which one goes past or around the other and says that it moves."""
+    for i, (claim, mine) in enumerate(groups):
+        for j, (other, theirs) in enumerate(groups):
+            if i != j and claim.motion and claim.count == other.count == 1:
+                for relation in PASSING:
+                    if related(scene, mine[0], relation, theirs[0]):
+                        return i, relation, j
+    return None
 
 
 def _claim(scene: Scene, obj: Object, random: Random, style: str) -> ObjectClaim:
@@ -174,7 +221,9 @@ def _claim(scene: Scene, obj: Object, random: Random, style: str) -> ObjectClaim
             claim = replace(claim, color=None) if dropped < 0.08 else replace(claim, shape=None)
     moves = motion_of(scene, obj)
     if moves and random.random() < (0.9 if style == "full" else 0.7):
-        claim = replace(claim, motion=moves[1], speed=moves[0] if random.random() < 0.6 else None)
+        speed = moves[0] if moves[1] != "up" and random.random() < 0.6 else None
+        manner = manner_of(scene, obj) if random.random() < MANNER_TOLD else None
+        claim = replace(claim, motion=moves[1], speed=speed, manner=manner)
     return claim
 
 
@@ -215,7 +264,13 @@ def phrase(statement: Statement, seed: int) -> str:
     _check(statement)
     random = Random(f"phrase {seed}")
     nouns = {shape: _word(NOUNS[shape], random) for shape in NOUNS}
-    texts = [_noun_phrase(claim, nouns, random) for claim in statement.objects]
+    sentence = any(claim.motion for claim in statement.objects) and random.random() < SENTENCE
+    texts = [_noun_phrase(claim, nouns, random, sentence) for claim in statement.objects]
+    if sentence:
+        spoken = {k for r in statement.relations for k in (r.subject, r.object)}
+        for k, claim in enumerate(statement.objects):
+            if claim.motion is None and claim.count == 1 and k not in spoken:
+                texts[k] = f"{texts[k]} {_word(STANDING, random)}"
     by_later: dict[int, list[RelationClaim]] = {}
     for relation in statement.relations:
         by_later.setdefault(max(relation.subject, relation.object), []).append(relation)
@@ -237,13 +292,17 @@ def phrase(statement: Statement, seed: int) -> str:
     text = _join(clauses, plain)
     if not statement.exact:  # always said, or silence would come to mean «and perhaps more»
         text = f"{text} {_word(ENDINGS, random)}"
-    if random.random() < 0.06:
+    if statement.camera:
+        text = f"{text} while the camera {_word(CAMERA_WORDS[statement.camera], random)}"
+    if not sentence and random.random() < 0.06:
         text = f"{_word((('a picture of', 1), ('a scene with', 1)), random)} {text}"
     return text
 
 
 def _pair(statement: Statement, texts: list[str], claim: RelationClaim, random: Random) -> str:
     """The first two claims: "A behind B", or "B with A behind it"."""
+    if claim.relation in PASSING:
+        return f"{texts[0]} {PASSING[claim.relation]} {texts[1]}"
     first = claim.relation if claim.subject == 0 else INVERSE[claim.relation]
     simple = all(c.count == 1 and not c.motion for c in statement.objects[:2])
     if simple and random.random() < 0.22:
@@ -288,7 +347,9 @@ def _reference(claims: list[ObjectClaim], index: int) -> tuple[str, ...] | None:
     return None
 
 
-def _noun_phrase(claim: ObjectClaim, nouns: dict[str | None, str], random: Random) -> str:
+def _noun_phrase(
+    claim: ObjectClaim, nouns: dict[str | None, str], random: Random, sentence: bool = False
+) -> str:
     size = _word(SIZE_WORDS[claim.size], random) if claim.size else ""
     color = _word(COLOR_WORDS.get(claim.color, ((claim.color, 1),)), random) if claim.color else ""
     material = _word(MATERIAL_WORDS[claim.material], random) if claim.material else ""
@@ -297,10 +358,19 @@ def _noun_phrase(claim: ObjectClaim, nouns: dict[str | None, str], random: Rando
     words = [w for w in (size, *middle) if w] + [_plural(noun) if claim.count > 1 else noun]
     article = NUMBERS[claim.count] if claim.count > 1 else ("an" if words[0][0] in "aeiou" else "a")
     if claim.motion:
-        words.append(_word(MOTION_WORDS[claim.motion], random))
-        if claim.speed:
-            words.append(_word(SPEED_WORDS[claim.speed], random))
+        words += _going(claim, random, sentence)
     return " ".join([article, *words])
+
+
+def _going(claim: ObjectClaim, random: Random, sentence: bool) -> list[str]:
+    """Verb, direction and speed of what moves: "rolls to the left quickly", "rolling left"."""
+    finite, participle = VERBS[claim.manner]
+    if sentence and claim.count > 1:
+        finite = {"moves": "move"}.get(finite, finite.removesuffix("s"))
+    words = [finite if sentence else participle]
+    if claim.manner != "circles":
+        words.append(_word(MOTION_WORDS[str(claim.motion)], random))
+    return [*words, _word(SPEED_WORDS[claim.speed], random)] if claim.speed else words
 
 
 def _join(clauses: list[str], plain: bool) -> str:
@@ -319,6 +389,7 @@ def _check(statement: Statement) -> None:
             ("material", MATERIAL_WORDS),
             ("size", SIZE_WORDS),
             ("motion", MOTION_WORDS),
+            ("manner", VERBS),
         ):
             value = getattr(claim, name)
             if value is not None and value not in words:
@@ -331,8 +402,9 @@ def _check(statement: Statement) -> None:
             raise InputError(f"count {claim.count} is outside 1 to 5", argument="count")
     for relation in statement.relations:
         ends = {relation.subject, relation.object}
+        first = (relation.subject, relation.object) == (0, 1) and statement.objects[0].motion is not None
         if (
-            relation.relation not in RELATION_WORDS
+            (relation.relation not in RELATION_WORDS and not (relation.relation in PASSING and first))
             or len(ends) != 2
             or not ends <= set(range(len(statement.objects)))
         ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sfumato.errors import DataError
@@ -20,7 +20,16 @@ MATERIALS = ("metal", "rubber")
 SIZES = ("small", "large")
 RELATIONS = ("left of", "right of", "in front of", "behind")
 INVERSE = {"left of": "right of", "right of": "left of", "in front of": "behind", "behind": "in front of"}
-MOTIONS = ("left", "right", "toward", "away")
+MOTIONS = (
+    "left",
+    "right",
+    "toward",
+    "away",
+    "around",
+    "up",
+)  # around: in a circle; up: up and down on its place
+MANNERS = ("rolls", "slides", "bounces", "circles")
+CAMERA_MOVES = ("left", "right", "closer", "back")
 SPEEDS = ("slow", "fast")
 
 RADIUS = {"small": 0.56, "large": 1.0}  # world units; multiplies a shape's own proportions
@@ -31,11 +40,19 @@ DEPTH_MARGIN = 1.0  # the same along the viewer's depth for "in front of"
 Triple = tuple[float, float, float]
 FAST = 0.95  # world units per second above which a motion is fast; below STILL it is none
 STILL = 0.05
+GRAVITY = 6.0  # world units per second²: a bounce of height 0.8 takes a second
+MOMENTS = 5  # at which a motion that may not be straight is looked at
+PASSED = 0.3  # world units to the viewer's right, on either side, that one object must go beyond another to pass it
 
 
 @dataclass(frozen=True)
 class Object:
-    """One solid on the floor. position: its centre (x, y, z); velocity: (x, y) per second; spin: radians per second."""
+    """One solid. position: its centre (x, y, z) as it stands on the floor; velocity: (x, y) per second; spin: radians
+    per second.
+
+    orbit: a centre (x, y) on the floor and radians per second around it; a rate of 0 is none. hop: how high it bounces,
+    0 for an object that stays on the floor; phase: where in a bounce it begins, a share of it.
+    """
 
     shape: str
     color: str
@@ -46,31 +63,73 @@ class Object:
     tint: Triple = (1.0, 1.0, 1.0)
     velocity: tuple[float, float] = (0.0, 0.0)
     spin: float = 0.0
+    orbit: Triple = (0.0, 0.0, 0.0)
+    hop: float = 0.0
+    phase: float = 0.0
 
     @property
     def radius(self) -> float:
         return RADIUS[self.size]
 
+    @property
+    def moves(self) -> bool:
+        """Whether it leaves its place; turning on it is none."""
+        return math.hypot(*self.velocity) >= STILL or self.orbit[2] != 0 or self.hop > 0
+
     def at(self, seconds: float) -> tuple[float, float, float, float]:
         """Centre x, y, z and yaw after `seconds`."""
         x, y, z = self.position
+        if self.orbit[2]:
+            cx, cy, rate = self.orbit
+            ca, sa = math.cos(rate * seconds), math.sin(rate * seconds)
+            x, y = cx + ca * (x - cx) - sa * (y - cy), cy + sa * (x - cx) + ca * (y - cy)
         return (
             x + self.velocity[0] * seconds,
             y + self.velocity[1] * seconds,
-            z,
+            z + self._height(seconds),
             self.yaw + self.spin * seconds,
         )
+
+    def _height(self, seconds: float) -> float:
+        """Above where it stands: parabolas, one after the other, as a ball without loss bounces."""
+        if self.hop <= 0:
+            return 0.0
+        u = (seconds / (2 * math.sqrt(2 * self.hop / GRAVITY)) + self.phase) % 1.0
+        return 4 * self.hop * u * (1 - u)
 
 
 @dataclass(frozen=True)
 class Camera:
-    """Looks at `target` from `distance`, turned by `azimuth` and raised by `elevation`; `fov` is across the picture."""
+    """Looks at `target` from `distance`, turned by `azimuth` and raised by `elevation`; `fov` is across the picture.
+
+    turn: radians per second that the azimuth grows by; dolly: by which the distance's logarithm grows, per second.
+    """
 
     azimuth: float
     elevation: float
     distance: float
     fov: float
     target: Triple
+    turn: float = 0.0
+    dolly: float = 0.0
+
+    def at(self, seconds: float) -> Camera:
+        """The camera after `seconds`; itself if it stands still."""
+        if not (self.turn or self.dolly):
+            return self
+        return replace(
+            self,
+            azimuth=self.azimuth + self.turn * seconds,
+            distance=self.distance * math.exp(self.dolly * seconds),
+        )
+
+    @property
+    def move(self) -> str | None:
+        """What it does, one of `CAMERA_MOVES`: it travels to the viewer's left or right around the target, or nearer,
+        or back; None if it stands still."""
+        if abs(self.turn) >= abs(self.dolly):
+            return None if not self.turn else ("left" if self.turn > 0 else "right")
+        return "closer" if self.dolly < 0 else "back"
 
     def axes(self) -> tuple[Triple, Triple, Triple, Triple]:
         """Position, and unit vectors right, up and forward."""
@@ -137,20 +196,59 @@ class Scene:
 
 
 def motion_of(scene: Scene, obj: Object) -> tuple[str, str] | None:
-    """(speed, direction) as the viewer sees it, or None for an object at rest."""
+    """(speed, direction of `MOTIONS`) as the viewer sees it, or None for an object at rest."""
     right, away = scene.camera.floor_axes(*obj.velocity)
     speed = math.hypot(right, away)
-    if scene.frames < 2 or speed < STILL:
+    if scene.frames < 2 or not obj.moves:
         return None
+    if obj.orbit[2]:
+        speed = abs(obj.orbit[2]) * math.dist(obj.position[:2], obj.orbit[:2])
+        return "fast" if speed >= FAST else "slow", "around"
+    if speed < STILL:
+        return "slow", "up"
     direction = (
         ("right" if right > 0 else "left") if abs(right) >= abs(away) else ("away" if away > 0 else "toward")
     )
     return "fast" if speed >= FAST else "slow", direction
 
 
+def manner_of(scene: Scene, obj: Object) -> str | None:
+    """How an object moves, one of `MANNERS`: spheres roll and all else slides; None for one at rest."""
+    if motion_of(scene, obj) is None:
+        return None
+    if obj.hop > 0:
+        return "bounces"
+    if obj.orbit[2]:
+        return "circles"
+    return "rolls" if obj.shape == "sphere" else "slides"
+
+
+def camera_move(scene: Scene) -> str | None:
+    """What the camera does in a clip, one of `CAMERA_MOVES`, or None."""
+    return scene.camera.move if scene.frames > 1 else None
+
+
 def related(scene: Scene, subject: int, relation: str, other: int) -> bool:
-    """Whether the relation holds between two objects by a clear margin, in every frame."""
+    """Whether the relation holds between two objects by a clear margin, in every frame; "past" and "around" over all of
+    them.
+    """
+    if relation == "past":
+        return passes(scene, subject, other)
+    if relation == "around":
+        orbit, centre = scene.objects[subject].orbit, scene.objects[other].position
+        moves = scene.frames > 1 and orbit[2] != 0 and not scene.objects[other].moves
+        return moves and math.dist(orbit[:2], centre[:2]) < STILL
     return relation in _relations_of(_offsets(scene, subject, other))
+
+
+def passes(scene: Scene, subject: int, other: int) -> bool:
+    """Whether an object goes to the left or right from one side of a resting one to the other side, as seen."""
+    motion = motion_of(scene, scene.objects[subject])
+    if motion is None or motion[1] not in ("left", "right") or scene.objects[other].moves:
+        return False
+    rights = [right for right, _ in _offsets(scene, subject, other)]
+    first, last = (rights[0], rights[-1]) if motion[1] == "right" else (-rights[0], -rights[-1])
+    return first <= -PASSED and last >= PASSED
 
 
 def relations(scene: Scene) -> tuple[tuple[int, str, int], ...]:
@@ -162,13 +260,19 @@ def relations(scene: Scene) -> tuple[tuple[int, str, int], ...]:
 
 
 def _offsets(scene: Scene, subject: int, other: int) -> list[tuple[float, float]]:
-    """How far right of the other and further away the subject stands. Motion is straight: the ends bound the whole."""
+    """How far right of the other and further away the subject stands, from the first moment to the last."""
     a, b = scene.objects[subject], scene.objects[other]
     offsets = []
-    for seconds in (0.0, scene.times()[-1]) if scene.frames > 1 else (0.0,):
+    for seconds in moments(scene):
         pa, pb = a.at(seconds), b.at(seconds)
-        offsets.append(scene.camera.floor_axes(pa[0] - pb[0], pa[1] - pb[1]))
+        offsets.append(scene.camera.at(seconds).floor_axes(pa[0] - pb[0], pa[1] - pb[1]))
     return offsets
+
+
+def moments(scene: Scene) -> list[float]:
+    """Seconds at which motion is looked at; the ends alone bound what moves straight."""
+    last = scene.times()[-1]
+    return [last * k / (MOMENTS - 1) for k in range(MOMENTS)] if scene.frames > 1 else [0.0]
 
 
 def _relations_of(offsets: list[tuple[float, float]]) -> list[str]:
@@ -188,13 +292,18 @@ def scene_hash(scene: Scene) -> str:
 
     Positions, light, camera and the order of the objects do not enter: two pictures with one hash show the same thing.
     """
-    names = [
-        " ".join((o.size, o.color, o.material, o.shape, *(motion_of(scene, o) or ()))) for o in scene.objects
-    ]
+    names = [_meaning(scene, o) for o in scene.objects]
     triples = sorted(
         f"{names[i]}>{r}>{names[j]}" for i, r, j in relations(scene) if r in ("left of", "in front of")
     )
-    return hashlib.sha256("|".join([*sorted(names), "", *triples]).encode()).hexdigest()
+    camera = [camera_move(scene)] if camera_move(scene) else []
+    return hashlib.sha256("|".join([*sorted(names), "", *triples, *camera]).encode()).hexdigest()
+
+
+def _meaning(scene: Scene, obj: Object) -> str:
+    motion = motion_of(scene, obj)
+    moves = () if motion is None else (*motion, *(["bounces"] if obj.hop > 0 else []))
+    return " ".join((obj.size, obj.color, obj.material, obj.shape, *moves))
 
 
 def scene_to_dict(scene: Scene) -> dict[str, Any]:
@@ -235,7 +344,16 @@ def scene_from_json(text: str) -> Scene:
         raise DataError(f"this is not a scene graph: {error}") from None
 
 
-_LENGTHS = {"position": 3, "tint": 3, "velocity": 2, "target": 3, "color": 3, "backdrop": 3, "ambient": 3}
+_LENGTHS = {
+    "position": 3,
+    "tint": 3,
+    "velocity": 2,
+    "orbit": 3,
+    "target": 3,
+    "color": 3,
+    "backdrop": 3,
+    "ambient": 3,
+}
 
 
 def _check_numbers(values: dict[str, Any]) -> None:

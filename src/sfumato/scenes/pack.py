@@ -74,7 +74,7 @@ def pack(shots: list[tuple[Scene, float]], device: torch.device) -> Shots:
     blank[OBJ["cz"]], blank[OBJ["bound"]], blank[OBJ["inverse"]] = -1e4, -1.0, 1.0
     absent = tuple(blank)
     for scene, seconds in shots:
-        camera, light, floor = scene.camera, scene.light, scene.floor
+        camera, light, floor = scene.camera.at(seconds), scene.light, scene.floor
         position, right, up, forward = camera.axes()
         tangent = math.tan(camera.fov / 2)
         view = (position, right, up, forward, tangent)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TypeVar
 
 from sfumato.errors import InputError
+from sfumato.scenes.chance import between, pick
 from sfumato.scenes.graph import (
     COLORS,
     HALF_HEIGHT,
     HALF_WIDTH,
     MATERIALS,
+    MOMENTS,
     RADIUS,
     SHAPES,
     Camera,
@@ -22,16 +22,16 @@ from sfumato.scenes.graph import (
     Object,
     Scene,
 )
-from sfumato.scenes.splits import HELD_COUNTS, HELD_MOTIONS, HELD_PAIRS, HELD_RELATIONS, SPLITS, split_of
+from sfumato.scenes.motion import Course, course, moving_camera
+from sfumato.scenes.splits import HELD_COUNTS, HELD_PAIRS, HELD_RELATIONS, SPLITS, split_of
 
-T = TypeVar("T")
 Outline = tuple[float, float, float, float, float]  # see `_outline`
 COUNT_WEIGHTS = (0.25, 0.37, 0.20, 0.11, 0.07)  # of 1, 2, 3, 4, 5 objects
 FRAME_MARGIN = 0.025  # of the picture's side
 GAP = 0.28  # world units of free floor between two objects
 MIN_VISIBLE = 0.55  # of an object's outline, counted as if every nearer object filled its own
 VIEW_HALF_WIDTH = 2.85  # world units from the centre to the picture's edge, at the target's distance
-SPEED = {"slow": (0.4, 0.7), "fast": (1.3, 1.7)}  # world units per second
+BESIDE = 0.6  # share of resting objects that something passes, where something goes left or right
 ATTEMPTS = 4000
 _SPIRAL = [
     (math.sqrt((k + 0.5) / 20) * math.cos(2.399963 * k), math.sqrt((k + 0.5) / 20) * math.sin(2.399963 * k))
@@ -64,9 +64,11 @@ def sample_scene(
         raise InputError(f"split {split!r} needs at least two objects", argument="objects")
     random = Random(seed)
     counts = range(low, high + 1)
-    count = _pick(random, list(counts), [COUNT_WEIGHTS[n - 1] for n in counts])
+    count = pick(random, list(counts), [COUNT_WEIGHTS[n - 1] for n in counts])
     for _ in range(ATTEMPTS):
         camera = _camera(random)
+        if frames > 1:
+            camera = moving_camera(random, camera)
         placed = _place(random, _kinds(random, count, split), camera, split, frames, fps)
         if placed is None:
             continue
@@ -76,49 +78,34 @@ def sample_scene(
     raise InputError(f"no scene of split {split!r} with {count} objects was found", argument="seed")
 
 
-def _pick(random: Random, values: Sequence[T], weights: Sequence[float] | None = None) -> T:
-    if weights is None:
-        return values[int(random.random() * len(values))]
-    at = random.random() * sum(weights)
-    for value, weight in zip(values, weights, strict=True):
-        at -= weight
-        if at < 0:
-            return value
-    return values[-1]
-
-
-def _between(random: Random, low: float, high: float) -> float:
-    return low + (high - low) * random.random()
-
-
 def _kinds(random: Random, count: int, split: str) -> list[tuple[str, str, str, str]]:
     """(shape, color, material, size) of each object; held-out content is put in where the split asks for it."""
     large = (0.6, 0.55, 0.5, 0.4, 0.32)[count - 1]
     while True:
-        shapes = [_pick(random, SHAPES) for _ in range(count)]
-        colors = [_pick(random, COLORS) for _ in range(count)]
+        shapes = [pick(random, SHAPES) for _ in range(count)]
+        colors = [pick(random, COLORS) for _ in range(count)]
         if split == "pairs":
-            colors[0], shapes[0] = _pick(random, sorted(HELD_PAIRS))
+            colors[0], shapes[0] = pick(random, sorted(HELD_PAIRS))
         elif split == "relations":
-            shapes[0], _, shapes[1] = _pick(random, HELD_RELATIONS)
+            shapes[0], _, shapes[1] = pick(random, HELD_RELATIONS)
         elif split == "counts":
-            color, times = _pick(random, [held for held in sorted(HELD_COUNTS) if held[1] <= count])
+            color, times = pick(random, [held for held in sorted(HELD_COUNTS) if held[1] <= count])
             colors[:times] = [color] * times
         held = sum((c, s) in HELD_PAIRS for c, s in zip(colors, shapes, strict=True))
         counted = any((c, colors.count(c)) in HELD_COUNTS for c in colors)
         if (held > 0) == (split == "pairs") and counted == (split == "counts"):
             break
-    materials = [_pick(random, MATERIALS) for _ in range(count)]
+    materials = [pick(random, MATERIALS) for _ in range(count)]
     sizes = ["large" if random.random() < large else "small" for _ in range(count)]
     return list(zip(shapes, colors, materials, sizes, strict=True))
 
 
 def _camera(random: Random) -> Camera:
-    fov = math.radians(_between(random, 29, 39))
+    fov = math.radians(between(random, 29, 39))
     return Camera(
-        azimuth=math.radians(_between(random, -25, 25)),
-        elevation=math.radians(_between(random, 27, 40)),
-        distance=VIEW_HALF_WIDTH * _between(random, 0.97, 1.04) / math.tan(fov / 2),
+        azimuth=math.radians(between(random, -25, 25)),
+        elevation=math.radians(between(random, 27, 40)),
+        distance=VIEW_HALF_WIDTH * between(random, 0.97, 1.04) / math.tan(fov / 2),
         fov=fov,
         target=(0.0, 0.0, 0.45),
     )
@@ -127,44 +114,29 @@ def _camera(random: Random) -> Camera:
 def _studio(random: Random, camera: Camera) -> tuple[Light, Floor]:
     """Key light from the viewer's upper left or right, warm or cool; a pale floor that never rivals the objects."""
     side = 1 if random.random() < 0.65 else -1  # 1 is the left
-    warmth = _between(random, -1, 1)
-    strength = _between(random, 0.92, 1.12)
+    warmth = between(random, -1, 1)
+    strength = between(random, 0.92, 1.12)
     key = (strength * (1 + 0.10 * warmth), strength, strength * (1 - 0.13 * warmth))
     light = Light(
-        azimuth=camera.azimuth + math.pi + side * math.radians(_between(random, 20, 75)),
-        elevation=math.radians(_between(random, 46, 64)),
+        azimuth=camera.azimuth + math.pi + side * math.radians(between(random, 20, 75)),
+        elevation=math.radians(between(random, 46, 64)),
         color=key,
-        softness=_between(random, 0.10, 0.22),
+        softness=between(random, 0.10, 0.22),
     )
-    hue, tint = _between(random, 0, 2 * math.pi), _between(random, 0.0, 0.085)
+    hue, tint = between(random, 0, 2 * math.pi), between(random, 0.0, 0.085)
     wave = [math.cos(hue - k * 2 * math.pi / 3) for k in range(3)]
-    level = _between(random, 0.50, 0.74)
+    level = between(random, 0.50, 0.74)
     floor = (level * (1 + tint * wave[0]), level * (1 + tint * wave[1]), level * (1 + tint * wave[2]))
-    back = level * _between(random, 0.62, 1.1)
+    back = level * between(random, 0.62, 1.1)
     cast = (-0.03 * warmth, 0.0, 0.03 * warmth)
     backdrop = (
         back * (1 + 1.6 * tint * wave[0] + cast[0]),
         back * (1 + 1.6 * tint * wave[1] + cast[1]),
         back * (1 + 1.6 * tint * wave[2] + cast[2]),
     )
-    sky = _between(random, 0.9, 1.1)
+    sky = between(random, 0.9, 1.1)
     ambient = (sky * (1 - 0.05 * warmth), sky, sky * (1 + 0.07 * warmth))
     return light, Floor(floor, backdrop, ambient)
-
-
-def _velocity(random: Random, camera: Camera, split: str, forced: bool) -> tuple[tuple[float, float], float]:
-    if not forced and random.random() < 0.3:
-        return (0.0, 0.0), (_between(random, 0.6, 1.4) if random.random() < 0.5 else 0.0)
-    choices = [(s, d) for s in ("slow", "fast") for d in ("left", "right", "toward", "away")]
-    held = [c for c in choices if (c in HELD_MOTIONS) == (split == "motions" and forced)]
-    pace, direction = _pick(random, held)
-    speed, slant = _between(random, *SPEED[pace]), _between(random, -0.3, 0.3)
-    right, away = {"left": (-1, slant), "right": (1, slant), "toward": (slant, -1), "away": (slant, 1)}[
-        direction
-    ]
-    scale = speed / math.hypot(right, away)
-    ca, sa = math.cos(camera.azimuth), math.sin(camera.azimuth)
-    return ((ca * right + sa * away) * scale, (-sa * right + ca * away) * scale), 0.0
 
 
 def _place(random, kinds, camera: Camera, split: str, frames: int, fps: float) -> tuple[Object, ...] | None:
@@ -174,23 +146,42 @@ def _place(random, kinds, camera: Camera, split: str, frames: int, fps: float) -
     placed: list[Seen] = []
     for shape, color, material, size in kinds:
         radius = RADIUS[size]
-        tint = (_between(random, 0.94, 1.06), _between(random, 0.94, 1.06), _between(random, 0.94, 1.06))
-        yaw = _between(random, 0, 2 * math.pi)
+        tint = (between(random, 0.94, 1.06), between(random, 0.94, 1.06), between(random, 0.94, 1.06))
+        yaw = between(random, 0, 2 * math.pi)
+        way = course(random, camera, split, first=not placed) if frames > 1 else None
         for _ in range(24):
-            velocity, spin = (0.0, 0.0), 0.0
-            if frames > 1:
-                velocity, spin = _velocity(random, camera, split, forced=split == "motions" and not placed)
-            right, away = _between(random, -2.3, 2.3), _between(random, -2.2, 2.4)
-            x = ca * right + sa * away - velocity[0] * seconds / 2
-            y = -sa * right + ca * away - velocity[1] * seconds / 2
-            z = HALF_HEIGHT[shape] * radius
-            obj = Object(shape, color, material, size, (x, y, z), yaw, tint, velocity, spin)
+            right, away = between(random, -2.3, 2.3), between(random, -2.2, 2.4)
+            if way == Course():
+                right = _beside_a_way(random, placed, camera, seconds, right)
+            x, y = ca * right + sa * away, -sa * right + ca * away
+            obj = Object(shape, color, material, size, (x, y, HALF_HEIGHT[shape] * radius), yaw, tint)
+            if way is not None:
+                around = _centre(random, placed) if way.turn else None
+                obj = way.begin(obj, *(around or (x, y)), seconds)
             if seen := _fitting(obj, placed, camera, seconds):
                 placed.append(seen)
                 break
         else:
             return None
     return tuple(seen.object for seen in placed)
+
+
+def _centre(random: Random, placed: list[Seen]) -> tuple[float, float] | None:
+    """The place of a resting object to circle around, in two of three cases where there is one."""
+    resting = [seen for seen in placed if not seen.object.moves]
+    if not resting or random.random() < 1 / 3:
+        return None
+    return pick(random, resting).object.position[:2]
+
+
+def _beside_a_way(random: Random, placed: list[Seen], camera: Camera, seconds: float, right: float) -> float:
+    """How far to the viewer's right a resting object stands: often where one that crosses the picture passes it."""
+    for seen in placed:
+        across, away = camera.floor_axes(*seen.object.velocity)
+        if abs(across) > abs(away) and random.random() < BESIDE:
+            x, y, *_ = seen.object.at(seconds * between(random, 0.2, 0.8))
+            return camera.floor_axes(x, y)[0]
+    return right
 
 
 @dataclass(frozen=True)
@@ -204,7 +195,7 @@ class Seen:
 
 def _fitting(obj: Object, others: list[Seen], camera: Camera, seconds: float) -> Seen | None:
     """The object as it is seen, if it stands free of the others, whole in the picture, and hides none too much."""
-    moments = [0.0] if seconds == 0 else [seconds * k / 4 for k in range(5)]
+    moments = [0.0] if seconds == 0 else [seconds * k / (MOMENTS - 1) for k in range(MOMENTS)]
     reach = HALF_WIDTH[obj.shape] * obj.radius
     places = [obj.at(moment)[:2] for moment in moments]
     for other in others:
@@ -232,6 +223,7 @@ def _fitting(obj: Object, others: list[Seen], camera: Camera, seconds: float) ->
 def _outline(obj: Object, camera: Camera, seconds: float) -> Outline:
     """Centre, half width, half height (fractions of the picture) and depth of the ellipse around the object's image."""
     x, y, z, _ = obj.at(seconds)
+    camera = camera.at(seconds)
     u, v, depth = camera.project(x, y, z)
     scale = 0.5 / (math.tan(camera.fov / 2) * depth)
     wide = HALF_WIDTH[obj.shape] * obj.radius

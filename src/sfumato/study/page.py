@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.storage import atomic_file
+from sfumato.storage import atomic_file, write_json
 from sfumato.study.plots import save
 from sfumato.study.recipe import StudyRecipe
-from sfumato.study.results import AGREE, TOLD, Cheaper, Results, cheaper, mean, orders
+from sfumato.study.results import AGREE, TOLD, Cheaper, Results, cheaper, mean, orders, plain
 
 FOLLOWS = 0.1  # of the strict score, from which on a model may be said to follow prompts
 WORDS = {"strict": "strict score", "kernel_distance": "kernel distance"}
 
 
 def write_page(results: Results, out: Path, path: Path, command: str) -> list[Path]:
-    """Write the page as Markdown, and its figures into `pictures/` beside it; the files written, the page first."""
+    """Write the page as Markdown, its numbers beside it as JSON, its figures into `pictures/`; the page comes first."""
     pictures = save(results, out, path.parent / "pictures", path.stem)
+    numbers = path.with_suffix(".json")
+    write_json(numbers, {"study": results.study.name, "scenes": results.scenes, "runs": plain(results)})
     with atomic_file(path) as temporary:
         temporary.write_text(text(results, path.stem, [p.name for p in pictures], command), encoding="utf-8")
-    return [path, *pictures]
+    return [path, numbers, *pictures]
 
 
 def text(results: Results, stem: str, pictures: Sequence[str], command: str) -> str:
@@ -224,7 +226,7 @@ def _cheaper(results: Results) -> str:
         "within the budget, seed by seed; between points the curves are taken as straight over the logarithm of "
         "compute. Above 1 the latent is cheaper; in the columns beside, an autoencoder that is there already costs "
         "nothing. The median, and the range of the seeds; strict scores are compared from "
-        f"{TOLD:.0%} on. An arm that is as good at its first point already is charged all of that point.\n\n"
+        f"{TOLD:.0%} on. ≤ and ≥: one of the two was as good at its first point already, and is charged all of it.\n\n"
         + _table(["arm", *(c for word in WORDS.values() for c in (f"by {word}", "autoencoder given"))], rows)
         + f"\n\n{headline}"
     )
@@ -237,21 +239,26 @@ def _headline(found: Sequence[Cheaper]) -> str:
     seeds = len(best.ratios)
     sure = seeds >= AGREE and (min(best.ratios) > 1 or max(best.ratios) < 1)
     told = f"{best.middle:.1f} times cheaper" if best.middle >= 1 else f"{1 / best.middle:.1f} times dearer"
-    end = "and all seeds agree which is cheaper" if sure else "but the seeds do not agree which is cheaper"
-    if seeds < AGREE:
-        end = f"by {seeds} seed{'s' * (seeds > 1)}; it takes {AGREE} to claim it"
-    return (
-        f"**The best latent arm here, `{best.latent.name}`, is {told} than `{best.pixel.name}` at the same kernel "
-        f"distance** ({_ratio(best)}), {end}."
+    found_out = f"`{best.latent.name}` is {told} than `{best.pixel.name}` at the same kernel distance ({_ratio(best)})"
+    if sure:
+        return f"**Of the latent arms, {found_out}; all {seeds} seeds agree which is cheaper.**"
+    short = (
+        "the seeds do not agree"
+        if seeds >= AGREE
+        else f"{seeds} of the {AGREE} seeds that it takes are there"
     )
+    return f"**Not claimed, since {short}: of the latent arms, {found_out}.**"
 
 
 def _ratio(ratio: Cheaper | None) -> str:
     if ratio is None:
         return "–"
+    bound = {(True, False): "≤ ", (False, True): "≥ ", (True, True): "about "}.get(
+        (ratio.at_most, ratio.at_least), ""
+    )
     if len(ratio.ratios) == 1:
-        return f"{ratio.middle:.2f}"
-    return f"{ratio.middle:.2f} ({min(ratio.ratios):.2f}–{max(ratio.ratios):.2f})"
+        return f"{bound}{ratio.middle:.2f}"
+    return f"{bound}{ratio.middle:.2f} ({min(ratio.ratios):.2f}–{max(ratio.ratios):.2f})"
 
 
 def _drawn(stem: str, pictures: Sequence[str]) -> list[str]:

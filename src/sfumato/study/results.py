@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from sfumato.study.recipe import Arm, StudyRecipe
 from sfumato.study.run import kept_result, place_of
 
 AGREE = 3  # seeds that must agree before an order is claimed
+KEPT = ("seed", "complete", "plan", "ceiling", "points", "machine")  # of a curve, as JSON
 TOLD = 0.05  # strict score below which curves are not compared: a handful of pictures
 MEASURES = {"strict": True, "kernel_distance": False}  # and whether more of it is better
 
@@ -103,7 +104,7 @@ def reached_at(curve: Curve, measure: str, value: float) -> float | None:
         here = math.log(point["compute"]), sign * point[measure]
         if here[1] >= sign * value:
             if before is None:
-                return math.exp(here[0])
+                return float(point["compute"])
             share = (sign * value - before[1]) / (here[1] - before[1])
             return math.exp(before[0] + share * (here[0] - before[0]))
         before = here
@@ -118,6 +119,8 @@ class Cheaper:
     pixel: Arm
     measure: str
     ratios: tuple[float, ...]  # by seed
+    at_most: bool = False  # some are: the pixel arm was as good at its first point already
+    at_least: bool = False  # some are: the latent arm was
 
     @property
     def middle(self) -> float:
@@ -127,7 +130,7 @@ class Cheaper:
 def cheaper(results: Results, latent: Arm, measure: str, *, given: bool = False) -> Cheaper | None:
     """A latent arm against the best pixel arm, seed by seed, at the quality that both of a seed reach: the worse of
     their ends. None without a seed that both have completed. given: the autoencoder and the latents cost nothing, as
-    where many denoisers share them.
+    where many denoisers share them. A seed says nothing where both were as good at their first points already.
     """
     pixels = [arm for arm in results.study.arms if arm.pixels and results.of(arm)]
     if not pixels:
@@ -135,17 +138,28 @@ def cheaper(results: Results, latent: Arm, measure: str, *, given: bool = False)
     sign = 1 if MEASURES[measure] else -1
     best = max(pixels, key=lambda arm: sign * mean([c.last(measure) for c in results.of(arm)]))
     theirs = {curve.seed: curve for curve in results.of(best)}
-    ratios = []
+    ratios, at_most, at_least = [], False, False
     for curve in results.of(latent):
         if other := theirs.get(curve.seed):
             both = min(sign * curve.last(measure), sign * other.last(measure)) * sign
             if measure == "strict" and both < TOLD:
                 continue  # hardly a picture of one of them was right: there is no quality to compare at
             mine, its = (reached_at(c, measure, both) for c in (curve, other))
-            if mine and its:
-                ratios.append(its / (mine - (curve.before if given else 0.0)))
-    return Cheaper(latent, best, measure, tuple(ratios)) if ratios else None
+            soon, sooner = (at == c.points[0]["compute"] for at, c in ((mine, curve), (its, other)))
+            if mine is None or its is None or (soon and sooner):
+                continue
+            ratios.append(its / (mine - (curve.before if given else 0.0)))
+            at_most, at_least = at_most or sooner, at_least or soon
+    return Cheaper(latent, best, measure, tuple(ratios), at_most, at_least) if ratios else None
 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def plain(results: Results) -> list[dict[str, Any]]:
+    """Every curve as JSON has it."""
+    return [
+        {"arm": asdict(curve.arm), **{name: getattr(curve, name) for name in KEPT}}
+        for curve in results.curves
+    ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sfumato.nn.embed import rope_angles, turns
 from sfumato.nn.transformer import Block, rms_norm
@@ -38,8 +39,12 @@ class TextEncoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        h = self.embedding(ids)  # (B, N, D)
+    def forward(self, ids: Tensor, mask: Tensor, more: Tensor | None = None) -> Tensor:
+        """more: (W, D), rows for ids beyond the vocabulary, of words that were learnt later."""
+        if more is None:
+            h = self.embedding(ids)  # (B, N, D)
+        else:
+            h = functional.embedding(ids, torch.cat([self.embedding.weight, more]))
         positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)[:, None]
         angles = rope_angles(positions, self.config.width // self.config.heads, theta=1000.0)
         cos, sin = turns(angles)

@@ -6,6 +6,8 @@
     [lora]         instead of both: which model to train one beside, and which layers of it; [lora.loss], [lora.train],
                    [lora.prior] its class
     [control]      instead of all three: which model to train a ControlNet beside; [control.train]
+    [video]        instead of all four: which model to teach clips; [video.temporal] the shape of the layers between
+                   frames, [video.codec] their optimisation, [video.loss] and [video.train] those of its denoiser
     [preset]       how the finished model draws when the user says nothing
 
 A table that is absent leaves its stage out, or takes its defaults.
@@ -29,9 +31,12 @@ from sfumato.errors import InputError
 from sfumato.families import DEFAULT_FAMILY, family_named
 from sfumato.families.trainee import LAYOUTS
 from sfumato.train.activations import CHOICES
+from sfumato.train.fitting import TrainRecipe, above_zero, check_train, one_of, within
+from sfumato.train.video_recipe import VideoRecipe, check_video
 
+__all__ = ["Recipe", "TrainRecipe", "VideoRecipe", "parse_recipe", "read_recipe"]
 STAGES = ("autoencoder", "denoiser")  # of a model, in this order
-BESIDE = ("lora", "control")  # instead: what is trained beside a finished model
+BESIDE = ("lora", "control", "video")  # instead: what is trained beside a finished model
 
 
 @dataclass(frozen=True)
@@ -48,36 +53,6 @@ class DataRecipe:
     flip: bool = False  # folder: add the mirror image of every picture
     held_out: float = 0.02  # folder: share of the pictures kept from the autoencoder, to measure it on
     cache: str = ""  # scenes: where rendered pictures are kept; empty for the run's own folder
-
-
-@dataclass(frozen=True)
-class TrainRecipe:
-    """How weights are fitted. One step sees `batch` pictures in parts of `microbatch`, whose gradients add up."""
-
-    steps: int = 10_000
-    batch: int = 128
-    microbatch: int = (
-        0  # pictures per pass; 0 for the whole batch. Chance is drawn per part, so it is part of the recipe
-    )
-    optimizer: str = "adamw"  # adamw, or for a denoiser muon: its hidden matrices (and adamw for the rest)
-    lr: float = 3e-4  # AdamW's peak rate
-    muon_lr: float = 2e-3  # Muon's peak rate, in AdamW's scale (rms-matched)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    warmup: int = 200  # steps of linear rise
-    decay: float = 0.3  # last share of the steps, over which the rate falls linearly to zero
-    clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.999  # decay of the averaged weights per step; the average is what is kept
-    precision: str = "auto"  # auto, float32 or bfloat16 (autocast; the weights themselves stay float32)
-    compile: bool = False  # torch.compile the network
-    save_every: int = 500  # steps between checkpoints
-    sheet_every: int = 1_000  # steps between sample sheets and exports of the averaged model
-    crop: int = 0  # side in pixels of random crops; 0 for whole pictures (autoencoder only)
-
-    @property
-    def parts(self) -> int:
-        """Microbatches in a step."""
-        return self.batch // (self.microbatch or self.batch)
 
 
 @dataclass(frozen=True)
@@ -200,6 +175,7 @@ class Recipe:
     denoiser: DenoiserRecipe | None = None
     lora: LoraRecipe | None = None
     control: ControlRecipe | None = None
+    video: VideoRecipe | None = None
     preset: Any = None  # the family's Preset
     seed: int = 0
     family: str = DEFAULT_FAMILY
@@ -274,7 +250,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 def check(recipe: Recipe) -> None:
     """`InputError` for what does not go together, or is out of its range."""
-    _one_of("data.kind", recipe.data.kind, ("folder", "scenes"))
+    one_of("data.kind", recipe.data.kind, ("folder", "scenes"))
     if len(recipe.data.objects) != 2 or not 1 <= recipe.data.objects[0] <= recipe.data.objects[1] <= 5:
         raise InputError(
             f"data.objects must be the fewest and the most, within 1 to 5, not {list(recipe.data.objects)}",
@@ -284,9 +260,9 @@ def check(recipe: Recipe) -> None:
     if not stages:
         tables = ", ".join(f"no [{stage}]" for stage in (*STAGES, *BESIDE))
         raise InputError(f"the recipe has {tables}: nothing to train", argument="recipe")
-    _one_of("log", recipe.log, ("csv", "tensorboard"))
+    one_of("log", recipe.log, ("csv", "tensorboard"))
     for stage in stages:
-        _check_train(f"{stage}.train", getattr(recipe, stage).train)
+        check_train(f"{stage}.train", getattr(recipe, stage).train)
     for stage in set(stages) & set(BESIDE):
         if len(stages) > 1:
             raise InputError(
@@ -298,14 +274,16 @@ def check(recipe: Recipe) -> None:
         _check_lora(recipe.lora)
     if recipe.control:
         _check_control(recipe.control, recipe.data)
+    if recipe.video:
+        check_video(recipe.video)
     if recipe.autoencoder:
         _check_autoencoder(recipe.autoencoder)
     if recipe.denoiser:
         loss = recipe.denoiser.loss
-        _one_of("denoiser.loss.density", loss.density, DENSITIES)
-        _one_of("denoiser.loss.weighting", loss.weighting, WEIGHTINGS)
-        _within("denoiser.loss", loss, DENOISER_LOSS_RANGES)
-        _above_zero("denoiser.loss.shift", loss.shift)
+        one_of("denoiser.loss.density", loss.density, DENSITIES)
+        one_of("denoiser.loss.weighting", loss.weighting, WEIGHTINGS)
+        within("denoiser.loss", loss, DENOISER_LOSS_RANGES)
+        above_zero("denoiser.loss.shift", loss.shift)
         if loss.labels and not getattr(recipe.denoiser.model, "label_classes", ()):
             raise InputError(
                 "denoiser.loss.labels needs denoiser.label_classes, the number of classes of each attribute",
@@ -313,33 +291,16 @@ def check(recipe: Recipe) -> None:
             )
 
 
-def _check_train(where: str, train: TrainRecipe) -> None:
-    _within(where, train, RANGES)
-    _above_zero(f"{where}.clip", train.clip)
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise InputError(
-            f"{where}.betas must be two numbers from 0 to below 1, not {list(train.betas)}",
-            argument=f"{where}.betas",
-        )
-    if train.microbatch and train.batch % train.microbatch:
-        raise InputError(
-            f"{where}.batch ({train.batch}) must be a multiple of microbatch ({train.microbatch})",
-            argument=f"{where}.microbatch",
-        )
-    _one_of(f"{where}.optimizer", train.optimizer, ("adamw", "muon"))
-    _one_of(f"{where}.precision", train.precision, ("auto", "float32", "bfloat16"))
-
-
 def _check_lora(recipe: LoraRecipe) -> None:
-    _within("lora", recipe, LORA_RANGES)
-    _within("lora.loss", recipe.loss, LORA_LOSS_RANGES)
-    _within("lora.prior", recipe.prior, PRIOR_RANGES)
-    _above_zero("lora.loss.gamma", recipe.loss.gamma)
-    _one_of("lora.loss.weighting", recipe.loss.weighting, ("plain", "min_snr"))
-    _one_of("lora.loss.density", recipe.loss.density, DENSITIES)
-    _one_of("lora.layout", recipe.layout, LAYOUTS)
-    _one_of("lora.dtype", recipe.dtype, ("float32", "float16", "bfloat16"))
-    _one_of("lora.recompute", recipe.recompute, CHOICES)
+    within("lora", recipe, LORA_RANGES)
+    within("lora.loss", recipe.loss, LORA_LOSS_RANGES)
+    within("lora.prior", recipe.prior, PRIOR_RANGES)
+    above_zero("lora.loss.gamma", recipe.loss.gamma)
+    one_of("lora.loss.weighting", recipe.loss.weighting, ("plain", "min_snr"))
+    one_of("lora.loss.density", recipe.loss.density, DENSITIES)
+    one_of("lora.layout", recipe.layout, LAYOUTS)
+    one_of("lora.dtype", recipe.dtype, ("float32", "float16", "bfloat16"))
+    one_of("lora.recompute", recipe.recompute, CHOICES)
     if not recipe.targets:
         raise InputError(
             "lora.targets must be attention, all, or patterns of layers; it is empty", argument="lora.targets"
@@ -361,7 +322,7 @@ def _check_lora(recipe: LoraRecipe) -> None:
 
 
 def _check_control(recipe: ControlRecipe, data: DataRecipe) -> None:
-    _within("control", recipe, CONTROL_RANGES)
+    within("control", recipe, CONTROL_RANGES)
     if data.kind == "folder" and not recipe.pictures:
         raise InputError(
             "a folder of pictures needs control.pictures, a folder of control pictures with the same names",
@@ -375,8 +336,8 @@ def _check_control(recipe: ControlRecipe, data: DataRecipe) -> None:
 
 def _check_autoencoder(recipe: AutoencoderRecipe) -> None:
     loss = recipe.loss
-    _within("autoencoder.loss", loss, AUTOENCODER_LOSS_RANGES)
-    _above_zero("autoencoder.loss.equivariance_share", loss.equivariance_share)
+    within("autoencoder.loss", loss, AUTOENCODER_LOSS_RANGES)
+    above_zero("autoencoder.loss.equivariance_share", loss.equivariance_share)
     if any(scale < 1 for scale in loss.equivariance_scales):
         raise InputError(
             "autoencoder.loss.equivariance_scales must be whole numbers of at least 1, not "
@@ -391,20 +352,6 @@ def _check_autoencoder(recipe: AutoencoderRecipe) -> None:
         )
 
 
-RANGES = {  # of the numbers in a TrainRecipe
-    "steps": (0, math.inf),
-    "batch": (1, math.inf),
-    "microbatch": (0, math.inf),
-    "lr": (0, math.inf),
-    "muon_lr": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "warmup": (0, math.inf),
-    "decay": (0, 1),
-    "ema": (0, 1),
-    "save_every": (1, math.inf),
-    "sheet_every": (1, math.inf),
-    "crop": (0, math.inf),
-}
 DENOISER_LOSS_RANGES = {"std": (0, math.inf), "labels": (0, math.inf), "drop_prompt": (0, 1)}
 LORA_RANGES = {"rank": (1, MAX_RANK), "alpha": (0, math.inf)}
 LORA_LOSS_RANGES = {
@@ -425,29 +372,6 @@ AUTOENCODER_LOSS_RANGES = {
     "equivariance_share": (0, 1),
     "adversarial_limit": (0, math.inf),
 }
-
-
-def _within(where: str, table: Any, ranges: dict[str, tuple[float, float]]) -> None:
-    for name, (low, high) in ranges.items():
-        value = getattr(table, name)
-        if not low <= value <= high:
-            raise InputError(
-                f"{where}.{name} must be {_range(low, high)}, not {value}", argument=f"{where}.{name}"
-            )
-
-
-def _above_zero(name: str, value: float) -> None:
-    if value <= 0:
-        raise InputError(f"{name} must be above 0, not {value}", argument=name)
-
-
-def _range(low: float, high: float) -> str:
-    return f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} must be {' or '.join(known)}, not {value!r}", argument=name)
 
 
 def build(kind: Any, values: Any, where: str, **ready: Any) -> Any:

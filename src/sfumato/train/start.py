@@ -18,7 +18,9 @@ from sfumato.train.loop import OnEvent
 from sfumato.train.lora import LoraJob
 from sfumato.train.recipe import Recipe, read_recipe
 from sfumato.train.stages import ModelJob
+from sfumato.train.video import VideoJob
 
+BESIDE: tuple[tuple[str, type[Job]], ...] = (("lora", LoraJob), ("control", ControlJob), ("video", VideoJob))
 PATIENCE = 48  # hours that processes wait for the one that renders and encodes
 
 
@@ -44,7 +46,7 @@ def run(
     read = with_data(read, data)
     folder = Path(out or read.out or Path("runs") / read.name)
     place, joined = _join_world(pick_device(device))
-    kind: type[Job] = LoraJob if read.lora else ControlJob if read.control else ModelJob
+    kind: type[Job] = next((job for table, job in BESIDE if getattr(read, table)), ModelJob)
     try:
         return kind(read, folder, place, on_event or (lambda event: None)).whole()
     finally:

@@ -5,10 +5,12 @@ from sfumato.families.pocket.system import (
     System,
     TextDenoiser,
     build,
+    fresh_video,
     open_autoencoder,
     open_folder,
     save_folder,
 )
+from sfumato.families.pocket.video import VideoConfig
 
 __all__ = [
     "DenoiserConfig",
@@ -16,8 +18,10 @@ __all__ = [
     "Preset",
     "System",
     "TextDenoiser",
+    "VideoConfig",
     "build",
     "configure",
+    "fresh_video",
     "open_autoencoder",
     "open_folder",
     "pixel_twin",

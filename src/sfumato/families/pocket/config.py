@@ -8,6 +8,7 @@ from typing import Any
 from sfumato.autoencoder import AutoencoderConfig
 from sfumato.diffusion.schedules import flow_levels, sigmas_for
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.pocket.video import VideoConfig
 from sfumato.sampling import sampler_named
 from sfumato.types import Request
 
@@ -92,6 +93,7 @@ class PocketConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     words: tuple[str, ...] = ()  # the tokenizer's words, in the order of their ids
     preset: Preset = field(default_factory=Preset)
+    video: VideoConfig | None = None  # of a model that draws clips too
 
     def __post_init__(self) -> None:
         if any(side % self.multiple for side in self.preset.size):
@@ -107,7 +109,8 @@ class PocketConfig:
         return self.autoencoder.factor * self.denoiser.patch
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        return values if self.video else {name: value for name, value in values.items() if name != "video"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PocketConfig:
@@ -121,6 +124,7 @@ class PocketConfig:
                 denoiser=_plain(DenoiserConfig, "denoiser", values["denoiser"]),
                 words=tuple(words),
                 preset=_plain(Preset, "preset", values["preset"]),
+                video=None if values.get("video") is None else VideoConfig.from_dict(values["video"]),
             )
         except (InputError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the model card is not one of a pocket model: {error}") from None

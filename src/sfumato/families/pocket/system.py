@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.adapters.fold import Adapters, Touched
 from sfumato.autoencoder import Autoencoder
+from sfumato.autoencoder.causal import STRIDE, Causal, latents_of
 from sfumato.checkpoint.fill import fill, refill
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
@@ -22,15 +23,33 @@ from sfumato.errors import CheckpointError
 from sfumato.families.pocket import control as nets
 from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
+from sfumato.families.pocket.video import Animator, VideoConfig, VideoParts, decode, encode
 from sfumato.families.trainee import Trainee
 from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.nn.dit_control import DiTControl
 from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
+from sfumato.tasks.canvas import first_picture
+from sfumato.tasks.pixels import to_pixels
 from sfumato.text import TextConfig, TextEncoder, Tokenizer
 from sfumato.types import Conditioning, Request
 
 FORMAT = "sfumato model 1"
 PARTS = ("autoencoder", "denoiser")
+VIDEO_PARTS = ("temporal", "animator")  # of a model that draws clips too
+
+
+def dit_config(config: PocketConfig, labels: bool = True) -> DiTConfig:
+    """The shape of its DiT; without `labels`, of one that names no cells, as that of clips."""
+    d = config.denoiser
+    return DiTConfig(
+        latent_channels=config.autoencoder.channels,
+        patch=d.patch,
+        width=d.width,
+        depth=d.depth,
+        heads=d.heads,
+        text_width=d.text_width,
+        label_classes=d.label_classes if labels else (),
+    )
 
 
 class TextDenoiser(nn.Module):
@@ -42,17 +61,7 @@ class TextDenoiser(nn.Module):
         self.text = TextEncoder(
             TextConfig(len(Tokenizer(config.words)), d.text_width, d.text_depth, d.text_heads)
         )
-        self.dit = DiT(
-            DiTConfig(
-                latent_channels=config.autoencoder.channels,
-                patch=d.patch,
-                width=d.width,
-                depth=d.depth,
-                heads=d.heads,
-                text_width=d.text_width,
-                label_classes=d.label_classes,
-            )
-        )
+        self.dit = DiT(dit_config(config))
 
     def forward(self, x: Tensor, time: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.dit.forward_with_labels(x, time, Conditioning(self.text(ids, mask), mask))
@@ -67,6 +76,7 @@ class System:
     denoiser: TextDenoiser
     tokenizer: Tokenizer
     control_files: Mapping[str, Path] = field(default_factory=dict)
+    video: VideoParts | None = None
 
     @functools.cached_property
     def adapters(self) -> Adapters:
@@ -93,6 +103,43 @@ class System:
             "denoiser": tensors_hash(self.adapters.parts["denoiser"].base),
         }
 
+    def clip_hashes(self) -> dict[str, str]:
+        """The same of the parts that only clips are drawn with."""
+        if self.video is None:
+            return {}
+        return {name: tensors_hash(getattr(self.video, name).state_dict()) for name in VIDEO_PARTS}
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What of a request for a clip it is told, if it draws any."""
+        return frozenset(["frames", "fps", "clip"]) if self.video else frozenset()
+
+    @property
+    def clip_preset(self) -> dict[str, Any]:
+        """What a request for a clip leaves open; empty for a model that draws none."""
+        video = self.config.video
+        return {} if video is None or self.video is None else {"frames": video.frames, "fps": video.fps}
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Latents of a clip that are drawn together, and how many of them are known where a film goes on."""
+        video = self.config.video
+        return None if video is None or self.video is None else (video.window, video.context)
+
+    @property
+    def shared_noise(self) -> float:
+        """Share of the noise's variance that the frames of a clip have in common, as in training."""
+        return 0.0 if self.config.video is None else self.config.video.shared
+
+    def frames_of(self, latents: int) -> int:
+        """How many frames so many latents of a clip are."""
+        return 1 + STRIDE * (latents - 1)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """(C, T, H/f, W/f) of so many frames; `InputError` for a size or a number of frames that it cannot draw."""
+        count = frames if self.video is None or frames == 1 else latents_of(frames)
+        return self.autoencoder.latent_shape(count, height, width)
+
     @property
     def parameterization(self) -> Parameterization:
         return Parameterization(self.config.denoiser.prediction, FLOW)
@@ -102,19 +149,45 @@ class System:
         return flow_levels()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) → normalised latents."""
+        """Pixels (B, 3, T, H, W) → normalised latents; four frames to one after the first, of a model of clips."""
+        if self.video is not None and pixels.shape[2] > 1:
+            return encode(self.autoencoder, self.video.temporal, pixels)
         return self.autoencoder.encode_normalized(pixels)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents → pixels."""
+        if self.video is not None and latent.shape[2] > 1:
+            return decode(self.autoencoder, self.video.temporal, latent)
         return self.autoencoder.decode_normalized(latent)
 
     def condition(self, prompts: Sequence[str | None], request: Request | None = None) -> Conditioning:
-        """Text features of the prompts, padded to a common length; None is the empty one. `request` adds nothing."""
+        """Text features of the prompts, padded to a common length; None is the empty one. Of a request for a clip that
+        has a first picture, that too: `channels` are the latents of known frames.
+        """
         device = next(self.denoiser.parameters()).device
+        if request is not None and request.moves and self.video is not None:
+            return self._condition_clip(self.video.animator, prompts, request, device)
         ids, mask = self.tokenizer.batch([prompt or "" for prompt in prompts])
         ids, mask = ids.to(device), mask.to(device)
         return Conditioning(self.denoiser.text(ids, mask), mask)
+
+    def _condition_clip(
+        self, animator: Animator, prompts: Sequence[str | None], request: Request, device: torch.device
+    ) -> Conditioning:
+        ids, mask = self.clip_tokenizer.batch([prompt or "" for prompt in prompts])
+        cond = animator.read(self.denoiser.text, ids.to(device), mask.to(device))
+        if request.image is None or request.clip is not None:
+            return cond
+        first = to_pixels(first_picture(request))[None].to(device)  # (1, 3, 1, H, W)
+        known = self.autoencoder.encode_normalized(first).float()
+        return replace(cond, channels=known.expand(len(prompts), -1, -1, -1, -1))
+
+    @functools.cached_property
+    def clip_tokenizer(self) -> Tokenizer:
+        """Of prompts for clips: the words of pictures, and those of motion after them."""
+        assert self.config.video is not None
+        words = self.config.words + self.config.video.words
+        return Tokenizer(words, self.config.denoiser.max_tokens)
 
     def network(
         self,
@@ -124,6 +197,8 @@ class System:
         skip_layers: tuple[int, ...] = (),
         control: tuple[Tensor, ...] = (),
     ) -> Tensor:
+        if x.shape[2] > 1 and self.video is not None:
+            return self.video.animator.answer(x, time, cond)
         return self.denoiser.dit(x, time, cond, skip_layers, control)
 
     @property
@@ -204,16 +279,28 @@ def build(config: PocketConfig) -> System:
     )
 
 
+def fresh_video(system: System, video: VideoConfig) -> System:
+    """The system with parts for clips: no mixing of frames yet, and the denoiser of pictures, which knows no motion."""
+    temporal = Causal(video.temporal)
+    dit = DiT(dit_config(system.config, labels=False))
+    base = system.denoiser.dit.state_dict()
+    dit.load_state_dict({name: base[name] for name in dit.state_dict()})
+    animator = Animator(dit, len(video.words), system.config.denoiser.text_width)
+    return replace(system, config=replace(system.config, video=video), video=VideoParts(temporal, animator))
+
+
 def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = None) -> list[Path]:
     """Write bfloat16 weights into a folder, and then `model.json`: where the card is, the model is whole."""
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[str]] = {}
-    for name in PARTS:
+    for name in (*PARTS, *VIDEO_PARTS):
         for old in directory.glob(f"{name}*.safetensors"):
             if (directory / "model.json").exists():
                 (directory / "model.json").unlink()
             old.unlink()
-        state = getattr(system, name).state_dict()
+        if name in VIDEO_PARTS and system.video is None:
+            continue
+        state = getattr(system.video if name in VIDEO_PARTS else system, name).state_dict()
         keep = {"latent_mean", "latent_std"}
         tensors = {k: v if k in keep else v.to(torch.bfloat16) for k, v in state.items()}
         files[name] = save_sharded(directory, name, tensors)
@@ -229,7 +316,22 @@ def open_folder(directory: Path, device: torch.device) -> System:
         system = build(config)
     for name in PARTS:
         _read(getattr(system, name), name, directory, card, device)
+    if config.video is not None:
+        system = _with_video(system, config.video, directory, card, device)
     return replace(system, control_files=nets.beside(directory))
+
+
+def _with_video(
+    system: System, video: VideoConfig, directory: Path, card: dict[str, Any], device: torch.device
+) -> System:
+    """The system with the parts for clips that lie beside it."""
+    with torch.device("meta"):
+        temporal = Causal(video.temporal)
+        dit = DiT(dit_config(system.config, labels=False))
+        animator = Animator(dit, len(video.words), system.config.denoiser.text_width)
+    for name, module in (("temporal", temporal), ("animator", animator)):
+        _read(module, name, directory, card, device)
+    return replace(system, video=VideoParts(temporal, animator))
 
 
 def open_autoencoder(directory: Path, device: torch.device) -> Autoencoder:
@@ -248,7 +350,7 @@ def _card(directory: Path) -> tuple[dict[str, Any], PocketConfig]:
         )
     config = PocketConfig.from_dict(card)
     files = card.get("files")
-    for name in PARTS:
+    for name in (*PARTS, *(VIDEO_PARTS if config.video else ())):
         if not isinstance(files, dict) or not isinstance(files.get(name), list):
             raise CheckpointError(f"{directory / 'model.json'} lacks the list of {name} under 'files'")
     return card, config

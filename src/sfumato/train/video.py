@@ -1,0 +1,373 @@
+"""A recipe with [video], from its first line to a model folder: a model of pictures learns to draw clips.
+
+The base stays as it is. Its frames' latents are made once; layers between frames learn to keep every fourth of them
+(`autoencoder/causal.py`), and a second denoiser, which begins as the one of pictures, learns clips and pictures
+together on what these give. What is known of a clip's beginning is shown to it without noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.autoencoder.causal import Causal
+from sfumato.autoencoder.metrics import psnr
+from sfumato.data.clips import ClipFolder
+from sfumato.data.latents import LatentCache, Shard, build_latents, write_shard
+from sfumato.data.scenes import SceneSource
+from sfumato.data.source import to_float
+from sfumato.diffusion.loss import flow_density, spread
+from sfumato.errors import InputError
+from sfumato.families import family_named
+from sfumato.flops import count_flops
+from sfumato.generate import Model, load, to_image
+from sfumato.receipts.probe import matmul_peak
+from sfumato.runtime import autocast, fast_dtype
+from sfumato.sampling.noise import mixed
+from sfumato.storage import atomic_directory, load_tensors, save_tensors, tensors_hash, write_json
+from sfumato.text import learn_words
+from sfumato.train.job import VOLATILE, Job, fingerprint
+from sfumato.train.loop import Event, Loss, Player, fit, seeded
+from sfumato.train.state import tensorboard
+from sfumato.train.tasks import save_sheet
+from sfumato.train.video_data import ClipBatch, Clips, ClipSource, Frames
+from sfumato.train.video_recipe import VideoRecipe
+from sfumato.types import Request
+
+HELD_OUT = 32  # clips of the val split that the layers between frames are measured on
+RENDERED, SHARD = 8, 256  # clips rendered and encoded at a time, and what a kill can cost
+JOINED = 64  # clips of which latents are joined at a time
+SHEET = 4  # clips of a sheet
+WORDS_FROM = 4_000  # captions that words are learnt from
+
+
+@dataclass
+class VideoJob(Job):
+    """A recipe with [video]. `whole` does all of it; the other methods are its parts."""
+
+    stage = "video"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.recipe.video is not None
+        self.own: VideoRecipe = self.recipe.video
+
+    def whole(self) -> Path:
+        """The run's folder, in which the model is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(self.recipe.seed)
+        source = self.clips(self.recipe.data.split, self.recipe.data.count)
+        self.note(f"{len(source):,} clips of {self.own.frames} frames")
+        system = self.family.fresh_video(self.base, self.config(source))
+        frames = self.frames(source)
+        peak = matmul_peak(self.device, fast_dtype(self.device), 0.6)
+        temporal = self.codec(system.video.temporal, frames, peak)
+        system = replace(system, video=replace(system.video, temporal=temporal))
+        latents = self.latents(temporal, frames)
+        place = self.folder / "video"
+        clips = Clips(source, latents, system.clip_tokenizer, self.own, self.recipe.seed, self.device)
+        task = VideoTask(self, system, clips)
+        with tensorboard(self.recipe.log, self.world.leads, place) as log:
+            state = fit(task, place, self.identity("video"), self.device, self.tell, peak, log)
+        if self.world.leads:
+            task.export(state, self.own.train.steps)
+        self.world.wait()
+        steps = self.own.train.steps
+        self.tell(Event("done", "video", steps, steps, text=str(self.folder)))
+        return self.folder
+
+    @functools.cached_property
+    def base(self) -> Any:
+        """The model that learns, as it is opened, without parts for clips."""
+        system = load(self.own.base, str(self.device)).system
+        if not hasattr(self.family, "fresh_video") or not hasattr(system, "video"):
+            raise InputError(
+                f"{self.own.base!r} cannot learn clips; give a model of our own", argument="video.base"
+            )
+        if system.config.denoiser.prediction != "flow":
+            raise InputError("a model that learns clips must predict the flow", argument="video.base")
+        return system
+
+    @property
+    def family(self) -> Any:
+        return family_named(self.recipe.family)
+
+    def clips(self, split: str, count: int) -> ClipSource:
+        """The clips of the recipe: scenes of a split, which are rendered as they are asked for, or a folder's."""
+        d, own = self.recipe.data, self.own
+        if d.kind == "scenes":
+            options = {"objects": list(d.objects)}
+            if own.fps != 8.0:
+                options["fps"] = own.fps
+            device = self.device.type
+            return SceneSource(count, d.seed, split, d.size, own.frames, device=device, options=options)
+        if not d.path:
+            raise InputError(
+                "no clips were named: give --data DIR, or data.path in the recipe", argument="data"
+            )
+        return ClipFolder(d.path, d.size, own.frames, multiple=self.base.config.multiple)
+
+    def config(self, source: ClipSource) -> Any:
+        """What the parts for clips are, with the words that captions have besides the model's."""
+        texts = (source.caption(i, 0) for i in range(min(len(source), WORDS_FROM)))
+        known = set(self.base.config.words)
+        words = [word for word in learn_words(texts, len(known) + self.own.vocabulary) if word not in known]
+        lengths = 1 + (self.own.frames - 1) // 4
+        temporal = replace(self.own.temporal, channels=self.base.config.autoencoder.channels)
+        return self.family.VideoConfig(
+            temporal=temporal,
+            words=tuple(words[: self.own.vocabulary]),
+            frames=self.own.frames,
+            fps=self.own.fps,
+            window=lengths,
+            shared=self.own.shared,
+            context=max(1, min(len(self.own.loss.known) - 1, lengths - 1)),
+        )
+
+    # --- latents of frames -----------------------------------------------------------------------------------
+
+    def frames(self, source: ClipSource) -> LatentCache:
+        """Every frame's latent, made once: (C, frames, H, W) of each clip."""
+        digest = tensors_hash(self.base.autoencoder.state_dict())
+        place = self.folder / "frames" / digest[:16]
+        if self.world.leads:
+            build_latents(
+                source,
+                self.encode,
+                digest,
+                place,
+                RENDERED,
+                self.progress("rendering"),
+                shard_rows=SHARD,
+                write=functools.partial(self._side_by_side, source) if self.device.type == "cpu" else None,
+            )
+        self.world.wait()
+        return LatentCache(place, source, digest)
+
+    def _side_by_side(
+        self, source: ClipSource, shards: Sequence[Shard], batch: int, told: Callable[[int], None]
+    ) -> Iterator[None]:
+        """Render and encode as many shards at a time as there are threads: a renderer's steps are short."""
+        gate = threading.Lock()
+
+        def hear(rows: int) -> None:
+            with gate:
+                told(rows)
+
+        with ThreadPoolExecutor(torch.get_num_threads(), "clips") as pool:
+            futures = [pool.submit(write_shard, source, self.encode, shard, batch, hear) for shard in shards]
+            try:
+                for future in futures:
+                    future.result()
+                    yield
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H, W) → normalised latents of each frame."""
+        with autocast(self.device, fast_dtype(self.device)):
+            return self.base.autoencoder.encode_normalized(pixels.to(self.device)).float()
+
+    # --- layers between frames -------------------------------------------------------------------------------
+
+    def codec(self, model: Causal, frames: LatentCache, peak: float) -> Causal:
+        """Train the layers between frames, or read the finished ones; measured on clips not seen."""
+        place, identity, train = self.folder / "temporal", self.identity("temporal"), self.own.codec
+        finished = place / f"final-{identity[:12]}-{train.steps}.safetensors"
+        done = finished.exists()
+        self.world.wait()
+        if done:
+            self.note(f"finished, after {train.steps:,} steps", "temporal")
+        else:
+            if train.steps:
+                task = CodecTask(self, model, frames)
+                with tensorboard(self.recipe.log, self.world.leads, place) as log:
+                    model.load_state_dict(fit(task, place, identity, self.device, self.tell, peak, log))
+            if self.world.leads:
+                save_tensors(finished, {k: v.bfloat16() for k, v in model.state_dict().items()})
+            self.world.wait()
+        model.load_state_dict({name: value.float() for name, value in load_tensors(finished).items()})
+        model.to(self.device).eval().requires_grad_(False)
+        if not done and self.world.leads and self.recipe.data.kind == "scenes":
+            self.measure(model, place / "held-out.json")
+        return model
+
+    @torch.no_grad()
+    def measure(self, model: Causal, path: Path) -> None:
+        """Write PSNR (dB) of clips not seen: by the autoencoder of pictures alone, with these layers between, and with
+        the straight way from one fourth frame to the next in their place.
+        """
+        source = self.clips("val", HELD_OUT)
+        straight = Causal(model.config).to(self.device).eval()
+        found: dict[str, list[Tensor]] = {"pictures": [], "clips": [], "straight": []}
+        for start in range(0, HELD_OUT, RENDERED):
+            pixels = to_float(source.pixels(list(range(start, start + RENDERED)))).to(self.device)
+            latent = self.encode(pixels)
+            for name, through in (
+                ("pictures", latent),
+                ("clips", model(latent)[0]),
+                ("straight", straight(latent)[0]),
+            ):
+                with autocast(self.device, fast_dtype(self.device)):
+                    back = self.base.autoencoder.decode_normalized(through).float().clamp(-1, 1)
+                found[name].append(psnr(back, pixels).double().cpu())
+        means = {name: float(torch.cat(values).mean()) for name, values in found.items()}
+        write_json(path, {"clips_measured": HELD_OUT, **means})
+        self.note(
+            f"held out: PSNR {means['clips']:.2f} dB, frame by frame {means['pictures']:.2f}, straight "
+            f"{means['straight']:.2f}",
+            "temporal",
+        )
+
+    @torch.no_grad()
+    def latents(self, temporal: Causal, frames: LatentCache) -> Tensor:
+        """(M, C, 1 + k, H, W) float16 of all clips, joined by the layers between frames."""
+        parts = []
+        told = self.progress("joining")
+        for start in range(0, len(frames), JOINED):
+            some = range(start, min(len(frames), start + JOINED))
+            with autocast(self.device, fast_dtype(self.device)):
+                joined = temporal.encode(frames.batch(some).to(self.device))
+            parts.append(joined.to("cpu", torch.float16))
+            told(some.stop, len(frames))
+        return torch.cat(parts)
+
+    def identity(self, stage: str) -> str:
+        """A hash of what decides the weights of a stage at a given step."""
+        own = asdict(self.own)
+        volatile = {"samples"}
+        if stage == "temporal":
+            volatile |= {"train", "mix", "vocabulary", "shared"}
+            own["loss"] = {"residual": own["loss"]["residual"]}
+        own["train"] = {name: value for name, value in own["train"].items() if name not in VOLATILE}
+        codec = VOLATILE if stage == "temporal" else VOLATILE - {"steps"}
+        own["codec"] = {name: value for name, value in own["codec"].items() if name not in codec}
+        kept = {name: value for name, value in own.items() if name not in volatile}
+        data = asdict(self.recipe.data) | {"cache": ""}
+        return fingerprint([stage, data, self.recipe.seed, kept, self.base.hashes()])
+
+
+class CodecTask:
+    """The layers between frames as the loop knows them: what comes back of a window against what went in."""
+
+    stage = "temporal"
+
+    def __init__(self, job: VideoJob, model: Causal, frames: LatentCache):
+        self.job, self.model = job, model
+        self.recipe, self.weight = job.own.codec, job.own.loss.residual
+        self.examples = Frames(frames, job.own, job.recipe.seed, job.device)
+        self.players = [Player("temporal", model, self.recipe, self.examples.part, self.loss)]
+        one = self.examples.part(1, 0)[:1]
+        self.flops = float(count_flops(lambda: self.loss(model, one, 1, 0)[0].backward()))
+        model.zero_grad(set_to_none=True)
+
+    def loss(self, net: nn.Module, frames: Tensor, step: int, part: int) -> Loss:
+        """Mean squared error of the frames' latents, and the square of what is added to every fourth one."""
+        back, latent = net(frames)
+        error = (back.float() - frames)[:, :, 1:].square().mean()
+        added = (latent.float() - frames[:, :, ::4]).square().mean()
+        loss = error + self.weight * added
+        return loss, {"loss": loss, "error": error, "added": added}
+
+    @torch.no_grad()
+    def sheet(self, average: dict[str, Tensor], step: int) -> str:
+        """Frames of a window above what comes back of them, by the averaged weights."""
+        twin = Causal(self.model.config).to(self.job.device).eval()
+        twin.load_state_dict(average)
+        frames = self.examples.part(1, 0)[:1]
+        rows = []
+        for latent in (frames, twin(frames)[0]):
+            with autocast(self.job.device, fast_dtype(self.job.device)):
+                pixels = self.job.base.autoencoder.decode_normalized(latent).float().clamp(-1, 1)
+            rows.append([to_image(frame[:, None]) for frame in pixels[0].unbind(1)])
+        return save_sheet(rows, self.job.folder / "sheets" / f"temporal-{step:07d}.png")
+
+
+class FilmNetwork(nn.Module):
+    """The denoiser of clips and the frozen text encoder, as one network: (x, time, ids, mask) → prediction."""
+
+    def __init__(self, animator: nn.Module, text: nn.Module):
+        super().__init__()
+        self.animator, self.text = animator, text.requires_grad_(False)
+
+    def forward(self, x: Tensor, time: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.animator.dit(x, time, self.animator.read(self.text, ids, mask))
+
+
+class VideoTask:
+    """Noisy latents of clips, windows and pictures against the flow."""
+
+    stage = "video"
+
+    def __init__(self, job: VideoJob, system: Any, clips: Clips):
+        self.job, self.system, self.clips = job, system, clips
+        self.recipe, self.seed, self.own = job.own.train, job.recipe.seed, job.own
+        system.video.animator.to(job.device).requires_grad_(True)
+        network = FilmNetwork(system.video.animator, system.denoiser.text.to(job.device))
+        self.players = [Player("video", network, self.recipe, clips.part, self.loss, apart=True)]
+        middle = clips.part(1, self.recipe.parts // 2).first()
+        self.flops = float(count_flops(lambda: self.loss(network, middle, 1, 0)[0].backward()))
+        network.zero_grad(set_to_none=True)
+        known = list(self.own.samples)
+        self.prompts = known or [clips.source.caption(i, 0) for i in range(min(SHEET, len(clips.source)))]
+
+    def loss(self, net: nn.Module, batch: ClipBatch, step: int, part: int) -> Loss:
+        """Squared error of the flow over frames that are not known."""
+        generator = seeded("cpu", self.seed, "noise", step, part)
+        loss = film_loss(net, batch, self.own, generator)
+        return loss, {"loss": loss}
+
+    def sheet(self, average: dict[str, Tensor], step: int) -> str:
+        """Prompts drawn by the averaged weights, a row of frames each; the model folder is brought up to date too."""
+        model = Model(self.export(average, step), self.job.device)
+        rows = []
+        for prompt in self.prompts[:SHEET]:
+            drawn = model.generate(Request(prompt, frames=self.own.frames, steps=12)).clips[0]
+            rows.append(list(drawn.frames[::2]))
+        return save_sheet(rows, self.job.folder / "sheets" / f"video-{step:07d}.png")
+
+    def export(self, average: dict[str, Tensor], step: int) -> Any:
+        """Write the averaged weights as a model folder, and return them as a system."""
+        fresh = self.job.family.fresh_video(self.job.base, self.system.config.video)
+        own = {k.removeprefix("animator."): v for k, v in average.items() if k.startswith("animator.")}
+        fresh.video.animator.load_state_dict(own)
+        animator = fresh.video.animator.to(self.job.device).eval().requires_grad_(False)
+        system = replace(
+            fresh, video=replace(fresh.video, temporal=self.system.video.temporal, animator=animator)
+        )
+        with atomic_directory(self.job.folder / "model") as staging:
+            extra = {"trained": {"recipe": self.job.recipe.name, "steps": step}}
+            self.job.family.save_folder(system, staging, extra)
+        return system
+
+
+def film_loss(net: nn.Module, batch: ClipBatch, recipe: VideoRecipe, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the flow noise − x0 over the frames that are not known; chance is of `generator` alone."""
+    x0, loss = batch.latents, recipe.loss
+    B, _, T, *_ = x0.shape
+    noise = torch.randn(x0.shape, generator=generator, device=generator.device).to(x0.device)
+    if T > 1:
+        common = torch.randn(x0[:, :, :1].shape, generator=generator, device=generator.device)
+        noise = mixed(noise, common.to(x0.device), recipe.shared)
+    u = spread(torch.rand(B, generator=generator, device=generator.device))
+    u = u[torch.randperm(B, generator=generator, device=generator.device)].to(x0.device)
+    sigma = flow_density(mean=loss.mean, std=loss.std)(u)  # (B,)
+    if T == 1:
+        x = (1 - sigma.view(-1, 1, 1, 1, 1)) * x0 + sigma.view(-1, 1, 1, 1, 1) * noise
+        prediction = net(x, sigma.float(), batch.ids, batch.mask)
+        return (prediction.float() - (noise - x0)).square().mean()
+    unknown = torch.arange(T, device=x0.device) >= batch.known[:, None]  # (B, T)
+    times = sigma[:, None] * unknown
+    level = times[:, None, :, None, None]
+    prediction = net((1 - level) * x0 + level * noise, times.float(), batch.ids, batch.mask)
+    errors = (prediction.float() - (noise - x0)).square().mean((1, 3, 4))  # (B, T)
+    return (errors * unknown).sum() / unknown.sum()
