@@ -61,6 +61,7 @@ def test_a_model_of_pictures_draws_no_clips():
     assert refused.value.argument == "model"
 
 
+@pytest.mark.full  # traces the network
 def test_what_a_clip_takes_grows_with_its_frames(moves, costs):
     first, size = small_svd.picture(), (256, 192)
     assert shortest(moves).frames == 2 and usual(moves).frames == FRAMES
@@ -80,6 +81,7 @@ def test_what_a_clip_takes_grows_with_its_frames(moves, costs):
         costs.expected(moves.complete(Request(image=first, frames=3, size=size, count=2)))
 
 
+@pytest.mark.full  # traces the network
 def test_flops_of_clips_of_other_lengths_are_not_taken_for_each_other(costs):
     first = small_svd.picture()
     works = [

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sfumato import planning
+from sfumato.drawing.clips import drawn_together
 from sfumato.drawing.request import enlarged_size
 from sfumato.errors import InputError
 from sfumato.families.published.trace import WHOLE
@@ -42,11 +43,13 @@ class Pass:
     size: Size
     steps: int
     calls: float
-    frames: int = 1
+    frames: int = (
+        1  # that are drawn together: of a long clip a part, for which the sampler runs several times
+    )
 
     @property
     def pixels(self) -> int:
-        """Of all frames."""
+        """Of all frames that are drawn together."""
         return self.size[0] * self.size[1] * self.frames
 
 
@@ -62,11 +65,7 @@ class Expected:
     need: int
     flops: dict[str, int] | None  # by stage
     fps: float | None = None
-
-    @property
-    def frames(self) -> int:
-        """Of each."""
-        return self.runs[-1].frames
+    frames: int = 1  # of each
 
     @property
     def steps(self) -> int:
@@ -117,7 +116,8 @@ class Costs:
         one += self._at(self._rest, runs[-1].pixels)
         request = _nominal(request)
         need, flops = self._memory(request, runs), self._flops(request, runs)
-        return Expected(request.count, runs, request.count * one, need, flops, request.fps)
+        seconds, frames = request.count * one, request.frames or 1
+        return Expected(request.count, runs, seconds, need, flops, request.fps, frames)
 
     def joules(self, seconds: float) -> float | None:
         """What the device took, where the machine's price says its watts (`sfumato cost --watts --keep`)."""
@@ -187,7 +187,8 @@ class Costs:
     def _flops(self, request: Request, runs: tuple[Pass, ...]) -> dict[str, int] | None:
         """None where counting would take long."""
         width, height = self.model.preset["size"]
-        large = any(run.pixels > COUNTED * width * height for run in runs)
+        usual = width * height * (self.model.clip_preset["frames"] if request.moves else 1)
+        large = any(run.pixels > COUNTED * usual for run in runs)
         if large and not hasattr(self.model.system, "trace"):
             return None
         return by_stage(work_of(self.plain, request))
@@ -228,7 +229,11 @@ def passes(model: Model, request: Request) -> tuple[Pass, ...]:
 def _pass(model: Model, request: Request, size: Size, steps: int, strength: float | None) -> Pass:
     count = steps if strength is None else steps_to_run(steps, strength)
     called = calls(model, replace(request, size=size, steps=steps), strength) if count else 0.0
-    return Pass(size, count, called, request.frames or 1)
+    if not request.moves:
+        return Pass(size, count, called)
+    latents = model.latent_shape(size[1], size[0], request.frames or 1)[1]
+    times = len(drawn_together(model, latents))
+    return Pass(size, times * count, times * called, math.ceil((request.frames or 1) / times))
 
 
 def traced(model: Model, size: Size, frames: int = 1) -> int:

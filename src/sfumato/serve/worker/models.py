@@ -83,6 +83,7 @@ class Opened:
             "preset": {**preset, "size": list(preset["size"])},
             "multiple": system.config.multiple,
             "clips": makes_clips(self.model),
+            "clip_preset": self.model.clip_preset,
             "needs_image": bool(getattr(system, "animates", False)),
             "loras": [] if adapters is None else sorted(adapters.opened),
             "controls": list(getattr(system, "controls", ())),
