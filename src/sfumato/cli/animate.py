@@ -160,6 +160,7 @@ def animate(
         watch.check_preview(output)
 
     started = time.perf_counter()
+    from sfumato.drawing.clips import as_clip
     from sfumato.generate import DEFAULT_MODEL, load
 
     limit = None if memory is None else parse.size_in_bytes("memory", memory)
@@ -172,7 +173,7 @@ def animate(
         parts=parts or None,
         offload="auto",
     )
-    request = _of_clips(loaded, request)
+    request = as_clip(loaded, request)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
         show_plan(found, request, as_json)
@@ -200,22 +201,6 @@ def animate(
     else:
         for file in files:
             show.line(str(file))
-
-
-def _of_clips(loaded: Model, request: Request) -> Request:
-    """The request as one for a clip. `InputError` for a model that draws none, and for a single frame."""
-    from dataclasses import replace
-
-    if "frames" not in getattr(loaded.system, "reads", ()):
-        raise InputError(
-            f"{loaded.name!r} draws pictures and no clips; give a model that does by -m, or use sfumato generate",
-            argument="model",
-        )
-    if request.frames is None and request.clip is None:
-        request = replace(request, frames=loaded.clip_preset["frames"])
-    if request.frames == 1:
-        raise InputError("a clip has 2 frames or more; for a picture use sfumato generate", argument="frames")
-    return request
 
 
 def _said(like: Path, given: dict[str, Any]) -> dict[str, Any]:
