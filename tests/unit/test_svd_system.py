@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from helpers import hollow, relative_error
+from helpers import hollow, relative_error, tiny_folder
 from sfumato import planning
 from sfumato.cli.app import run
 from sfumato.drawing.clips import origin_of_clip
@@ -347,12 +347,13 @@ def test_animate_a_single_file(small, capsys):
     assert answer["files"] == ["x-0.gif", "x-1.gif"] and answer["seeds"] == [0, 1]
 
 
-def test_animate_refuses_in_one_line(small, place, capsys):
+def test_animate_refuses_in_one_line(small, place, capsys, tmp_path_factory):
     svd = ["-m", str(place), "--dtype", "fp32"]
     assert "sets a picture in motion; give one by image" in refused(capsys, *svd)
     assert "does not exist" in refused(capsys, *svd, "--image", "none.png")
     assert "reads no prompt" in refused(capsys, "a cat", *svd, "--image", "photo.png")
-    assert "draws pictures and no clips" in refused(capsys, "a cat", "-o", "x.gif")
+    still = ["-m", str(tiny_folder(tmp_path_factory.mktemp("still")))]
+    assert "draws pictures and no clips" in refused(capsys, "a cat", *still, "-o", "x.gif")
     assert "must end in .mp4" in refused(capsys, *svd, "--image", "photo.png", "-o", "x.png")
     assert "2 frames or more" in refused(capsys, *svd, "--image", "photo.png", "--frames", "1")
     assert "frames must be a whole number, not 'x'" in refused(capsys, *svd, "--frames", "x")

@@ -119,12 +119,12 @@ def save(results: Results, out: Path, folder: Path, stem: str) -> list[Path]:
     """Write the figures into a folder: STEM.png and STEM.svg, and STEM-drawn.png where pictures were drawn."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, written = curves(results), []
-    for kind in ("png", "svg"):
+    from matplotlib import rc_context  # it is there: the figure is
+
+    for kind, more in (("png", {}), ("svg", {"Date": None})):  # no date, and names from a salt of ours
         path = folder / f"{stem}.{kind}"
-        with atomic_file(path) as temporary:
-            figure.savefig(
-                temporary, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None
-            )
+        with atomic_file(path) as temporary, rc_context({"svg.hashsalt": stem}):
+            figure.savefig(temporary, format=kind, dpi=110, metadata=more)
         written.append(path)
     if picture := drawn(results, out):
         path = folder / f"{stem}-drawn.png"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,24 @@ class StudyRecipe:
 
     def recipe(self, arm: Arm, seed: int) -> Recipe:
         """The training recipe of one arm and seed, its steps still those of the tables."""
+        return parse_recipe(self.tables_of(arm, seed))
+
+    def tables_of(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """The same as the tables of a recipe file."""
         tables = copy.deepcopy(self.tables)
         set_values(tables, {"autoencoder.factor": arm.factor, "denoiser.prediction": arm.prediction})
         set_values(tables, {"denoiser.patch": max(1, self.token // arm.factor)})
         if not arm.pixels:
             set_values(tables, {"autoencoder.latent_channels": arm.channels})
         set_values(tables, {**(arm.set or {}), "seed": seed, "name": f"{self.name}-{arm.name}-{seed}"})
-        return parse_recipe(tables)
+        return tables
 
     def identity(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """What decides the numbers of one arm and seed."""
+        """What decides the numbers of one arm and seed: what was written, so that a later version with more to say does
+        not take its results for another's.
+        """
         return {
-            "recipe": asdict(self.recipe(arm, seed)),
+            "recipe": self.tables_of(arm, seed),
             **{name: getattr(self, name) for name in ("budget", "autoencoder", "pictures", "steps")},
             "points": list(self.points),
         }
