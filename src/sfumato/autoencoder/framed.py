@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from sfumato.autoencoder.banded import check_finite
-from sfumato.autoencoder.kl import norm_silu
+from sfumato.autoencoder.kl import Upsample, norm_silu
 from sfumato.autoencoder.memory import BAND, rows_of
 from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.autoencoder.safe import rescued
@@ -65,6 +65,19 @@ def decode_safe(
 ) -> Tensor:
     """`decode_framed`, in float32 where the type asked for overflows; as `safe.decode_safe`."""
     return rescued(decode_framed, model, latent, band, dtype)
+
+
+def repeated_flops(model: TemporalAutoencoderKL, frames: int, height: int, width: int) -> int:
+    """FLOPs that `decode_framed` does beyond those of `model.decode`, for one clip whose latent has these sides: the
+    first convolution between frames of each block, a second time.
+    """
+    total = 0
+    for layer in model.decoder.layers():
+        if isinstance(layer, SpaceTimeResnet):
+            total += 2 * frames * height * width * layer.temporal_res_block.conv1.weight.numel()
+        elif isinstance(layer, Upsample):
+            height, width = 2 * height, 2 * width
+    return total
 
 
 class Pass:

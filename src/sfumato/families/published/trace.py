@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.autoencoder.banded import encode_banded
-from sfumato.autoencoder.framed import decode_framed
+from sfumato.autoencoder.framed import decode_framed, repeated_flops
 from sfumato.autoencoder.kl import AutoencoderKL, posterior_of
 from sfumato.autoencoder.memory import clip_bytes, peak_bytes
 from sfumato.autoencoder.model import PIXEL_CHANNELS
@@ -45,7 +45,7 @@ def _decoded(model: AutoencoderKL, latent: Tensor, *, dtype: torch.dtype | None,
     pixels = B * PIXEL_CHANNELS * T * height * width * 4
     count = clip_bytes(model.config, T, height, width, dtype or model.dtype) + pixels
     shape = B, PIXEL_CHANNELS, T, height, width
-    return count, 0, lambda: torch.empty(shape, device=latent.device)
+    return count, B * repeated_flops(model, T, H, W), lambda: torch.empty(shape, device=latent.device)
 
 
 WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
