@@ -245,8 +245,8 @@ def test_a_folder_of_our_own(capsys):
 
     told = report(capsys, PACKAGED[DEFAULT_MODEL])
     assert told["family"] == DEFAULT_MODEL
-    assert set(told["parts"]) == {"autoencoder", "denoiser"}
-    assert all(part["parameters"] > 10**6 for part in told["parts"].values())
+    assert set(told["parts"]) == {"autoencoder", "denoiser", "temporal", "animator"}
+    assert all(part["parameters"] > 10**5 for part in told["parts"].values())
 
 
 def test_what_cannot_be_told_is_refused(model, tmp_path_factory):
