@@ -52,7 +52,7 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         width = -(-D // 16) * 16
         rows = max(1, min(N, SCORES // M))
         keys, values = k.numel(), B * K * M * width * 2
-        head = 2 * (N + (M if N > rows else 0)) * width  # one head's queries, and its keys in tiles
+        head = 2 * (N + (M if rows < N else 0)) * width  # one head's queries, and its keys in tiles
         widened = (
             2 * keys if width > D else 0
         )  # values as they are, until they stand beside the column of ones
