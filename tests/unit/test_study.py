@@ -183,6 +183,13 @@ def test_an_order_takes_three_seeds_and_no_overlap(recipe):
     assert orders(results(recipe, *good, *lucky), "strict") == []
     unfinished = [*bad[:2], replace(bad[2], complete=False)]
     assert orders(results(recipe, *good, *unfinished), "strict") == []
+    chance = (
+        [curve(a, s, (1.0, 0.02, 1.0)) for s in range(3)],
+        [curve(b, s, (1.0, 0.0, 2.0)) for s in range(3)],
+    )
+    assert (
+        orders(results(recipe, *chance[0], *chance[1]), "strict") == []
+    )  # a handful of pictures says nothing
 
 
 def test_compute_to_a_quality_lies_on_the_curve():

@@ -188,7 +188,8 @@ def _orders(results: Results) -> list[str]:
         ]
     parts = [
         f"An order of two arms is claimed only where each has {AGREE} complete seeds and every seed of the one is "
-        "better than every seed of the other. Pairs that are not listed are not told apart."
+        f"better than every seed of the other, by strict scores from {TOLD:.0%} on. Pairs that are not listed are not "
+        "told apart."
     ]
     for measure, word in WORDS.items():
         beaten: dict[str, list[str]] = {}

@@ -81,15 +81,18 @@ def read_results(study: StudyRecipe, out: Path) -> Results:
 
 def orders(results: Results, measure: str) -> list[tuple[Arm, Arm]]:
     """Pairs (better, worse) of arms at the end of the budget that three seeds or more allow to be put in order:
-    every seed of the one is better than every seed of the other.
+    every seed of the one is better than every seed of the other. A strict score counts from `TOLD` on.
     """
     sign = 1 if MEASURES[measure] else -1
+    least = TOLD if measure == "strict" else -math.inf
     ends = {arm.name: [sign * curve.last(measure) for curve in results.of(arm)] for arm in results.study.arms}
     return [
         (a, b)
         for a in results.study.arms
         for b in results.study.arms
-        if min(len(ends[a.name]), len(ends[b.name])) >= AGREE and min(ends[a.name]) > max(ends[b.name])
+        if min(len(ends[a.name]), len(ends[b.name])) >= AGREE
+        and min(ends[a.name]) > max(ends[b.name])
+        and min(ends[a.name]) >= least
     ]
 
 
