@@ -128,6 +128,7 @@ def test_killed_a_hundred_times_it_loses_nothing_and_bills_once(place):
     killed_at_random(place, kills=100, of_front=0.4, seed=2)
 
 
+@pytest.mark.full
 def test_a_picture_is_the_same_after_its_worker_was_killed(place):
     server = serving(place).start()
     try:

@@ -53,6 +53,7 @@ def test_a_chart_comes_as_page_picture_document_and_numbers(capsys):
     assert "words are read from" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_charts_side_by_side_measured_without_an_engine_and_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ocr, "find_reader", lambda: None)
     tiny = str(tiny_folder(tmp_path / "tiny"))

@@ -276,6 +276,7 @@ def test_the_flops_told_before_are_those_done(place):
     assert told["text"] > alone > 0
 
 
+@pytest.mark.full
 def test_the_published_one_fits_where_it_should(published):
     """14 frames of 576×1024 in bfloat16 with a network at a time, in 8 GiB; and less of what is smaller."""
     model = load(published, dtype=torch.bfloat16, offload="model")
@@ -316,6 +317,7 @@ def test_animate(small, place, capsys, out):
     assert sorted(os.listdir()) == sorted(["photo.png", out])
 
 
+@pytest.mark.full
 def test_animate_says_where_it_cropped_and_names_the_file(small, place, capsys):
     assert run(["animate", "-m", str(place), *LIGHT, "--image", "photo.png", "--guidance", "2:4"]) == 0
     captured = capsys.readouterr()
@@ -330,6 +332,7 @@ def test_animate_says_where_it_cropped_and_names_the_file(small, place, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.full
 def test_a_clip_like_another(small, place, capsys):
     animated(capsys, place, "--image", "photo.png", "--seed", "5", "--fps", "12", "-o", "a.webp")
     assert run(["animate", "-m", str(place), "--dtype", "fp32", "--like", "a.webp", "--image", "photo.png",
@@ -419,6 +422,7 @@ def test_an_interrupt_leaves_nothing(small, place):
     assert os.listdir() == ["photo.png"]
 
 
+@pytest.mark.full
 def test_pictures_in_files_of_other_forms(small, place, capsys):
     Image.new("RGBA", (70, 50), (10, 20, 30, 0)).save("clear.webp")
     animated(capsys, place, "--image", "clear.webp", "-o", "a.gif")
