@@ -60,6 +60,12 @@ class Patience:
         return awake().seconds < self._until
 
 
+def serve(folder: Path, *options: str, python: Path | None = None) -> list[str]:
+    """The command line of a server on a free port, with its data in `folder`."""
+    command = [str(python or sys.executable), "-m", "sfumato", "serve"]
+    return [*command, "--port", "0", "--data", str(folder), *options]
+
+
 class Server:
     """`sfumato serve` on a free port of this machine. `folder`: its data; options: more of the command line.
     python: what runs it.
@@ -89,17 +95,7 @@ class Server:
         raise AssertionError(f"the server did not start: {self.log.read_text()[-3000:]}")
 
     def begin(self) -> None:
-        command = [
-            str(self.python or sys.executable),
-            "-m",
-            "sfumato",
-            "serve",
-            "--port",
-            "0",
-            "--data",
-            str(self.folder),
-            *self.options,
-        ]
+        command = serve(self.folder, *self.options, python=self.python)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         limit = self.limit
 

@@ -18,7 +18,7 @@ import pytest
 import requests
 
 from helpers import noise
-from serving import PRICES, Client, Patience, Server, awake, error, opened, png, same
+from serving import PRICES, Client, Patience, Server, awake, error, opened, png, same, serve
 from sfumato import Request, load
 
 MOST_STEPS = 12
@@ -288,18 +288,9 @@ def test_a_full_disk_is_said_and_nothing_is_billed(place):
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(tmp_path, options, said):
-    command = [
-        sys.executable,
-        "-m",
-        "sfumato",
-        "serve",
-        "--port",
-        "0",
-        "--data",
-        str(tmp_path / "d"),
-        *options,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        serve(tmp_path / "d", *options), capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     last = done.stderr.strip().split("\n")[-1]
     assert done.returncode == 2 and last.startswith("error: ") and said in last, done.stderr[-2000:]
     assert "Traceback" not in done.stderr

@@ -41,16 +41,6 @@ def server(tmp_path_factory, ring):
 
 
 @pytest.fixture(scope="module")
-def a(server, ring):
-    return Client(server, ring[1]["a"])
-
-
-@pytest.fixture(scope="module")
-def b(server, ring):
-    return Client(server, ring[1]["b"])
-
-
-@pytest.fixture(scope="module")
 def owned(a):
     """A job and a file of a's."""
     job = a.submit()["id"]

@@ -61,16 +61,6 @@ def server(place, source, ring):
 
 
 @pytest.fixture(scope="module")
-def a(server, ring):
-    return Client(server, ring[1]["a"])
-
-
-@pytest.fixture(scope="module")
-def b(server, ring):
-    return Client(server, ring[1]["b"])
-
-
-@pytest.fixture(scope="module")
 def first(a):
     return a.upload(png(small_svd.picture()))
 
