@@ -81,7 +81,8 @@ def by_stage(work: tuple[Work, ...]) -> dict[str, int]:
 
 
 def counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str, int]:
-    """FLOPs of reading both prompts, of encoding, of one guided call of the network and of decoding, for one picture.
+    """FLOPs of reading both prompts, of encoding where drawing begins with it, of one guided call of the network and of
+    decoding, for one picture.
 
     Of a model that tells what drawing takes, on tensors without numbers; else by doing each once. Kept with the model.
     """
@@ -140,17 +141,19 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
     plain = Request(request.prompt, request.negative, size=size, guidance=request.guidance)
     if request.moves:
         plain = replace(plain, image=request.image, frames=frames, fps=request.fps, fit=request.fit)
-    pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
     level = torch.tensor(0.5, dtype=torch.float64)
     with torch.inference_mode(), model.precision():
         denoise = model.denoiser(model.condition(plain), plain)
         steps = [count_flops(denoise, x[:, :, start:stop], level) for start, stop in stretches]
-        return {
+        found = {
             "text": count_flops(model.condition, plain),
-            "encode": count_flops(model.system.encode, pixels),
             "denoise": sum(steps),
             "decode": count_flops(model.decode_pixels, x),
         }
+        if _encodes(request):
+            pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
+            found["encode"] = count_flops(model.system.encode, pixels)
+        return found
 
 
 def calls(model: Model, request: Request, strength: float | None = None) -> float:
