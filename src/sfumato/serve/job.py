@@ -138,9 +138,11 @@ def kind_of(record: Record) -> str:
 def job_json(record: Record, live: Live | None, currency: str, position: int | None = None) -> dict[str, Any]:
     """A job as the API tells it."""
     options, kind = record.options, kind_of(record)
+    home, outputs = (
+        (f"/v1/videos/{record.id}", "clips") if kind == CLIP else (f"/v1/jobs/{record.id}", "pictures")
+    )
     made = {
-        PICTURE: [f"/v1/jobs/{record.id}/pictures/{number}" for number in range(record.pictures)],
-        CLIP: [f"/v1/videos/{record.id}/clips/{number}" for number in range(record.pictures)],
+        name: [f"{home}/{name}/{number}" for number in range(record.pictures)] for name in (outputs, "thumbs")
     }
     answer: dict[str, Any] = {
         "id": record.id,
@@ -155,8 +157,9 @@ def job_json(record: Record, live: Live | None, currency: str, position: int | N
         "format": options["format"],
         "expected": options["expected"],
         "price": {"currency": currency, "reserved_micros": record.reserved, "charged_micros": record.charged},
-        "pictures": made[PICTURE] if kind == PICTURE else [],
-        "clips": made[CLIP] if kind == CLIP else [],
+        "pictures": made.get("pictures", []),
+        "clips": made.get("clips", []),
+        "thumbs": made["thumbs"],
         "error": record.error,
     }
     if live is not None:

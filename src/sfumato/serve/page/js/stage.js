@@ -3,7 +3,7 @@
 import * as actions from "./actions.js";
 import { $, h } from "./dom.js";
 import * as form from "./form.js";
-import { cancel, isClip, isOpen, listen, outputs, receipt, title } from "./jobs.js";
+import { cancel, isClip, isOpen, listen, outputs, receipt, thumbs, title } from "./jobs.js";
 import { show as showPicture } from "./pictures.js";
 import { money, seconds, size, trouble } from "./words.js";
 
@@ -147,7 +147,7 @@ function done() {
   const under = job.preview ? h("img", { class: "preview", src: job.preview, alt: "" }) : null;
   const bill = h("dl", { class: "recipe" });
   $("stage").replaceChildren(
-    h("div", { class: "shown" }, frame(under, main), paths.length > 1 ? strip(paths) : null),
+    h("div", { class: "shown" }, frame(under, main), paths.length > 1 ? strip(thumbs(job)) : null),
     h("div", { class: "facts" }, heading(), h("p", { class: "verdict", role: "status" }), buttons(main), h("p", { class: "muted" }, each()), bill),
   );
   recipe(bill);
