@@ -64,9 +64,12 @@ def killed_at_random(place, kills: int, of_front: float, seed: int) -> None:
     """
     chance = random.Random(seed)
     server = serving(place, "--queue", "64", "--deadline", "3600")
-    client, started = Client(server.start()), awake().seconds
-    client.wait(client.submit({"steps": MOST_STEPS})["id"])
-    pace = max(2.0, 8 * (awake().seconds - started))
+    client, took = Client(server.start()), []
+    for _ in range(3):
+        started = awake().seconds
+        client.wait(client.submit({"steps": MOST_STEPS})["id"])
+        took.append(awake().seconds - started)
+    pace = max(2.0, 8 * min(took))
     accepted: set[str] = set()
     over, wrong = threading.Event(), []
 
