@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.serve import process
-from sfumato.serve.asked import files_of
+from sfumato.serve.asked import PICTURE, files_of
 from sfumato.serve.books import Books
 from sfumato.serve.devices import Connect
 from sfumato.serve.floor import Floor, work_of
-from sfumato.serve.job import PICTURE, Live, now
+from sfumato.serve.job import Live, now
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import OverBudget, Record
 from sfumato.serve.money import shown

@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from typing import Any
 
+from sfumato.serve.asked import CLIP
 from sfumato.serve.books import Books
 from sfumato.serve.devices import Connect, Device
-from sfumato.serve.job import CLIP, Live, fairest, next_for, now
+from sfumato.serve.job import Live, fairest, next_for, now
 from sfumato.serve.ledger import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, LedgerError
 from sfumato.serve.metrics import Metrics
 from sfumato.serve.money import Work

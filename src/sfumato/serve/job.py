@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from sfumato.serve.asked import CLIP, PICTURE
 from sfumato.serve.ledger import QUEUED, Record
 
-PICTURE, CLIP = "picture", "clip"  # what a job draws
 BACKLOG = 256  # events that a listener may be behind before the oldest are dropped
 
 

@@ -14,8 +14,9 @@ from starlette.responses import FileResponse, Response
 
 from sfumato import checks
 from sfumato.errors import InputError
+from sfumato.serve.asked import CLIP
 from sfumato.serve.desk import Ask, Desk
-from sfumato.serve.job import CLIP, Live, job_json, kind_of
+from sfumato.serve.job import Live, job_json, kind_of
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import ENDED, SUCCEEDED, Record
 from sfumato.serve.money import HEADROOM

@@ -6,7 +6,7 @@ import io
 
 from PIL import Image
 
-from sfumato.serve.job import CLIP
+from sfumato.serve.asked import CLIP
 from sfumato.video.read import decode_clip
 
 SIDE = 320  # pixels of the longer side, twice those of a tile in the gallery

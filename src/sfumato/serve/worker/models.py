@@ -19,7 +19,7 @@ from sfumato.errors import InputError
 from sfumato.generate import Model, eta_samplers, load
 from sfumato.runtime import DTYPES
 from sfumato.sampling import SAMPLERS
-from sfumato.serve.job import CLIP
+from sfumato.serve.asked import CLIP
 from sfumato.serve.settings import ModelSpec
 from sfumato.serve.worker.together import Precision, Together
 from sfumato.types import Conditioning, Request

@@ -19,6 +19,7 @@ from sfumato.errors import InputError, SfumatoError
 from sfumato.serve.wire import Broken, Line
 
 PULSE = 1.0  # seconds
+NICE = 5  # steps by which the front goes before what draws on a CPU; opening models is not held up by it
 log = logging.getLogger("sfumato.serve.worker")
 
 
@@ -44,9 +45,6 @@ class Worker:
 
         self.line = line
         place = pick_device(start["device"])
-        if place.type == "cpu":
-            with contextlib.suppress(OSError):
-                os.nice(5)  # so that the front answers while this draws
         if start.get("threads"):
             torch.set_num_threads(start["threads"])
         self.together = Together(Bench(place), 2 * start["batch"])
@@ -64,6 +62,9 @@ class Worker:
         self.checks = ThreadPoolExecutor(1, "check")
         for name in self.models:
             self._warm(name)
+        if place.type == "cpu":
+            with contextlib.suppress(OSError):
+                os.nice(NICE)
         facts = [opened.facts() for opened in self.models.values()]
         self.tell({"is": "ready", "models": facts, "room": room, "device": str(place), "pid": os.getpid()})
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
