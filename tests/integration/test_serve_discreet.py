@@ -55,7 +55,7 @@ def server(place, ring):
         place / "data", "--models", str(place / "models.toml"), "--keys", str(ring[0]), "--queue", "1000",
         "--memory", "1GB", python=small_python(place),
     )  # fmt: skip
-    yield running.start()
+    yield running.start(600)
     running.kill()
 
 

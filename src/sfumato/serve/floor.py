@@ -29,6 +29,7 @@ from sfumato.serve.wire import Broken
 
 log = logging.getLogger("sfumato.serve")
 MOST_LOSSES = 3  # workers that may be lost with a job drawn by itself before it is given up
+MOST_TRIES = 20  # starts of a job after which it is not taken up again, when the server died with it
 GRACE = 30.0  # seconds that a worker may be late in stopping a job, before it is killed
 TICK = 0.25  # seconds between looks at deadlines
 AGAIN = 1.0  # seconds until the ledger or the disk is tried again
@@ -72,6 +73,12 @@ class Floor:
                 await self.books.write(ledger.requeue, record.id)
                 live.record = replace(record, state=QUEUED, started=None)
             self.add(live)
+            if record.state == RUNNING and record.tries >= MOST_TRIES:
+                self.queue.remove(live)
+                message = (
+                    f"the server, or its worker, was lost each of the {record.tries} times that it was drawn"
+                )
+                self._begin(self._end(live, FAILED, error_of("worker_lost", message)))
         if self.queue:
             log.info("%d jobs were left by an earlier server", len(self.queue))
         for work in (self._dispatching, self._ticking, self._sweeping):
