@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -31,6 +32,7 @@ log = logging.getLogger("sfumato.serve")
 MOST_LOSSES = 3  # workers that may be lost with a job drawn by itself before it is given up
 MOST_TRIES = 20  # starts of a job after which it is not taken up again, when the server died with it
 GRACE = 30.0  # seconds that a worker may be late in stopping a job, before it is killed
+RECKON = 0.1  # seconds between sums of what waits
 TICK = 0.25  # seconds between looks at deadlines
 AGAIN = 1.0  # seconds until the ledger or the disk is tried again
 GIVE_UP = 60.0  # seconds of trying to write what was drawn
@@ -48,6 +50,7 @@ class Floor:
         self.closing = False
         self._served: dict[str, int] = {}  # tenant → the number of its last turn
         self._turns = itertools.count(1)
+        self._reckoned = (-math.inf, 0.0)  # when, and the seconds of work that waited then
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         start = {"models": [model.to_json() for model in settings.models], "batch": settings.batch}
@@ -122,8 +125,15 @@ class Floor:
         return sum(live.seconds_left for live in self.live.values()) / len(self.devices)
 
     def patience(self) -> float:
-        """Seconds after which a quarter of what waits will be done; spread, so that not all come back at once."""
-        return min(LONGEST_WAIT, max(1.0, self.wait() / 4) * random.uniform(1.0, 1.5))
+        """Seconds after which a quarter of what waits will be done; spread, so that not all come back at once.
+
+        Reckoned ten times a second at most, since whoever is refused is told it.
+        """
+        when, wait = self._reckoned
+        if time.monotonic() > when + RECKON:
+            wait = self.wait()
+            self._reckoned = time.monotonic(), wait
+        return min(LONGEST_WAIT, max(1.0, wait / 4) * random.uniform(1.0, 1.5))
 
     @contextlib.asynccontextmanager
     async def held(self, live: Live) -> AsyncIterator[Live]:

@@ -31,6 +31,7 @@ def moving(tmp_path_factory):
 def test_a_picture_is_animated_and_plays(moving, browser):
     visitor, client = Visitor(browser, moving.url).ready(), Client(moving)
     visitor.draw(prompt="a red cube", seed=1, steps=4).drawn()
+    visitor.page.select_option("#model", "moves")
     visitor.press("Animate")
     visitor.page.wait_for_selector("#start .slot-frame")
     assert visitor.page.input_value("#model") == "moves" and visitor.text("#draw") == "Animate"
@@ -59,7 +60,28 @@ def test_a_picture_is_animated_and_plays(moving, browser):
     visitor.close()
 
 
+def test_pocket_sets_its_own_picture_in_motion(visitor, client):
+    visitor.draw(prompt="a red cube", seed=1, steps=4).drawn()
+    visitor.press("Animate")
+    visitor.page.wait_for_selector("#start .slot-frame")
+    facts = client.get("/v1/models/pocket").json()
+    assert visitor.page.input_value("#frames") == str(facts["clip_preset"]["frames"])
+    visitor.page.wait_for_selector("#price b")  # it can be drawn as it stands
+    visitor.draw(frames=5, steps=2).drawn()
+    job = latest(client)
+    assert job["object"] == "video" and job["expected"]["frames"] == 5
+    clip = visitor.page.locator("video.final")
+    clip.evaluate("(v) => new Promise((done) => v.addEventListener('timeupdate', done))")
+
+
 def test_without_a_model_of_clips_nothing_is_animated(visitor):
+    def without(route):
+        models = route.fetch().json()
+        route.fulfill(json={**models, "data": [{**facts, "clips": False} for facts in models["data"]]})
+
+    visitor.page.route("**/v1/models", without)
+    visitor.page.reload()
+    visitor.ready().page.locator(".tile:not(:has(.badge))").first.click()
     visitor.drawn()
     assert visitor.page.get_by_role("button", name="Animate").count() == 0
     assert visitor.page.is_hidden("#kinds")
