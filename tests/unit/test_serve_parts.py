@@ -17,10 +17,9 @@ from sfumato.cli.app import run
 from sfumato.cluster.replicas import Outbox
 from sfumato.errors import InputError
 from sfumato.serve import keys, money
-from sfumato.serve.floor import work_of
 from sfumato.serve.job import Live, fairest, next_for
 from sfumato.serve.ledger import Record
-from sfumato.serve.money import Prices, Rule, Work
+from sfumato.serve.money import Prices, Rule, Work, work_of
 from sfumato.serve.rates import Rates
 from sfumato.serve.settings import ModelSpec, Settings, is_loopback, model_given, named_files, read_models
 from sfumato.serve.store import Store, is_id, new_id

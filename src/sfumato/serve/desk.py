@@ -13,11 +13,11 @@ from sfumato.serve import process
 from sfumato.serve.asked import PICTURE, files_of
 from sfumato.serve.books import Books
 from sfumato.serve.devices import Connect
-from sfumato.serve.floor import Floor, work_of
+from sfumato.serve.floor import Floor
 from sfumato.serve.job import Live, now
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import OverBudget, Record
-from sfumato.serve.money import shown
+from sfumato.serve.money import shown, work_of
 from sfumato.serve.rates import Rates
 from sfumato.serve.refusals import Refused, bad, not_found
 from sfumato.serve.settings import Settings

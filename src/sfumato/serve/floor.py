@@ -20,10 +20,10 @@ from typing import Any
 from sfumato.serve.asked import CLIP
 from sfumato.serve.books import Books
 from sfumato.serve.devices import Connect, Device
-from sfumato.serve.job import Live, fairest, next_for, now
+from sfumato.serve.job import Live, error_of, fairest, next_for, now, why
 from sfumato.serve.ledger import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, LedgerError
 from sfumato.serve.metrics import Metrics
-from sfumato.serve.money import Work
+from sfumato.serve.money import work_of
 from sfumato.serve.refusals import LONGEST_WAIT, Refused, bad
 from sfumato.serve.settings import Settings
 from sfumato.serve.wire import Broken
@@ -153,7 +153,7 @@ class Floor:
         live.ending = reason
         if live in self.queue:
             self.queue.remove(live)
-            self._begin(self._end(live, CANCELLED, error_of("cancelled", _why(reason))))
+            self._begin(self._end(live, CANCELLED, error_of("cancelled", why(reason))))
         elif live.device is not None:
             live.device.cancel(live.id)
 
@@ -264,7 +264,7 @@ class Floor:
             self._off(live)
             error = message["error"]
             if error["code"] == "cancelled":
-                self._begin(self._end(live, CANCELLED, error_of("cancelled", _why(live.ending))))
+                self._begin(self._end(live, CANCELLED, error_of("cancelled", why(live.ending))))
             else:
                 self._begin(
                     self._end(live, FAILED, error_of(error["code"], error["message"], error["param"]))
@@ -287,7 +287,7 @@ class Floor:
             live.alone = True
             if live.ending is not None:
                 late = live.ending == "deadline"
-                error = error_of("deadline_exceeded" if late else "cancelled", _why(live.ending))
+                error = error_of("deadline_exceeded" if late else "cancelled", why(live.ending))
                 self._begin(self._end(live, FAILED if late else CANCELLED, error))
             elif live.losses >= MOST_LOSSES:
                 message = f"the worker was lost {live.losses} times while it drew nothing but this"
@@ -380,7 +380,7 @@ class Floor:
             for live in [live for live in self.queue if live.record.deadline < late]:
                 self.queue.remove(live)
                 live.ending = "deadline"
-                self._begin(self._end(live, FAILED, error_of("deadline_exceeded", _why("deadline"))))
+                self._begin(self._end(live, FAILED, error_of("deadline_exceeded", why("deadline"))))
             for device in self.devices:
                 stuck = [live for live in device.running if live.record.deadline + GRACE < late]
                 if stuck and device.ready.is_set():
@@ -400,11 +400,7 @@ class Floor:
                         and record.made < now() - AGAIN * 60
                     ):
                         self.add(Live(record))
-                keep = self.settings.keep + self.settings.longest
-                for name in await self.books.write(self.books.ledger.old_uploads, now() - keep):
-                    await self.books.write(self.books.ledger.drop_upload, name)
-                    await self.books.work(self.books.store.drop, name)
-                await self.books.work(self.books.store.sweep, keep)
+                await self.books.sweep(self.settings.keep + self.settings.longest)
             await asyncio.sleep(SWEEP)
 
     def _begin(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -421,20 +417,3 @@ class Floor:
         self.metrics.queued.set(len(self.queue))
         self.metrics.running.set(len(self.running))
         self.metrics.workers.set(sum(device.ready.is_set() for device in self.devices))
-
-
-def work_of(expected: dict[str, Any], seconds: float) -> Work:
-    """What a job is priced by."""
-    count, frames = expected["pictures"], expected.get("frames", 0)
-    return Work(0 if frames else count, expected["pixel_steps"], seconds, frames * count)
-
-
-def error_of(code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    return {"code": code, "message": message, "param": param}
-
-
-def _why(reason: str | None) -> str:
-    return {
-        "client_gone": "the client was gone before the job was done",
-        "deadline": "the job was not done before its deadline",
-    }.get(reason or "", "the job was cancelled")

@@ -172,3 +172,16 @@ def job_json(record: Record, live: Live | None, currency: str, position: int | N
 def now() -> float:
     """Seconds since 1970."""
     return time.time()
+
+
+def error_of(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error as the ledger keeps it and the API tells it."""
+    return {"code": code, "message": message, "param": param}
+
+
+def why(reason: str | None) -> str:
+    """Why a job was told to stop, in words."""
+    return {
+        "client_gone": "the client was gone before the job was done",
+        "deadline": "the job was not done before its deadline",
+    }.get(reason or "", "the job was cancelled")
