@@ -205,5 +205,6 @@ def _host(value: str) -> str:
 
 def _route(scope: Scope) -> str:
     """The route's own pattern, so that ids do not become labels."""
-    path = scope["path"]
-    return getattr(scope.get("route"), "path", path if path in SUBMISSIONS else "other")
+    path: str = scope["path"]
+    found: str = getattr(scope.get("route"), "path", path if path in SUBMISSIONS else "other")
+    return found
