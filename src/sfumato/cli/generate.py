@@ -213,7 +213,7 @@ def generate(
         "controlnets": networks,
     }
     loaded = load(model, **opening)
-    if getattr(loaded.system, "animates", False):
+    if loaded.system.only_clips:
         raise InputError(f"{model} draws clips and no pictures; use sfumato animate", argument="model")
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
         show.note(note)

@@ -30,6 +30,7 @@ def cost_report(
     cost exactly as much as trained ones.
     """
     request = model.complete(Request(prompt=prompt, steps=steps))
+    twin = pixel_model(model)
     return {
         "model": model.name,
         "prompt": prompt,
@@ -41,7 +42,7 @@ def cost_report(
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "latent": measure(model, request, repeats),
-        "pixel": measure(pixel_model(model), request, repeats),
+        "pixel": measure(twin, request, repeats),
     }
 
 

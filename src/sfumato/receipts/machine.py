@@ -153,7 +153,7 @@ def key_of(model: Model) -> str:
 
 def kind_key(model: Model) -> str:
     """Its type and engine."""
-    return f"{str(model.dtype).removeprefix('torch.')} {getattr(model.system, 'engine', 'torch')}"
+    return f"{str(model.dtype).removeprefix('torch.')} {model.system.engine}"
 
 
 def machine_key(device: torch.device) -> str:

@@ -107,7 +107,7 @@ def _key(model: Model, request: Request, size: tuple[int, int]) -> tuple[object,
     """What decides the FLOPs of a picture."""
     shown = tuple(control.name for control in request.controls or ())
     texts: tuple[object, ...] = (request.prompt, request.negative)
-    if hasattr(model.system, "trace"):  # read in windows: how many follows from the length
+    if model.system.traces:  # read in windows: how many follows from the length
         texts = tuple(len(text or "") // WINDOW for text in (request.prompt, request.negative))
     return (
         size,
@@ -132,7 +132,7 @@ def _keep(model: Model, key: tuple[object, ...], flops: dict[str, int]) -> None:
 
 
 def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str, int]:
-    if hasattr(model.system, "trace"):
+    if model.system.traces:
         stages = model.system.trace(request, size, 1, encodes=_encodes(request), offload="none")
         return {stage.name: stage.flops for stage in stages if stage.name in STAGES}
     frames = request.frames or 1
