@@ -215,7 +215,7 @@ def _signer(sign: tuple[Path, Path]) -> Signer:
 
 
 def _drawn(loaded: Model, request: Request, preview: Path | None) -> Result:
-    """Draw with a bar, and put the bill into the recipe. preview: the output beside which the first is shown forming."""
+    """Draw with a bar; the bill goes into the recipe. preview: the output beside which the first is shown forming."""
     from sfumato.receipts.bill import Meter, billed
 
     meter = Meter()
