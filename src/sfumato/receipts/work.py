@@ -10,7 +10,7 @@ import torch
 
 from sfumato.drawing.clips import drawn_together
 from sfumato.drawing.request import enlarged_size, levels_of
-from sfumato.flops import count_flops
+from sfumato.flops import count_flops, with_flops
 from sfumato.generate import BATCH
 from sfumato.sampling import SeededNoise, sampler_named
 from sfumato.tasks.latent import steps_to_run
@@ -143,10 +143,11 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
         plain = replace(plain, image=request.image, frames=frames, fps=request.fps, fit=request.fit)
     level = torch.tensor(0.5, dtype=torch.float64)
     with torch.inference_mode(), model.precision():
-        denoise = model.denoiser(model.condition(plain), plain)
+        cond, text = with_flops(model.condition, plain)
+        denoise = model.denoiser(cond, plain)
         steps = [count_flops(denoise, x[:, :, start:stop], level) for start, stop in stretches]
         found = {
-            "text": count_flops(model.condition, plain),
+            "text": text,
             "denoise": sum(steps),
             "decode": count_flops(model.decode_pixels, x),
         }
