@@ -104,10 +104,16 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str]) -> dict:
-    """Read a JSON object; a missing or broken file is a `CheckpointError` that names it."""
+def read_json(path: str | os.PathLike[str], *, limit: int | None = None, strict: bool = False) -> dict:
+    """Read a JSON object; a missing or broken file is a `CheckpointError` that names it.
+
+    limit: of its bytes. strict: as `strict_json`, which refuses keys that stand twice and numbers that are none.
+    """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if limit is not None and os.stat(path).st_size > limit:
+            raise CheckpointError(f"{path} exceeds {limit:,} bytes, which no description of a model does")
+        text = Path(path).read_text(encoding="utf-8")
+        value = strict_json(text) if strict else json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:

@@ -159,7 +159,7 @@ class PublishedSystem(DrawingSystem):
 
         `InputError` for one of another family, and of a family that takes none; `CheckpointError` for what is none.
         """
-        raise InputError(f"{self.family.called} takes no ControlNets", argument="controlnets")
+        raise InputError(f"{self.config.kind} takes no ControlNets", argument="controlnets")
 
     def with_controls(self, files: Mapping[str, Place], systems: Mapping[str, Any] | None = None) -> Self:
         """The same with the ControlNets in these files, by name, besides its own. Errors of `control_file`."""
