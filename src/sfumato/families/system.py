@@ -80,6 +80,11 @@ class DrawingSystem:
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """(C, T, H/f, W/f) of so many frames of so many pixels. `InputError` for what it cannot draw."""
 
+    @property
+    def built_from(self) -> Any:
+        """What decides the shapes of its networks: equal ones take equally long."""
+        return self.config
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's weights, as its files have them."""
         return {name: tensors_hash(getattr(self, name).state_dict()) for name in ("autoencoder", "denoiser")}

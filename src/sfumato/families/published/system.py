@@ -226,6 +226,10 @@ class PublishedSystem(DrawingSystem):
         return self.networks.offload
 
     @property
+    def built_from(self) -> Any:
+        return self.shapes
+
+    @property
     def rescale(self) -> float:
         return self.config.preset.rescale
 
