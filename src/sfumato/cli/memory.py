@@ -27,7 +27,7 @@ def planned(
     from sfumato.memory import leave_no_holes
 
     if not planning.tells(model):
-        packaged = not hasattr(model.system, "trace")
+        packaged = not model.system.traces
         why = f"{model.name!r} is small" if packaged else "what another engine takes is not known"
         asked = {"plan": told, "memory": limit is not None, "offload": packaged and offload is not None}
         for name in asked:
