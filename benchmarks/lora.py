@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from sfumato.adapters.fold import Adapters
-from sfumato.checkpoint.fill import fill_layers, refill_layers
+from sfumato.checkpoint.fill import fill_layers
+from sfumato.checkpoint.refill import add_products, refill_layers
 from sfumato.checkpoint.source import open_weights
 from sfumato.families.published.adapters import names_of
 from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.shapes import SYSTEMS
-from sfumato.nn.packed import packed
 from sfumato.nn.unet import UNet
 from sfumato.runtime import fast_dtype
 from sfumato.storage import save_tensors
@@ -76,8 +76,10 @@ def measure(system, base: Path, lora: Path, dtype: torch.dtype, options) -> None
             return UNet(system.unet)
 
     def renew(touched) -> None:
-        packs = lambda path, layer: packed(layer)  # noqa: E731
-        refill_layers(network, blank(), adapters.parts["unet"], touched["unet"], "base", *form, twin=packs)
+        names, part = touched["unet"], adapters.parts["unet"]
+        names -= add_products(network, part, names)
+        if names:
+            refill_layers(network, blank(), part, names, "base", *form, pack=True)
 
     names = names_of(FAMILY, "sdxl", system)
     adapters = Adapters(lambda: names, {"unet": open_weights(base)}, renew)
