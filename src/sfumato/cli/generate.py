@@ -41,6 +41,7 @@ def generate(
     paste: options.Paste = None,
     control: options.Control = None,
     controlnet: options.ControlNet = None,
+    annotator: options.Annotator = None,
     control_ready: options.ControlReady = None,
     guess: options.Guess = None,
     hires: options.Hires = None,
@@ -135,6 +136,7 @@ def generate(
     embeddings = parse.embeddings(embedding or [])
     shown = controls.given([] if control in (None, controls.NONE) else control)
     networks = controls.files(controlnet or [])
+    makers = controls.files(annotator or [], "annotator")
     adapters = loras.given([] if lora in (None, loras.NONE) else lora)
     default = {name for name in given if options.left_open(context, name)}
     given = {name: value for name, value in given.items() if value is not None and name not in default}
@@ -156,7 +158,9 @@ def generate(
     said = None if like is None else likeness.read(like, given, dropped, second)
     told = {} if said is None else dict(said.request)
     drop = control == controls.NONE
-    pictured = controls.requested(shown, control_ready or [], guess, told.pop("controls", None), like, drop)
+    pictured = controls.requested(
+        shown, control_ready or [], guess, told.pop("controls", None), like, drop, makers
+    )
     if pictured is not None:
         given["controls"] = pictured
     given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
@@ -211,6 +215,7 @@ def generate(
         "text_dtype": None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         "tokenizer": tokenizer,
         "controlnets": networks,
+        "annotators": makers,
     }
     loaded = load(model, **opening)
     if getattr(loaded.system, "animates", False):
