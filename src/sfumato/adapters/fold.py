@@ -7,6 +7,7 @@ made anew whose tensors change, from the base again: what is taken off leaves th
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,8 +64,8 @@ class Folded(Mapping[str, Tensor]):
         factors = product(self.changes[name]) if name in self.changes else None
         if factors is None:
             return None
-        up, down = factors
-        largest = up.shape[1] * float(up.abs().amax()) * float(down.abs().amax())
+        sizes = (float(torch.linalg.vector_norm(each, math.inf)) for each in factors)
+        largest = factors[0].shape[1] * math.prod(sizes)
         return factors if largest < LARGEST else None
 
     def bare(self, name: str) -> bool:

@@ -1,8 +1,8 @@
 """Depth and poses of plain pictures for ControlNets, by networks that the user has.
 
 A network is a folder as transformers writes one, with safetensors: DPT or Depth Anything for depth, VitPose for poses.
-It is transformers' work, imported when a picture is made; nothing that a folder names is run. It is opened for a picture
-and let go after it.
+It is transformers' work, imported when a picture is made; nothing that a folder names is run. It is opened for a
+picture and let go after it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -131,9 +131,15 @@ def renewed(
         names = frozenset(names) - add_products(network, tensors, names)
     if names:
         refill_layers(
-            network, blank(config), tensors, names, where, kept_dtype(device, dtype), device, **ways
+            network, _outline(config), tensors, names, where, kept_dtype(device, dtype), device, **ways
         )
     return True
+
+
+@lru_cache(maxsize=2)
+def _outline(config: Any) -> nn.Module:
+    """`blank`, kept for the next change of weights: making SDXL's takes half a second. It is to stay as it is."""
+    return blank(config)
 
 
 def plain_network(
