@@ -58,6 +58,14 @@ class LowRank:
         up, down = self.up.flatten(1).double(), self.down.flatten(1).double()
         return abs(self.scale) * math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
 
+    def bound(self) -> float:
+        """What no number of ΔW exceeds; of a product without `mid`. Of float16 its range is enough to know."""
+        up, down = (
+            torch.finfo(f.dtype).max if f.dtype == torch.float16 else float(f.abs().max())
+            for f in (self.up, self.down)
+        )
+        return abs(self.scale) * self.rank * up * down
+
 
 @dataclass(frozen=True, eq=False)
 class Factor:

@@ -7,7 +7,6 @@ made anew whose tensors change, from the base again: what is taken off leaves th
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.adapters.delta import Change, folded, product
+from sfumato.adapters.delta import Change, LowRank, folded, product
 from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
 from sfumato.checkpoint.rules import info, shapes
@@ -61,11 +60,10 @@ class Folded(Mapping[str, Tensor]):
         later, to numbers in bfloat16. None where nothing is, where it is no product, or so large that it must be looked
         at.
         """
-        factors = product(self.changes[name]) if name in self.changes else None
-        if factors is None:
+        changes = self.changes.get(name, ())
+        if not changes or (factors := product(changes)) is None:
             return None
-        sizes = (float(torch.linalg.vector_norm(each, math.inf)) for each in factors)
-        largest = factors[0].shape[1] * math.prod(sizes)
+        largest = sum(abs(weight) * delta.bound() for weight, delta in changes if isinstance(delta, LowRank))
         return factors if largest < LARGEST else None
 
     def bare(self, name: str) -> bool:
