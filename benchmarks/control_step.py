@@ -46,8 +46,8 @@ def main() -> None:
             unet(x, time, context)
 
         def controlled() -> None:
-            added = tuple(WEIGHT * each for each in control(x, time, context, hint=hint))
-            unet(x, time, context, control=added)
+            *down, middle = (WEIGHT * each for each in control(x, time, context, hint=hint))
+            unet(x, time, context, down_residuals=down, mid_residual=middle)
 
         flops = {"alone": count_flops(alone), "with": count_flops(controlled)}
         if device.type == "cpu":
