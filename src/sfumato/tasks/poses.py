@@ -24,11 +24,16 @@ LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13), (1, 0),
     (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
-COLORS = tuple(
-    tuple(round(255 * value) for value in colorsys.hsv_to_rgb(k / 18, 1, 1)) for k in range(len(ORDER))
-)
 THICK = 4 / 512  # half a limb's width, and a point's radius, of the shorter side
 FAINT = 0.6  # of a limb's colour beside its points'
+
+
+def _hue(share: float) -> tuple[int, ...]:
+    """RGB of full colours around the circle."""
+    return tuple(round(255 * value) for value in colorsys.hsv_to_rgb(share, 1, 1))
+
+
+COLORS = tuple(_hue(k / len(ORDER)) for k in range(len(ORDER)))
 
 
 def points_of(heat: Tensor) -> np.ndarray:
