@@ -22,7 +22,6 @@ from sfumato.diffusion.loss import flow_density, prediction_loss, spread, table_
 from sfumato.diffusion.path import FLOW
 from sfumato.errors import DataError, InputError
 from sfumato.generate import Model, load, to_image
-from sfumato.runtime import batch_invariant
 from sfumato.storage import write_json
 from sfumato.train.control_data import Folder, Pairs, Scenes
 from sfumato.train.job import VOLATILE, Job, data_identity, fingerprint, source_of
@@ -190,8 +189,7 @@ class Examples:
             told = self.model.told([*captions, *[None] * len(captions)], request)
             return told.change(lambda rows: rows[: len(captions)])
 
-        cpu = self.model.device.type == "cpu"
-        return Remembered(read, together=cpu and batch_invariant(self.model.dtype))
+        return Remembered(read, together=False)  # of some models a row is as long as the longest beside it
 
 
 class ControlTask:

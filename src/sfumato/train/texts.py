@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional
 
 from sfumato.errors import CheckpointError, DataError
 from sfumato.storage import check_safetensors, save_tensors
@@ -40,7 +42,7 @@ class TextCache:
 class Remembered:
     """Features of texts, encoded when they are first asked for and kept while there is room: call it with texts.
 
-    read: some texts to features, a row each, of one length for all. together: texts may be read in one batch, because
+    read: some texts to features, a row each. together: texts may be read in one batch, because
     a row does not depend on its neighbours; else each is read alone. So what is kept changes no number. room: bytes.
     """
 
@@ -71,7 +73,20 @@ def _size(cond: Conditioning) -> int:
     return sum(value.nbytes for value in vars(cond).values() if isinstance(value, Tensor))
 
 
+def _filled(row: Conditioning, length: int) -> Conditioning:
+    more = length - row.tokens.shape[1]
+    if not more or row.mask is None:
+        return row
+    tokens, mask = (
+        functional.pad(t, pad) for t, pad in ((row.tokens, (0, 0, 0, more)), (row.mask, (0, more)))
+    )
+    return replace(row, tokens=tokens, mask=mask)
+
+
 def _stacked(rows: Sequence[Conditioning]) -> Conditioning:
+    """Rows as a batch; where they have masks, shorter ones are filled up with tokens that are not read."""
+    longest = max(row.tokens.shape[1] for row in rows)
+    rows = [_filled(row, longest) for row in rows]
     told = {
         name: torch.cat([getattr(row, name) for row in rows])
         for name, value in vars(rows[0]).items()
