@@ -22,11 +22,12 @@ from sfumato.drawing.request import check_size, complete, enlarged_size, eta_sam
 from sfumato.drawing.sample import origin_of, sample, second_pass
 from sfumato.drawing.script import Script, script
 from sfumato.errors import InputError
-from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
+from sfumato.families import DEFAULT_MODEL, PACKAGED, located, open_model
 from sfumato.families.system import DrawingSystem
 from sfumato.runtime import Clock, autocast, drawing_dtype, kernels, pick_device
 from sfumato.sampling import Step
 from sfumato.tasks import canvas as tasks
+from sfumato.tasks.annotators import Annotator, open_annotator
 from sfumato.tasks.hints import cropped
 from sfumato.tasks.latent import Origin
 from sfumato.tasks.pixels import to_image, to_pixels
@@ -67,6 +68,7 @@ def load(
     text_dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     controlnets: Mapping[str, str | Path] | None = None,
+    annotators: Mapping[str, str | Path] | None = None,
 ) -> Model:
     """Open a model: a packaged one by name, a model folder, a checkpoint, or `org/name` of the Hub.
 
@@ -82,8 +84,9 @@ def load(
     it, "lcm", "turbo" or "lightning", or "plain" against what it says. loras: files to attach at weight 1, by their
     names or by those given here; `Model.attach` says more of them. without: text encoders to leave out, such as "t5".
     text_dtype: what the largest of them is kept in. tokenizer: its file, where the checkpoint has none.
-    controlnets: files or folders of ControlNets by the names that `Request.controls` calls them; for models of our own
-    too. Raises `CheckpointError` that says what is wrong.
+    controlnets: files, folders or Hub ids of ControlNets by the names that `Request.controls` calls them; for models of
+    our own too. annotators: folders or Hub ids of networks that make control pictures of plain ones, by the names that
+    `Control.prepare` calls them. Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
     dtype = dtype or drawing_dtype(place)
@@ -99,11 +102,12 @@ def load(
     options |= {"without": tuple(without) or None, "text_dtype": text_dtype, "tokenizer": tokenizer}
     system = open_model(model, place, dtype, options)
     if controlnets:
-        system = system.with_controls(controlnets)
+        system = system.with_controls({kind: located(file) for kind, file in controlnets.items()})
     second = None
     if refiner is not None:
         second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
-    opened = Model(system, place, name=str(model), dtype=dtype, refiner=second)
+    makers = {name: open_annotator(located(folder)) for name, folder in (annotators or {}).items()}
+    opened = Model(system, place, name=str(model), dtype=dtype, refiner=second, annotators=makers)
     for name, file in loras.items() if isinstance(loras, Mapping) else [(None, file) for file in loras]:
         opened.attach(file, name=name)
     return opened
@@ -115,6 +119,7 @@ class Model:
     system: its networks, and what they offer (`families.system.DrawingSystem`). name: what it was opened by. dtype: of
     pictures drawn by a system without one of its own.
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
+    annotators: networks that make control pictures of plain ones, by the names that `Control.prepare` calls them.
     """
 
     def __init__(
@@ -124,8 +129,10 @@ class Model:
         name: str = "",
         dtype: torch.dtype | None = None,
         refiner: Model | None = None,
+        annotators: Mapping[str, Annotator] | None = None,
     ):
         self.system, self.device, self.name, self.refiner = system, device, name, refiner
+        self.annotators = dict(annotators or {})
         self.counted: dict[Any, dict[str, int]] = {}  # FLOPs, by what decides them (receipts/work.py)
         if refiner is not None:
             ours, theirs = (model.system.latent_space for model in (self, refiner))
@@ -399,11 +406,14 @@ class Model:
         }
 
     def _controls_drawn(self, request: Request) -> dict[str, Any]:
-        """The ControlNets that a request names, with the hashes of their weights, for the recipe."""
+        """The ControlNets that a request names and what makes their pictures, by hashes of weights, for the recipe."""
         names = {control.name for control in request.controls or ()}
         if not names:
             return {}
-        return {"controlnets": {k: v for k, v in self.system.control_hashes().items() if k in names}}
+        drawn = {"controlnets": {k: v for k, v in self.system.control_hashes().items() if k in names}}
+        made = {control.prepare for control in request.controls or ()}
+        by = {name: each.digest for name, each in self.annotators.items() if name in made}
+        return drawn | ({"annotators": by} if by else {})
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """(C, T, H/f, W/f) of so many frames of so many pixels."""

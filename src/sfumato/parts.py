@@ -104,8 +104,9 @@ class Control(Part):
     name: what that ControlNet was opened as: canny, depth … image: the picture; one of another size than is drawn is
     brought to it, and refused if its shape is another (see `Request.fit`). Transparency is black. weight: of what it
     adds; 1 is what it was trained for. start, end: the shares of the steps between which it acts. prepare: what to make
-    of the picture first, a name of `tasks.hints.PREPARE`; None takes it as it is. guess: it acts on the prompt's half
-    of guidance alone, and less on what is fine: for prompts that say nothing (diffusers' guess mode).
+    of the picture first, a name of `tasks.hints.PREPARE` or of the model's annotators; None takes it as it is.
+    guess: it acts on the prompt's half of guidance alone, and less on what is fine: for prompts that say nothing
+    (diffusers' guess mode).
     """
 
     name: str

@@ -55,7 +55,9 @@ def offloaded(model: Model, offload: str) -> Model:
 def _changed(model: Model, change: Callable[[Any], Any]) -> Model:
     """The model with its system changed, and that of its refiner."""
     refiner = None if model.refiner is None else _changed(model.refiner, change)
-    changed = Model(change(model.system), model.device, model.name, refiner=refiner)
+    changed = Model(
+        change(model.system), model.device, model.name, refiner=refiner, annotators=model.annotators
+    )
     changed.counted = model.counted
     return changed
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfumato.checkpoint.cast import Room
-from sfumato.checkpoint.fill import fill, fill_layers, finite
+from sfumato.checkpoint.fill import fill, fill_layers
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.report import Report, compare
 from sfumato.checkpoint.source import open_weights
 from sfumato.errors import CheckpointError

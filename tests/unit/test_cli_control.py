@@ -134,3 +134,23 @@ def test_a_file_with_colons_in_its_name_is_found():
     assert (one.file, dict(one.values)) == ("photo:1.png", {})
     (one,) = controls.given(["canny=photo:1.png:0.5:0.1-0.9"])
     assert (one.file, dict(one.values)) == ("photo:1.png", {"weight": 0.5, "start": 0.1, "end": 0.9})
+
+
+def test_a_controlnet_of_the_hub(tmp_path, monkeypatch, capsys):
+    """From the cache alone, as `-m` reads it; what is not there is named with the command that fetches it."""
+    from huggingface_hub import constants
+
+    cache, commit = tmp_path / "cache", "a" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    place = cache / "models--org--edges"
+    snapshot = place / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    Path("canny.safetensors").rename(snapshot / "edges.safetensors")
+    drawn = draw("--controlnet", "canny=org/edges", "--control", "canny=edges.png")
+    small.file(Path("canny.safetensors"), "sd1")
+    assert np.array_equal(drawn, draw(*NET, "--control", "canny=edges.png"))
+    said = refused(capsys, "--controlnet", "canny=org/gone", "--control", "canny=edges.png")
+    assert "org/gone is not in the cache" in said and "hf download org/gone" in said

@@ -16,6 +16,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from sfumato.checkpoint.cast import cast
+from sfumato.nn.attention import products_are_fast
+
 Shape = Sequence[int]
 HELD = 2**18  # numbers folded at a time, 1 MiB
 
@@ -54,6 +57,14 @@ class LowRank:
             return float(self.full(self.shape).norm())
         up, down = self.up.flatten(1).double(), self.down.flatten(1).double()
         return abs(self.scale) * math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
+
+    def bound(self) -> float:
+        """What no number of ΔW exceeds; of a product without `mid`. Of float16 its range is enough to know."""
+        up, down = (
+            torch.finfo(f.dtype).max if f.dtype == torch.float16 else float(f.abs().max())
+            for f in (self.up, self.down)
+        )
+        return abs(self.scale) * self.rank * up * down
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,12 +244,31 @@ def rows_of(delta: Delta, rows: tuple[int, ...], of: int) -> Delta:
     return Rows(delta, rows, of)
 
 
+def product(changes: Sequence[Change]) -> tuple[Tensor, Tensor] | None:
+    """(up (O, r), down (r, I)) in float32, whose product Σ weight · ΔW is, kernels as rows; None if it is none."""
+    ups, downs = [], []
+    for weight, delta in changes:
+        if not isinstance(delta, LowRank) or delta.mid is not None:
+            return None
+        ups.append(_wide(delta.up).flatten(1) * (weight * delta.scale))
+        downs.append(_wide(delta.down).flatten(1))
+    return (ups[0], downs[0]) if len(ups) == 1 else (torch.cat(ups, 1), torch.cat(downs))
+
+
 def folded(base: Tensor, changes: Sequence[Change], dtype: torch.dtype = torch.float32) -> Tensor:
     """base + Σ weight · ΔW, added in float32 and rounded once to `dtype`, on `base`'s device. `base` stays as it is.
 
+    In bfloat16 it is the base rounded to that, so that it is the same whether a layer in memory takes ΔW or the file's.
     Each ΔW is that to `base` itself, so the order of several does not matter, save for rounding. Of plain products some
-    rows at a time, so that float32 stays in the cache.
+    rows at a time, so that float32 stays in the cache; in bfloat16, where it is multiplied natively, as one product of
+    factors rounded to it.
     """
+    if dtype == torch.bfloat16:
+        base = cast(base, dtype)
+        if products_are_fast(base) and base.ndim > 1 and (factors := product(changes)) is not None:
+            up, down = (factor.to(dtype) for factor in factors)
+            matrix = base.view(len(base), -1)
+            return torch.addmm(matrix, up, down, out=matrix).view(base.shape)
     if base.ndim < 2 or not all(isinstance(delta, LowRank) and delta.mid is None for _, delta in changes):
         total = _copied(base)
         for weight, delta in changes:

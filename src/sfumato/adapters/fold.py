@@ -18,25 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.adapters.delta import Change, folded
+from sfumato.adapters.delta import Change, LowRank, folded, product
 from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
 from sfumato.checkpoint.rules import info, shapes
 from sfumato.errors import InputError, SfumatoError
 from sfumato.types import LoraUse
 
+LARGEST = 2.0**100  # of ΔW that may be added unseen: beside it no number of bfloat16 becomes infinite
 Touched = Mapping[str, frozenset[str]]  # part → tensors
 
 
 class Folded(Mapping[str, Tensor]):
     """The tensors of a part with what is added to them: a changed one in float32, the others as they are.
 
-    key: of the changes, "" where there are none.
+    key: of the changes, "" where there are none. before: the changes that are in networks in memory while these are
+    brought up to date.
     """
 
     def __init__(self, base: Mapping[str, Tensor]):
         self.base = base
         self.changes: Mapping[str, tuple[Change, ...]] = {}
+        self.before: Mapping[str, tuple[Change, ...]] = {}
         self.key = ""
 
     def __getitem__(self, name: str) -> Tensor:
@@ -51,6 +54,21 @@ class Folded(Mapping[str, Tensor]):
         if changes and dtype == torch.bfloat16:
             return folded(self.base[name], changes, dtype)
         return self[name]
+
+    def apart(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(up, down) in float32, whose product is all that is added to the matrix `base[name]`: for who adds it
+        later, to numbers in bfloat16. None where nothing is, where it is no product, or so large that it must be looked
+        at.
+        """
+        changes = self.changes.get(name, ())
+        if not changes or (factors := product(changes)) is None:
+            return None
+        largest = sum(abs(weight) * delta.bound() for weight, delta in changes if isinstance(delta, LowRank))
+        return factors if largest < LARGEST else None
+
+    def bare(self, name: str) -> bool:
+        """Whether networks in memory have this tensor as the base does."""
+        return name not in self.before
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)
@@ -260,6 +278,8 @@ class Adapters:
             for name, (old, old_key) in before.items():
                 self.parts[name].changes, self.parts[name].key = old, old_key
             raise
+        for part in self.parts.values():
+            part.before = part.changes
         self._now, self._loras = uses, loras
 
 

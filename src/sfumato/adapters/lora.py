@@ -25,8 +25,8 @@ from sfumato.adapters.delta import (
 )
 from sfumato.adapters.names import BIAS, WEIGHT, Names, Target
 from sfumato.adapters.roles import Spelled, group, refused
-from sfumato.checkpoint.fill import finite
 from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.source import Weights, open_weights
 from sfumato.errors import CheckpointError
 from sfumato.storage import data_hash

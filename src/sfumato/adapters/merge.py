@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.fold import Adapters, Folded
-from sfumato.checkpoint.fill import finite
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info
 from sfumato.errors import CheckpointError
 

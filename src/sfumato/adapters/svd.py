@@ -18,8 +18,8 @@ from sfumato.adapters.delta import Decomposed, Delta, LowRank
 from sfumato.adapters.lora import delta_of
 from sfumato.adapters.roles import KOHYA, Spelled, group, refused
 from sfumato.adapters.write import check_target, kohya
-from sfumato.checkpoint.fill import finite
 from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.source import open_weights
 from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError

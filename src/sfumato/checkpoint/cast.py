@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-CHUNK = 2**20  # numbers that pass through float32 at a time, and stay in the processor's cache
+CHUNK = 2**17  # numbers that pass through float32 at a time, and stay in the caches of two cores
 TWO_STEPS = {(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)}
 
 

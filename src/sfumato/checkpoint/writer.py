@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from sfumato.checkpoint.fill import finite
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info
 from sfumato.checkpoint.source import DTYPES
 from sfumato.errors import CheckpointError, InputError

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sfumato.checkpoint.hub import is_hub_id
 from sfumato.cli import parse
 from sfumato.cli.loras import listed
 from sfumato.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 NONE = ["none"]
 FORM = "KIND=IMAGE[:WEIGHT[:START-END]]"
@@ -62,21 +60,19 @@ def _given(text: str) -> Given:
     return Given(name, file, values)
 
 
-def files(texts: Sequence[str]) -> dict[str, Path]:
-    """`canny=FILE` to files of ControlNets by name."""
+def files(texts: Sequence[str], what: str = "controlnet") -> dict[str, Path]:
+    """`canny=FILE` to files of ControlNets by name, or to folders of what makes pictures for them. what: the option."""
     found: dict[str, Path] = {}
     for text in texts:
         name, equals, file = text.partition("=")
         if not equals or not name or not file:
-            raise InputError(f"controlnet must be KIND=FILE, not {text[:60]!r}", argument="controlnet")
+            raise InputError(f"{what} must be KIND=FILE, not {text[:60]!r}", argument=what)
         if name in found:
+            raise InputError(f"{what} gives {name!r} twice; call one of them otherwise", argument=what)
+        if not Path(file).exists() and not is_hub_id(file):
             raise InputError(
-                f"controlnet gives {name!r} twice; call one of them otherwise", argument="controlnet"
-            )
-        if not Path(file).exists():
-            raise InputError(
-                f"controlnet {file!r} does not exist; give a .safetensors file or a folder",
-                argument="controlnet",
+                f"{what} {file!r} does not exist; give a .safetensors file, a folder, or org/name of the Hub",
+                argument=what,
             )
         found[name] = Path(file)
     return found
@@ -89,10 +85,12 @@ def requested(
     said: object,
     like: Path | None,
     dropped: bool,
+    makers: Collection[str] = (),
 ) -> list[dict[str, Any]] | None:
     """The request's controls: those given, laid over what the picture `like` says of its own of the same names.
 
-    ready: kinds whose picture is taken as it is. said: of `like`, whose pictures must be given again.
+    ready: kinds whose picture is taken as it is. makers: those whose picture a network makes. said: of `like`, whose
+    pictures must be given again.
     """
     before = [dict(each) for each in listed(said)]
     if dropped:
@@ -102,6 +100,9 @@ def requested(
             raise InputError(
                 f"control-ready names {name!r}, which no --control gives", argument="control-ready"
             )
+    for name in makers:
+        if name not in {one.name for one in wanted}:
+            raise InputError(f"annotator names {name!r}, which no --control gives", argument="annotator")
     if guess is not None and not wanted:
         raise InputError("guess goes with --control", argument="guess")
     made: list[dict[str, Any]] = []
@@ -109,6 +110,7 @@ def requested(
         place = next((k for k, each in enumerate(before) if each.get("name") == one.name), None)
         kept = {} if place is None else before.pop(place)
         prepare = kept.get("prepare") if kept else EDGES.get(one.name)
+        prepare = one.name if one.name in makers else prepare
         values = {
             **kept,
             "name": one.name,

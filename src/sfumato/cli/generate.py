@@ -46,6 +46,7 @@ def generate(
     paste: options.Paste = None,
     control: options.Control = None,
     controlnet: options.ControlNet = None,
+    annotator: options.Annotator = None,
     control_ready: options.ControlReady = None,
     guess: options.Guess = None,
     hires: options.Hires = None,
@@ -112,12 +113,15 @@ def generate(
         given["mask"] = parse.picture("mask", mask, mask=True)
     embeddings = parse.embeddings(embedding or [])
     networks = controls.files(controlnet or [])
+    makers = controls.files(annotator or [], "annotator")
     shown = controls.given([] if control in (None, controls.NONE) else control)
     adapters = loras.given([] if lora in (None, loras.NONE) else lora)
     said = None if like is None else likeness.read(like, given, dropped, second)
     told = {} if said is None else dict(said.request)
     drop = control == controls.NONE
-    pictured = controls.requested(shown, control_ready or [], guess, told.pop("controls", None), like, drop)
+    pictured = controls.requested(
+        shown, control_ready or [], guess, told.pop("controls", None), like, drop, makers
+    )
     if pictured is not None:
         given["controls"] = pictured
     given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
@@ -168,6 +172,7 @@ def generate(
         "text_dtype": None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         "tokenizer": tokenizer,
         "controlnets": networks,
+        "annotators": makers,
     }
     loaded = load(model, **opening)
     if loaded.system.only_clips:

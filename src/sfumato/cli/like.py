@@ -65,10 +65,12 @@ def differences(like: Path, said: Like, loaded: Model, request: Request) -> list
         notes.append(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
     adapters = loaded.lora_digests(request)
     controlnets = loaded.system.control_hashes() if said.controlnets and request.controls else {}
+    annotators = {name: each.digest for name, each in loaded.annotators.items()}
     for what, before, now in (
         ("embedding", said.embeddings, loaded.embeddings),
         ("LoRA", said.loras, adapters),
         ("ControlNet", said.controlnets, controlnets),
+        ("annotator", said.annotators, annotators),
     ):
         for name in before.keys() & now.keys():
             if not now[name].startswith(before[name]):

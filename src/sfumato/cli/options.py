@@ -126,8 +126,8 @@ Control = Annotated[
         metavar="KIND=IMAGE[:WEIGHT[:START-END]]",
         rich_help_panel=CONTROL,
         help="A picture for the ControlNet called KIND: canny=photo.png:0.8:0-0.6 acts with this weight in this share "
-        "of the steps. Edges (canny, softedge) are made of a plain picture; others are taken as they are. May be "
-        "repeated. `none` takes them out of --like.",
+        "of the steps. Edges (canny, softedge) are made of a plain picture, depth and poses by an --annotator; others "
+        "are taken as they are. May be repeated. `none` takes them out of --like.",
     ),
 ]
 ControlNet = Annotated[
@@ -136,7 +136,17 @@ ControlNet = Annotated[
         "--controlnet",
         metavar="KIND=FILE",
         rich_help_panel=CONTROL,
-        help="A ControlNet (.safetensors or a folder) and what --control calls it; may be repeated.",
+        help="A ControlNet (.safetensors, a folder, or org/name of the Hub) and what --control calls it; may be "
+        "repeated.",
+    ),
+]
+Annotator = Annotated[
+    list[str] | None,
+    Option(
+        metavar="KIND=FOLDER",
+        rich_help_panel=CONTROL,
+        help="A network that makes the picture for this kind of a plain one: DPT or Depth Anything for depth, VitPose "
+        "for poses (a folder of transformers, or org/name of the Hub); may be repeated.",
     ),
 ]
 ControlReady = Annotated[

@@ -47,7 +47,7 @@ def acting(model: Model, request: Request, sigmas: Tensor) -> list[Acting]:
     for control in request.controls or ():
         if control.name not in model.system.controls:
             continue
-        shown = hint(control, request.size, request.fit, model.system.config.multiple)
+        shown = hint(control, request.size, request.fit, model.system.config.multiple, model.annotators)
         pixels = (to_pixels(shown)[None, :, 0].to(model.device) + 1) / 2  # (1, 3, H, W) in [0, 1]
         steps = [k for k in range(len(times)) if _acts(k, len(times), control.start, control.end)]
         if not steps or control.weight == 0:
@@ -126,5 +126,5 @@ def settled(model: Model, request: Request) -> Request:
         raise InputError("reuse and controls do not go together; leave out one", argument="reuse")
     part = request.inpaint is not None and request.inpaint.padding is not None
     original = request.image.size if part and request.image is not None else None
-    check_hints(request, model.system.config.multiple, original)
+    check_hints(request, model.system.config.multiple, original, model.annotators)
     return request

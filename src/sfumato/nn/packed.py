@@ -17,6 +17,7 @@ from sfumato.nn.attention import products_are_fast
 from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.spatial import GEGLU, TanhGELU
 from sfumato.nn.temporal import TemporalConv
+from sfumato.nn.tiles import add_product, tiles_of
 from sfumato.nn.unet import Upsample
 
 ROWS = 2048  # tokens, and
@@ -86,6 +87,13 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
+def matrix_of(layer: nn.Module) -> str | None:
+    """The name of the one matrix that a layer's packed twin holds, to which its `add` adds; None where it has none."""
+    if isinstance(layer, GEGLU | TanhGELU):
+        return "proj.weight"
+    return "weight" if isinstance(layer, nn.Linear) else None
+
+
 class PackedLinear(nn.Module):
     """A linear layer and, if asked for, GELU on its float32 sums. form: of GELU, "none" is exact, or "tanh"."""
 
@@ -99,6 +107,16 @@ class PackedLinear(nn.Module):
         activation, form = self.activation
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.tiles, self.bias, activation, [], form)
 
+    def add(self, up: Tensor, down: Tensor) -> bool:
+        """W += up·down in place, rounded once (`nn/tiles.py`); False, with nothing changed, for tiles of another form.
+
+        up: (O, r), down: (r, I). Nobody may be calling the layer meanwhile.
+        """
+        tiles = tiles_of(self.tiles)
+        if tiles is not None:
+            add_product(tiles, up, down)
+        return tiles is not None
+
 
 class PackedGEGLU(nn.Module):
     """value ⊙ gelu(gate) from two matrices, so that the gate's activation is part of its product."""
@@ -111,6 +129,11 @@ class PackedGEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gate(x).mul_(self.value(x))
+
+    def add(self, up: Tensor, down: Tensor) -> bool:
+        """As `PackedLinear.add`, of the matrix of both."""
+        value, gate = up.chunk(2)  # halves of one shape, so that both are known or neither
+        return self.value.add(value, down) and self.gate.add(gate, down)
 
 
 class PackedConv2d(nn.Module):

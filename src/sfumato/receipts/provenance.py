@@ -160,7 +160,8 @@ class Like:
     request: fields of a `Request`. model: its name. weights: its hashes, if we drew it; refiner, refiner_weights:
     the same of a second model. embeddings, loras: names of textual inversions and of LoRAs, and hashes or their
     beginnings. read_as: how the model's files were read where they leave it open. without: names of text encoders that
-    were left out. controlnets: names and hashes. ignored: settings of other programs that were not taken over.
+    were left out. controlnets, annotators: names and hashes. ignored: settings of other programs that were not taken
+    over.
     """
 
     request: dict[str, Any]
@@ -173,6 +174,7 @@ class Like:
     without: tuple[str, ...] = ()
     loras: dict[str, str] = field(default_factory=dict)
     controlnets: dict[str, str] = field(default_factory=dict)
+    annotators: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
 
@@ -224,6 +226,7 @@ def _like_recipe(recipe: dict[str, Any], path: str | os.PathLike[str], skip: Col
         tuple(map(str, without)) if isinstance(without := recipe.get("without"), list) else (),
         _texts_of(recipe.get("loras")),
         controlnets=_texts_of(recipe.get("controlnets")),
+        annotators=_texts_of(recipe.get("annotators")),
     )
 
 

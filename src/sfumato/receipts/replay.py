@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NEAR = 4  # of 255: what other kernels of the same model may differ by in a value
 NEAR_SHARE = 0.02  # of the values that may differ by more, where few do
-HASHED = ("weights", "embeddings", "loras", "controlnets")  # of a recipe: names to hashes
+HASHED = ("weights", "embeddings", "loras", "controlnets", "annotators")  # of a recipe: names to hashes
 SAID = ("dtype", "text_dtype", "engine", "device", "sfumato", "torch", "python")  # single values
 
 

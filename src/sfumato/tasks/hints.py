@@ -1,11 +1,12 @@
 """Pictures for ControlNets: brought to the size that is drawn, and edges made of plain ones.
 
-Edges are OpenCV's work, imported when they are asked for. Depth, poses and segments are pictures that others made.
+Edges are OpenCV's work, imported when they are asked for. Depth and poses are made by networks that a model was given
+(`tasks/annotators.py`), or are pictures that others made, as segments are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,20 +43,35 @@ def soft_edges(picture: Image.Image) -> Image.Image:
     return Image.fromarray((np.clip(strength / top, 0, 1) * 255).astype(np.uint8)).convert("RGB")
 
 
+NO_NETWORKS: Mapping[str, Callable[[Image.Image], Image.Image]] = {}
 PREPARE: dict[str, Callable[[Image.Image], Image.Image]] = {"canny": canny, "softedge": soft_edges}
 
 
-def prepare_named(name: str) -> Callable[[Image.Image], Image.Image]:
-    """The function of a name in `PREPARE`; an unknown one is an `InputError` that lists them."""
-    if name not in PREPARE:
+Prepare = Callable[[Image.Image], Image.Image]
+
+
+def prepare_named(name: str, annotators: Mapping[str, Prepare] = NO_NETWORKS) -> Prepare:
+    """What makes control pictures by that name: of `annotators`, a model's own, or of `PREPARE`.
+
+    An unknown one is an `InputError` that lists them.
+    """
+    found = annotators.get(name) or PREPARE.get(name)
+    if found is None:
         raise InputError(
-            f"prepare must be one of {', '.join(PREPARE)}, or left out for a picture that is ready, not {name!r}",
+            f"prepare must be one of {', '.join((*PREPARE, *annotators))}, or left out for a picture that is ready, "
+            f"not {name!r}; a network that makes {name} is given as annotators, by --annotator {name}=FOLDER",
             argument="controls",
         )
-    return PREPARE[name]
+    return found
 
 
-def hint(control: Control, size: Size, fit: str | None, multiple: int) -> Image.Image:
+def hint(
+    control: Control,
+    size: Size,
+    fit: str | None,
+    multiple: int,
+    annotators: Mapping[str, Prepare] = NO_NETWORKS,
+) -> Image.Image:
     """What the ControlNet is shown: RGB of the `size` that is drawn.
 
     A picture of that shape, to within a `multiple` of pixels, is scaled by Lanczos, as diffusers does; one of another
@@ -64,16 +80,22 @@ def hint(control: Control, size: Size, fit: str | None, multiple: int) -> Image.
     picture = flatten(control.image, f"control {control.name}", BLACK)
     if picture.size != size:
         picture = fitted(picture, size, _how(control.name, picture.size, size, fit, multiple))
-    return picture if control.prepare is None else prepare_named(control.prepare)(picture)
+    return picture if control.prepare is None else prepare_named(control.prepare, annotators)(picture)
 
 
-def check_hints(request: Request, multiple: int, original: Size | None) -> None:
+def check_hints(
+    request: Request,
+    multiple: int,
+    original: Size | None,
+    annotators: Mapping[str, Prepare] = NO_NETWORKS,
+) -> None:
     """`InputError` for control pictures that `hint` would refuse. original: of a picture that is drawn in part."""
     assert request.size is not None
     for control in request.controls or ():
         if control.prepare is not None:
-            prepare_named(control.prepare)
-            _opencv()
+            prepare_named(control.prepare, annotators)
+            if control.prepare not in annotators:
+                _opencv()
         size = control.image.size
         _how(control.name, size, original or request.size, request.fit, multiple)
 

@@ -6,6 +6,7 @@ The model draws with its weights as they are; what is trained begins by changing
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sfumato.train.loop import Event, Loss, Player, fit, seeded
 from sfumato.train.recipe import ControlRecipe
 from sfumato.train.state import tensorboard
 from sfumato.train.tasks import save_sheet
+from sfumato.train.texts import Remembered
 from sfumato.types import Conditioning, Control, Request
 
 SHEET = 4  # pictures of a sheet
@@ -138,6 +140,7 @@ class Examples:
         self._requests = {
             size: self.model.complete(Request(size=(size[1], size[0]))) for size in self.buckets
         }
+        self._told = {size: self._reader(request) for size, request in self._requests.items()}
         self._latents: dict[int, Tensor] = {}
         self._hints: dict[int, Tensor] = {}
         told = job.progress("encoding")
@@ -176,8 +179,17 @@ class Examples:
         """These pictures, all of one size (height, width), with these captions."""
         latents = torch.stack([self._latents[i] for i in indices]).to(self.model.device)
         hints = torch.stack([self._hints[i] for i in indices]).to(self.model.device)
-        told = self.model.told([*captions, *[None] * len(captions)], self._requests[size])
-        return Batch(latents, hints, told.change(lambda rows: rows[: len(captions)]))
+        return Batch(latents, hints, self._told[size](captions))
+
+    def _reader(self, request: Request) -> Remembered:
+        """What the model is told of captions at a size: its encoders are frozen, so each caption is read once."""
+
+        @torch.no_grad()
+        def read(captions: Sequence[str]) -> Conditioning:
+            told = self.model.told([*captions, *[None] * len(captions)], request)
+            return told.change(lambda rows: rows[: len(captions)])
+
+        return Remembered(read, together=False)  # of some models a row is as long as the longest beside it
 
 
 class ControlTask:

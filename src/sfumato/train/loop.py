@@ -62,7 +62,8 @@ class Player:
     """One network with its optimisers.
 
     batch(step, part) is one microbatch; loss(net, batch, step, part) is its mean loss and the terms to log. Both
-    are functions of their arguments alone, so that batches may be made ahead of time.
+    are functions of their arguments alone, so that batches may be made ahead of time. partial: it may have parameters
+    that no loss asks for, which several processes must not wait for.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Player:
     loss: Callable[[nn.Module, Any, int, int], Loss]
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     apart: bool = False
+    partial: bool = False
     lanes: Lanes | None = None  # the module as it is called: compiled, or wrapped for several processes
 
 
@@ -195,7 +197,7 @@ def open_lanes(player: Player, device: torch.device, world: World) -> Lanes:
     if world.size > 1:
         if player.recipe.compile:
             player.module.compile(dynamic=False)
-        return Lanes(DistributedDataParallel(player.module))
+        return Lanes(DistributedDataParallel(player.module, find_unused_parameters=player.partial))
     lanes = Lanes(player.module, lane_count(device, player.recipe.parts) if player.apart else 1)
     if player.recipe.compile:
         lanes.compile()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sfumato.adapters.fold import Adapters, Touched
 from sfumato.autoencoder import Autoencoder
 from sfumato.autoencoder.causal import STRIDE, Causal, latents_of
-from sfumato.checkpoint.fill import fill, refill
+from sfumato.checkpoint.fill import fill
+from sfumato.checkpoint.refill import refill
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.path import FLOW
 from sfumato.diffusion.schedules import NoiseLevels, flow_levels

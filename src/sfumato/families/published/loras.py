@@ -15,7 +15,7 @@ from sfumato.adapters.merge import merged
 from sfumato.adapters.names import WEIGHT
 from sfumato.adapters.svd import Kept, check_rank, low_rank
 from sfumato.adapters.write import check_target, kohya
-from sfumato.checkpoint.fill import finite
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info
 from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError

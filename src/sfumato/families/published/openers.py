@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sfumato.autoencoder import temporal
 from sfumato.autoencoder.kl import KLConfig
-from sfumato.checkpoint.fill import fill, fill_layers, refill_layers
+from sfumato.checkpoint.fill import fill, fill_layers
+from sfumato.checkpoint.refill import add_products, refill_layers
 from sfumato.errors import InputError
 from sfumato.families.published.networks import part_hash
 from sfumato.memory import OFFLOADS, check_offload
@@ -20,7 +21,6 @@ from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.mmdit import MMDiT, MMDiTConfig
 from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
 from sfumato.nn.openvino import PRECISIONS, OpenVINONetwork, plugin
-from sfumato.nn.packed import packed
 from sfumato.nn.quantized import quantize, require_eight_bits, stand_in, units
 from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
 from sfumato.nn.unet import UNet, UNetConfig
@@ -124,11 +124,22 @@ def renewed(
         return True
     if isinstance(network, OpenVINONetwork):
         return False  # it is compiled as a whole
-    ways: dict[str, Any] = {"twin": lambda path, layer: packed(layer)}
+    ways: dict[str, Any] = {"pack": True}
     if dtype == torch.int8:
         ways = {"units": units, "twin": partial(stand_in, kept=NOT_EIGHT_BITS[type(config)])}
-    refill_layers(network, blank(config), tensors, names, where, kept_dtype(device, dtype), device, **ways)
+    else:
+        names = frozenset(names) - add_products(network, tensors, names)
+    if names:
+        refill_layers(
+            network, _outline(config), tensors, names, where, kept_dtype(device, dtype), device, **ways
+        )
     return True
+
+
+@lru_cache(maxsize=2)
+def _outline(config: Any) -> nn.Module:
+    """`blank`, kept for the next change of weights: making SDXL's takes half a second. It is to stay as it is."""
+    return blank(config)
 
 
 def plain_network(

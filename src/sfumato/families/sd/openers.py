@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sfumato.adapters.fold import Touched
-from sfumato.checkpoint.fill import refill
+from sfumato.checkpoint.refill import refill
 from sfumato.families.published.openers import autoencoder, denoiser, renewed
 from sfumato.families.published.text import open_clip
 from sfumato.families.sd.condition import TextStack, plan_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.fold import Touched
-from sfumato.checkpoint.fill import refill, refill_layers
+from sfumato.checkpoint.refill import refill, refill_layers
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.folder import tokenizer_folder
 from sfumato.families.published.kinds import TextConfig
