@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from sfumato.types import Conditioning, Request
 FORMAT = "sfumato model 1"
 PARTS = ("autoencoder", "denoiser")
 VIDEO_PARTS = ("temporal", "animator")  # of a model that draws clips too
+WEAK = 0.1  # of the deviation of the table's rows: a word that was hardly learnt has less
 
 
 def dit_config(config: PocketConfig, labels: bool = True) -> DiTConfig:
@@ -286,7 +288,25 @@ def fresh_video(system: System, video: VideoConfig) -> System:
     base = system.denoiser.dit.state_dict()
     dit.load_state_dict({name: base[name] for name in dit.state_dict()})
     animator = Animator(dit, len(video.words), system.config.denoiser.text_width)
+    nn.init.normal_(animator.words, std=_scale(system))
     return replace(system, config=replace(system.config, video=video), video=VideoParts(temporal, animator))
+
+
+def continued_video(system: System, video: VideoConfig) -> System:
+    """The system with copies of its parts for clips, which learn on; words that are all but zero are set apart anew, as
+    the text encoder cannot tell them from one another beside words of the size that it knows."""
+    assert system.video is not None
+    parts = copy.deepcopy(system.video)
+    rows, size = parts.animator.words, _scale(system)
+    with torch.no_grad():
+        weak = rows.square().mean(1).sqrt() < WEAK * size
+        rows[weak] = size * torch.randn(int(weak.sum()), rows.shape[1]).to(rows)
+    return replace(system, config=replace(system.config, video=video), video=parts)
+
+
+def _scale(system: System) -> float:
+    """The deviation of the rows of the text encoder's table."""
+    return float(system.denoiser.text.embedding.weight.float().square().mean().sqrt())
 
 
 def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = None) -> list[Path]:
