@@ -48,7 +48,11 @@ RENDERED, SHARD = 8, 256  # clips rendered and encoded at a time, and what a kil
 JOINED = 64  # clips of which latents are joined at a time
 SHEET = 4  # clips of a sheet
 WORDS_FROM = 4_000  # captions that words are learnt from
-LATER = ("init", "plain", "turned")  # what recipes say since runs have names; the default is what they were without it
+LATER = (
+    "init",
+    "plain",
+    "turned",
+)  # what recipes say since runs have names; the default is what they were without it
 
 
 @dataclass

@@ -36,7 +36,9 @@ class VideoRecipe:
     loss: VideoLoss
     train: TrainRecipe  # of the denoiser
     base: str = DEFAULT_FAMILY  # a packaged model or a folder; it stays as it is
-    init: str = ""  # a model of clips to start from: its layers between frames, its denoiser and its words are kept
+    init: str = (
+        ""  # a model of clips to start from: its layers between frames, its denoiser and its words are kept
+    )
     frames: int = 17  # of a clip of the data, 1 + 4k
     fps: float = 8.0  # of the data
     short: int = 9  # frames of the shorter windows, 1 + 4k
@@ -49,7 +51,12 @@ class VideoRecipe:
 
 
 VIDEO_RANGES = {"fps": (1, 1000), "plain": (0, 1), "vocabulary": (0, math.inf), "shared": (0, 1)}
-VIDEO_LOSS_RANGES = {"std": (0, math.inf), "drop_prompt": (0, 1), "residual": (0, math.inf), "moving": (0, math.inf)}
+VIDEO_LOSS_RANGES = {
+    "std": (0, math.inf),
+    "drop_prompt": (0, 1),
+    "residual": (0, math.inf),
+    "moving": (0, math.inf),
+}
 
 
 def check_video(recipe: VideoRecipe) -> None:

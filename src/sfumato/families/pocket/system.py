@@ -26,6 +26,7 @@ from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.families.pocket.video import Animator, VideoConfig, VideoParts, decode, encode
 from sfumato.families.trainee import Trainee
+from sfumato.memory import Stage
 from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.nn.dit_control import DiTControl
 from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
@@ -127,6 +128,13 @@ class System:
         """Latents of a clip that are drawn together, and how many of them are known where a film goes on."""
         video = self.config.video
         return None if video is None or self.video is None else (video.window, video.context)
+
+    def trace_clip(self, request: Request) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing a clip takes; see `trace.trace_clip`."""
+        from sfumato.families.pocket.trace import trace_clip  # which needs this module
+
+        assert self.window is not None
+        return trace_clip(self, request, self.window[0])
 
     @property
     def shared_noise(self) -> float:
@@ -306,7 +314,7 @@ def continued_video(system: System, video: VideoConfig) -> System:
 
 def _scale(system: System) -> float:
     """The deviation of the rows of the text encoder's table."""
-    return float(system.denoiser.text.embedding.weight.float().square().mean().sqrt())
+    return float(system.denoiser.text.embedding.weight.detach().float().square().mean().sqrt())
 
 
 def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = None) -> list[Path]:
