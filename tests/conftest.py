@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -37,3 +39,12 @@ def _open_k_diffusion() -> None:
 
 
 _open_k_diffusion()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """All work in the test's own thread, where modes that watch operations see it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

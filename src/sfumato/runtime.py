@@ -7,7 +7,9 @@ import ctypes
 import functools
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -88,6 +90,21 @@ def kernels(device: torch.device) -> dict[str, Any]:
         gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
         return found | gpu | {"cudnn": torch.backends.cudnn.version()}
     return found | {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+
+
+def workers(name: str, count: int, threads: int) -> ThreadPoolExecutor:
+    """A pool of `count` workers, each with so many of torch's threads. Others keep what they have."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, name, _take, (threads,))
+    started = threading.Barrier(count)
+    wait([pool.submit(started.wait) for _ in range(count)])
+    torch.set_num_threads(before)  # who asks first from now on gets what was set last
+    return pool
+
+
+def _take(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # settles this thread's number
 
 
 def give_back() -> None:

@@ -86,11 +86,33 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not products_are_fast(torch.empty(0, dtype=BF16)), reason="no bfloat16 unit")
+@pytest.mark.usefixtures("one_thread")
 def test_memory_does_not_grow_with_the_square_of_the_length():
     q = heads(1, 1, 6000, 16)
     with Largest() as seen:
         attention(q, q, q)
     assert seen.numbers <= SCORES < 6000 * 6000
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 500, 40), (1, 5, 1500, 64)], ids=str)
+@pytest.mark.parametrize("keeps", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_heads_side_by_side_are_heads_one_after_another(one_thread, shape, keeps):
+    q, k, v = (heads(*shape, seed=s) for s in range(3))
+    with keeps():
+        alone = attention(q, k, v)
+        torch.set_num_threads(2)
+        both = attention(q, k, v)
+        assert both.is_inference() == alone.is_inference() == (keeps is torch.inference_mode)
+        assert torch.equal(both, alone)
+        assert error(both, q, k, v) < 8e-3
+        both.add_(1)  # it is the caller's, as any other result
+
+
+def test_an_error_in_one_head_is_the_callers(one_thread):
+    torch.set_num_threads(2)
+    q = heads(1, 2, 300, 16)
+    with pytest.raises(RuntimeError):
+        attention(q, q, heads(1, 2, 299, 16))
 
 
 def test_each_head_stands_alone():

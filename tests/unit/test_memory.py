@@ -118,6 +118,7 @@ def test_a_trace_counts_what_is_alive():
 @pytest.mark.parametrize(
     "heads, queries, keys, width", [(4, 2048, 2048, 40), (8, 1024, 77, 80), (2, 64, 64, 64)]
 )
+@pytest.mark.usefixtures("one_thread")
 def test_attention_allocates_what_it_says(dtype, heads, queries, keys, width):
     q, k, v = (
         torch.randn(2, tokens, heads * width).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -130,6 +131,7 @@ def test_attention_allocates_what_it_says(dtype, heads, queries, keys, width):
 
 @pytest.mark.parametrize("dtype", [t for t in TYPES if t != torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(64, 96), (256, 256)])
+@pytest.mark.usefixtures("one_thread")
 def test_the_trace_of_a_small_system_is_what_it_allocates(file, dtype, size):
     """The U-Net in a guided step, with real numbers and without."""
     model = opened(file, dtype)

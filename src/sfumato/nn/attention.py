@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
+from sfumato.runtime import workers
+
 SCORES = (
     2**21
 )  # scores held at a time by `_blocked`: 4 MiB of bfloat16, which stay in the last cache before memory
+LANE = 2**16  # scores of a head from which it is worth a thread of its own
 REACH = 60.0  # nats that a row's largest score may lie below the shift: exp(−REACH − HEADROOM) is still 3e-30
 HEADROOM = 8.0  # nats below 0 from which sigmoid(x) is exp(x) but for 3e-4 of it, a sixth of bfloat16's grain
 
@@ -49,15 +56,13 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     B, K, N, D = q.shape
     M, result = k.shape[-2], q.numel() * q.element_size()
     if mask is None and products_are_fast(q):
-        width = -(-D // 16) * 16
-        rows = max(1, min(N, SCORES // M))
-        keys, values = k.numel(), B * K * M * width * 2
-        head = 2 * (N + (M if rows < N else 0)) * width  # one head's queries, and its keys in tiles
-        widened = (
-            2 * keys if width > D else 0
-        )  # values as they are, until they stand beside the column of ones
-        blocks = 2 * (2 * rows * M) + rows * width * 2  # the next block of weights is made beside the last
-        return max(12 * keys, 6 * keys + values + max(widened, result + head + blocks))
+        width, lanes = _width(D), _lanes(N, M)
+        rows = _rows(N, M, lanes)
+        laid = 2 * (q.numel() + k.numel() + B * K * M * width)  # queries, keys, values
+        several = rows < N
+        # of each head at work: keys in tiles, answers, and a block of weights, made beside the last one
+        head = 2 * (N + several * M) * width + 2 * (1 + several) * rows * M
+        return laid + max(2 * k.numel(), result + lanes * head)
     if _is_plain(q, k):
         return 10 * B * K * N * M + result  # scores; scores and their softmax in float32
     return result
@@ -93,38 +98,79 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The shift is one number per head. Keys less their mean give the same softmax, and scores whose mean over the keys is
     0; so a row's largest score lies between 0 and max‖q‖·max‖k‖ (Cauchy–Schwarz), the reach. Up to REACH no row can
     vanish or overflow. A head that reaches further goes to the fused kernel.
+
+    A large head is one thread's from beginning to end: many threads that share its short products wait for one another
+    at the end of every one.
     """
     B, K, N, D = q.shape
-    M = k.shape[-2]
-    centred = k.float()
-    centred = (centred - centred.mean(-2, keepdim=True)) * (1 / math.sqrt(D))
-    keys = centred.to(k.dtype, memory_format=torch.contiguous_format)
-    width = -(-D // 16) * 16
-    values = v.contiguous()
-    if (
-        width > D
-    ):  # the product works on whole vectors anyway; a column of ones in the spare room gives the row's sum
-        values = v.new_ones(B, K, M, width)
+    M, width, scale = k.shape[-2], _width(D), 1 / math.sqrt(D)
+    queries = q.contiguous()
+    middle = (
+        q.new_full((1, M), -scale / M) @ k
+    )  # minus their mean, by sums that do not depend on the other heads
+    keys = torch.addcmul(middle, k.contiguous(), q.new_ones(1), value=scale)  # rounded once
+    values = v.contiguous() if width == D else v.new_ones(B, K, M, width)
+    if width > D:  # products work on whole vectors anyway: in the spare room ones, which give the row's sum
         values[..., :D] = v
-    rows = max(1, min(N, SCORES // M))
-    held = q.new_empty(rows, width)
-    several = rows < N  # blocks share the keys, which are then worth laying out in tiles once
     out = q.new_empty(B, N, K, D).transpose(1, 2)
-    reaches = (_longest(q) * _longest(keys)).tolist()
-    for b, h in itertools.product(range(B), range(K)):
-        reach = reaches[b][h]
-        if not reach <= REACH:  # nor if it is NaN
-            head = (slice(b, b + 1), slice(h, h + 1))
-            out[head] = functional.scaled_dot_product_attention(q[head], k[head], v[head])
-            continue
-        shift = q.new_full((M,), -reach - HEADROOM)
-        tiles = torch.ops.mkldnn._reorder_linear_weight(keys[b, h], rows) if several else keys[b, h]
-        for block, target in zip(q[b, h].contiguous().split(rows), out[b, h].split(rows), strict=True):
-            weights = torch.ops.mkldnn._linear_pointwise(block, tiles, shift, "sigmoid", [], "")
-            mixed = torch.mm(weights, values[b, h], out=held[: len(block)])
-            total = mixed[:, D : D + 1] if width > D else weights.sum(-1, keepdim=True)
-            torch.div(mixed[:, :D], total, out=target)
+    reaches = (_longest(queries) * _longest(keys)).tolist()
+    lanes = _lanes(N, M)
+    rows = _rows(N, M, lanes)
+
+    def head(place: tuple[int, int]) -> None:
+        reach = reaches[place[0]][place[1]]
+        with torch.inference_mode():  # what the caller has set does not hold in other threads
+            if reach <= REACH:  # not if it is NaN
+                shift = -reach - HEADROOM
+                _head(queries[place], keys[place], values[place], shift, rows, out[place])
+            else:
+                out[place] = functional.scaled_dot_product_attention(*(t[place][None] for t in (q, k, v)))[0]
+
+    heads = itertools.product(range(B), range(K))
+    deque(_pool(lanes, os.getpid()).map(head, heads) if lanes > 1 else map(head, heads), maxlen=0)
     return out
+
+
+def _head(q: Tensor, k: Tensor, v: Tensor, shift: float, rows: int, out: Tensor) -> None:
+    """Attention of one head to `out`: (N, D), `rows` queries at a time, with weights exp(q·k + shift).
+
+    v: (M, width), of which what is beyond D is ones.
+    """
+    (N, D), (M, width) = q.shape, v.shape
+    if rows < N:  # blocks share the keys, which are then worth laying out in tiles once
+        k = torch.ops.mkldnn._reorder_linear_weight(k, rows)
+    shifts = q.new_full((M,), shift)
+    mixed = q.new_empty(N, width)
+    totals = mixed[:, D : D + 1] if width > D else q.new_empty(N, 1)
+    for first in range(0, N, rows):
+        block = slice(first, first + rows)
+        weights = torch.ops.mkldnn._linear_pointwise(q[block], k, shifts, "sigmoid", [], "")
+        torch.mm(weights, v, out=mixed[block])
+        if width == D:
+            torch.sum(weights, -1, keepdim=True, out=totals[block])
+    torch.div(mixed[:, :D], totals, out=out)
+
+
+def _width(D: int) -> int:
+    """Columns of a head's values in whole vectors."""
+    return -(-D // 16) * 16
+
+
+def _lanes(N: int, M: int) -> int:
+    """Heads worked on at a time, each by one thread."""
+    return torch.get_num_threads() if N * M >= LANE else 1
+
+
+def _rows(N: int, M: int, lanes: int) -> int:
+    """Queries in a block, so that those of all lanes hold SCORES scores together."""
+    blocks = -(-N // max(1, SCORES // lanes // M))
+    return -(-N // blocks)
+
+
+@functools.cache
+def _pool(lanes: int, process: int) -> ThreadPoolExecutor:
+    """Threads for the heads; those of another process do not live on in one that was forked from it."""
+    return workers("head", lanes, threads=1)
 
 
 def _longest(vectors: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from sfumato.runtime import workers
 
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ class Lanes:
         self._busy, self._alone = 0, False  # lanes inside, and whether it is one that wants no other
         self._pool = None
         if count > 1:
-            self._pool = _workers("lane", count, max(1, torch.get_num_threads() // count))
+            self._pool = workers("lane", count, max(1, torch.get_num_threads() // count))
 
     @property
     def count(self) -> int:
@@ -93,21 +95,6 @@ class Lanes:
                 torch._foreach_add_([a.grad for a, _ in pairs], [b.grad for _, b in pairs])
 
 
-def _workers(name: str, count: int, threads: int) -> ThreadPoolExecutor:
-    """A pool of `count` workers, each with so many of torch's threads. Others keep what they have."""
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, name, _take, (threads,))
-    started = threading.Barrier(count)
-    wait([pool.submit(started.wait) for _ in range(count)])
-    torch.set_num_threads(before)  # who asks first from now on gets what was set last
-    return pool
-
-
-def _take(threads: int) -> None:
-    torch.set_num_threads(threads)
-    torch.get_num_threads()  # settles this thread's number
-
-
 def dealt(parts: Sequence[int], count: int) -> list[list[int]]:
     """Parts to lanes, there and back again: where each takes a little longer than the last, all lanes get the same."""
     lanes: list[list[int]] = [[] for _ in range(count)]
@@ -150,7 +137,7 @@ class Feed:
     def __init__(self, make: Callable[[int, int], Any], parts: range, last_step: int, ahead: int = 1):
         """make(step, part) is a microbatch; `ahead` of them are made beforehand."""
         self.make, self.parts, self.last_step, self.ahead = make, parts, last_step, ahead
-        self._thread = _workers("feed", 1, threads=1)
+        self._thread = workers("feed", 1, threads=1)
         self._made: dict[tuple[int, int], Future[Any]] = {}
         self._next: tuple[int, int] | None = None  # the first that is not begun: step, and place in `parts`
         self._gate = threading.Lock()
