@@ -76,4 +76,8 @@ def test_clips_turned_four_ways_stay_within_their_split():
     rows = frames.pixels([4, 5, 7])
     assert np.array_equal(rows[1], rows[0][:, :, ::-1])
     assert len({frames.digest(k) for k in range(24)}) == 24
+    assert len({clips.digest(k) for k in range(len(clips))}) == len(clips)
+    turned = next(k for k, (_, back) in enumerate(clips.rows) if back)
+    forward = frames.pixels([clips.rows[turned][0]])[0]
+    assert np.array_equal(clips.pixels([turned])[0], forward[::-1])
     assert all(split_of(replace(clips.scene(k), frames=1)) == "train" for k in clips.stills())

@@ -84,6 +84,27 @@ class TurnedClips:
             scene = replace(scene, frames=frames)
         return describe(scene, _seed(self.base.scenes, "turned", index, epoch), self.base.scenes.style)[0]
 
+    def buckets(self) -> dict[Size, list[int]]:
+        size = self.base.scenes.size
+        return {(size, size): list(range(len(self)))}
+
+    def pixels(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 (B, T, H, W, 3)."""
+        rows = self.base.pixels([self.rows[k][0] for k in indices])
+        return np.stack([row[::-1] if self.rows[k][1] else row for k, row in zip(indices, rows, strict=True)])
+
+    def labels(self, indices: Sequence[int], factor: int) -> Tensor | None:
+        return None
+
+    def digest(self, index: int) -> str:
+        at, back = self.rows[index]
+        own = self.base.digest(at)
+        return address({"backwards": own}) if back else own
+
+    def name(self, index: int) -> str:
+        at, back = self.rows[index]
+        return self.base.name(at) + (", backwards" if back else "")
+
     def stills(self) -> list[int]:
         """Clips whose first frame, as a picture, is of the same split."""
         split = self.base.scenes.split

@@ -23,7 +23,7 @@ from sfumato.autoencoder.metrics import psnr
 from sfumato.data.clips import ClipFolder
 from sfumato.data.latents import LatentCache, Shard, build_latents, write_shard
 from sfumato.data.scenes import SceneSource
-from sfumato.data.source import to_float
+from sfumato.data.source import Source, to_float
 from sfumato.data.turned import MirroredFrames, TurnedClips
 from sfumato.diffusion.loss import flow_density, spread
 from sfumato.errors import InputError
@@ -170,26 +170,25 @@ class VideoJob(Job):
 
     def frames(self, source: ClipSource) -> LatentCache:
         """Every frame's latent, made once: (C, frames, H, W) of each clip, those that run backwards aside."""
-        if isinstance(source, TurnedClips):
-            source = source.base
+        rendered: Source = source.base if isinstance(source, TurnedClips) else source
         digest = tensors_hash(self.base.autoencoder.state_dict())
         place = self.folder / "frames" / digest[:16]
         if self.world.leads:
             build_latents(
-                source,
+                rendered,
                 self.encode,
                 digest,
                 place,
                 RENDERED,
                 self.progress("rendering"),
                 shard_rows=SHARD,
-                write=functools.partial(self._side_by_side, source) if self.device.type == "cpu" else None,
+                write=functools.partial(self._side_by_side, rendered) if self.device.type == "cpu" else None,
             )
         self.world.wait()
-        return LatentCache(place, source, digest)
+        return LatentCache(place, rendered, digest)
 
     def _side_by_side(
-        self, source: ClipSource, shards: Sequence[Shard], batch: int, told: Callable[[int], None]
+        self, source: Source, shards: Sequence[Shard], batch: int, told: Callable[[int], None]
     ) -> Iterator[None]:
         """Render and encode as many shards at a time as there are threads: a renderer's steps are short."""
         gate = threading.Lock()
