@@ -27,9 +27,14 @@ class Size:
 
 def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """FLOPs of `call(*args, **kwargs)`, backward passes inside it included. Works on any device, without a GPU."""
+    return with_flops(call, *args, **kwargs)[1]
+
+
+def with_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, int]:
+    """What `call(*args, **kwargs)` answers, and its FLOPs."""
     with FlopCounterMode(display=False, custom_mapping=_fused_on_cpu()) as counter:
-        call(*args, **kwargs)
-    return counter.get_total_flops()
+        answer = call(*args, **kwargs)
+    return answer, counter.get_total_flops()
 
 
 def formulas() -> dict[Any, Callable[..., Any]]:

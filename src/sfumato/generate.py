@@ -23,9 +23,9 @@ from sfumato.drawing.sample import origin_of, sample, second_pass
 from sfumato.drawing.script import Script, script
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, open_model
+from sfumato.families.system import DrawingSystem
 from sfumato.runtime import Clock, autocast, drawing_dtype, kernels, pick_device
 from sfumato.sampling import Step
-from sfumato.storage import tensors_hash
 from sfumato.tasks import canvas as tasks
 from sfumato.tasks.hints import cropped
 from sfumato.tasks.latent import Origin
@@ -99,7 +99,7 @@ def load(
     options |= {"without": tuple(without) or None, "text_dtype": text_dtype, "tokenizer": tokenizer}
     system = open_model(model, place, dtype, options)
     if controlnets:
-        system = with_controls(system, str(model), controlnets)
+        system = system.with_controls(controlnets)
     second = None
     if refiner is not None:
         second = Model(open_model(refiner, place, dtype, both), place, name=str(refiner))
@@ -109,81 +109,34 @@ def load(
     return opened
 
 
-def with_controls(system: Any, name: str, files: Mapping[str, str | Path]) -> Any:
-    """The system with the ControlNets in these files, by name. `InputError` if it takes none."""
-    if not hasattr(system, "with_controls"):
-        raise InputError(f"{name!r} takes no ControlNets", argument="controlnets")
-    return system.with_controls(files)
-
-
 class Model:
     """A model in memory, ready to draw. Stateless between calls, so that threads may share it.
 
-    Beside what every system has (`config`, `autoencoder`, `denoiser`, `encode`, `decode`, `condition`, `network`,
-    `parameterization`, `levels`), one may offer
-        inpaint_channels(pixels, mask) -> (1, E, 1, H/f, W/f): a network that was trained to inpaint takes these
-            channels after those of the sample, at every call. pixels: (1, 3, 1, H, W) in [-1, 1], 0 where to paint;
-            mask: (1, 1, 1, H, W), 1 where to paint. A request without a mask paints everywhere.
-        preview(latent) -> pixels (1, 3, 1, h, w) in about [-1, 1]: a quick look, cheaper than decoding.
-        split(x, time, cond, deep) -> (answer, deep): the network in two parts, the deep one taken from `deep` if it is
-            not None. `reuse_order`: of the forecast that suits it, 0 unless said (`sampling.reuse.Reuse`).
-        clip_layers: up to which layer from the end `condition` can read a text encoder (`Request.clip_skip`).
-        told_guidance: the network is told the scale of guidance, by `condition`, and nothing is left to guide.
-        dtype: what its weights are in and its networks work in. One without it works under autocast.
-        engine: what runs its denoiser, if it is not PyTorch.
-        latent_shape(frames, height, width): where `autoencoder` would have to be opened to tell it.
-        offloads: the ways to keep its networks, of `memory.OFFLOADS`; offloaded(name) -> System: the same in another.
-        trace(request, size, batch, encodes, offload) -> the memory that drawing takes (`planning.py`).
-        hashes() -> part to SHA-256, for networks that no longer hold their weights as the files have them.
-        embeddings: textual inversions by name, with the hashes of their files.
-        adapters: the LoRAs opened for it (`adapters.fold.Adapters`).
-        reads: what of a request `condition` reads that not every system does, of "prompt_rules", "weighting",
-            "text_length" and the fields of `micro` as "micro.crop".
-        layers: how many layers its network has of which `network(x, time, cond, skip_layers=(7, 8))` leaves some out.
-        picture_tokens(height, width): how many tokens its network makes of a picture, for schedules that ask.
-        without, text_dtype: the text encoders that were left out, and what the largest is kept in, for the recipe.
-        read_as: what its files may leave open and drawing depends on, by option of `load`, as it was taken.
-        latent_space: two models with equal ones can draw on each other's latents.
-        animates: it draws a clip from a picture, which a request must have, and reads no prompt. A model of clips has a
-            preset with `frames`, more than 1, and `fps`, and in `reads` what it reads of "frames", "fps",
-            "guidance_first", "motion" and "clip"; `latent_shape` says of a number of frames what latents it makes, or
-            refuses it.
-        clip_preset: of a model of pictures that draws clips too, what these have by default: frames and fps.
-        clip_hashes() -> part to SHA-256: of what such a model draws with in clips alone.
-        shared_noise: share of the noise's variance that the frames of a clip have in common.
-        window: (latents of a clip that it draws together, how many of them are known where a film goes on); a longer
-            clip is drawn in such pieces, of frames_of(latents) frames, and `Conditioning.channels` says what is known.
-        controls: names of its ControlNets; control_hashes() -> name to the SHA-256 of its weights; with_controls(files)
-            -> System: the same with others, by name and file; controller(name, pixels) -> (x, time, cond, guess) ->
-            the tensors that one adds, shown a picture (1, 3, H, W) in [0, 1]. `network(x, time, cond, control=…)`
-            takes these. masked_controls: names of those whose `controller` takes `mask=` too, (1, 1, H, W) with 1 where
-            to paint, or None for everywhere.
-
+    system: its networks, and what they offer (`families.system.DrawingSystem`). name: what it was opened by. dtype: of
+    pictures drawn by a system without one of its own.
     refiner: another model, which takes over where `Request.refine_at` says. One without a `latent_space` has none.
     """
 
     def __init__(
         self,
-        system: Any,
+        system: DrawingSystem,
         device: torch.device,
         name: str = "",
         dtype: torch.dtype | None = None,
         refiner: Model | None = None,
     ):
         self.system, self.device, self.name, self.refiner = system, device, name, refiner
-        self.counted: dict[
-            Any, dict[str, int]
-        ] = {}  # FLOPs that were counted, by what decides them (receipts/work.py)
+        self.counted: dict[Any, dict[str, int]] = {}  # FLOPs, by what decides them (receipts/work.py)
         if refiner is not None:
-            ours, theirs = (getattr(model.system, "latent_space", None) for model in (self, refiner))
+            ours, theirs = (model.system.latent_space for model in (self, refiner))
             if ours is None or ours != theirs:
                 raise InputError(
                     f"the refiner {refiner.name!r} does not draw in the latents of {name!r}; give one of the same "
                     "family, such as SDXL's for SDXL",
                     argument="refiner",
                 )
-        self.dtype = getattr(system, "dtype", None) or dtype or drawing_dtype(device)
-        if self.dtype == torch.int8 and not hasattr(system, "dtype"):
+        self.dtype = system.dtype or dtype or drawing_dtype(device)
+        if self.dtype == torch.int8 and system.dtype is None:
             raise InputError(f"int8 is for checkpoints; draw with {name!r} in fp32 or bf16", argument="dtype")
 
     @property
@@ -192,20 +145,14 @@ class Model:
         frames, fps and the guidance of the first frame."""
         preset = self.system.config.preset
         known = {name: getattr(preset, name) for name in ("steps", "guidance", "sampler", "schedule", "size")}
-        return known | (self.clip_preset if getattr(preset, "frames", 1) > 1 else {})
+        return known | (self.clip_preset if self.system.only_clips else {})
 
     @property
     def clip_preset(self) -> dict[str, Any]:
         """What a request for a clip gets besides where it leaves that open: frames, fps and perhaps guidance_first;
         empty of a model that draws none.
         """
-        if hasattr(self.system, "clip_preset"):
-            return dict(self.system.clip_preset)
-        preset = self.system.config.preset
-        if getattr(preset, "frames", 1) <= 1:
-            return {}
-        of_clips = {name: getattr(preset, name) for name in ("frames", "fps", "guidance_first")}
-        return {name: value for name, value in of_clips.items() if value is not None}
+        return dict(self.system.clip_preset)
 
     def attach(
         self,
@@ -229,50 +176,48 @@ class Model:
         self._adapters("detach").detach(name)
 
     def _adapters(self, argument: str) -> Adapters:
-        found = getattr(self.system, "adapters", None)
-        if found is None:
+        if (found := self.system.adapters) is None:
             raise InputError(f"{self.name!r} takes no LoRAs", argument=argument)
         return found
 
     def with_loras(self, request: Request) -> AbstractContextManager[None]:
         """While inside, the networks are those of the request's LoRAs."""
-        found = getattr(self.system, "adapters", None)
+        found = self.system.adapters
         return nullcontext() if found is None else found.using(request.loras)
+
+    def lora_digests(self, request: Request) -> dict[str, str]:
+        """The LoRAs that a complete request draws with, with the hashes of their files."""
+        return self._adapters("loras").digests(request.loras) if request.loras else {}
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of each part's weights: by the system if it has `hashes`, whose networks may hold them otherwise."""
-        if hasattr(self.system, "hashes"):
-            return self.system.hashes()
-        return {
-            name: tensors_hash(getattr(self.system, name).state_dict())
-            for name in ("autoencoder", "denoiser")
-        }
+        """SHA-256 of each part's weights, as its files have them."""
+        return self.system.hashes()
 
     @functools.cached_property
     def clip_hashes(self) -> dict[str, str]:
         """The same of the parts that draw nothing but clips, of a model that has such."""
-        return self.system.clip_hashes() if hasattr(self.system, "clip_hashes") else {}
+        return self.system.clip_hashes()
 
     @property
     def embeddings(self) -> dict[str, str]:
         """The textual inversions that prompts may call, by name, with the hashes of their files."""
-        return getattr(self.system, "embeddings", {})
+        return dict(self.system.embeddings)
 
     @property
     def without(self) -> tuple[str, ...]:
         """The text encoders that were left out."""
-        return tuple(getattr(self.system, "without", ()))
+        return self.system.without
 
     @property
     def text_dtype(self) -> str | None:
         """What the largest text encoder is kept in, where that was asked for."""
-        dtype = getattr(self.system, "text_dtype", None)
+        dtype = self.system.text_dtype
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def precision(self) -> AbstractContextManager[None]:
         """Its networks' arithmetic: by the system's own types, or else under autocast."""
-        return nullcontext() if hasattr(self.system, "dtype") else autocast(self.device, self.dtype)
+        return nullcontext() if self.system.dtype else autocast(self.device, self.dtype)
 
     @torch.inference_mode()
     def encode(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
@@ -423,9 +368,8 @@ class Model:
     @torch.inference_mode()
     def preview(self, latent: Tensor) -> Image.Image:
         """The first picture of a latent still forming: by the system's quick look if it has one, else decoded."""
-        if getattr(self.system, "preview", None) is None:
-            return self.decode(latent[:1])[0]
-        return to_image(self.system.preview(latent[:1].to(self.device))[0])
+        look = self.system.preview(latent[:1].to(self.device))
+        return self.decode(latent[:1])[0] if look is None else to_image(look[0])
 
     def named(self) -> dict[str, Any]:
         """Its name and the hashes of its weights."""
@@ -439,14 +383,14 @@ class Model:
             "weights": self.hashes | (self.clip_hashes if request.moves else {}),
             **({"embeddings": self.embeddings} if self.embeddings else {}),
             **self._controls_drawn(request),
-            **({"loras": self._adapters("loras").digests(request.loras)} if request.loras else {}),
+            **({"loras": self.lora_digests(request)} if request.loras else {}),
             **({"without": list(self.without)} if self.without else {}),
             **({"text_dtype": self.text_dtype} if self.text_dtype else {}),
             **({} if self.refiner is None else {"refiner": self.refiner.named()}),
-            **({"read_as": self.system.read_as} if hasattr(self.system, "read_as") else {}),
+            **({"read_as": dict(self.system.read_as)} if self.system.read_as else {}),
             "request": request.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "engine": getattr(self.system, "engine", "torch"),
+            "engine": self.system.engine,
             "device": self.device.type,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -463,8 +407,7 @@ class Model:
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """(C, T, H/f, W/f) of so many frames of so many pixels."""
-        owner = self.system if hasattr(self.system, "latent_shape") else self.system.autoencoder
-        return owner.latent_shape(frames, height, width)
+        return self.system.latent_shape(frames, height, width)
 
 
 def _took(seconds: Mapping[str, float]) -> dict[str, Any]:

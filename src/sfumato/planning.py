@@ -29,10 +29,7 @@ def plan(model: Model, request: Request, offload: str | None = None, limit: int 
 
 def tells(model: Model) -> bool:
     """Whether what drawing takes can be told before it is done: of a checkpoint that PyTorch runs."""
-    return all(
-        hasattr(each.system, "trace") and getattr(each.system, "engine", "torch") == "torch"
-        for each in models(model)
-    )
+    return all(each.system.traces and each.system.engine == "torch" for each in models(model))
 
 
 def tells_clips(model: Model) -> bool:

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, NoReturn
@@ -103,10 +104,16 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str]) -> dict:
-    """Read a JSON object; a missing or broken file is a `CheckpointError` that names it."""
+def read_json(path: str | os.PathLike[str], *, limit: int | None = None, strict: bool = False) -> dict:
+    """Read a JSON object; a missing or broken file is a `CheckpointError` that names it.
+
+    limit: of its bytes. strict: as `strict_json`, which refuses keys that stand twice and numbers that are none.
+    """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if limit is not None and os.stat(path).st_size > limit:
+            raise CheckpointError(f"{path} exceeds {limit:,} bytes, which no description of a model does")
+        text = Path(path).read_text(encoding="utf-8")
+        value = strict_json(text) if strict else json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:
@@ -174,8 +181,7 @@ def shown(name: str) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
         raise ValueError(f"the key {shown(twice)} stands twice in its JSON")
     return table
 

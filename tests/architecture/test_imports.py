@@ -284,3 +284,17 @@ def test_the_package_and_the_command_s_help_are_light(tmp_path):
 
     done = run(code, *VERBS, folder=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+ASKING = {"drawing", "generate", "planning", "receipts", "evaluate", "fidelity", "bulk", "cli", "serve"}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if room_of(f) in ASKING], ids=label)
+def test_what_a_system_offers_is_declared(file):
+    """`families/system.py` has an answer for every model, so nobody has to look whether an attribute is there."""
+    for node in ast.walk(TREES[file]):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in {"getattr", "hasattr"}:
+            continue
+        of, name = node.args[:2]
+        looked = ast.unparse(of).split(".")[-1] == "system" and isinstance(name, ast.Constant)
+        assert not looked, f"{label(file)}:{node.lineno}: {ast.unparse(node)}"

@@ -17,19 +17,30 @@ Known differences, none of which is a matter of rounding:
 
 from __future__ import annotations
 
+import functools
 import math
-import sys
 
-import numpy as np
 import pytest
 import torch
 
 from helpers import spelled
+from scheduler_steps import (
+    CLOSE,
+    LEVELS,
+    SD,
+    STEPS,
+    at_index,
+    at_index_vp,
+    compare_steps,
+    fresh,
+    our_steps,
+    scheduler_in_double,
+    their_steps,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
 from sfumato.diffusion.exact import TwoPeaks  # noqa: E402
-from sfumato.diffusion.parameterization import Parameterization, consistency  # noqa: E402
 from sfumato.diffusion.path import FLOW, VE, VP  # noqa: E402
 from sfumato.diffusion.schedules import (  # noqa: E402
     AYS,
@@ -42,64 +53,15 @@ from sfumato.diffusion.schedules import (  # noqa: E402
     shift_sigma,
     zero_terminal_snr,
 )
-from sfumato.sampling import SAMPLERS, SeededNoise  # noqa: E402
 from sfumato.sampling.sde import brownian_share  # noqa: E402
 
-STEPS = 10
-SHAPE = (2, 3, 4)
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW_CONFIG = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-LEVELS = NoiseLevels(beta_levels(beta_table()).sigmas, log=False)
-CLOSE = {"rtol": 1e-8, "atol": 1e-8}
-
-
-class Double:
-    """A module whose float32 is float64."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __getattr__(self, name):
-        return getattr(self.module, "float64" if name == "float32" else name)
 
 
 @pytest.fixture
 def scheduler(monkeypatch):
     """Build a diffusers scheduler in double precision that draws our noise, step k's at its k-th draw."""
-
-    def build(name, noise=None, **config):
-        cls = getattr(diffusers, name)
-        module = sys.modules[cls.__module__]
-        monkeypatch.setattr(module, "torch", Double(torch))
-        monkeypatch.setattr(module, "np", Double(np))
-        if noise is not None and hasattr(module, "randn_tensor"):
-            count = iter(range(1000))
-            monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: noise(next(count)))
-        made = cls(**config)
-        made.set_timesteps(STEPS)
-        if hasattr(made, "set_begin_index"):
-            made.set_begin_index(0)
-        return made
-
-    return build
-
-
-def their_steps(made, path, denoise, x, level, **step_options):
-    """x after each call of `step`; the network's answer is eps, or the velocity on FLOW, at level(scheduler)."""
-    seen = []
-    for t in made.timesteps:
-        sigma = level(made, t)
-        denoised = denoise(x, torch.tensor(sigma, dtype=torch.float64))
-        alpha = 1.0 if path is FLOW else path.alpha(sigma)  # velocity (x − x0)/sigma, or eps
-        x = made.step((x - alpha * denoised) / sigma, t, x, **step_options).prev_sample
-        seen.append(x)
-    return seen
-
-
-def our_steps(name, path, denoise, x, sigmas, noise, **options):
-    seen = []
-    SAMPLERS[name](denoise, x, sigmas, path=path, noise=noise, on_step=lambda s: seen.append(s.x), **options)
-    return seen
+    return functools.partial(scheduler_in_double, monkeypatch)
 
 
 @pytest.fixture
@@ -113,29 +75,6 @@ def assert_same(agrees):
         agrees(f"sampler {sampler}, {STEPS} steps", told, ours[last], theirs[last], 1e-8, name)
 
     return check
-
-
-def compare_steps(ours, theirs, broken_end=False):
-    assert len(ours) == len(theirs)
-    assert torch.isfinite(ours[-1]).all()
-    if broken_end:
-        assert torch.isnan(theirs[-1]).all()
-        ours, theirs = ours[:-1], theirs[:-1]
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, i=i: f"step {i}: {m}")
-    assert float((ours[-1] - ours[0]).abs().max()) > 0.1
-
-
-def fresh():
-    return SeededNoise([3, 4], SHAPE, dtype=torch.float64)
-
-
-def at_index(made, _):
-    return float(made.sigmas[made.step_index or 0])
-
-
-def at_index_vp(made, _):
-    return VP.from_ratio(float(made.sigmas[made.step_index or 0]))
 
 
 VE_ONE_CALL = [
@@ -378,71 +317,6 @@ def test_vp_lcm(scheduler, assert_same):
         made, VP, data.denoiser(VP), x, lambda made, t: float((1 - made.alphas_cumprod[t]).sqrt())
     )
     assert_same(our_steps("lcm", VP, with_boundary, x, sigmas, noise), seen, "lcm", made, "VP")
-
-
-@pytest.fixture
-def double_by_default():
-    """LCMScheduler makes its boundary's factors from whole numbers, and so in torch's default precision."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4, 7, 50])
-def test_a_latent_consistency_model_on_its_own_grid(scheduler, double_by_default, steps):
-    """The network of a VE model under its own boundary condition, by our grid, against diffusers' on VP."""
-    noise = fresh()
-    made = scheduler("LCMScheduler", noise, **SD)
-    made.set_timesteps(steps)
-    sigmas = SCHEDULES["lcm"](steps, LEVELS)
-    assert LEVELS.time(sigmas[:-1]).round().tolist() == made.timesteps.tolist()
-    if steps == 4:
-        assert made.timesteps.tolist() == [999, 759, 499, 259]
-    data = TwoPeaks(1.0, 0.3)
-
-    def network(x, time, cond):  # told x / sqrt(1 + sigma²), answers eps
-        sigma = LEVELS.step_sigma(time[:1].round())  # it comes in float32
-        x = x * (1 + sigma**2).sqrt()
-        return (x - data.denoiser(VE)(x, sigma[0])) / sigma
-
-    denoise = Parameterization("eps", VE, LEVELS.time, consistency).denoiser(network, None)
-    x = noise.initial()
-    start = x * float((1 + sigmas[0] ** 2).sqrt())
-    ours = our_steps("lcm", VE, denoise, start, sigmas, noise)
-    ours = [x / float((1 + sigma**2).sqrt()) for x, sigma in zip(ours, sigmas[1:], strict=True)]
-    seen = their_steps(
-        made, VP, data.denoiser(VP), x, lambda made, t: float((1 - made.alphas_cumprod[t]).sqrt())
-    )
-    for k, (a, b) in enumerate(zip(ours, seen, strict=True)):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, k=k: f"step {k}: {m}")
-
-
-def test_the_boundary_of_a_consistency_model():
-    """At time 0 it answers with the sample; at its latest steps with the estimate."""
-    made = diffusers.LCMScheduler(**SD)
-    for time in (0, 1, 19, 259, 999):
-        assert consistency(float(time)) == pytest.approx(
-            made.get_scalings_for_boundary_condition_discrete(time), rel=1e-12
-        )
-    assert consistency(0.0) == (1.0, 0.0)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_turbo_models_on_their_grid(scheduler, steps):
-    """SD-Turbo and SDXL-Turbo: ancestral Euler on trailing time steps."""
-    noise = fresh()
-    made = scheduler("EulerAncestralDiscreteScheduler", noise, **SD, timestep_spacing="trailing")
-    made.set_timesteps(steps)
-    made.set_begin_index(0)
-    sigmas = SCHEDULES["trailing"](steps, LEVELS)
-    assert made.timesteps.tolist() == [1000 // steps * (steps - k) - 1 for k in range(steps)]
-    torch.testing.assert_close(sigmas, made.sigmas.double(), **CLOSE)
-    data, x = TwoPeaks(1.0, 0.3), noise.initial() * sigmas[0]
-    theirs = their_steps(made, VE, data.denoiser(VE), x, at_index)
-    ours = our_steps("euler_a", VE, data.denoiser(VE), x, sigmas, noise)
-    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, k=k: f"step {k}: {m}")
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

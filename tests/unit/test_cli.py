@@ -13,7 +13,7 @@ from PIL import Image
 
 from helpers import interrupted, tiny_folder
 from sfumato import load
-from sfumato.cli import parse, show
+from sfumato.cli import fields, parse, show
 from sfumato.cli.app import VERBS, run
 from sfumato.errors import InputError
 from sfumato.receipts.provenance import read_recipe
@@ -284,7 +284,7 @@ def test_an_unexpected_failure_is_one_line_and_debug_shows_where(capsys, monkeyp
     def broken(*_, **__):
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(parse, "whole", broken)
+    monkeypatch.setattr(fields, "given", broken)
     assert run(["generate", "a"]) == 1
     err = capsys.readouterr().err
     assert err == "error: ZeroDivisionError: two lines (set SFUMATO_DEBUG=1 to see where)\n"

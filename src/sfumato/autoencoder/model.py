@@ -14,7 +14,6 @@ picture decoded whole. Frames are independent: T pictures of a clip are T pictur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -414,8 +413,3 @@ def icnr_(weight: Tensor, pixels: int) -> None:
     """
     with torch.no_grad():
         weight.copy_(weight[::pixels].repeat_interleave(pixels, 0))
-
-
-def count_parameters(modules: Iterable[nn.Module]) -> int:
-    """Trainable numbers in the given modules."""
-    return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)

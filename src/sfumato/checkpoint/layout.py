@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoint.header import shown, strict_json
+from sfumato.checkpoint.header import shown
 from sfumato.errors import CheckpointError
-from sfumato.storage import PICKLED, shard_path
+from sfumato.storage import PICKLED, read_json, shard_path
 
 INDEX = "model_index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' networks, and of transformers'
@@ -179,18 +179,7 @@ def is_network(names: Collection[str]) -> bool:
 
 def read_plain(path: Path) -> dict[str, Any]:
     """A JSON object as plain data. `CheckpointError` when it is damaged, far too large, or asks for code."""
-    try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(
-                f"{path} exceeds {JSON_LIMIT:,} bytes, which no description of a model does"
-            )
-        value = strict_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object is expected")
+    value = read_json(path, limit=JSON_LIMIT, strict=True)
     _refuse_code(path, value)
     return value
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from sfumato.cli import options, parse, show, watch
+from sfumato.cli import fields, options, parse, show, watch
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
 
@@ -137,26 +137,9 @@ def animate(
                 f"--{name} is for pictures (sfumato generate): no model of clips takes one; leave it out",
                 argument=name,
             )
-    given: dict[str, Any] = {
-        "prompt": prompt,
-        "negative": negative,
-        "count": parse.whole("count", count),
-        "seed": parse.whole("seed", seed),
-        "steps": None if steps is None else parse.whole("steps", steps),
-        **({} if guidance is None else parse.guidance(guidance)),
-        "sampler": sampler,
-        "schedule": schedule,
-        "size": None if size is None else parse.size(size),
-        "fit": fit,
-        "frames": None if frames is None else parse.whole("frames", frames),
-        "fps": None if fps is None else parse.number("fps", fps),
-        "motion.bucket": None if motion is None else parse.whole("motion", motion),
-        "motion.augment": None if augment is None else parse.number("augment", augment),
-        "strength": None if strength is None else parse.number("strength", strength),
-        "eta": None if eta is None else parse.number("eta", eta),
-    }
-    open_ = {name for name in given if options.left_open(context, name)}
-    given = {name: value for name, value in given.items() if value is not None and name not in open_}
+    given = fields.given(context, without=("guidance",))
+    if guidance is not None:
+        given |= parse.guidance(guidance)
     if image is not None:
         given["image"] = parse.picture("image", image)
     if init is not None:

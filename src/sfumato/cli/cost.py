@@ -168,8 +168,6 @@ def _notes(bill: dict[str, Any], machine: Machine) -> list[str]:
 def _show_pixels(model: Model, request: Request, machine: Machine, as_json: bool) -> None:
     from sfumato.receipts.cost import cost_report
 
-    if not hasattr(model.system, "pixel_twin"):
-        raise InputError(f"{model.name!r} has no twin in pixel space; leave out --pixels", argument="pixels")
     report = cost_report(model, steps=request.steps)
     columns = [report["latent"], report["pixel"]]
     steps = report["steps"] * report["size"][0] * report["size"][1] / 1e6

@@ -94,19 +94,27 @@ def evaluate(
             as_json,
         )
         return
+    known = None if training is None else _pictures_of(training, data)
+    _pictures(loaded, request, groups or None, (prompts, rebuilt, drawn), known, as_json)
+
+
+def _pictures(
+    loaded: Model,
+    request: Request,
+    groups: list[str] | None,
+    counts: tuple[int, int, int],
+    training: Tensor | None,
+    as_json: bool,
+) -> None:
+    """Measure pictures, and show what came out. counts: of prompts in each group, of pictures that the autoencoder is
+    measured by, and of those that distances are. training: pictures among which copies are looked for."""
     from sfumato.evaluate.report import distribution_report, evaluate_model, reconstruction_report
 
-    known = None if training is None else _pictures_of(training, data)
+    prompts, rebuilt, drawn = counts
+    how: dict[str, Any] = {"steps": request.steps, "guidance": request.guidance}
     with show.progress() as bar:
-        report = evaluate_model(
-            loaded,
-            groups or None,
-            prompts,
-            request.seed,
-            steps=request.steps,
-            guidance=request.guidance,
-            on_progress=_reporter(bar),
-        )
+        hear = _reporter(bar)
+        report = evaluate_model(loaded, groups, prompts, request.seed, **how, on_progress=hear)
         answer: dict[str, Any] = {"model": loaded.name, **report.to_dict()}
         if rebuilt:
             answer["reconstruction"] = reconstruction_report(
@@ -114,22 +122,15 @@ def evaluate(
             )
         if drawn:
             answer["distribution"] = distribution_report(
-                loaded,
-                drawn,
-                request.seed,
-                training=known,
-                steps=request.steps,
-                guidance=request.guidance,
-                on_progress=_reporter(bar),
+                loaded, drawn, request.seed, training=training, **how, on_progress=hear
             )
     if as_json:
         show.answer(answer)
         return
     show.table(f"{loaded.name}: pictures that show what was asked, in per cent", *report.table(), keys=2)
     if rebuilt:
-        show.table(
-            "autoencoder on unseen scenes", ["", "mean", "95 % interval"], _rebuilt(answer["reconstruction"])
-        )
+        rows = _rebuilt(answer["reconstruction"])
+        show.table("autoencoder on unseen scenes", ["", "mean", "95 % interval"], rows)
     if drawn:
         show.table(
             "pictures against unseen scenes", ["", "model", "real"], _distances(answer["distribution"])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sfumato.cli import bulk, controls, loras, options, parse, show, watch
+from sfumato.cli import bulk, controls, fields, loras, options, parse, show, watch
 from sfumato.cli import like as likeness
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
+
+if TYPE_CHECKING:
+    from sfumato.generate import Model
+    from sfumato.receipts.signing import Signer
+    from sfumato.types import Request, Result
 
 MUCH_LARGER = 2.25  # in pixels: 1.5 times the sides
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
@@ -91,68 +96,24 @@ def generate(
     from sfumato.receipts.provenance import check_output
     from sfumato.types import Request
 
-    second, refine_at = (None, None) if refiner in (None, "none") else parse.refiner(refiner)
-    given: dict[str, Any] = {
-        "prompt": prompt,
-        "negative": negative,
-        "count": parse.whole("count", count),
-        "seed": parse.whole("seed", seed),
-        "steps": None if steps is None else parse.whole("steps", steps),
-        "guidance": None if guidance is None else parse.number("guidance", guidance),
-        "sampler": sampler,
-        "schedule": schedule,
-        "size": None if size is None else parse.size(size),
-        "strength": None if strength is None else parse.number("strength", strength),
-        "fit": fit,
-        "outpaint": None if outpaint is None else parse.sides("outpaint", outpaint),
-        "inpaint.blur": None if mask_blur is None else parse.whole("mask-blur", mask_blur),
-        "inpaint.padding": None if only_masked is None else parse.whole("only-masked", only_masked),
-        "inpaint.paste": paste,
-        "hires.scale": None if hires in (None, "none") else parse.number("hires", hires),
-        "hires.strength": None if hires_strength is None else parse.number("hires-strength", hires_strength),
-        "hires.steps": None if hires_steps is None else parse.whole("hires-steps", hires_steps),
-        "hires.upscaler": upscaler,
-        "reuse": None if reuse is None else parse.whole("reuse", reuse),
-        "guidance_interval": None
-        if guidance_interval in (None, "none")
-        else parse.interval("guidance-interval", guidance_interval),
-        "variation": None if variation in (None, "none") else parse.variation(variation),
-        "eta": None if eta is None else parse.number("eta", eta),
-        "clip_skip": None if clip_skip is None else parse.whole("clip-skip", clip_skip),
-        "prompt_rules": prompt_rules,
-        "weighting": weighting,
-        "text_length": None if text_length is None else parse.whole("text-length", text_length),
-        "skip_layers.layers": None
-        if skip_layers in (None, "none")
-        else parse.wholes("skip-layers", skip_layers),
-        "skip_layers.scale": None if skip_scale is None else parse.number("skip-scale", skip_scale),
-        "skip_layers.interval": None
-        if skip_interval is None
-        else parse.interval("skip-interval", skip_interval),
-        **({} if micro in (None, ["none"]) else parse.micro(micro)),
-        "refine_at": refine_at,
-    }
-    embeddings = parse.embeddings(embedding or [])
-    shown = controls.given([] if control in (None, controls.NONE) else control)
-    networks = controls.files(controlnet or [])
-    adapters = loras.given([] if lora in (None, loras.NONE) else lora)
-    default = {name for name in given if options.left_open(context, name)}
-    given = {name: value for name, value in given.items() if value is not None and name not in default}
+    second, refine_at = (None, None) if refiner in (None, fields.NONE) else parse.refiner(refiner)
+    given, dropped = fields.given(context), fields.dropped(context)
+    if micro == [fields.NONE]:
+        dropped.add("micro")
+    elif micro is not None:
+        given |= parse.micro(micro)
+    if refiner == fields.NONE:
+        dropped.add("refine_at")
+    elif refine_at is not None:
+        given["refine_at"] = refine_at
     if image is not None:
         given["image"] = parse.picture("image", image)
     if mask is not None:
         given["mask"] = parse.picture("mask", mask, mask=True)
-    may_drop = {
-        "hires": hires,
-        "variation": variation,
-        "guidance_interval": guidance_interval,
-        "skip_layers": skip_layers,
-    }
-    dropped = {name for name, text in may_drop.items() if text == "none"}
-    if micro == ["none"]:
-        dropped.add("micro")
-    if refiner == "none":
-        dropped.add("refine_at")
+    embeddings = parse.embeddings(embedding or [])
+    networks = controls.files(controlnet or [])
+    shown = controls.given([] if control in (None, controls.NONE) else control)
+    adapters = loras.given([] if lora in (None, loras.NONE) else lora)
     said = None if like is None else likeness.read(like, given, dropped, second)
     told = {} if said is None else dict(said.request)
     drop = control == controls.NONE
@@ -160,7 +121,7 @@ def generate(
     if pictured is not None:
         given["controls"] = pictured
     given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
-    lines, signer = None, None
+    lines = None
     if prompts is None:
         request = Request.from_dict(_merged(given, told))
         check_output(output, request.count, request)
@@ -175,10 +136,7 @@ def generate(
         }
         lines = bulk.lines_of(prompts, given, others, output)
         request = bulk.largest(lines)
-    if sign is not None:
-        from sfumato.receipts.signing import open_signer
-
-        signer = open_signer(*sign)
+    signer = None if sign is None else _signer(sign)
     if preview:
         watch.check_preview(output)
 
@@ -193,7 +151,6 @@ def generate(
         # a stranger's picture may name any file or place; only a name that we know is followed
         model = said.model if said is not None and said.model in MODELS else DEFAULT_MODEL
     left_out = {"t5": no_t5, "clip_l": no_clip_l, "clip_g": no_clip_g}
-    without = [name for name, asked in left_out.items() if asked]
     limit = None if memory is None else parse.size_in_bytes("memory", memory)
     opening: dict[str, Any] = {
         "device": device,
@@ -207,13 +164,13 @@ def generate(
         "refiner": second,
         "offload": "auto",
         "preset": preset,
-        "without": without,
+        "without": [name for name, asked in left_out.items() if asked],
         "text_dtype": None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         "tokenizer": tokenizer,
         "controlnets": networks,
     }
     loaded = load(model, **opening)
-    if getattr(loaded.system, "animates", False):
+    if loaded.system.only_clips:
         raise InputError(f"{model} draws clips and no pictures; use sfumato animate", argument="model")
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
         show.note(note)
@@ -226,50 +183,49 @@ def generate(
         for note in likeness.differences(like, said, loaded, request):
             show.note(note)
     if lines is not None:
-        level = None if found is None else found.offload
-        write = bulk.writer(
-            loaded,
-            {"model": model, **opening, "offload": level},
-            adapters,
-            request.loras or (),
-            lora_partial,
-            ray,
-            replicas,
-        )
+        opening |= {"model": model, "offload": None if found is None else found.offload}
+        uses = request.loras or ()
+        write = bulk.writer(loaded, opening, adapters, uses, lora_partial, ray, replicas)
         bulk.draw(loaded, lines, output, write, as_json)
         return
     _note_size(loaded, request)
+    result = _drawn(loaded, request, output if preview else None)
+    files = result.save(output, signer)
+    seconds = time.perf_counter() - started
+    if not as_json:
+        for file in files:
+            show.line(str(file))
+        return
+    show.answer(
+        {
+            "files": [str(file) for file in files],
+            "seeds": request.seeds(),
+            "seconds": round(seconds, 3),
+            "recipe": result.recipe,
+            **({} if found is None else {"memory": {"planned": found.peak, "peak": peak(loaded.device)}}),
+        }
+    )
+
+
+def _signer(sign: tuple[Path, Path]) -> Signer:
+    """What seals files, of a chain of certificates and a key."""
+    from sfumato.receipts.signing import open_signer
+
+    return open_signer(*sign)
+
+
+def _drawn(loaded: Model, request: Request, preview: Path | None) -> Result:
+    """Draw with a bar; the bill goes into the recipe. preview: the output beside which the first is shown forming."""
     from sfumato.receipts.bill import Meter, billed
 
     meter = Meter()
     with show.progress() as bar:
-        hear, clean = watch.watcher(bar, loaded, output if preview else None)
+        hear, clean = watch.watcher(bar, loaded, preview)
         try:
             result = loaded.generate(request, on_step=hear)
         finally:
             clean()
-    result = billed(loaded, request, result, meter)
-    files = result.save(output, signer)
-    seconds = time.perf_counter() - started
-    if as_json:
-        show.answer(
-            {
-                "files": [str(file) for file in files],
-                "seeds": request.seeds(),
-                "seconds": round(seconds, 3),
-                "recipe": result.recipe,
-                **({} if found is None else {"memory": {"planned": found.peak, "peak": peak(loaded.device)}}),
-            }
-        )
-    else:
-        for file in files:
-            show.line(str(file))
-
-
-def _left_open(context: typer.Context, name: str) -> bool:
-    """Whether the option has its value by default, so that a picture to be like may give another."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "DEFAULT"
+    return billed(loaded, request, result, meter)
 
 
 def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
@@ -290,9 +246,10 @@ def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _note_size(loaded: Any, request: Any) -> None:
+def _note_size(loaded: Model, request: Request) -> None:
     """Say that a picture is much larger than those the model usually draws, where things begin to repeat."""
     size, usual = loaded.complete(request).size, loaded.preset["size"]
+    assert size is not None
     if size[0] * size[1] > MUCH_LARGER * usual[0] * usual[1]:
         shown, known = (f"{side[0]}x{side[1]}" for side in (size, usual))
         show.note(
@@ -301,7 +258,7 @@ def _note_size(loaded: Any, request: Any) -> None:
         )
 
 
-def _note_guess(loaded: Any) -> None:
+def _note_guess(loaded: Model) -> None:
     """Say what a distilled model is drawn as, if that was guessed from what somebody wrote into its file."""
     config = loaded.system.config
     if getattr(config, "guessed", ""):

@@ -51,9 +51,8 @@ def differences(like: Path, said: Like, loaded: Model, request: Request) -> list
     if loaded.refiner is not None and said.refiner_weights is not None:
         of = said.refiner_weights, loaded.refiner.hashes
         notes += _weights(f"{like} was finished", *of, f"the refiner {said.refiner!r}", "--refiner")
-    read_as = getattr(loaded.system, "read_as", {})
     for name, value in said.read_as.items():
-        if (taken := read_as.get(name, value)) != value:
+        if (taken := loaded.system.read_as.get(name, value)) != value:
             notes.append(f"{like} was drawn with the {name} {value!r} and not {taken!r}; give it by --{name}")
     ours, theirs = set(loaded.without), set(said.without)
     if said.weights is not None and ours != theirs:
@@ -64,7 +63,7 @@ def differences(like: Path, said: Like, loaded: Model, request: Request) -> list
         )
     for name in said.embeddings.keys() - loaded.embeddings.keys():
         notes.append(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")
-    adapters = {} if request.loras is None else loaded.system.adapters.digests(request.loras)
+    adapters = loaded.lora_digests(request)
     controlnets = loaded.system.control_hashes() if said.controlnets and request.controls else {}
     for what, before, now in (
         ("embedding", said.embeddings, loaded.embeddings),

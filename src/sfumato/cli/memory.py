@@ -32,7 +32,7 @@ def planned(
             if not found.fits:
                 raise planning.refusal_of_clip(model, request, found)
             return model, found
-        packaged = not hasattr(model.system, "trace")
+        packaged = not model.system.traces
         why = f"{model.name!r} is small" if packaged else "what another engine takes is not known"
         asked = {"plan": told, "memory": limit is not None, "offload": packaged and offload is not None}
         for name in asked:

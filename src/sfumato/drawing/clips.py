@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def makes_clips(model: Model) -> bool:
     """Whether a model draws clips."""
-    return "frames" in getattr(model.system, "reads", ())
+    return bool(model.system.clip_preset)
 
 
 def as_clip(model: Model, request: Request) -> Request:
@@ -111,7 +111,7 @@ def drawn_together(model: Model, latents: int) -> list[tuple[int, int]]:
     """(first, stop) of the latents of a clip that are drawn together. Of a model with a `window` all but the first
     stretch begin with latents that the one before has drawn.
     """
-    window, context = getattr(model.system, "window", None) or (latents, 0)
+    window, context = model.system.window or (latents, 0)
     stretches = [(0, min(latents, window))]
     while (stop := stretches[-1][1]) < latents:
         stretches.append((stop - context, min(latents, stop - context + window)))

@@ -45,7 +45,7 @@ def acting(model: Model, request: Request, sigmas: Tensor) -> list[Acting]:
     found = []
     times = model.system.parameterization.network_time(sigmas[:-1].double()).tolist()
     for control in request.controls or ():
-        if control.name not in controls_of(model):
+        if control.name not in model.system.controls:
             continue
         shown = hint(control, request.size, request.fit, model.system.config.multiple)
         pixels = (to_pixels(shown)[None, :, 0].to(model.device) + 1) / 2  # (1, 3, H, W) in [0, 1]
@@ -55,7 +55,7 @@ def acting(model: Model, request: Request, sigmas: Tensor) -> list[Acting]:
         # a step's levels are its first and those below it, above the first of the next
         low = times[steps[-1] + 1] if steps[-1] + 1 < len(times) else -torch.inf
         more = {}
-        if control.name in getattr(model.system, "masked_controls", ()):
+        if control.name in model.system.masked_controls:
             more = {"mask": _to_paint(model, request)}
         with model.precision():
             adds = model.system.controller(control.name, pixels, **more)
@@ -106,11 +106,6 @@ def _added(each: Acting, x: Tensor, time: Tensor, cond: Conditioning, halves: bo
     return tuple(each.weight * torch.cat([tensor, torch.zeros_like(tensor)]) for tensor in half)
 
 
-def controls_of(model: Model) -> tuple[str, ...]:
-    """Names of the ControlNets that a model has opened."""
-    return getattr(model.system, "controls", ())
-
-
 def settled(model: Model, request: Request) -> Request:
     """The request with upright control pictures. `InputError` for those that the model does not have, or cannot have in
     this request."""
@@ -120,7 +115,7 @@ def settled(model: Model, request: Request) -> Request:
     controls = tuple(replace(c, image=image) for c, image in zip(request.controls, upright, strict=True))
     request = replace(request, controls=controls)
     for control in request.controls or ():
-        known = controls_of(model)
+        known = model.system.controls
         if control.name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise InputError(

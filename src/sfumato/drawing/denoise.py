@@ -33,8 +33,8 @@ def denoiser(
     """
     assert request.guidance is not None
     system, preset = model.system, model.system.config.preset
-    scale = 1.0 if getattr(system, "told_guidance", False) else scale_of(model, request)
-    how = scale, request.guidance_interval or preset.interval, getattr(preset, "rescale", 0.0)
+    scale = 1.0 if system.told_guidance else scale_of(model, request)
+    how = scale, request.guidance_interval or preset.interval, system.rescale
     voices = (Voice(((0, cond),)),) if isinstance(cond, Conditioning) else cond
     sigmas = torch.empty(0)
     if request.controls or request.skip_layers is not None or any(len(voice.stages) > 1 for voice in voices):
@@ -93,7 +93,7 @@ def _network(
     if skip_layers:
         answer = functools.partial(answer, skip_layers=skip_layers)
     elif request.reuse is not None and request.reuse > 1:
-        answer = Reuse(system.split, request.reuse, getattr(system, "reuse_order", 0))
+        answer = Reuse(system.split, request.reuse, system.reuse_order)
 
     def network(x: Tensor, level: Tensor, given: Conditioning, halves: bool = False) -> Tensor:
         if (each := len(x) // len(given)) > 1:

@@ -30,7 +30,7 @@ def complete(model: Model, request: Request) -> Request:
     """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
     sizes and steps. Doing it twice changes nothing."""
     request = request.validate()
-    if getattr(model.system, "animates", False) and request.clip is None:
+    if model.system.animates and request.clip is None:
         request = request.with_defaults(frames=model.preset["frames"])
     request = settle(request, model.system.config.multiple, model.preset["size"])
     request = request.with_defaults(**_preset(model, request) | _loras(model, request)).validate()
@@ -48,11 +48,11 @@ def complete(model: Model, request: Request) -> Request:
         steps_to_run(request.steps, request.strength)
     if request.hires is not None:
         _check_hires(model, request, request.hires)
-    if (request.reuse or 1) > 1 and getattr(model.system, "split", None) is None:
+    if (request.reuse or 1) > 1 and model.system.split is None:
         raise InputError(
             "this model's network keeps no deep features to reuse; leave out reuse", argument="reuse"
         )
-    layers = getattr(model.system, "clip_layers", 1)
+    layers = model.system.clip_layers
     if request.clip_skip is not None and request.clip_skip > layers:
         raise InputError(
             f"clip_skip {request.clip_skip} is more than this model's text encoder allows, {layers}",
@@ -79,7 +79,7 @@ def _check_clip(model: Model, request: Request) -> None:
     """`InputError` for what a model of clips, or one that animates pictures, cannot draw."""
     assert request.size is not None
     system = model.system
-    if getattr(system, "animates", False):
+    if system.animates:
         if request.image is None:
             raise InputError(f"{model.name!r} sets a picture in motion; give one by image", argument="image")
         for name in ("prompt", "negative"):
@@ -89,7 +89,7 @@ def _check_clip(model: Model, request: Request) -> None:
         if request.variation is not None or request.controls:
             name = "variation" if request.variation is not None else "controls"
             raise InputError(f"{name} is for pictures; leave it out of a clip", argument=name)
-        if getattr(system, "window", None) is not None:
+        if system.window is not None:
             for name in ("loras", "reuse", "skip_layers"):
                 if getattr(request, name) not in (None, (), 1):
                     raise InputError(
@@ -100,7 +100,7 @@ def _check_clip(model: Model, request: Request) -> None:
 
 def _loras(model: Model, request: Request) -> dict[str, Any]:
     """The LoRAs to draw with, if any, and what they make of that which a request leaves open."""
-    adapters = getattr(model.system, "adapters", None)
+    adapters = model.system.adapters
     if adapters is None:
         if request.loras:
             raise InputError(f"{model.name!r} takes no LoRAs; leave out loras", argument="loras")
@@ -118,8 +118,7 @@ def _loras(model: Model, request: Request) -> dict[str, Any]:
 def levels_of(model: Model, request: Request) -> Tensor:
     """The noise levels of a complete request's schedule, (steps + 1,), falling to 0."""
     assert request.size and request.schedule and request.steps
-    told = getattr(model.system, "picture_tokens", None)
-    tokens = None if told is None else told(request.size[1], request.size[0])
+    tokens = model.system.picture_tokens(request.size[1], request.size[0])
     return sigmas_for(request.schedule, request.steps, model.system.levels, tokens)
 
 
@@ -155,7 +154,7 @@ def _check_read(model: Model, request: Request) -> None:
     """`InputError` for what this model would not be told, and for rules of prompts that do not exist."""
     models = [model] if model.refiner is None else [model, model.refiner]
     for name in request.for_some():
-        if not any(name in getattr(each.system, "reads", ()) for each in models):
+        if not any(name in each.system.reads for each in models):
             raise InputError(f"this model knows nothing of {name}; leave it out", argument=name)
     if request.prompt_rules is not None:
         rule_named(request.prompt_rules)
@@ -167,7 +166,7 @@ def _check_skipped(model: Model, request: Request) -> None:
     """`InputError` for layers that the network does not have, or cannot leave out."""
     if request.skip_layers is None:
         return
-    count = getattr(model.system, "layers", 0)
+    count = model.system.layers
     if not count:
         raise InputError(
             "this model's network leaves no layers out; leave out skip_layers", argument="skip_layers"

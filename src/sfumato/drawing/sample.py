@@ -143,10 +143,7 @@ def noise_of(
     so much of it in common as the model was trained with.
     """
     if request.variation is None:
-        own, share = (
-            SeededNoise(seeds, shape, model.device, torch.float32),
-            getattr(model.system, "shared_noise", 0),
-        )
+        own, share = SeededNoise(seeds, shape, model.device, torch.float32), model.system.shared_noise
         return SharedNoise(own, share) if share and shape[1] > 1 else own
     others = [request.variation.seed + k for k in range(len(seeds))]
     return VariedNoise(seeds, others, request.variation.strength, shape, model.device, torch.float32)
@@ -177,7 +174,8 @@ def for_refiner(request: Request) -> Request:
 
 
 def _inpaint_channels(model: Model, origin: Origin | None, height: int, width: int) -> Tensor | None:
-    if getattr(model.system, "inpaint_channels", None) is None:
+    make = model.system.inpaint_channels
+    if make is None:
         return None
     if origin is None or origin.mask is None or origin.pixels is None:
         pixels = torch.zeros(1, 3, 1, height, width, device=model.device)
@@ -185,4 +183,4 @@ def _inpaint_channels(model: Model, origin: Origin | None, height: int, width: i
     else:
         pixels, mask = origin.pixels * (1 - origin.mask), origin.mask
     with model.precision():
-        return model.system.inpaint_channels(pixels, mask).float()
+        return make(pixels, mask).float()

@@ -37,7 +37,7 @@ def script(model: Model, request: Request, done: int = 0) -> Conditioning | Scri
     """
     steps, negative = request.steps, request.negative
     assert steps is not None
-    reads = "prompt_rules" in getattr(model.system, "reads", ())
+    reads = "prompt_rules" in model.system.reads
     if not reads or (request.prompt_rules or EDITED) != EDITED:
         return model.told([request.prompt, negative], request)
     unwanted = ((steps, None),) if negative is None else schedule(negative, steps, done)

@@ -93,7 +93,7 @@ def evaluate_clips(
 
     Clips whose camera stands still, of one or two objects. Raises `InputError` for a model that draws no clips.
     """
-    if "frames" not in getattr(model.system, "reads", ()) or getattr(model.system, "animates", False):
+    if not model.system.clip_preset or model.system.animates:
         raise InputError(f"{model.name!r} draws no clips from prompts", argument="model")
     check_frames(frames)
     scenes = clip_scenes(count, seed, split, frames)

@@ -58,6 +58,8 @@ def family_named(name: str) -> ModuleType:
 def model_folder(directory: Path) -> Path:
     """`directory`, or the `model/` in it, as training runs have; `CheckpointError` when neither has a card."""
     if not directory.is_dir():
+        if directory.suffix == ".safetensors":
+            raise CheckpointError(f"there is no file {str(directory)!r}")
         raise CheckpointError(
             f"there is no model {str(directory)!r}: give a packaged one ({', '.join(PACKAGED)}), a folder, a "
             ".safetensors file, or org/name of the Hub"

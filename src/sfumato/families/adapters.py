@@ -32,7 +32,7 @@ def strengths(
 ) -> tuple[str, dict[str, float]]:
     """(the report on the file, ‖ΔW‖/‖W‖ of each part at weight 1) on a model, of which only what changes is read."""
     system = open_model(model, torch.device("cpu"), torch.float32, {"offload": "auto"})
-    adapters = getattr(system, "adapters", None)
+    adapters = system.adapters
     if adapters is None:
         raise InputError(f"{str(model)!r} takes no LoRAs", argument="model")
     report = adapters.attach(lora, 0.0, name="it", partial=partial)

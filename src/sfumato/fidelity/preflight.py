@@ -17,7 +17,6 @@ from sfumato.fidelity.predict import LOST, WORN, Transfer, Waves, measured, pred
 from sfumato.fidelity.regions import faces
 from sfumato.fidelity.regions.find import find
 from sfumato.fidelity.regions.region import KINDS, Region
-from sfumato.fidelity.words import right_letters
 
 SURE = 0.5  # of an engine that a region found as text is text
 VERDICTS = ((LOST, "lost"), (WORN, "worn"), (0.0, "kept"))
@@ -168,13 +167,6 @@ def preflight(
     )
 
 
-def letters_kept(finding: Finding) -> float | None:
-    """The share of the letters that an engine read before that it still reads after."""
-    if finding.before is None or finding.after is None:
-        return None
-    return right_letters(finding.before, finding.after)
-
-
 def keep_mask(report: Preflight) -> Picture:
     """(H, W), 0 where a region that is not kept lies and 1 elsewhere: what may be painted, as `--mask` takes it."""
     width, height = report.size
@@ -203,8 +195,3 @@ def _notes(reader: Reader | None) -> list[str]:
     if faces.cascade() is None:
         notes.append(faces.MISSING)
     return notes
-
-
-def as_plain(reports: Sequence[Preflight]) -> list[dict[str, Any]]:
-    """Reports for JSON, the lowest score first."""
-    return [report.to_dict() for report in sorted(reports, key=lambda report: report.score)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sfumato.flops import count_flops, module_size
+from sfumato.flops import count_flops, module_size, with_flops
 from sfumato.memory import LiveBytes, peak_resident
 from sfumato.types import Request
 
@@ -30,6 +30,7 @@ def cost_report(
     cost exactly as much as trained ones.
     """
     request = model.complete(Request(prompt=prompt, steps=steps))
+    twin = pixel_model(model)
     return {
         "model": model.name,
         "prompt": prompt,
@@ -41,7 +42,7 @@ def cost_report(
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "latent": measure(model, request, repeats),
-        "pixel": measure(pixel_model(model), request, repeats),
+        "pixel": measure(twin, request, repeats),
     }
 
 
@@ -68,11 +69,11 @@ def measure(model: Model, request: Request, repeats: int = 3) -> dict[str, Any]:
     shape = model.system.autoencoder.latent_shape(1, height, width)
     x = torch.zeros(1, *shape, device=model.device)
     level = torch.tensor(0.5, dtype=torch.float64)
-    cond = model.condition(request)
+    cond, text = with_flops(model.condition, request)
     denoise = model.denoiser(cond, request.guidance)
     size = module_size(model.system.autoencoder, model.system.denoiser)
     flops = {
-        "text": count_flops(model.condition, request),
+        "text": text,
         "step": count_flops(denoise, x, level),
         "decode": count_flops(model.decode_pixels, x),
         "picture": count_flops(model.generate, request),

@@ -145,15 +145,14 @@ def with_price(machine: Machine, **given: Any) -> Machine:
 
 def key_of(model: Model) -> str:
     """A model on this machine: the processor, the shapes of its networks, its type and engine."""
-    system = model.system
-    shapes = repr(getattr(system, "shapes", None) or system.config)
+    shapes = repr(model.system.built_from)
     network = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", shapes).encode()).hexdigest()[:16]
     return f"{machine_key(model.device)} | {network} | {kind_key(model)}"
 
 
 def kind_key(model: Model) -> str:
     """Its type and engine."""
-    return f"{str(model.dtype).removeprefix('torch.')} {getattr(model.system, 'engine', 'torch')}"
+    return f"{str(model.dtype).removeprefix('torch.')} {model.system.engine}"
 
 
 def machine_key(device: torch.device) -> str:

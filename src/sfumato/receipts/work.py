@@ -10,7 +10,7 @@ import torch
 
 from sfumato.drawing.clips import drawn_together
 from sfumato.drawing.request import enlarged_size, levels_of
-from sfumato.flops import count_flops
+from sfumato.flops import count_flops, with_flops
 from sfumato.generate import BATCH
 from sfumato.sampling import SeededNoise, sampler_named
 from sfumato.tasks.latent import steps_to_run
@@ -107,7 +107,7 @@ def _key(model: Model, request: Request, size: tuple[int, int]) -> tuple[object,
     """What decides the FLOPs of a picture."""
     shown = tuple(control.name for control in request.controls or ())
     texts: tuple[object, ...] = (request.prompt, request.negative)
-    if hasattr(model.system, "trace"):  # read in windows: how many follows from the length
+    if model.system.traces:  # read in windows: how many follows from the length
         texts = tuple(len(text or "") // WINDOW for text in (request.prompt, request.negative))
     return (
         size,
@@ -132,7 +132,7 @@ def _keep(model: Model, key: tuple[object, ...], flops: dict[str, int]) -> None:
 
 
 def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str, int]:
-    if hasattr(model.system, "trace"):
+    if model.system.traces:
         stages = model.system.trace(request, size, 1, encodes=_encodes(request), offload="none")
         return {stage.name: stage.flops for stage in stages if stage.name in STAGES}
     frames = request.frames or 1
@@ -143,10 +143,11 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
         plain = replace(plain, image=request.image, frames=frames, fps=request.fps, fit=request.fit)
     level = torch.tensor(0.5, dtype=torch.float64)
     with torch.inference_mode(), model.precision():
-        denoise = model.denoiser(model.condition(plain), plain)
+        cond, text = with_flops(model.condition, plain)
+        denoise = model.denoiser(cond, plain)
         steps = [count_flops(denoise, x[:, :, start:stop], level) for start, stop in stretches]
         found = {
-            "text": count_flops(model.condition, plain),
+            "text": text,
             "denoise": sum(steps),
             "decode": count_flops(model.decode_pixels, x),
         }

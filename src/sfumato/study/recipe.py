@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Arm:
     channels: int = 3  # of a latent cell; of pixels 3
     prediction: str = "flow"  # what the denoiser predicts: flow (the velocity, JiT's v), x or v
     turn: int = 0  # arms of a later turn wait until those of the earlier have all their seeds
-    set: dict = None  # type: ignore[type-arg,assignment]  # further values, by dotted keys of a training recipe
+    set: dict = field(default_factory=dict)  # further values, by dotted keys of a training recipe
 
     @property
     def pixels(self) -> bool:
@@ -71,7 +71,7 @@ class StudyRecipe:
         set_values(tables, {"denoiser.patch": max(1, self.token // arm.factor)})
         if not arm.pixels:
             set_values(tables, {"autoencoder.latent_channels": arm.channels})
-        set_values(tables, {**(arm.set or {}), "seed": seed, "name": f"{self.name}-{arm.name}-{seed}"})
+        set_values(tables, {**arm.set, "seed": seed, "name": f"{self.name}-{arm.name}-{seed}"})
         return tables
 
     def identity(self, arm: Arm, seed: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _check(study: StudyRecipe) -> None:
         if not right:
             raise InputError(f"study.{name} is out of its range: {value}", argument=f"study.{name}")
     for arm in study.arms:
-        for key in arm.set or {}:
+        for key in arm.set:
             if any(key == kept or key.startswith(f"{kept}.") for kept in MAY_NOT):
                 raise InputError(f"an arm may not set {key}: all share it", argument="study.arms")
         _check_arm(study.recipe(arm, study.seeds[0]))

@@ -25,6 +25,7 @@ from sfumato.families.pocket import control as nets
 from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.families.pocket.video import Animator, VideoConfig, VideoParts, decode, encode
+from sfumato.families.system import DrawingSystem
 from sfumato.families.trainee import Trainee
 from sfumato.memory import Stage
 from sfumato.nn.dit import DiT, DiTConfig
@@ -71,7 +72,7 @@ class TextDenoiser(nn.Module):
 
 
 @dataclass(frozen=True)
-class System:
+class System(DrawingSystem):
     """A whole model: what `generate` composes and `train` fills with weights."""
 
     config: PocketConfig

@@ -37,6 +37,7 @@ from sfumato.families.published.kinds import Family
 from sfumato.families.published.networks import Networks, part_hash
 from sfumato.families.published.openers import kept_dtype, offloads, require_offload
 from sfumato.families.published.signatures import VAES
+from sfumato.families.system import DrawingSystem
 from sfumato.memory import Stage
 from sfumato.text.inversion import Inversion
 
@@ -64,7 +65,7 @@ class Preset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedSystem:
+class PublishedSystem(DrawingSystem):
     """Networks of one checkpoint, ready to draw.
 
     config: with `kind`, `preset` and `multiple`. shapes: what the networks measure. networks: "denoiser",
@@ -88,9 +89,7 @@ class PublishedSystem:
     controlnets: Controls = field(default_factory=lambda: Controls({}, torch.device("cpu"), torch.float32))
 
     family: ClassVar[Family]
-    told_guidance: ClassVar[Any] = False
-    inpaint_channels: ClassVar[Any] = None
-    split: ClassVar[Any] = None
+    traces: ClassVar[bool] = True
     controls_encoded: ClassVar[bool] = False  # ControlNets read latents of their pictures
 
     @abstractmethod
@@ -151,21 +150,16 @@ class PublishedSystem:
         """Names of the ControlNets that it has opened."""
         return tuple(self.controlnets.files)
 
-    @property
-    def masked_controls(self) -> frozenset[str]:
-        """Names of those that are shown what is to be painted, too."""
-        return frozenset()
-
     def control_hashes(self) -> dict[str, str]:
         """SHA-256 of the tensors of each ControlNet, by name."""
         return self.controlnets.digests()
 
-    @abstractmethod
     def control_file(self, path: Place, systems: Mapping[str, Any] | None) -> ControlFile:
         """The ControlNet in a file or folder, for this model; only headers are read. systems: instead of the family's.
 
-        `InputError` for one of another family; `CheckpointError` for what is none.
+        `InputError` for one of another family, and of a family that takes none; `CheckpointError` for what is none.
         """
+        raise InputError(f"{self.config.kind} takes no ControlNets", argument="controlnets")
 
     def with_controls(self, files: Mapping[str, Place], systems: Mapping[str, Any] | None = None) -> Self:
         """The same with the ControlNets in these files, by name, besides its own. Errors of `control_file`."""
@@ -230,6 +224,23 @@ class PublishedSystem:
     @property
     def offload(self) -> str:
         return self.networks.offload
+
+    @property
+    def built_from(self) -> Any:
+        return self.shapes
+
+    @property
+    def rescale(self) -> float:
+        return self.config.preset.rescale
+
+    @property
+    def clip_preset(self) -> dict[str, Any]:
+        """Of a model of clips, what a request leaves open."""
+        preset = self.config.preset
+        if preset.frames <= 1:
+            return {}
+        known = {"frames": preset.frames, "fps": preset.fps, "guidance_first": preset.guidance_first}
+        return {name: value for name, value in known.items() if value is not None}
 
     @property
     def offloads(self) -> tuple[str, ...]:

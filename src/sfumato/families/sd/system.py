@@ -126,7 +126,7 @@ class System(PublishedSystem):
 
     @property
     def reads(self) -> frozenset[str]:
-        """What of a request `condition` reads that other systems may not: see `Model`."""
+        """The rules and weightings of prompts, and the numbers that this U-Net is told."""
         told = {6: ("original", "crop", "target"), 5: ("original", "crop", "aesthetic")}
         micro = told.get(plan_of(self.config.kind).numbers, ())
         names = [f"micro.{prefix}{name}" for name in micro for prefix in ("", "negative_")]

@@ -90,6 +90,7 @@ class System(PublishedSystem):
     text_dtype: torch.dtype | None = None
 
     family = FAMILY
+    reads = frozenset(["prompt_rules", "weighting", "text_length"])
     controls_encoded = True
 
     @property
@@ -161,11 +162,6 @@ class System(PublishedSystem):
             p.config for p in self.shapes.text if p.name in self.texts and not isinstance(p.config, T5Config)
         ]
         return min((config.layers for config in clips), default=1)
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """What of a request `condition` reads that other systems may not: see `Model`."""
-        return frozenset(["prompt_rules", "weighting", "text_length"])
 
     def trainee(self, text: bool) -> Trainee:
         """Itself as a model that a LoRA is trained for, its CLIPs too with `text`; see `training.trainee`."""

@@ -54,8 +54,8 @@ def fine_detail(planes: Array, taken: Sequence[Region]) -> list[Region]:
 def _of_cells(mask: NDArray[np.bool_]) -> list[Box]:
     """Boxes in pixels of connected cells."""
     parts = components(mask)
-    boxes = zip(parts.left, parts.top, parts.right, parts.bottom, strict=True)
-    return [tuple(int(value) * CELL for value in box) for box in boxes]  # type: ignore[misc]
+    boxes = np.stack([parts.left, parts.top, parts.right, parts.bottom], 1) * CELL
+    return [(left, top, right, bottom) for left, top, right, bottom in boxes.tolist()]
 
 
 def _grid(length: int, side: int) -> int:
@@ -109,7 +109,8 @@ def _peaks(planes: Array, side: int) -> tuple[Array, Array, Array, Array]:
         frequency = np.hypot(waves[0][1], waves[0][2])
         turn = np.degrees(np.arctan2(waves[0][1], waves[0][2])) % 180
         rows.append((share, 1 / max(frequency, 1e-6), turn, np.sqrt(total)))
-    return tuple(np.array(rows).T.reshape(4, *shape))  # type: ignore[return-value]
+    shares, periods, turns, strengths = np.array(rows).T.reshape(4, *shape)
+    return shares, periods, turns, strengths
 
 
 def _areas(mask: NDArray[np.bool_], side: int, period: Array, angle: Array) -> list[Region]:

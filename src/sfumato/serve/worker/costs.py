@@ -99,7 +99,8 @@ class Costs:
     def __init__(self, model: Model, memory: int | None = None):
         self.model, self.memory = model, memory
         # no LoRAs: which of them are folded in, those who draw decide, and nothing here is to wait for them
-        self.plain = Model(_WithoutAdapters(model.system), model.device, model.name, model.dtype)
+        plain: Any = _WithoutAdapters(model.system)
+        self.plain = Model(plain, model.device, model.name, model.dtype)
         self.watts = read_machine().price.watts
         self._call: dict[
             int, float
@@ -175,7 +176,7 @@ class Costs:
     def _worked_out(self, request: Request, sizes: tuple[Size, ...]) -> int:
         if planning.tells(self.model):
             # the room is what is free now that the weights are there, and the plan begins before they are
-            plan = planning.plan(self.plain, request, getattr(self.model.system, "offload", None))
+            plan = planning.plan(self.plain, request, self.model.system.offload)
             return max(stage.activations for stage in plan.stages)
         largest = max(sizes, key=lambda size: size[0] * size[1])
         kind = largest, request.frames or 1
@@ -189,7 +190,7 @@ class Costs:
         width, height = self.model.preset["size"]
         usual = width * height * (self.model.clip_preset["frames"] if request.moves else 1)
         large = any(run.pixels > COUNTED * usual for run in runs)
-        if large and not hasattr(self.model.system, "trace"):
+        if large and not self.model.system.traces:
             return None
         return by_stage(work_of(self.plain, request))
 
@@ -201,9 +202,7 @@ class _WithoutAdapters:
         self._system = system
 
     def __getattr__(self, name: str) -> Any:
-        if name == "adapters":
-            raise AttributeError(name)
-        return getattr(self._system, name)
+        return None if name == "adapters" else getattr(self._system, name)
 
 
 def _nominal(request: Request) -> Request:

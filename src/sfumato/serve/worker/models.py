@@ -76,7 +76,7 @@ class Opened:
     def facts(self) -> dict[str, Any]:
         """What clients may know of it, as plain JSON."""
         system = self.model.system
-        adapters = getattr(system, "adapters", None)
+        adapters = system.adapters
         preset = self.model.preset
         return {
             "name": self.name,
@@ -84,9 +84,9 @@ class Opened:
             "multiple": system.config.multiple,
             "clips": makes_clips(self.model),
             "clip_preset": self.model.clip_preset,
-            "needs_image": bool(getattr(system, "animates", False)),
+            "needs_image": system.animates,
             "loras": [] if adapters is None else sorted(adapters.opened),
-            "controls": list(getattr(system, "controls", ())),
+            "controls": list(system.controls),
             "weights": self.model.hashes,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "samplers": list(SAMPLERS),
@@ -108,7 +108,7 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
     found = _planned(found, spec, memory)
     for name, file in spec.loras.items():
         found.attach(file, 0.0, name=name)
-    if spec.loras:
+    if spec.loras and found.system.adapters is not None:
         found.system.adapters.standing = ()  # a LoRA is for those who ask for it
     refiner = None
     if found.refiner is not None:
@@ -118,14 +118,13 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
 
 def _shared(model: Model, name: str, together: Together, refiner: Model | None) -> Model:
     plain = Model(model.system, model.device, name, model.dtype)
-    return Model(Shared(model.system, together, plain.precision), model.device, name, model.dtype, refiner)
+    shared: Any = Shared(model.system, together, plain.precision)
+    return Model(shared, model.device, name, model.dtype, refiner)
 
 
 def _planned(model: Model, spec: ModelSpec, memory: int | None) -> Model:
     if not planning.tells(model):
-        return (
-            model if not hasattr(model.system, "trace") else planning.offloaded(model, spec.offload or "none")
-        )
+        return model if not model.system.traces else planning.offloaded(model, spec.offload or "none")
     request = usual(model)
     found = planning.plan(model, request, spec.offload, memory)
     if not found.fits:
@@ -138,7 +137,7 @@ def usual(model: Model) -> Request:
     request = Request()
     if "frames" in model.preset:
         request = as_clip(model, request)
-    if getattr(model.system, "animates", False):
+    if model.system.animates:
         request = replace(request, image=Image.new("RGB", model.preset["size"], GREY))
     return request
 

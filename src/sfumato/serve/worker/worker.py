@@ -104,7 +104,7 @@ class Worker:
         request = request_of(message["request"], dict(zip(message["files"], parts, strict=True)))
         request = opened.asked(request, message["kind"])
         if request.loras is None:
-            request = replace(request, loras=() if getattr(opened.model.system, "adapters", None) else None)
+            request = replace(request, loras=() if opened.model.system.adapters else None)
         if not request.moves:
             check_recipe(request, SUFFIXES[message["format"]])
         return request, self.costs[message["model"]].expected(request)

@@ -1,0 +1,85 @@
+"""Options of the command line as fields of a request: one table for the verbs that draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sfumato.cli import parse
+from sfumato.cli.options import left_open
+
+if TYPE_CHECKING:
+    from typer import Context
+
+NONE = "none"  # of an option that a picture to be like has given: not this one
+Read = Callable[[str, Any], Any]  # (the option, what it was given) → the field's value
+
+
+def _as_it_is(option: str, given: Any) -> Any:
+    return given
+
+
+# the field, some of them inner ones: the option, and how what it is given is read
+FIELDS: dict[str, tuple[str, Read]] = {
+    "prompt": ("prompt", _as_it_is),
+    "negative": ("negative", _as_it_is),
+    "count": ("count", parse.whole),
+    "seed": ("seed", parse.whole),
+    "steps": ("steps", parse.whole),
+    "guidance": ("guidance", parse.number),
+    "sampler": ("sampler", _as_it_is),
+    "schedule": ("schedule", _as_it_is),
+    "size": ("size", lambda option, given: parse.size(given, option)),
+    "strength": ("strength", parse.number),
+    "fit": ("fit", _as_it_is),
+    "frames": ("frames", parse.whole),
+    "fps": ("fps", parse.number),
+    "motion.bucket": ("motion", parse.whole),
+    "motion.augment": ("augment", parse.number),
+    "outpaint": ("outpaint", parse.sides),
+    "inpaint.blur": ("mask-blur", parse.whole),
+    "inpaint.padding": ("only-masked", parse.whole),
+    "inpaint.paste": ("paste", _as_it_is),
+    "hires.scale": ("hires", parse.number),
+    "hires.strength": ("hires-strength", parse.number),
+    "hires.steps": ("hires-steps", parse.whole),
+    "hires.upscaler": ("upscaler", _as_it_is),
+    "reuse": ("reuse", parse.whole),
+    "guidance_interval": ("guidance-interval", parse.interval),
+    "variation": ("variation", lambda option, given: parse.variation(given)),
+    "eta": ("eta", parse.number),
+    "clip_skip": ("clip-skip", parse.whole),
+    "prompt_rules": ("prompt-rules", _as_it_is),
+    "weighting": ("weighting", _as_it_is),
+    "text_length": ("text-length", parse.whole),
+    "skip_layers.layers": ("skip-layers", parse.wholes),
+    "skip_layers.scale": ("skip-scale", parse.number),
+    "skip_layers.interval": ("skip-interval", parse.interval),
+}
+MAY_DROP = ("hires.scale", "guidance_interval", "variation", "skip_layers.layers")
+
+
+def given(context: Context, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields that the command line gives, to be laid over others by `parse.merged`.
+
+    Options that the verb does not have are not asked for, and those left open or dropped by "none" are not there.
+    without: fields that the verb reads in another way.
+    """
+    found = {}
+    for field, (option, read) in FIELDS.items():
+        name = option.replace("-", "_")
+        value = context.params.get(name)
+        if field in without or value is None or left_open(context, name) or _dropped(field, value):
+            continue
+        found[field] = read(option, value)
+    return found
+
+
+def dropped(context: Context) -> set[str]:
+    """The fields of a picture to be like that the command line leaves out, by "none"."""
+    told = {field: context.params.get(FIELDS[field][0].replace("-", "_")) for field in MAY_DROP}
+    return {field.partition(".")[0] for field, value in told.items() if value == NONE}
+
+
+def _dropped(field: str, value: Any) -> bool:
+    return field in MAY_DROP and value == NONE
