@@ -34,7 +34,7 @@ def tells(model: Model) -> bool:
 
 def tells_clips(model: Model) -> bool:
     """Whether a model that tells no plan of pictures, and is open already, tells one of clips."""
-    return hasattr(model.system, "trace_clip")
+    return model.system.traces_clips
 
 
 def plan_clip(model: Model, request: Request, limit: int | None = None) -> MemoryPlan:

@@ -111,7 +111,7 @@ def _moving(model: Model, request: Request, frames: int | None) -> Request:
 
     from sfumato.drawing.clips import as_clip
 
-    animates = getattr(model.system, "animates", False)
+    animates = model.system.animates
     if frames is None and not animates:
         return request
     if animates:

@@ -130,6 +130,10 @@ class System(DrawingSystem):
         video = self.config.video
         return None if video is None or self.video is None else (video.window, video.context)
 
+    @property
+    def traces_clips(self) -> bool:
+        return self.video is not None
+
     def trace_clip(self, request: Request) -> tuple[Stage, ...]:
         """The memory that each stage of drawing a clip takes; see `trace.trace_clip`."""
         from sfumato.families.pocket.trace import trace_clip  # which needs this module
