@@ -128,7 +128,8 @@ async def loaded(served: Served, clients: int, rate: float, seconds: float) -> d
             if status == 429:
                 refusals.append(took)
                 waits.append(int(headers["retry-after"]))
-            await asyncio.sleep(chance.expovariate(1 / pause))
+            left = until - time.perf_counter()
+            await asyncio.sleep(max(0.0, min(left, chance.expovariate(1 / pause))))
 
     await asyncio.gather(*(client(number) for number in range(clients)))
     refusals.sort()

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from serving import opened
 
 # a browser that asks nobody but the page's server
 FLAGS = (
@@ -18,6 +21,8 @@ FLAGS = (
 )  # fmt: skip
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DESKTOP, PHONE = (1360, 860), (390, 844)
+LONG = {"steps": 1000}
+SHAPES = (("a red cube", 3), ("two yellow spheres", 5))  # prompts and seeds of a gallery
 DRAWN = "#stage.succeeded .final:not(.loading)"
 TRIES = 10
 SECONDS = 180  # that anything may take, on a machine that is busy
@@ -121,3 +126,29 @@ class Visitor:
         self.page.wait_for_selector(".recipe :text('Took')")
         rows = self.page.locator(".recipe > div").all()
         return {row.locator("dt").inner_text(): row.locator("dd").inner_text() for row in rows}
+
+
+def latest(client: Any) -> dict[str, Any]:
+    """The newest job."""
+    return client.get("/v1/jobs?limit=1").json()["data"][0]
+
+
+def picture(client: Any, job: dict[str, Any], number: int = 0) -> np.ndarray:
+    """A picture of a job, (H, W, 3)."""
+    return np.asarray(opened(client.get(job["pictures"][number]).content)).astype(int)
+
+
+def enter(visitor: Visitor, key: str) -> None:
+    """Give a key to a page that asks for one."""
+    visitor.page.wait_for_selector("#key-dialog[open]")
+    visitor.page.fill("#key", key)
+    visitor.page.get_by_role("button", name="Enter").click()
+
+
+def violations(visitor: Visitor) -> dict[str, list[str]]:
+    """What axe has against the page as it stands."""
+    module = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="no axe: pip install -e '.[dev]'"
+    )
+    found = module.Axe().run(visitor.page).response["violations"]
+    return {each["id"]: [node["html"][:200] for node in each["nodes"]] for each in found}

@@ -10,9 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-import small_control
+import small_adapted
 import small_sd
 from helpers import noise
 from serving import PROMPT, Client, Server, error, opened, png, same
@@ -25,7 +24,6 @@ from small_python import small_python
 pytestmark = pytest.mark.full  # servers of their own
 
 CASES = 25  # of Schemathesis, for each operation
-MODULE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +95,13 @@ def test_schemathesis_finds_no_5xx(server, key, place):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(place):
-    return small_sd.write("sd1", place / "sd1")
+def written(place):
+    return small_adapted.write(place)
 
 
 @pytest.fixture(scope="module")
-def files(place):
-    generator = torch.Generator().manual_seed(1)
-    name = "lora_unet_" + MODULE.replace(".", "_")
-    ink = place / "ink.safetensors"
-    save_file(
-        {
-            f"{name}.lora_up.weight": torch.randn(64, 4, generator=generator),
-            f"{name}.lora_down.weight": torch.randn(4, 64, generator=generator),
-            f"{name}.alpha": torch.tensor(4.0),
-        },
-        ink,
-    )
-    return ink, small_control.folder(place / "canny", "sd1")
-
-
-@pytest.fixture(scope="module")
-def adapted(place, checkpoint, files):
-    ink, canny = files
+def adapted(place, written):
+    checkpoint, ink, canny = written
     running = Server(
         place / "adapted", "-m", f"sd={checkpoint}", "--lora", f"ink={ink}", "--controlnet", f"canny={canny}",
         "--dtype", "fp32", python=small_python(place),
@@ -128,10 +110,10 @@ def adapted(place, checkpoint, files):
     running.kill()
 
 
-def test_a_lora_and_a_controlnet_through_every_door(adapted, checkpoint, files, monkeypatch):
+def test_a_lora_and_a_controlnet_through_every_door(adapted, written, monkeypatch):
     for kind, system in small_sd.SMALL.items():
         monkeypatch.setitem(SYSTEMS, kind, system)
-    ink, canny = files
+    checkpoint, ink, canny = written
     model = load(str(checkpoint), "cpu", dtype=torch.float32, controlnets={"canny": str(canny)})
     model.attach(ink, 0.0, name="ink")
     client, shown = Client(adapted), noise(64, 64)

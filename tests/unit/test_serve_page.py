@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from sfumato.serve.books import Books
-from sfumato.serve.desk import Desk
-from sfumato.serve.ledger import Ledger
-from sfumato.serve.settings import Settings, model_given
-from sfumato.serve.store import Store
+from asgi import asked, desk_of
 from sfumato.serve.web.app import build
 from sfumato.serve.web.status import MEDIA, PAGE
 
@@ -25,35 +20,13 @@ NAMESPACE = "http://www.w3.org/2000/svg"  # a name, which nobody fetches
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    """The application in front of a desk whose workers were not started."""
-    data = tmp_path_factory.mktemp("page")
-    settings = Settings(models=(model_given("pocket"),), data=data, devices=(None,)).validate()
-    books = Books(Ledger(settings.ledger_url), Store(data))
-    yield build(Desk(settings, books))
-    books.close()
+    with desk_of(tmp_path_factory.mktemp("page")) as found:
+        yield build(found)
 
 
 def ask(app, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of a GET."""
-    sent = [{"type": "http.request", "body": b"", "more_body": False}]
-    heard: list[dict] = []
-    pairs = {"host": "127.0.0.1", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    scope = {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "GET",
-        "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "server": ("127.0.0.1", 80),
-        "client": ("127.0.0.1", 1), "headers": [(n.encode(), v.encode()) for n, v in pairs.items()],
-    }  # fmt: skip
-
-    async def receive():
-        return sent.pop() if sent else {"type": "http.disconnect"}
-
-    async def send(message):
-        heard.append(message)
-
-    asyncio.run(app(scope, receive, send))
-    found = {name.decode(): value.decode() for name, value in heard[0]["headers"]}
-    return heard[0]["status"], found, b"".join(each.get("body", b"") for each in heard[1:])
+    return asked(app, "GET", path, **headers)
 
 
 class Document(HTMLParser):

@@ -17,14 +17,14 @@ from sfumato.cli.app import run
 from sfumato.cluster.replicas import Outbox
 from sfumato.errors import InputError
 from sfumato.serve import keys, money
-from sfumato.serve.floor import work_of
 from sfumato.serve.job import Live, fairest, next_for
 from sfumato.serve.ledger import Record
-from sfumato.serve.money import Prices, Rule, Work
+from sfumato.serve.money import Prices, Rule, Work, work_of
 from sfumato.serve.rates import Rates
 from sfumato.serve.settings import ModelSpec, Settings, is_loopback, model_given, named_files, read_models
 from sfumato.serve.store import Store, is_id, new_id
 from sfumato.serve.wire import Broken, Line
+from sfumato.serve.worker.discreet import of_models
 
 # --- money -----------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,9 @@ def test_a_rate_lets_a_minutes_worth_through_and_then_waits():
     rates = Rates()
     assert [rates.take("a", 3, now=0.0) for _ in range(3)] == [0, 0, 0]
     assert rates.take("a", 3, now=0.0) == pytest.approx(20)
+    assert rates.look("a", 3, now=0.0) == pytest.approx(20)
     assert rates.take("b", 3, now=0.0) == 0
+    assert [rates.look("d", 1, now=0.0) for _ in range(3)] == [0, 0, 0]  # to look takes nothing
     assert rates.take("a", 3, now=19.0) > 0
     assert rates.take("a", 3, now=40.5) == 0
     assert all(rates.take("c", None, now=0.0) == 0 for _ in range(1000))
@@ -215,8 +217,42 @@ def test_outputs_are_all_there_or_none(tmp_path):
     assert [store.output(job, k).read_bytes() for k in (0, 1)] == [b"c", b"d"]
     assert store.output(job, 2) is None
     assert [p.name for p in (tmp_path / "s" / "outputs").iterdir()] == [job]
-    assert store.sweep(1000) == 0 and store.sweep(-1) == 1
-    assert store.output(job, 0) is None
+    small = store.thumb(job, 1, lambda data: data * 2)
+    assert small.read_bytes() == b"dd"
+    assert store.thumb(job, 1, lambda data: b"again") == small and small.read_bytes() == b"dd"
+    assert store.thumb(job, 2, bytes.upper) is None
+    assert store.sweep(1000) == 0 and store.sweep(-1) == 2
+    assert store.output(job, 0) is None and store.thumb(job, 0, bytes.upper) is None
+
+
+# --- what clients are not told ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("{place}/my models/xl.safetensors: it ends early", "xl: it ends early"),
+        ("'{place}/my models/xl.safetensors' reads no prompt", "'xl' reads no prompt"),
+        ("{place}/my models/xl.safetensors.index.json is gone", "xl.index.json is gone"),
+        ("the LoRA {place}/ink.safetensors fits nothing", "the LoRA ink fits nothing"),
+        ("/opt/other/place/file.bin (part 2) cannot be read", "… (part 2) cannot be read"),
+        (
+            "see '~/secret/place', and /v1/files or /sdapi/v1/samplers",
+            "see '…', and /v1/files or /sdapi/v1/samplers",
+        ),
+        ("steps must be between 1 and 1000, not 3/4", "steps must be between 1 and 1000, not 3/4"),
+        (
+            "the nearest legal size is 128x128 and/or 256x256",
+            "the nearest legal size is 128x128 and/or 256x256",
+        ),
+        ("'moves' reads no prompt; leave it out", "'moves' reads no prompt; leave it out"),
+    ],
+)
+def test_a_message_says_no_place_of_this_machine(tmp_path, said, told):
+    spec = ModelSpec(
+        "xl", f"{tmp_path}/my models/xl.safetensors", loras={"ink": f"{tmp_path}/ink.safetensors"}
+    )
+    assert of_models([spec, ModelSpec("pocket", "pocket")])(said.format(place=tmp_path)) == told
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

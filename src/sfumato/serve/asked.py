@@ -11,6 +11,7 @@ from sfumato.errors import DataError, InputError
 if TYPE_CHECKING:
     from sfumato.types import Request
 
+PICTURE, CLIP = "picture", "clip"  # what a job draws
 MOST_FILES = 16  # of one request
 MOST_PIXELS = 100_000_000  # of the frames of a clip to begin with, together; three bytes each
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from sfumato.serve.job import now
 from sfumato.serve.ledger import Ledger
 from sfumato.serve.store import Store
 
@@ -28,6 +29,13 @@ class Books:
     async def work(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Anything with files, or with pictures, that takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._files, lambda: call(*args, **kwargs))
+
+    async def sweep(self, keep: float) -> None:
+        """Remove files older than so many seconds."""
+        for name in await self.write(self.ledger.old_uploads, now() - keep):
+            await self.write(self.ledger.drop_upload, name)
+            await self.work(self.store.drop, name)
+        await self.work(self.store.sweep, keep)
 
     def close(self) -> None:
         self._files.shutdown()

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.serve import process
-from sfumato.serve.asked import files_of
+from sfumato.serve.asked import PICTURE, files_of
 from sfumato.serve.books import Books
 from sfumato.serve.devices import Connect
-from sfumato.serve.floor import Floor, work_of
-from sfumato.serve.job import PICTURE, Live, now
+from sfumato.serve.floor import Floor
+from sfumato.serve.job import Live, now
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import OverBudget, Record
-from sfumato.serve.money import shown
+from sfumato.serve.money import shown, work_of
 from sfumato.serve.rates import Rates
 from sfumato.serve.refusals import Refused, bad, not_found
 from sfumato.serve.settings import Settings
@@ -145,24 +145,31 @@ class Desk:
         live = self.floor.live.get(found.id)
         return (found if live is None else live.record), live
 
-    def _admit(self, key: Key) -> None:
-        """Say no at once where there is no room: nothing is read, asked or written for it."""
-        waits: tuple[str, str, float] | None = None
-        mine = sum(live.record.tenant == key.id for live in self.floor.live.values()) + self._coming.get(
-            key.id, 0
-        )
+    def full(self, key: Key) -> Refused | None:
+        """Why nothing can be accepted of a key now, if so: told from memory, whatever it would send."""
+        coming = self._coming
         if self.draining:
-            waits = "draining", "the server is stopping; it, or another, is there again soon", 10.0
-        elif len(self.floor.queue) + sum(self._coming.values()) >= self.settings.queue:
-            waits = "queue_full", "the queue is full; come back later", self.floor.patience()
-        elif key.queue is not None and mine >= key.queue:
-            waits = "too_many_open", f"this key may have {key.queue} jobs open at once", self.floor.patience()
-        elif (seconds := self.rates.take(key.id, key.rate)) > 0:
-            waits = "rate_limited", f"this key may submit {key.rate} jobs in a minute", seconds
-        if waits is not None:
-            code, message, after = waits
-            self.metrics.refused.labels(code).inc()
-            raise Refused(503 if code == "draining" else 429, code, message, retry_after=after)
+            return self._no("draining", "the server is stopping; it, or another, is there again soon", 10.0)
+        if len(self.floor.queue) + sum(coming.values()) >= self.settings.queue:
+            return self._no("queue_full", "the queue is full; come back later", self.floor.patience())
+        if key.queue is not None:
+            mine = sum(live.record.tenant == key.id for live in self.floor.live.values())
+            if mine + coming.get(key.id, 0) >= key.queue:
+                message = f"this key may have {key.queue} jobs open at once"
+                return self._no("too_many_open", message, self.floor.patience())
+        if (seconds := self.rates.look(key.id, key.rate)) > 0:
+            return self._no("rate_limited", f"this key may submit {key.rate} jobs in a minute", seconds)
+        return None
+
+    def _no(self, code: str, message: str, after: float) -> Refused:
+        self.metrics.refused.labels(code).inc()
+        return Refused(503 if code == "draining" else 429, code, message, retry_after=after)
+
+    def _admit(self, key: Key) -> None:
+        """Say no at once where there is no room."""
+        if (no := self.full(key)) is not None:
+            raise no
+        self.rates.take(key.id, key.rate)
 
     async def _accept(self, key: Key, ask: Ask) -> tuple[Record, Live | None]:
         files, parts = await self.files(key, ask.request)

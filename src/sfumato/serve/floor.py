@@ -10,25 +10,29 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from typing import Any
 
+from sfumato.serve.asked import CLIP
 from sfumato.serve.books import Books
 from sfumato.serve.devices import Connect, Device
-from sfumato.serve.job import CLIP, Live, fairest, next_for, now
+from sfumato.serve.job import Live, error_of, fairest, next_for, now, why
 from sfumato.serve.ledger import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, LedgerError
 from sfumato.serve.metrics import Metrics
-from sfumato.serve.money import Work
+from sfumato.serve.money import work_of
 from sfumato.serve.refusals import LONGEST_WAIT, Refused, bad
 from sfumato.serve.settings import Settings
 from sfumato.serve.wire import Broken
 
 log = logging.getLogger("sfumato.serve")
 MOST_LOSSES = 3  # workers that may be lost with a job drawn by itself before it is given up
+MOST_TRIES = 20  # starts of a job after which it is not taken up again, when the server died with it
 GRACE = 30.0  # seconds that a worker may be late in stopping a job, before it is killed
+RECKON = 0.1  # seconds between sums of what waits
 TICK = 0.25  # seconds between looks at deadlines
 AGAIN = 1.0  # seconds until the ledger or the disk is tried again
 GIVE_UP = 60.0  # seconds of trying to write what was drawn
@@ -46,6 +50,7 @@ class Floor:
         self.closing = False
         self._served: dict[str, int] = {}  # tenant → the number of its last turn
         self._turns = itertools.count(1)
+        self._reckoned = (-math.inf, 0.0)  # when, and the seconds of work that waited then
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         start = {"models": [model.to_json() for model in settings.models], "batch": settings.batch}
@@ -71,6 +76,12 @@ class Floor:
                 await self.books.write(ledger.requeue, record.id)
                 live.record = replace(record, state=QUEUED, started=None)
             self.add(live)
+            if record.state == RUNNING and record.tries >= MOST_TRIES:
+                self.queue.remove(live)
+                message = (
+                    f"the server, or its worker, was lost each of the {record.tries} times that it was drawn"
+                )
+                self._begin(self._end(live, FAILED, error_of("worker_lost", message)))
         if self.queue:
             log.info("%d jobs were left by an earlier server", len(self.queue))
         for work in (self._dispatching, self._ticking, self._sweeping):
@@ -114,8 +125,15 @@ class Floor:
         return sum(live.seconds_left for live in self.live.values()) / len(self.devices)
 
     def patience(self) -> float:
-        """Seconds after which a quarter of what waits will be done; spread, so that not all come back at once."""
-        return min(LONGEST_WAIT, max(1.0, self.wait() / 4) * random.uniform(1.0, 1.5))
+        """Seconds after which a quarter of what waits will be done; spread, so that not all come back at once.
+
+        Reckoned ten times a second at most, since whoever is refused is told it.
+        """
+        when, wait = self._reckoned
+        if time.monotonic() > when + RECKON:
+            wait = self.wait()
+            self._reckoned = time.monotonic(), wait
+        return min(LONGEST_WAIT, max(1.0, wait / 4) * random.uniform(1.0, 1.5))
 
     @contextlib.asynccontextmanager
     async def held(self, live: Live) -> AsyncIterator[Live]:
@@ -135,7 +153,7 @@ class Floor:
         live.ending = reason
         if live in self.queue:
             self.queue.remove(live)
-            self._begin(self._end(live, CANCELLED, error_of("cancelled", _why(reason))))
+            self._begin(self._end(live, CANCELLED, error_of("cancelled", why(reason))))
         elif live.device is not None:
             live.device.cancel(live.id)
 
@@ -246,7 +264,7 @@ class Floor:
             self._off(live)
             error = message["error"]
             if error["code"] == "cancelled":
-                self._begin(self._end(live, CANCELLED, error_of("cancelled", _why(live.ending))))
+                self._begin(self._end(live, CANCELLED, error_of("cancelled", why(live.ending))))
             else:
                 self._begin(
                     self._end(live, FAILED, error_of(error["code"], error["message"], error["param"]))
@@ -269,7 +287,7 @@ class Floor:
             live.alone = True
             if live.ending is not None:
                 late = live.ending == "deadline"
-                error = error_of("deadline_exceeded" if late else "cancelled", _why(live.ending))
+                error = error_of("deadline_exceeded" if late else "cancelled", why(live.ending))
                 self._begin(self._end(live, FAILED if late else CANCELLED, error))
             elif live.losses >= MOST_LOSSES:
                 message = f"the worker was lost {live.losses} times while it drew nothing but this"
@@ -362,7 +380,7 @@ class Floor:
             for live in [live for live in self.queue if live.record.deadline < late]:
                 self.queue.remove(live)
                 live.ending = "deadline"
-                self._begin(self._end(live, FAILED, error_of("deadline_exceeded", _why("deadline"))))
+                self._begin(self._end(live, FAILED, error_of("deadline_exceeded", why("deadline"))))
             for device in self.devices:
                 stuck = [live for live in device.running if live.record.deadline + GRACE < late]
                 if stuck and device.ready.is_set():
@@ -382,11 +400,7 @@ class Floor:
                         and record.made < now() - AGAIN * 60
                     ):
                         self.add(Live(record))
-                keep = self.settings.keep + self.settings.longest
-                for name in await self.books.write(self.books.ledger.old_uploads, now() - keep):
-                    await self.books.write(self.books.ledger.drop_upload, name)
-                    await self.books.work(self.books.store.drop, name)
-                await self.books.work(self.books.store.sweep, keep)
+                await self.books.sweep(self.settings.keep + self.settings.longest)
             await asyncio.sleep(SWEEP)
 
     def _begin(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -403,20 +417,3 @@ class Floor:
         self.metrics.queued.set(len(self.queue))
         self.metrics.running.set(len(self.running))
         self.metrics.workers.set(sum(device.ready.is_set() for device in self.devices))
-
-
-def work_of(expected: dict[str, Any], seconds: float) -> Work:
-    """What a job is priced by."""
-    count, frames = expected["pictures"], expected.get("frames", 0)
-    return Work(0 if frames else count, expected["pixel_steps"], seconds, frames * count)
-
-
-def error_of(code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    return {"code": code, "message": message, "param": param}
-
-
-def _why(reason: str | None) -> str:
-    return {
-        "client_gone": "the client was gone before the job was done",
-        "deadline": "the job was not done before its deadline",
-    }.get(reason or "", "the job was cancelled")

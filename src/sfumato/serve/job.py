@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from sfumato.serve.asked import CLIP, PICTURE
 from sfumato.serve.ledger import QUEUED, Record
 
-PICTURE, CLIP = "picture", "clip"  # what a job draws
 BACKLOG = 256  # events that a listener may be behind before the oldest are dropped
 
 
@@ -138,9 +138,11 @@ def kind_of(record: Record) -> str:
 def job_json(record: Record, live: Live | None, currency: str, position: int | None = None) -> dict[str, Any]:
     """A job as the API tells it."""
     options, kind = record.options, kind_of(record)
+    home, outputs = (
+        (f"/v1/videos/{record.id}", "clips") if kind == CLIP else (f"/v1/jobs/{record.id}", "pictures")
+    )
     made = {
-        PICTURE: [f"/v1/jobs/{record.id}/pictures/{number}" for number in range(record.pictures)],
-        CLIP: [f"/v1/videos/{record.id}/clips/{number}" for number in range(record.pictures)],
+        name: [f"{home}/{name}/{number}" for number in range(record.pictures)] for name in (outputs, "thumbs")
     }
     answer: dict[str, Any] = {
         "id": record.id,
@@ -155,8 +157,9 @@ def job_json(record: Record, live: Live | None, currency: str, position: int | N
         "format": options["format"],
         "expected": options["expected"],
         "price": {"currency": currency, "reserved_micros": record.reserved, "charged_micros": record.charged},
-        "pictures": made[PICTURE] if kind == PICTURE else [],
-        "clips": made[CLIP] if kind == CLIP else [],
+        "pictures": made.get("pictures", []),
+        "clips": made.get("clips", []),
+        "thumbs": made["thumbs"],
         "error": record.error,
     }
     if live is not None:
@@ -169,3 +172,16 @@ def job_json(record: Record, live: Live | None, currency: str, position: int | N
 def now() -> float:
     """Seconds since 1970."""
     return time.time()
+
+
+def error_of(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error as the ledger keeps it and the API tells it."""
+    return {"code": code, "message": message, "param": param}
+
+
+def why(reason: str | None) -> str:
+    """Why a job was told to stop, in words."""
+    return {
+        "client_gone": "the client was gone before the job was done",
+        "deadline": "the job was not done before its deadline",
+    }.get(reason or "", "the job was cancelled")

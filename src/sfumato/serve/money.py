@@ -154,3 +154,9 @@ def _sound(value: Decimal, what: str) -> Decimal:
     if not value.is_finite() or not 0 <= value <= MOST:
         raise InputError(f"{what} must be between 0 and {MOST:,}, not {value}", argument=what)
     return value
+
+
+def work_of(expected: dict[str, Any], seconds: float) -> Work:
+    """What a job is priced by."""
+    count, frames = expected["pictures"], expected.get("frames", 0)
+    return Work(0 if frames else count, expected["pixel_steps"], seconds, frames * count)

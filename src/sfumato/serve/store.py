@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sfumato.errors import InputError
@@ -31,12 +31,12 @@ def is_id(text: object, kind: str) -> bool:
 
 
 class Store:
-    """A folder with `uploads/` and `outputs/`, each written whole or not at all."""
+    """A folder with `uploads/`, `outputs/` and, of these, `thumbs/`, each file written whole or not at all."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            for part in (self._uploads, self._outputs):
+            for part in (self._uploads, self._outputs, self._thumbs):
                 part.mkdir(parents=True, exist_ok=True)
             os.chmod(folder, 0o700)
         except OSError as error:
@@ -51,6 +51,10 @@ class Store:
     @property
     def _outputs(self) -> Path:
         return self.folder / "outputs"
+
+    @property
+    def _thumbs(self) -> Path:
+        return self.folder / "thumbs"
 
     def put(self, upload: str, data: bytes) -> None:
         """Keep an upload. `OSError` when the disk refuses."""
@@ -78,13 +82,30 @@ class Store:
         path = self._checked(self._outputs, job, "job") / str(int(number))
         return path if path.is_file() else None
 
+    def thumb(self, job: str, number: int, make: Callable[[bytes], bytes]) -> Path | None:
+        """A small picture of an output, made when it is first asked for; None if the output is not there any more.
+
+        What `make` raises, and `OSError` when the disk refuses.
+        """
+        path = self._checked(self._thumbs, job, "job") / str(int(number))
+        if path.is_file():
+            return path
+        output = self.output(job, number)
+        if output is None:
+            return None
+        small = make(output.read_bytes())
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(small)
+        return path
+
     def drop_outputs(self, job: str) -> None:
-        shutil.rmtree(self._checked(self._outputs, job, "job"), ignore_errors=True)
+        for folder in (self._outputs, self._thumbs):
+            shutil.rmtree(self._checked(folder, job, "job"), ignore_errors=True)
 
     def sweep(self, seconds: float) -> int:
         """Remove outputs older than that, and what an interrupted write left; returns how many."""
         before, swept = time.time() - seconds, 0
-        for path in (*self._outputs.iterdir(), *self._uploads.iterdir()):
+        for path in (*self._outputs.iterdir(), *self._thumbs.iterdir(), *self._uploads.iterdir()):
             staged = path.name.startswith(".")
             if path.parent == self._uploads and not staged:
                 continue  # the ledger says which of these go

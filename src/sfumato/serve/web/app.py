@@ -42,7 +42,7 @@ def build(desk: Desk) -> Guard:
     for kind, answer in _answers().items():
         app.add_exception_handler(kind, answer)
     ring = None if desk.settings.keys is None else KeyRing(desk.settings.keys)
-    return Guard(app, desk.settings, desk.metrics, ring)
+    return Guard(app, desk.settings, desk.metrics, ring, desk.full)
 
 
 def _answers() -> dict[Any, Callable[[Request, Any], Any]]:

@@ -1,4 +1,5 @@
-"""Before every route: the host, the key, the size and the slowness of a body. Denied unless it is listed as public.
+"""Before every route: the host, the key, whether there is room, the size and the slowness of a body. Denied unless it
+is listed as public.
 
 Plain ASGI, so that streams stream and a client that goes away is noticed.
 """
@@ -29,6 +30,10 @@ log = logging.getLogger("sfumato.serve")
 PUBLIC = ("/", "/healthz", "/readyz", "/openapi.json")  # and what lies under these
 PUBLIC_UNDER = "/page/"
 WATCHED = "/metrics"
+SUBMISSIONS = frozenset({  # where jobs come in
+    "/v1/jobs", "/v1/videos", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img",
+})  # fmt: skip
+RETRIES = b"x-stainless-retry-count"  # of OpenAI's clients
 SLOWEST = 60.0  # seconds that a body may take
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -42,10 +47,17 @@ HEADERS = {
 
 
 class Guard:
-    """Wraps the whole application."""
+    """Wraps the whole application. full: why nothing can be accepted of a key now, if so."""
 
-    def __init__(self, app: Any, settings: Settings, metrics: Metrics, ring: KeyRing | None):
-        self.app, self.settings, self.metrics, self.ring = app, settings, metrics, ring
+    def __init__(
+        self,
+        app: Any,
+        settings: Settings,
+        metrics: Metrics,
+        ring: KeyRing | None,
+        full: Callable[[Key], Refused | None],
+    ):
+        self.app, self.settings, self.metrics, self.ring, self.full = app, settings, metrics, ring, full
         self._hosts = {*LOOPBACK_NAMES, settings.host, *settings.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +80,9 @@ class Guard:
             await send(message)
 
         try:
-            scope.setdefault("state", {})["key"] = self._admitted(scope)
+            key = scope.setdefault("state", {})["key"] = self._admitted(scope)
+            if key is not None and scope["method"] == "POST" and scope["path"] in SUBMISSIONS:
+                self._check_room(scope, key)
             await self.app(scope, self._limited(scope, receive), say)
         except Refused as error:
             if not status:
@@ -106,6 +120,15 @@ class Guard:
                 403, "forbidden", f"this key is for {'/metrics alone' if key.role == WATCH else 'drawing'}"
             )
         return key
+
+    def _check_room(self, scope: Scope, key: Key) -> None:
+        """A server that is full says so before anything is read, parsed or written: but not to one who may have sent
+        this before, whose job may be there.
+        """
+        sent = dict(scope["headers"])
+        again = b"idempotency-key" in sent or sent.get(RETRIES, b"0") not in (b"", b"0")
+        if not again and (no := self.full(key)) is not None:
+            raise no
 
     def _check_place(self, headers: dict[str, str]) -> None:
         """Without keys, a page of another site that this machine's browser shows must not get in."""
@@ -182,4 +205,6 @@ def _host(value: str) -> str:
 
 def _route(scope: Scope) -> str:
     """The route's own pattern, so that ids do not become labels."""
-    return getattr(scope.get("route"), "path", "other")
+    path: str = scope["path"]
+    found: str = getattr(scope.get("route"), "path", path if path in SUBMISSIONS else "other")
+    return found

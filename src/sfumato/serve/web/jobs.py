@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,13 +14,15 @@ from starlette.responses import FileResponse, Response
 
 from sfumato import checks
 from sfumato.errors import InputError
+from sfumato.serve.asked import CLIP
 from sfumato.serve.desk import Ask, Desk
-from sfumato.serve.job import CLIP, Live, job_json, kind_of
+from sfumato.serve.job import Live, job_json, kind_of
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import ENDED, SUCCEEDED, Record
 from sfumato.serve.money import HEADROOM
 from sfumato.serve.refusals import Refused, bad, not_found
 from sfumato.serve.store import SUFFIX, is_id
+from sfumato.serve.web import thumbs
 from sfumato.serve.web.answers import Answer, event, streamed
 from sfumato.serve.web.body import idempotency_of
 from sfumato.serve.web.schema import described, request_schema
@@ -116,23 +120,30 @@ def add(
             record = live.record
         return Answer(told(desk, record, None if record.state in ENDED else live))
 
-    @router.get(f"{one}/{outputs}/{{number}}", summary=f"A {family.output} of a job that is done")
-    async def output(request: Request, job: str, number: str) -> Response:
+    async def made(request: Request, job: str, number: str) -> tuple[Record, int]:
+        """A job that is done, and the place of one of its outputs."""
         record, _ = await find(request, job)
         place = whole(number, "number", 0, 10_000)
         if record.state != SUCCEEDED or kind_of(record) != family.kind or place >= record.pictures:
             raise not_found(family.output, number)
-        path = await desk.books.work(desk.store.output, record.id, place)
-        if path is None:
-            raise Refused(410, "gone", f"this {family.output} is not kept any more")
+        return record, place
+
+    @router.get(f"{one}/{outputs}/{{number}}", summary=f"A {family.output} of a job that is done")
+    async def output(request: Request, job: str, number: str) -> Response:
+        record, place = await made(request, job, number)
         kind = record.options["format"]
-        return FileResponse(
-            path,
-            media_type=family.media[kind],
-            filename=f"{record.id}-{place}.{SUFFIX[kind]}",
-            content_disposition_type="inline",
-            headers={"cache-control": "private, max-age=86400, immutable"},
-        )
+        path = await desk.books.work(desk.store.output, record.id, place)
+        return _file(path, family, family.media[kind], f"{record.id}-{place}.{SUFFIX[kind]}")
+
+    @router.get(f"{one}/thumbs/{{number}}", summary=f"A {family.output} small, as WebP, for lists")
+    async def thumb(request: Request, job: str, number: str) -> Response:
+        record, place = await made(request, job, number)
+        make = partial(thumbs.small, kind=family.kind)
+        try:
+            path = await desk.books.work(desk.store.thumb, record.id, place, make)
+        except OSError:
+            raise Refused(503, "storage_full", "it cannot be made small now", retry_after=60) from None
+        return _file(path, family, thumbs.MEDIA, f"{record.id}-{place}-small.{thumbs.SUFFIX}")
 
     @router.get(f"{one}/receipt", summary="What a job took and cost, with the recipe to draw it again")
     async def receipt(request: Request, job: str) -> Response:
@@ -140,6 +151,16 @@ def add(
         if record.receipt is None:
             raise Refused(404, "no_receipt", f"this job is {record.state}; one that succeeded has a receipt")
         return Answer(record.receipt)
+
+
+def _file(path: Path | None, family: Family, media: str, name: str) -> Response:
+    """What was drawn and does not change any more."""
+    if path is None:
+        raise Refused(410, "gone", f"this {family.output} is not kept any more")
+    headers = {"cache-control": "private, max-age=86400, immutable"}
+    return FileResponse(
+        path, media_type=media, filename=name, content_disposition_type="inline", headers=headers
+    )
 
 
 def asked(desk: Desk, family: Family, request: Request, body: dict[str, Any], digest: str) -> Ask:

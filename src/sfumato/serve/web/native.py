@@ -8,8 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from sfumato.serve.asked import PICTURE
 from sfumato.serve.desk import Desk
-from sfumato.serve.job import PICTURE, now
+from sfumato.serve.job import now
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import day_of, month_of
 from sfumato.serve.refusals import bad, not_found

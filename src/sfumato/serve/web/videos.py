@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from starlette.datastructures import FormData
 
 from sfumato import checks
+from sfumato.serve.asked import CLIP
 from sfumato.serve.desk import Desk
-from sfumato.serve.job import CLIP
 from sfumato.serve.refusals import bad
 from sfumato.serve.store import CLIPS
 from sfumato.serve.web import jobs

@@ -19,7 +19,7 @@ from sfumato.errors import InputError
 from sfumato.generate import Model, eta_samplers, load
 from sfumato.runtime import DTYPES
 from sfumato.sampling import SAMPLERS
-from sfumato.serve.job import CLIP
+from sfumato.serve.asked import CLIP
 from sfumato.serve.settings import ModelSpec
 from sfumato.serve.worker.together import Precision, Together
 from sfumato.types import Conditioning, Request
@@ -105,7 +105,7 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
     if spec.dtype is not None:
         options["dtype"] = dtype_named(spec.dtype)
     found = load(spec.source, device, offload="auto", controlnets=dict(spec.controlnets) or None, **options)
-    found = _planned(found, spec, memory)
+    found = _named(_planned(found, spec, memory), spec.name)
     for name, file in spec.loras.items():
         found.attach(file, 0.0, name=name)
     if spec.loras and found.system.adapters is not None:
@@ -114,6 +114,12 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
     if found.refiner is not None:
         refiner = _shared(found.refiner, f"{spec.name}-refiner", together, None)
     return Opened(spec.name, found, _shared(found, spec.name, together, refiner))
+
+
+def _named(model: Model, name: str) -> Model:
+    """The same called as clients call it, in errors and recipes, and not by where its files lie."""
+    refiner = None if model.refiner is None else _named(model.refiner, f"{name}-refiner")
+    return Model(model.system, model.device, name, model.dtype, refiner)
 
 
 def _shared(model: Model, name: str, together: Together, refiner: Model | None) -> Model:

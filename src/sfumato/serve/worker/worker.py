@@ -11,14 +11,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.serve.wire import Broken, Line
 
 PULSE = 1.0  # seconds
+NICE = 5  # steps by which the front goes before what draws on a CPU; opening models is not held up by it
 log = logging.getLogger("sfumato.serve.worker")
 
 
@@ -38,19 +40,18 @@ class Worker:
         from sfumato.runtime import pick_device
         from sfumato.serve.settings import ModelSpec
         from sfumato.serve.worker.costs import Costs
+        from sfumato.serve.worker.discreet import of_models
         from sfumato.serve.worker.models import open_model
         from sfumato.serve.worker.together import Bench, Together
 
         self.line = line
         place = pick_device(start["device"])
-        if place.type == "cpu":
-            with contextlib.suppress(OSError):
-                os.nice(5)  # so that the front answers while this draws
         if start.get("threads"):
             torch.set_num_threads(start["threads"])
         self.together = Together(Bench(place), 2 * start["batch"])
         self.models = {}
         self.specs = [ModelSpec(**row) for row in start["models"]]
+        self.discreet = of_models(self.specs)
         self.preflights: dict[str, Any] = {}
         for spec in self.specs:
             opened = open_model(spec, start["device"], self.together, start["memory"])
@@ -62,6 +63,8 @@ class Worker:
         self.checks = ThreadPoolExecutor(1, "check")
         for name in self.models:
             self._warm(name)
+        if place.type == "cpu":
+            _step_back()
         facts = [opened.facts() for opened in self.models.values()]
         self.tell({"is": "ready", "models": facts, "room": room, "device": str(place), "pid": os.getpid()})
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
@@ -120,7 +123,7 @@ class Worker:
                 tune = [use.to_json() for use in request.loras or ()]
                 answer = {"expected": expected.to_json(), "sampler_steps": expected.steps, "tune": tune}
         except Exception as error:
-            answer = {"error": told(error)}
+            answer = {"error": told(error, self.discreet)}
         self.tell({"is": "checked", "number": message["number"], **answer})
 
     def _survives(self, name: str, request: Any) -> dict[str, Any]:
@@ -153,7 +156,7 @@ class Worker:
             spent = job.draw(self.together)
             self.costs[message["model"]].learn(expected, spent)
         except Exception as error:
-            self.tell({"is": "failed", "job": name, "error": told(error)})
+            self.tell({"is": "failed", "job": name, "error": told(error, self.discreet)})
         finally:
             self.stops.pop(name, None)
 
@@ -180,12 +183,27 @@ class Worker:
             time.sleep(PULSE)
 
 
-def told(error: BaseException) -> dict[str, Any]:
-    """An error as the API tells it. What nobody expected is logged here and told without its insides."""
+def _step_back() -> None:
+    """Have the front go first. On Linux threads have a niceness each, and those that draw are there already."""
+    tasks = Path("/proc/self/task")
+    with contextlib.suppress(OSError):
+        if not tasks.is_dir():
+            os.nice(NICE)
+            return
+        for task in tasks.iterdir():
+            thread = int(task.name)
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICE)
+
+
+def told(error: BaseException, discreet: Callable[[str], str] = str) -> dict[str, Any]:
+    """An error as the API tells it. What nobody expected is logged here and told without its insides.
+
+    discreet: takes out of a message what clients are not to know; the server's keeper may know all.
+    """
     if isinstance(error, InputError):
-        return {"code": error.code, "message": str(error), "param": error.argument, "client": True}
+        return {"code": error.code, "message": discreet(str(error)), "param": error.argument, "client": True}
     if isinstance(error, SfumatoError):
-        return {"code": error.code, "message": str(error), "param": None, "client": False}
+        return {"code": error.code, "message": discreet(str(error)), "param": None, "client": False}
     text = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         log.warning("out of memory: %s", error)

@@ -83,8 +83,9 @@ export function choose(name) {
     $(id).replaceChildren(...names.map((each) => h("option", { value: each }, each)));
   }
   for (const field of FIELDS) if (preset[field] !== undefined) put(field, preset[field]);
-  $("frames").value = preset.frames ?? 16;
-  $("fps").value = preset.fps ?? 8;
+  const { frames, fps } = { ...model.clip_preset, ...preset };
+  $("frames").value = frames ?? "";
+  $("fps").value = fps ?? "";
   $("width").step = $("height").step = model.multiple;
   adapters.offer(model, changed);
   $("kinds").hidden = !model.clips;

@@ -1,7 +1,7 @@
 // All pictures and clips of this key, the newest first.
 
 import { $, h } from "./dom.js";
-import { hasMore, isClip, listen, load, newestFirst, outputs, title } from "./jobs.js";
+import { hasMore, isClip, listen, load, newestFirst, outputs, thumbs, title } from "./jobs.js";
 import { show } from "./pictures.js";
 import { shown } from "./stage.js";
 import { times } from "./words.js";
@@ -38,19 +38,33 @@ function arrange(pick) {
 }
 
 function tile(job, index, path, pick) {
-  const clip = isClip(job) && !["gif", "webp"].includes(job.format);
   const name = title(job);
-  const media = clip ? h("video", { muted: true, loop: true, playsinline: true, preload: "metadata" }) : h("img", { alt: "" });
-  if (clip) media.muted = true;
-  media.dataset.path = path;
-  const button = h("button", { type: "button", class: "tile", "aria-label": name }, media, h("span", { class: "caption", "aria-hidden": "true" }, name), clip ? h("span", { class: "badge", icon: "clip" }) : null);
-  if (clip) {
-    for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => media.play().catch(() => {}));
-    for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => media.pause());
-  }
+  const picture = h("img", { alt: "" });
+  picture.dataset.path = thumbs(job)[index];
+  const button = h("button", { type: "button", class: "tile", "aria-label": name }, picture, h("span", { class: "caption", "aria-hidden": "true" }, name), isClip(job) ? h("span", { class: "badge", icon: "clip" }) : null);
+  if (isClip(job)) moving(button, picture, job, path);
   button.addEventListener("click", () => pick(job, index));
-  seen.observe(media);
+  seen.observe(picture);
   return h("li", {}, button);
+}
+
+/** A clip is fetched and plays while it is pointed at. */
+function moving(button, picture, job, path) {
+  const film = !["gif", "webp"].includes(job.format);
+  let clip = null;
+  const play = () => {
+    if (clip) return;
+    clip = film ? h("video", { loop: true, playsinline: true }) : h("img", { alt: "" });
+    if (film) clip.muted = clip.autoplay = true;
+    picture.after(clip);
+    show(clip, path);
+  };
+  const rest = () => {
+    clip?.remove();
+    clip = null;
+  };
+  for (const event of ["mouseenter", "focus"]) button.addEventListener(event, play);
+  for (const event of ["mouseleave", "blur"]) button.addEventListener(event, rest);
 }
 
 function appear(entries) {

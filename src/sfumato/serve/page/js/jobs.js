@@ -25,6 +25,8 @@ export const isOpen = (job) => OPEN.has(job.state);
 export const isClip = (job) => job.object === "video";
 /** Where the pictures, or clips, of a job lie. */
 export const outputs = (job) => (job.clips?.length ? job.clips : job.pictures);
+/** The same, small. */
+export const thumbs = (job) => job.thumbs;
 /** What a job is called. */
 export const title = (job) => job.request.prompt || (job.request.image ? `A ${isClip(job) ? "clip" : "picture"} from a picture` : "Without a prompt");
 export const newestFirst = () => [...jobs.values()].sort((a, b) => b.created - a.created);

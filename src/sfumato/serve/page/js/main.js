@@ -2,12 +2,12 @@
 
 import * as account from "./account.js";
 import { Refusal, get } from "./api.js";
-import { $, drawIcons, h, wait } from "./dom.js";
+import { $, drawIcons, h, later, wait } from "./dom.js";
 import * as estimate from "./estimate.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import * as health from "./health.js";
-import { load, newestFirst, submit } from "./jobs.js";
+import { isOpen, listen, load, newestFirst, submit } from "./jobs.js";
 import * as queue from "./queue.js";
 import * as stage from "./stage.js";
 import { trouble } from "./words.js";
@@ -78,6 +78,8 @@ async function start() {
   estimate.begin();
   estimate.look();
   account.spent();
+  const again = later(400, estimate.look); // what others keep it waiting, changes when one of them ends
+  listen((job, what) => job !== null && what === "state" && !isOpen(job) && again());
   const latest = newestFirst().find((job) => ["queued", "running", "succeeded"].includes(job.state));
   if (latest) stage.show(latest);
   else stage.empty();

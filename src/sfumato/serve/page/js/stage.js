@@ -3,7 +3,8 @@
 import * as actions from "./actions.js";
 import { $, h } from "./dom.js";
 import * as form from "./form.js";
-import { cancel, isClip, isOpen, listen, outputs, receipt, title } from "./jobs.js";
+import { icon } from "./icons.js";
+import { cancel, isClip, isOpen, listen, outputs, receipt, thumbs, title } from "./jobs.js";
 import { show as showPicture } from "./pictures.js";
 import { money, seconds, size, trouble } from "./words.js";
 
@@ -147,7 +148,7 @@ function done() {
   const under = job.preview ? h("img", { class: "preview", src: job.preview, alt: "" }) : null;
   const bill = h("dl", { class: "recipe" });
   $("stage").replaceChildren(
-    h("div", { class: "shown" }, frame(under, main), paths.length > 1 ? strip(paths) : null),
+    h("div", { class: "shown" }, frame(under, main), paths.length > 1 ? strip(thumbs(job)) : null),
     h("div", { class: "facts" }, heading(), h("p", { class: "verdict", role: "status" }), buttons(main), h("p", { class: "muted" }, each()), bill),
   );
   recipe(bill);
@@ -257,6 +258,13 @@ function enlarge(main) {
 
 // --- neither ---------------------------------------------------------------------------------------------------------
 
+/** In place of a picture that never was. */
+function nothing(gone) {
+  const sign = icon(gone ? "picture" : "warn");
+  sign.classList.add("nothing");
+  return sign;
+}
+
 function failed() {
   const gone = job.state === "cancelled";
   const { title, text } = trouble(gone ? { code: "cancelled", message: "Nothing is charged for it." } : job.error ?? { code: "internal" });
@@ -265,7 +273,7 @@ function failed() {
   retry.addEventListener("click", () => tried(async () => show(await actions.retry(of))));
   const picture = of.preview ? h("img", { class: "preview faded", src: of.preview, alt: "" }) : null;
   $("stage").replaceChildren(
-    frame(picture),
+    frame(picture ?? nothing(gone)),
     h("div", { class: "facts" }, heading(), h("div", { class: gone ? "quiet-note" : "trouble" }, h("b", {}, title), h("p", {}, text), gone ? null : h("p", {}, "What fails is free.")), h("div", { class: "buttons" }, retry)),
   );
 }

@@ -1,0 +1,79 @@
+"""A LoRA and a ControlNet from their files, mixed in and followed on the page."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import small_adapted
+from browsing import Visitor, latest, picture, violations
+from helpers import noise
+from serving import Client, Server, png
+from small_python import small_python
+
+pytestmark = pytest.mark.full  # a server and a browser
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A server with pocket and a small Stable Diffusion that has a LoRA and a ControlNet."""
+    place = tmp_path_factory.mktemp("adapted")
+    source, ink, canny = small_adapted.write(place)
+    (place / "models.toml").write_text(
+        '[[model]]\nname = "pocket"\nsource = "pocket"\n'
+        f'[[model]]\nname = "sd"\nsource = "{source}"\ndtype = "fp32"\n'
+        f'[model.loras]\nink = "{ink}"\n[model.controlnets]\ncanny = "{canny}"\n'
+    )
+    running = Server(place / "data", "--models", str(place / "models.toml"), python=small_python(place))
+    yield running.start(600)
+    running.kill()
+
+
+@pytest.fixture
+def visitor(adapted, browser):
+    """Somebody who has chosen that model."""
+    found = Visitor(browser, adapted.url).ready()
+    found.page.select_option("#model", "sd")
+    found.page.wait_for_selector("#loras:not([hidden])")
+    yield found.fill(prompt="a cat", steps=3, seed=2, width=64, height=64)
+    found.close()
+
+
+def test_a_lora_is_mixed_in_and_a_picture_is_followed(adapted, visitor):
+    client, page = Client(adapted), visitor.page
+    visitor.draw().drawn()
+    plain = picture(client, latest(client))
+    page.check("#loras input[type=checkbox]")
+    page.fill("[aria-label='Weight of ink']", "2")
+    visitor.draw().drawn()
+    inked = latest(client)
+    assert inked["request"]["loras"] == [{"name": "ink", "weight": 2}]
+    assert visitor.recipe()["LoRAs"] == "ink 2"
+    hint = {"name": "edges.png", "mimeType": "image/png", "buffer": png(noise(64, 64))}
+    page.set_input_files("[aria-label='A picture of kind canny'] input[type=file]", [hint])
+    page.wait_for_selector("#controls .slot-frame")
+    page.fill("[aria-label='Weight of canny']", "0.8")
+    assert violations(visitor) == {}
+    visitor.draw().drawn()
+    both = latest(client)
+    (control,) = both["request"]["controls"]
+    assert (control["name"], control["weight"]) == ("canny", 0.8)
+    drawn = [plain, picture(client, inked), picture(client, both)]
+    assert all((drawn[k] != drawn[k - 1]).any() for k in range(3))
+    for job, seen in zip((inked, both), drawn[1:], strict=True):  # the same by whoever asks for the same
+        again = client.wait(client.post("/v1/jobs", {"model": "sd", "request": job["request"]}).json()["id"])
+        assert np.abs(picture(client, again) - seen).max() <= 2
+
+
+def test_settings_bring_adapters_along_and_another_model_has_none_of_them(visitor):
+    page = visitor.page
+    visitor.draw(steps=2).drawn()
+    page.check("#loras input[type=checkbox]")
+    page.fill("[aria-label='Weight of ink']", "0.5")
+    visitor.draw().drawn()
+    page.select_option("#model", "pocket")
+    page.wait_for_selector("#loras", state="hidden")
+    visitor.press("Take settings")
+    page.wait_for_selector("#loras:not([hidden])")
+    assert page.input_value("#model") == "sd" and page.is_checked("#loras input[type=checkbox]")
+    assert page.input_value("[aria-label='Weight of ink']") == "0.5"

@@ -1,0 +1,64 @@
+"""What is done with pictures of the gallery."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from browsing import SHAPES, latest, picture
+
+pytestmark = pytest.mark.full  # a server and a browser
+
+
+def test_a_picture_of_the_gallery_is_made_again(visitor, client, gallery):
+    visitor.page.get_by_role("button", name=SHAPES[0][0], exact=True).last.click()
+    visitor.drawn()
+    assert visitor.recipe()["Seed"] == "3"
+    visitor.press("Make again")
+    visitor.page.wait_for_selector(".verdict:not(:empty)")
+    job = latest(client)
+    assert job["id"] != gallery[0]["id"] and job["request"]["seed"] == 3
+    apart = np.abs(picture(client, job) - picture(client, gallery[0])).max()
+    assert ("the same to the last pixel" in visitor.text(".verdict")) == (apart == 0) and apart <= 2
+
+
+def test_the_largest_seed_is_not_rounded(visitor, client):
+    seed = 2**64 - 1
+    visitor.draw(prompt="a red cube", seed=seed, steps=2).drawn()
+    assert latest(client)["request"]["seed"] == seed
+    assert visitor.recipe()["Seed"] == str(seed)
+    visitor.page.reload()
+    visitor.ready().drawn()
+    visitor.press("Make again")
+    visitor.page.wait_for_selector(".verdict:not(:empty)")
+    assert latest(client)["request"]["seed"] == seed
+
+
+def test_a_variation_is_near_and_another(visitor, client, gallery):
+    visitor.page.get_by_role("button", name=SHAPES[1][0], exact=True).last.click()
+    visitor.drawn()
+    visitor.press("Vary")
+    visitor.page.wait_for_selector(".recipe :text('Variation')")
+    visitor.drawn()
+    job = latest(client)
+    assert job["request"]["seed"] == 5 and job["request"]["variation"]["strength"] == 0.25
+    near, own = picture(client, job), picture(client, gallery[1])
+    other = picture(client, gallery[0])
+    assert 0 < np.abs(near - own).mean() < np.abs(other - own).mean()
+
+
+def test_settings_are_taken_with_what_the_form_has_no_place_for(visitor, client):
+    request = {
+        "prompt": "a blue ring", "negative": "metal", "seed": 9, "steps": 3, "guidance": 4.5, "sampler": "heun",
+        "schedule": "karras", "size": [192, 128], "eta": 0.5,
+    }  # fmt: skip
+    del request["eta"]
+    request["guidance_interval"] = [0.5, 1.0]
+    client.wait(client.submit(request)["id"])
+    visitor.page.reload()
+    visitor.ready().drawn()
+    visitor.press("Take settings")
+    visitor.page.wait_for_selector("#carried:not([hidden])")
+    assert "guidance_interval" in visitor.text("#carried")
+    visitor.draw().drawn()
+    assert latest(client)["request"] == request

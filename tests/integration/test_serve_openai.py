@@ -1,0 +1,86 @@
+"""OpenAI's Python client, and what it counts on."""
+
+from __future__ import annotations
+
+import base64
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import noise
+from serving import PROMPT, opened, png, same
+from sfumato import Request
+
+pytestmark = pytest.mark.full  # a server of its own
+
+
+@pytest.fixture(scope="module")
+def client(server, ring):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=server.url + "/v1", api_key=ring[1]["a"], max_retries=0)
+
+
+def test_openai_draws(client, pocket):
+    answer = client.images.generate(
+        model="pocket", prompt=PROMPT, n=2, size="64x64", extra_body={"seed": 5, "steps": 3}
+    )
+    local = pocket.generate(Request(PROMPT, seed=5, steps=3, count=2, size=(64, 64)))
+    for shown, picture in zip(answer.data, local.images, strict=True):
+        assert same(opened(base64.b64decode(shown.b64_json)), picture)
+    assert answer.usage.receipt["charged_micros"] > 0 and answer.usage.total_tokens == 0
+    assert [model.id for model in client.models.list()] == ["pocket"]
+
+
+def test_openai_watches_a_picture_form(client):
+    events = list(
+        client.images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body={"steps": 6})
+    )
+    assert [e.type for e in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert opened(base64.b64decode(events[0].b64_json)).size == (128, 128)
+    assert events[-1].usage.receipt["pictures"] == 1
+
+
+def test_openai_edits_inside_what_is_transparent(client):
+    start = noise(128, 128)
+    mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (40, 40, 80, 80))
+    answer = client.images.edit(
+        image=("a.png", png(start)), mask=("m.png", png(mask)), prompt=PROMPT, extra_body={"steps": 3}
+    )
+    drawn = np.asarray(opened(base64.b64decode(answer.data[0].b64_json)))
+    kept = np.ones((128, 128), bool)
+    kept[40:80, 40:80] = False
+    assert (drawn[kept] == np.asarray(start)[kept]).all() and (drawn != np.asarray(start)).any()
+
+
+def test_openai_s_errors_are_its_own(client, server):
+    import openai
+
+    for wrong, code in (
+        ({"size": "100x100"}, "bad_input"),
+        ({"n": 11}, "bad_input"),
+        ({"model": "x"}, "model_not_found"),
+    ):
+        with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as refused:
+            client.images.generate(**({"prompt": PROMPT} | wrong))
+        assert refused.value.code == code
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=server.url + "/v1", api_key="no", max_retries=0).models.list()
+
+
+def test_a_client_that_tries_again_gets_the_job_it_has(a, server):
+    body = {"prompt": "a client that tries again", "steps": 60}
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(a.post, "/v1/images/generations", body)
+        time.sleep(0.3)
+        again = pool.submit(a.post, "/v1/images/generations", body, headers={"x-stainless-retry-count": "1"})
+    answers = first.result().json(), again.result().json()
+    assert answers[0]["data"] == answers[1]["data"]
+    assert sum("tries again" in job["request"] for job in server.jobs()) == 1
+    later = a.post("/v1/images/generations", body, headers={"x-stainless-retry-count": "2"}).json()
+    assert later["data"] == answers[0]["data"]
+    fresh = a.post("/v1/images/generations", body).json()
+    assert fresh["data"] != answers[0]["data"]  # who asks anew gets another seed
