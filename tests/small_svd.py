@@ -18,9 +18,12 @@ from sfumato.families.published.openers import blank
 from sfumato.families.svd import folder, keys
 from sfumato.families.svd.family import FAMILY
 from sfumato.families.svd.shapes import IMAGE_ENCODER, SYSTEMS, System
+from sfumato.families.svd.system import open_system
+from sfumato.generate import Model
 from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
 from sfumato.storage import save_tensors, write_json
 from sfumato.text.vision import ClipVisionConfig, ClipVisionEncoder
+from sfumato.types import Clip, Request
 
 SIZE = (64, 48)  # pixels; the small autoencoder has a factor of 4
 VISION = ClipVisionConfig(
@@ -106,3 +109,20 @@ def original(kind: str = "svd", seed: int = 5) -> dict[str, torch.Tensor]:
 def picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
     random = np.random.default_rng(seed)
     return Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+CPU = torch.device("cpu")
+REQUEST = Request(image=picture(), seed=3, steps=2, frames=3)
+
+
+def opened(path: Path, dtype: torch.dtype = torch.float32, **options) -> Model:
+    return Model(open_system(path, CPU, dtype, systems=SMALL, **options), CPU, "small")
+
+
+def sampled(model: Model, request: Request = REQUEST) -> torch.Tensor:
+    request = model.complete(request)
+    return model.sample(model.condition(request), request.seeds(), request)
+
+
+def frames_of(count: int = 3, size: tuple[int, int] = SIZE) -> Clip:
+    return Clip(tuple(picture(size, seed) for seed in range(count)), 12.0)

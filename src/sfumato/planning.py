@@ -32,6 +32,22 @@ def tells(model: Model) -> bool:
     return all(each.system.traces and each.system.engine == "torch" for each in models(model))
 
 
+def tells_clips(model: Model) -> bool:
+    """Whether a model that tells no plan of pictures, and is open already, tells one of clips."""
+    return model.system.traces_clips
+
+
+def plan_clip(model: Model, request: Request, limit: int | None = None) -> MemoryPlan:
+    """The plan of drawing a clip with a model that `tells_clips`, all of it in memory."""
+    request = model.complete(request)
+    with model.precision():
+        stages = model.system.trace_clip(request)
+    place = model.device
+    held = max(0, resident() - stages[0].weights) if place.type == "cpu" else 0  # the weights are in it
+    dtype = str(model.dtype).removeprefix("torch.")
+    return MemoryPlan(place.type, dtype, "none", held, stages, available(place), limit)
+
+
 def models(model: Model) -> list[Model]:
     """The model and its refiner, if it has one."""
     return [model] if model.refiner is None else [model, model.refiner]
@@ -152,6 +168,28 @@ def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
         + (
             f"what fits: {' or '.join(ways)}" if ways else "no smaller size or type fits: a smaller model may"
         ),
+        argument="memory",
+    )
+
+
+def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputError:
+    """What to say of a clip's plan that does not fit, with what would: a smaller size, or fewer frames."""
+    request = model.complete(request)
+    assert request.size is not None and request.frames is not None
+    ways = []
+    half = nearest_size((request.size[0] // 2, request.size[1] // 2), model.system.config.multiple)
+    smaller, fewer = (
+        replace(request, size=half),
+        replace(request, frames=1 + 4 * max(1, (request.frames - 1) // 8)),
+    )
+    for option, other in ((f"--size {by(half)}", smaller), (f"--frames {fewer.frames}", fewer)):
+        if other != request and (least := plan_clip(model, other, found.limit)).fits:
+            ways.append(f"{option} ({shown(least.peak)})")
+    whose = "--memory allows" if found.allowed == found.limit else "are there"
+    return InputError(
+        f"drawing {request.frames} frames of {by(request.size)} needs {shown(found.peak)} of memory, and "
+        f"{shown(found.allowed)} {whose}; "
+        + (f"what fits: {' or '.join(ways)}" if ways else "no shorter or smaller clip fits"),
         argument="memory",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,14 @@ from helpers import noise
 from sfumato import load
 from sfumato.data.clips import ClipFolder
 from sfumato.errors import DataError, InputError
-from sfumato.families.pocket import save_folder
+from sfumato.families.pocket import continued_video, fresh_video, save_folder
 from sfumato.train import run
 from sfumato.train.recipe import read_recipe
 from sfumato.train.video import VideoJob, film_loss
-from sfumato.train.video_data import Clips
+from sfumato.train.video_data import ClipBatch, Clips
 from sfumato.types import Clip, Request
 from sfumato.video.write import staged, write_clip
-from small_video import picture_system
+from small_video import VIDEO, picture_system
 
 RECIPE = """
 name = "v"
@@ -140,6 +141,57 @@ def test_what_is_known_is_shown_clean_and_asked_for_nothing(recipe, tmp_path):
     assert (seen["time"][1, :2] == 0).all() and (seen["time"][1, 2] > 0) and (seen["time"][0] > 0).all()
 
 
+def test_what_moves_counts_more_where_that_is_asked(recipe, tmp_path):
+    """A still clip's loss is the same whatever `moving` is; an error where something has moved counts more with it."""
+    own = read_recipe(recipe).video
+    moved = torch.zeros(1, 4, 3, 4, 4)
+    moved[:, :, 1:, 0, 0] = 3.0
+
+    def loss(latents: torch.Tensor, moving: float) -> float:
+        batch = ClipBatch(latents, torch.zeros(1, 2).long(), torch.ones(1, 2).bool(), torch.tensor([1]))
+        error = torch.zeros(4, 4)
+        error[0, 0] = 1.0  # wrong in one cell
+
+        def net(x, time, ids, mask):
+            level = time.clamp(min=1e-3).view(1, 1, -1, 1, 1)
+            return (x - latents) / level + error  # the flow itself, and an error
+
+        changed = replace(own, loss=replace(own.loss, moving=moving))
+        return float(film_loss(net, batch, changed, torch.Generator().manual_seed(0)))
+
+    assert loss(torch.zeros(1, 4, 3, 4, 4), 5.0) == pytest.approx(1 / 16, rel=1e-3)
+    assert loss(moved, 0.0) == pytest.approx(1 / 16, rel=1e-3)
+    weight = 1 + 5.0 * 9 / 10
+    assert loss(moved, 5.0) == pytest.approx(weight / (weight + 15), rel=1e-3)
+
+
+def test_a_run_goes_on_from_a_model_of_clips_on_turned_ones(recipe, tmp_path):
+    first = run(recipe, out=tmp_path / "first")
+    given = {"video.init": str(first), "video.turned": True, "video.plain": 0.5}
+    still = run(recipe, out=tmp_path / "still", overrides={**given, "video.train.lr": 0.0})
+    before, after = load(first), load(still)
+    assert after.system.config.video.words == before.system.config.video.words
+    assert after.clip_hashes["temporal"] == before.clip_hashes["temporal"]
+    old, new = (model.system.video.animator for model in (before, after))
+    assert torch.equal(old.dit.latent_in.weight, new.dit.latent_in.weight)
+    run(
+        recipe, out=tmp_path / "still", overrides={**given, "video.train.lr": 0.0}
+    )  # finished, and not refused
+    with pytest.raises(InputError, match="no model of clips"):
+        run(recipe, out=tmp_path / "none", overrides={"video.init": str(tmp_path / "base")})
+
+
+def test_words_that_were_hardly_learnt_are_set_apart_anew():
+    system = fresh_video(picture_system(), VIDEO)
+    size = float(system.denoiser.text.embedding.weight.std())
+    assert float(system.video.animator.words.std()) == pytest.approx(size, rel=0.3)
+    with torch.no_grad():
+        system.video.animator.words[0] *= 1e-3
+    went_on = continued_video(system, VIDEO).video.animator.words
+    assert torch.equal(went_on[1], system.video.animator.words[1])
+    assert float(went_on[0].detach().std()) == pytest.approx(size, rel=0.5)
+
+
 def test_the_loss_falls(recipe, tmp_path):
     folder = run(recipe, out=tmp_path / "run", overrides={"video.train.steps": 40, "video.train.lr": 2e-3})
     rows = (folder / "video" / "log.csv").read_text().splitlines()
@@ -156,6 +208,8 @@ def test_the_loss_falls(recipe, tmp_path):
         ({"video.short": 17}, "video.short"),
         ({"video.loss.known": [0.5, 0.2, 0.2, 0.1]}, "video.loss.known"),
         ({"video.shared": 2.0}, "video.shared"),
+        ({"video.plain": -0.1}, "video.plain"),
+        ({"video.loss.moving": -1.0}, "video.loss.moving"),
         ({"video.fast": 1}, "video.fast"),
     ],
 )

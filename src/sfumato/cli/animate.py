@@ -124,11 +124,19 @@ def animate(
     offload: options.Offload = None,
     preview: options.Preview = False,
     as_json: options.AsJson = False,
+    lora: Annotated[list[str] | None, Option(hidden=True)] = None,
+    controlnet: Annotated[list[str] | None, Option(hidden=True)] = None,
 ) -> None:
     """Draw clips: set a picture in motion, or draw from a prompt. Each file carries its recipe."""
     from sfumato.receipts.clips import check_output
     from sfumato.types import Request
 
+    for name, value in (("lora", lora), ("controlnet", controlnet)):
+        if value:
+            raise InputError(
+                f"--{name} is for pictures (sfumato generate): no model of clips takes one; leave it out",
+                argument=name,
+            )
     given = fields.given(context, without=("guidance",))
     if guidance is not None:
         given |= parse.guidance(guidance)

@@ -1,4 +1,4 @@
-"""`sfumato cost`: what pictures cost, told before they are drawn; this machine measured; latents beside pixels."""
+"""`sfumato cost`: what pictures and clips cost, told before they are drawn; a machine measured; latents and pixels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sfumato.cli import options, parse, show
+from sfumato.errors import InputError
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
@@ -25,6 +26,9 @@ def cost(
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
     hires: options.Hires = None,
+    frames: Annotated[
+        str | None, typer.Option(metavar="N", help="Of a clip of so many frames, for models that draw clips.")
+    ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     calibrate: Annotated[
@@ -53,7 +57,7 @@ def cost(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Say what pictures will cost: FLOPs, seconds, memory, energy and money, by stage. Nothing is drawn."""
+    """Say what pictures or clips will cost: FLOPs, seconds, memory, energy and money, by stage. Nothing is drawn."""
     from sfumato.receipts.machine import read_machine, with_price, write_machine
     from sfumato.types import Request
 
@@ -86,6 +90,9 @@ def cost(
         dtype=None if dtype is None else parse.dtype(dtype, parse.DRAWN),
         offload=None if calibrate or pixels else "auto",
     )
+    request = _moving(opened, request, None if frames is None else parse.whole("frames", frames))
+    if pixels and request.moves:
+        raise InputError("a twin in pixel space draws pictures; leave out --frames", argument="frames")
     if pixels:
         _show_pixels(opened, request, machine, as_json)
         return
@@ -93,6 +100,23 @@ def cost(
         machine = _calibrated(opened, machine)
         write_machine(machine)
     _show_estimate(opened, request, machine, as_json)
+
+
+def _moving(model: Model, request: Request, frames: int | None) -> Request:
+    """The request as one for a clip, where frames are asked for or the model draws nothing else; it begins with a
+    picture where the model sets one in motion."""
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from sfumato.drawing.clips import as_clip
+
+    animates = model.system.animates
+    if frames is None and not animates:
+        return request
+    if animates:
+        request = replace(request, prompt="", image=Image.new("RGB", request.size or model.preset["size"]))
+    return as_clip(model, replace(request, frames=frames))
 
 
 def _calibrated(model: Model, machine: Machine) -> Machine:
@@ -110,15 +134,15 @@ def _show_estimate(model: Model, request: Request, machine: Machine, as_json: bo
     request = model.complete(request)
     if as_json:
         told = {"model": model.name, "size": list(request.size or ()), "steps": request.steps}
+        told |= {"frames": request.frames} if request.moves else {}
         show.answer({**told, "dtype": str(model.dtype).removeprefix("torch."), **bill})
         return
     seconds = bill["seconds"] or {}
     rows = [[stage, _flops(flops), _seconds(seconds.get(stage))] for stage, flops in bill["flops"].items()]
     rows.append(["in all", _flops(sum(bill["flops"].values())), _seconds(bill["total_seconds"])])
     width, height = request.size or (0, 0)
-    show.table(
-        f"{model.name}: {request.count} of {width}x{height}, {request.steps} steps", ["", "FLOPs", "s"], rows
-    )
+    what = f"{request.count} of {f'{request.frames} frames of ' if request.moves else ''}{width}x{height}"
+    show.table(f"{model.name}: {what}, {request.steps} steps", ["", "FLOPs", "s"], rows)
     if bill["peak_bytes"]:
         show.line(f"memory: {_mebibytes(bill['peak_bytes'])} at most")
     if bill["joules"] is not None:

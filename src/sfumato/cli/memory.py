@@ -27,6 +27,11 @@ def planned(
     from sfumato.memory import leave_no_holes
 
     if not planning.tells(model):
+        if request.moves and planning.tells_clips(model) and (told or limit is not None) and offload is None:
+            found = planning.plan_clip(model, request, limit)
+            if not found.fits:
+                raise planning.refusal_of_clip(model, request, found)
+            return model, found
         packaged = not model.system.traces
         why = f"{model.name!r} is small" if packaged else "what another engine takes is not known"
         asked = {"plan": told, "memory": limit is not None, "offload": packaged and offload is not None}

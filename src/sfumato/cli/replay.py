@@ -1,8 +1,9 @@
-"""`sfumato replay`: a picture made again from the recipe it carries, and compared."""
+"""`sfumato replay`: a picture or a clip made again from the recipe it carries, and compared."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,12 +25,12 @@ UNLIKE = 3  # exit code of --verify
 
 
 def replay(
-    file: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture that sfumato drew.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture or a clip that sfumato drew.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the new picture there.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the new one there.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help=f"Exit with {UNLIKE} when the new picture is another.")
+        bool, typer.Option("--verify", help=f"Exit with {UNLIKE} when the new one is another.")
     ] = False,
     picture: Annotated[
         list[Path] | None,
@@ -55,19 +56,20 @@ def replay(
     deterministic: options.Deterministic = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Draw a picture again from its recipe, and say how near it comes and which ingredient is another.
+    """Draw a picture or a clip again from its recipe, and say how near it comes and which ingredient is another.
 
     Weights are named by their hashes, so files may lie anywhere; give those that the recipe names.
     """
-    from sfumato.receipts.provenance import check_output, read_recipe
-    from sfumato.receipts.replay import changed, difference
+    from sfumato.receipts import clips, provenance
+    from sfumato.receipts.replay import changed, difference_of_clips
 
-    recipe = read_recipe(file)
-    before = parse.picture("picture", file)
-    request = _request(recipe, file, [parse.picture("picture", each) for each in picture or ()])
+    recipe, before = _read(file)
+    request = _request(recipe, file, _pictures(picture or ()))
     adapters = loras.given(lora or [])
-    if output is not None:
-        check_output(output, 1, request)
+    if output is not None and request.moves:
+        clips.check_output(output)
+    elif output is not None:
+        provenance.check_output(output, 1, request)
     if deterministic:
         from sfumato.runtime import deterministic as ask
 
@@ -99,13 +101,45 @@ def replay(
             bar.update(task, completed=step.index + 1, total=step.total)
 
         result = opened.generate(request, on_step=watch)
-    found = difference(before, _written(result, file.suffix))
+    now = _written(result, file)
+    found = difference_of_clips(before, now)
     others = changed(recipe, result.recipe)
     if output is not None:
         result.save(output)
-    _tell(before, result.images[0], found, others, as_json)
+    _tell(before, now, found, others, as_json)
     if verify and (found is None or found.verdict == "different"):
         raise typer.Exit(UNLIKE)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Sequence[Image]]:
+    """The recipe in a file, and the picture or the frames that are there."""
+    from sfumato.receipts import clips, provenance
+    from sfumato.video.formats import BY_PYAV
+    from sfumato.video.read import read_clip
+
+    moving = file.is_dir() or file.suffix.lower().removeprefix(".") in (*BY_PYAV, "gif")
+    recipe = clips.read_recipe(file) if moving else provenance.read_recipe(file)
+    said = recipe.get("request")
+    moving = moving or (isinstance(said, dict) and "frames" in said)  # a WebP may be either
+    if not moving:
+        return recipe, [parse.picture("picture", file)]
+    fps = said.get("fps") if isinstance(said, dict) else None
+    given = float(fps) if file.is_dir() and isinstance(fps, int | float) else None
+    return recipe, read_clip(file, argument="file", fps=given).frames
+
+
+def _pictures(files: Sequence[Path]) -> list[Image]:
+    """Pictures that drawing may have begun with, and the frames of clips."""
+    from sfumato.video.formats import BY_PYAV
+    from sfumato.video.read import read_clip
+
+    found: list[Image] = []
+    for file in files:
+        if file.suffix.lower().removeprefix(".") in (*BY_PYAV, "gif"):
+            found += read_clip(file, argument="picture").frames
+        else:
+            found.append(parse.picture("picture", file))
+    return found
 
 
 def _request(recipe: dict[str, Any], file: Path, pictures: list[Image]) -> Request:
@@ -158,24 +192,37 @@ def _opened(recipe: dict[str, Any], file: Path, model: str | None, *, dtype: str
     )
 
 
-def _written(result: Result, suffix: str) -> Image:
-    """The new picture as a file of that kind has it: a JPEG keeps less than a picture is."""
-    if suffix.lower() not in (".jpg", ".jpeg"):
-        return result.images[0]
+def _written(result: Result, file: Path) -> Sequence[Image]:
+    """The new picture, or frames, as a file of that kind has them: a JPEG or a film keeps less than was drawn."""
+    from sfumato.video.read import read_clip
+
+    suffix = file.suffix.lower()
+    if not result.clips and suffix not in (".jpg", ".jpeg"):
+        return result.images
+    if result.clips and suffix in ("", ".webp"):
+        return result.clips[0].frames
     with tempfile.TemporaryDirectory() as place:
-        return parse.picture("picture", result.save(Path(place) / f"again{suffix}")[0])
+        again = result.save(Path(place) / f"again{suffix}")[0]
+        return read_clip(again).frames if result.clips else [parse.picture("picture", again)]
 
 
-def _tell(before: Image, now: Image, found: Difference | None, others: list[Changed], as_json: bool) -> None:
+def _tell(
+    before: Sequence[Image],
+    now: Sequence[Image],
+    found: Difference | None,
+    others: list[Changed],
+    as_json: bool,
+) -> None:
     if as_json:
         told = {"verdict": "different"} if found is None else found.to_dict()
         ingredients = [{"name": each.name, "before": each.before, "now": each.now} for each in others]
-        show.answer({**told, "size": list(now.size), "changed": ingredients})
+        clip = {"frames": len(now)} if len(now) > 1 else {}
+        show.answer({**told, "size": list(now[0].size), **clip, "changed": ingredients})
         return
     if found is None:
-        show.line(f"different: {before.width}x{before.height} then, {now.width}x{now.height} now")
+        show.line(f"different: {_shape(before)} then, {_shape(now)} now")
     elif found.verdict == "identical":
-        show.line(f"identical: every value of {now.width}x{now.height} pixels")
+        show.line(f"identical: every value of {_shape(now)} pixels")
     else:
         show.line(
             f"{found.verdict}: {found.share:.2%} of the values differ, by at most {found.most} of 255 ("
@@ -183,3 +230,8 @@ def _tell(before: Image, now: Image, found: Difference | None, others: list[Chan
         )
     for each in others:
         show.line(f"changed: {each.describe()}")
+
+
+def _shape(frames: Sequence[Image]) -> str:
+    width, height = frames[0].size
+    return f"{width}x{height}" if len(frames) == 1 else f"{len(frames)} frames of {width}x{height}"

@@ -177,6 +177,11 @@ class DrawingSystem:
         return 0.0
 
     @property
+    def traces_clips(self) -> bool:
+        """Whether `trace_clip` tells what drawing a clip takes, of a model that `traces` no pictures."""
+        return False
+
+    @property
     def window(self) -> tuple[int, int] | None:
         """(latents of a clip that it draws together, how many of them are known where a film goes on). A longer clip is
         drawn in such pieces, and `Conditioning.channels` says what is known. None: it draws clips whole.

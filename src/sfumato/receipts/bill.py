@@ -190,6 +190,8 @@ def _bill(
 
 def _planned_bytes(model: Model, request: Request) -> int | None:
     """Of the plan that fits, or of the least; of a small model of our own none is made."""
+    if request.moves and planning.tells_clips(model):
+        return planning.plan_clip(model, request).peak
     return planning.plan(model, request).peak if planning.tells(model) else None
 
 

@@ -1,9 +1,9 @@
-"""A picture made again from its recipe: how near the new one comes, and which ingredients are others now."""
+"""A picture or clip made again from its recipe: how near the new one comes, and which ingredients are others now."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ SAID = ("dtype", "text_dtype", "engine", "device", "sfumato", "torch", "python")
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two pictures of one size. most, mean: of the values, of 255. share: of the values that differ at all.
+    """Between two pictures of one size, or two clips of as many frames. most, mean: of the values, of 255. share: of
+    those that differ at all.
 
     far: the share of those that differ by more than `NEAR`. psnr: dB, infinite for equal ones.
     """
@@ -63,15 +64,22 @@ class Changed:
 
 def difference(before: Image, now: Image) -> Difference | None:
     """Between two pictures as RGB; None where they have other sizes."""
-    if before.size != now.size:
+    return difference_of_clips([before], [now])
+
+
+def difference_of_clips(before: Sequence[Image], now: Sequence[Image]) -> Difference | None:
+    """Between the frames of two clips as RGB, over all of them; None of other sizes, or of another number of them."""
+    if [frame.size for frame in before] != [frame.size for frame in now]:
         return None
-    first, second = (np.asarray(picture.convert("RGB"), dtype=np.int16) for picture in (before, now))
-    off = np.abs(first - second)
-    square = float(np.square(off.astype(np.float64)).mean())
-    psnr = math.inf if square == 0 else 10 * math.log10(255**2 / square)
-    return Difference(
-        int(off.max()), float(off.mean()), float((off > 0).mean()), float((off > NEAR).mean()), psnr
-    )
+    count = most = total = square = off_at_all = far = 0
+    for one, other in zip(before, now, strict=True):
+        first, second = (np.asarray(frame.convert("RGB"), dtype=np.int64) for frame in (one, other))
+        off = np.abs(first - second)
+        count, most = count + off.size, max(most, int(off.max()))
+        total, square = total + int(off.sum()), square + int(np.square(off).sum())
+        off_at_all, far = off_at_all + int((off > 0).sum()), far + int((off > NEAR).sum())
+    psnr = math.inf if square == 0 else 10 * math.log10(255**2 * count / square)
+    return Difference(most, total / count, off_at_all / count, far / count, psnr)
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Changed]:

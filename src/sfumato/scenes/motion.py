@@ -54,9 +54,12 @@ class Course:
         return replace(obj, position=place, velocity=self.velocity, hop=self.hop, phase=self.phase)
 
 
-def course(random: Random, camera: Camera, split: str, first: bool) -> Course:
-    """How an object goes; of the split "motions" the first one goes as no training clip shows."""
+def course(random: Random, camera: Camera, split: str, first: bool, plain: bool = False) -> Course:
+    """How an object goes; of the split "motions" the first one goes as no training clip shows. Of a plain scene the
+    first one goes straight ahead on the floor, and no other moves."""
     forced = first and split == "motions"
+    if plain:
+        return _straight(random, camera, forced) if first else Course()
     if not forced and random.random() < REST[0 if first else 1]:
         return Course()
     kind = "straight" if forced else pick(random, list(KINDS), list(KINDS.values()))
@@ -66,18 +69,23 @@ def course(random: Random, camera: Camera, split: str, first: bool) -> Course:
         angle, radius = between(random, 0, 2 * math.pi), between(random, *ORBIT)
         turn = between(random, *RATE) * pick(random, (-1, 1))
         return Course(turn=turn, away=(radius * math.cos(angle), radius * math.sin(angle)))
+    straight = _straight(random, camera, forced)
+    if forced or random.random() >= HOPPING:
+        return straight
+    return replace(straight, hop=between(random, *HOP), phase=random.random())
+
+
+def _straight(random: Random, camera: Camera, held: bool) -> Course:
+    """Straight ahead; `held`: as fast, in such a direction, as no training clip shows."""
     choices = [(s, d) for s in SPEEDS for d in STRAIGHT]
-    pace, direction = pick(random, [c for c in choices if (c in HELD_MOTIONS) == forced])
+    pace, direction = pick(random, [c for c in choices if (c in HELD_MOTIONS) == held])
     speed, slant = between(random, *SPEED[pace]), between(random, -0.3, 0.3)
     right, away = {"left": (-1, slant), "right": (1, slant), "toward": (slant, -1), "away": (slant, 1)}[
         direction
     ]
     scale = speed / math.hypot(right, away)
     ca, sa = math.cos(camera.azimuth), math.sin(camera.azimuth)
-    velocity = ((ca * right + sa * away) * scale, (-sa * right + ca * away) * scale)
-    if forced or random.random() >= HOPPING:
-        return Course(velocity)
-    return Course(velocity, hop=between(random, *HOP), phase=random.random())
+    return Course(((ca * right + sa * away) * scale, (-sa * right + ca * away) * scale))
 
 
 def moving_camera(random: Random, camera: Camera) -> Camera:

@@ -46,10 +46,12 @@ def sample_scene(
     objects: tuple[int, int] = (1, 5),
     frames: int = 1,
     fps: float = 8.0,
+    plain: float = 0.0,
 ) -> Scene:
     """The scene of a seed in a split: the same arguments give the same scene, forever.
 
-    objects: fewest and most objects, within 1 … 5; frames > 1 sets some of the objects in motion. Every object lies
+    objects: fewest and most objects, within 1 … 5; frames > 1 sets some of the objects in motion; plain: share of these
+    scenes in which one goes straight ahead and all else, the camera too, stands still. Every object lies
     whole in the picture, apart from the others and mostly visible, in all frames. Raises `InputError`.
     """
     low, high = objects
@@ -65,11 +67,12 @@ def sample_scene(
     random = Random(seed)
     counts = range(low, high + 1)
     count = pick(random, list(counts), [COUNT_WEIGHTS[n - 1] for n in counts])
+    bare = plain > 0 and random.random() < plain
     for _ in range(ATTEMPTS):
         camera = _camera(random)
-        if frames > 1:
+        if frames > 1 and not bare:
             camera = moving_camera(random, camera)
-        placed = _place(random, _kinds(random, count, split), camera, split, frames, fps)
+        placed = _place(random, _kinds(random, count, split), camera, split, frames, fps, bare)
         if placed is None:
             continue
         scene = Scene(placed, camera, *_studio(random, camera), frames=frames, fps=fps)
@@ -139,7 +142,15 @@ def _studio(random: Random, camera: Camera) -> tuple[Light, Floor]:
     return light, Floor(floor, backdrop, ambient)
 
 
-def _place(random, kinds, camera: Camera, split: str, frames: int, fps: float) -> tuple[Object, ...] | None:
+def _place(
+    random: Random,
+    kinds: list[tuple[str, str, str, str]],
+    camera: Camera,
+    split: str,
+    frames: int,
+    fps: float,
+    plain: bool,
+) -> tuple[Object, ...] | None:
     """Put the objects on the floor one by one, or None if one finds no place."""
     seconds = (frames - 1) / fps
     ca, sa = math.cos(camera.azimuth), math.sin(camera.azimuth)
@@ -148,7 +159,7 @@ def _place(random, kinds, camera: Camera, split: str, frames: int, fps: float) -
         radius = RADIUS[size]
         tint = (between(random, 0.94, 1.06), between(random, 0.94, 1.06), between(random, 0.94, 1.06))
         yaw = between(random, 0, 2 * math.pi)
-        way = course(random, camera, split, first=not placed) if frames > 1 else None
+        way = course(random, camera, split, not placed, plain) if frames > 1 else None
         for _ in range(24):
             right, away = between(random, -2.3, 2.3), between(random, -2.2, 2.4)
             if way == Course():

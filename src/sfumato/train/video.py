@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.autoencoder.causal import Causal
+from sfumato.autoencoder.causal import Causal, latents_of
 from sfumato.autoencoder.metrics import psnr
 from sfumato.data.clips import ClipFolder
 from sfumato.data.latents import LatentCache, Shard, build_latents, write_shard
 from sfumato.data.scenes import SceneSource
-from sfumato.data.source import to_float
+from sfumato.data.source import Source, to_float
+from sfumato.data.turned import MirroredFrames, TurnedClips
 from sfumato.diffusion.loss import flow_density, spread
 from sfumato.errors import InputError
 from sfumato.families import family_named
@@ -47,6 +48,11 @@ RENDERED, SHARD = 8, 256  # clips rendered and encoded at a time, and what a kil
 JOINED = 64  # clips of which latents are joined at a time
 SHEET = 4  # clips of a sheet
 WORDS_FROM = 4_000  # captions that words are learnt from
+LATER = (
+    "init",
+    "plain",
+    "turned",
+)  # what recipes say since runs have names; the default is what they were without it
 
 
 @dataclass
@@ -64,14 +70,14 @@ class VideoJob(Job):
         """The run's folder, in which the model is."""
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.recipe.seed)
-        source = self.clips(self.recipe.data.split, self.recipe.data.count)
+        source = self.clips(self.recipe.data.split, self.recipe.data.count, self.own.turned)
         self.note(f"{len(source):,} clips of {self.own.frames} frames")
-        system = self.family.fresh_video(self.base, self.config(source))
+        system = self.begun(source)
         frames = self.frames(source)
         peak = matmul_peak(self.device, fast_dtype(self.device), 0.6)
         temporal = self.codec(system.video.temporal, frames, peak)
         system = replace(system, video=replace(system.video, temporal=temporal))
-        latents = self.latents(temporal, frames)
+        latents = self.latents(temporal, frames, source)
         place = self.folder / "video"
         clips = Clips(source, latents, system.clip_tokenizer, self.own, self.recipe.seed, self.device)
         task = VideoTask(self, system, clips)
@@ -96,19 +102,48 @@ class VideoJob(Job):
             raise InputError("a model that learns clips must predict the flow", argument="video.base")
         return system
 
+    def begun(self, source: ClipSource) -> Any:
+        """The system that learns, at its start: of the recipe's `init`, or the base with fresh parts."""
+        if not self.own.init:
+            return self.family.fresh_video(self.base, self.config(source))
+        given = load(self.own.init, str(self.device)).system
+        if getattr(given, "video", None) is None or given.hashes() != self.base.hashes():
+            raise InputError(
+                f"{self.own.init!r} is no model of clips of {self.own.base!r}; give one of the same base, or none",
+                argument="video.init",
+            )
+        video = replace(
+            given.config.video,
+            frames=self.own.frames,
+            fps=self.own.fps,
+            window=latents_of(self.own.frames),
+            shared=self.own.shared,
+            context=self.context,
+        )
+        return self.family.continued_video(given, video)
+
+    @property
+    def context(self) -> int:
+        """Latents that are known where a film goes on, as many as training showed at most."""
+        return max(1, min(len(self.own.loss.known) - 1, latents_of(self.own.frames) - 1))
+
     @property
     def family(self) -> Any:
         return family_named(self.recipe.family)
 
-    def clips(self, split: str, count: int) -> ClipSource:
-        """The clips of the recipe: scenes of a split, which are rendered as they are asked for, or a folder's."""
+    def clips(self, split: str, count: int, turned: bool = False) -> ClipSource:
+        """The clips of the recipe: scenes of a split, which are rendered as they are asked for, perhaps with all that
+        they are when turned, or a folder's."""
         d, own = self.recipe.data, self.own
         if d.kind == "scenes":
             options = {"objects": list(d.objects)}
             if own.fps != 8.0:
                 options["fps"] = own.fps
             device = self.device.type
-            return SceneSource(count, d.seed, split, d.size, own.frames, device=device, options=options)
+            if own.plain:
+                options["plain"] = own.plain
+            scenes = SceneSource(count, d.seed, split, d.size, own.frames, device=device, options=options)
+            return TurnedClips(MirroredFrames(scenes)) if turned else scenes
         if not d.path:
             raise InputError(
                 "no clips were named: give --data DIR, or data.path in the recipe", argument="data"
@@ -120,40 +155,40 @@ class VideoJob(Job):
         texts = (source.caption(i, 0) for i in range(min(len(source), WORDS_FROM)))
         known = set(self.base.config.words)
         words = [word for word in learn_words(texts, len(known) + self.own.vocabulary) if word not in known]
-        lengths = 1 + (self.own.frames - 1) // 4
         temporal = replace(self.own.temporal, channels=self.base.config.autoencoder.channels)
         return self.family.VideoConfig(
             temporal=temporal,
             words=tuple(words[: self.own.vocabulary]),
             frames=self.own.frames,
             fps=self.own.fps,
-            window=lengths,
+            window=latents_of(self.own.frames),
             shared=self.own.shared,
-            context=max(1, min(len(self.own.loss.known) - 1, lengths - 1)),
+            context=self.context,
         )
 
     # --- latents of frames -----------------------------------------------------------------------------------
 
     def frames(self, source: ClipSource) -> LatentCache:
-        """Every frame's latent, made once: (C, frames, H, W) of each clip."""
+        """Every frame's latent, made once: (C, frames, H, W) of each clip, those that run backwards aside."""
+        rendered: Source = source.base if isinstance(source, TurnedClips) else source
         digest = tensors_hash(self.base.autoencoder.state_dict())
         place = self.folder / "frames" / digest[:16]
         if self.world.leads:
             build_latents(
-                source,
+                rendered,
                 self.encode,
                 digest,
                 place,
                 RENDERED,
                 self.progress("rendering"),
                 shard_rows=SHARD,
-                write=functools.partial(self._side_by_side, source) if self.device.type == "cpu" else None,
+                write=functools.partial(self._side_by_side, rendered) if self.device.type == "cpu" else None,
             )
         self.world.wait()
-        return LatentCache(place, source, digest)
+        return LatentCache(place, rendered, digest)
 
     def _side_by_side(
-        self, source: ClipSource, shards: Sequence[Shard], batch: int, told: Callable[[int], None]
+        self, source: Source, shards: Sequence[Shard], batch: int, told: Callable[[int], None]
     ) -> Iterator[None]:
         """Render and encode as many shards at a time as there are threads: a renderer's steps are short."""
         gate = threading.Lock()
@@ -181,6 +216,9 @@ class VideoJob(Job):
 
     def codec(self, model: Causal, frames: LatentCache, peak: float) -> Causal:
         """Train the layers between frames, or read the finished ones; measured on clips not seen."""
+        if self.own.init:
+            self.note(f"as they are in {self.own.init}", "temporal")
+            return model.to(self.device).eval().requires_grad_(False)
         place, identity, train = self.folder / "temporal", self.identity("temporal"), self.own.codec
         finished = place / f"final-{identity[:12]}-{train.steps}.safetensors"
         done = finished.exists()
@@ -229,22 +267,28 @@ class VideoJob(Job):
         )
 
     @torch.no_grad()
-    def latents(self, temporal: Causal, frames: LatentCache) -> Tensor:
+    def latents(self, temporal: Causal, frames: LatentCache, source: ClipSource) -> Tensor:
         """(M, C, 1 + k, H, W) float16 of all clips, joined by the layers between frames."""
+        rows = source.rows if isinstance(source, TurnedClips) else [(k, False) for k in range(len(frames))]
         parts = []
         told = self.progress("joining")
-        for start in range(0, len(frames), JOINED):
-            some = range(start, min(len(frames), start + JOINED))
+        for start in range(0, len(rows), JOINED):
+            some = rows[start : start + JOINED]
+            held = frames.batch([index for index, _ in some])
+            back = torch.tensor([back for _, back in some])
+            held = torch.where(back[:, None, None, None, None], held.flip(2), held)
             with autocast(self.device, fast_dtype(self.device)):
-                joined = temporal.encode(frames.batch(some).to(self.device))
+                joined = temporal.encode(held.to(self.device))
             parts.append(joined.to("cpu", torch.float16))
-            told(some.stop, len(frames))
+            told(start + len(some), len(rows))
         return torch.cat(parts)
 
     def identity(self, stage: str) -> str:
         """A hash of what decides the weights of a stage at a given step."""
         own = asdict(self.own)
-        volatile = {"samples"}
+        volatile = {"samples"} | {name for name in LATER if own[name] == getattr(VideoRecipe, name)}
+        if not own["loss"]["moving"]:
+            del own["loss"]["moving"]
         if stage == "temporal":
             volatile |= {"train", "mix", "vocabulary", "shared"}
             own["loss"] = {"residual": own["loss"]["residual"]}
@@ -253,7 +297,8 @@ class VideoJob(Job):
         own["codec"] = {name: value for name, value in own["codec"].items() if name not in codec}
         kept = {name: value for name, value in own.items() if name not in volatile}
         data = asdict(self.recipe.data) | {"cache": ""}
-        return fingerprint([stage, data, self.recipe.seed, kept, self.base.hashes()])
+        start = [load(self.own.init, str(self.device)).system.clip_hashes()] if self.own.init else []
+        return fingerprint([stage, data, self.recipe.seed, kept, self.base.hashes(), *start])
 
 
 class CodecTask:
@@ -369,5 +414,12 @@ def film_loss(net: nn.Module, batch: ClipBatch, recipe: VideoRecipe, generator: 
     times = sigma[:, None] * unknown
     level = times[:, None, :, None, None]
     prediction = net((1 - level) * x0 + level * noise, times.float(), batch.ids, batch.mask)
-    errors = (prediction.float() - (noise - x0)).square().mean((1, 3, 4))  # (B, T)
-    return (errors * unknown).sum() / unknown.sum()
+    errors = (prediction.float() - (noise - x0)).square().mean(1) * unknown[:, :, None, None]  # (B, T, H, W)
+    weight = 1 + loss.moving * changed(x0)
+    return (errors * weight).sum() / (weight * unknown[:, :, None, None]).sum()
+
+
+def changed(x0: Tensor) -> Tensor:
+    """(B, T, H, W) in [0, 1): how far each cell of clips (B, C, T, H, W) is from what it is in the first frame."""
+    distance = (x0 - x0[:, :, :1]).square().mean(1)
+    return distance / (1 + distance)

@@ -24,6 +24,7 @@ class VideoLoss:
         0.2,
     )  # shares of clips of which none, one, two … latents at the beginning are known
     residual: float = 0.02  # weight of the square of what the layers between frames add to a latent
+    moving: float = 0.0  # how much more the error counts where a clip is not as in its first frame
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,27 @@ class VideoRecipe:
     loss: VideoLoss
     train: TrainRecipe  # of the denoiser
     base: str = DEFAULT_FAMILY  # a packaged model or a folder; it stays as it is
+    init: str = (
+        ""  # a model of clips to start from: its layers between frames, its denoiser and its words are kept
+    )
     frames: int = 17  # of a clip of the data, 1 + 4k
     fps: float = 8.0  # of the data
     short: int = 9  # frames of the shorter windows, 1 + 4k
     shared: float = 0.6  # share of the noise's variance that all frames of a clip have in common
     mix: tuple[int, ...] = (1, 3, 2)  # microbatches of a step: of pictures, of short windows, of whole clips
+    plain: float = 0.0  # share of the scenes in which one thing goes straight ahead and all else stands still
+    turned: bool = False  # every clip of a scene also in a mirror, and both backwards
     vocabulary: int = 256  # words that captions of clips have besides, the most frequent
     samples: tuple[str, ...] = ()  # prompts of the sample sheets; by default some captions
 
 
-VIDEO_RANGES = {"fps": (1, 1000), "vocabulary": (0, math.inf), "shared": (0, 1)}
-VIDEO_LOSS_RANGES = {"std": (0, math.inf), "drop_prompt": (0, 1), "residual": (0, math.inf)}
+VIDEO_RANGES = {"fps": (1, 1000), "plain": (0, 1), "vocabulary": (0, math.inf), "shared": (0, 1)}
+VIDEO_LOSS_RANGES = {
+    "std": (0, math.inf),
+    "drop_prompt": (0, 1),
+    "residual": (0, math.inf),
+    "moving": (0, math.inf),
+}
 
 
 def check_video(recipe: VideoRecipe) -> None:

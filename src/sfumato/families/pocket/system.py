@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from sfumato.families.pocket.config import PocketConfig, pixel_twin
 from sfumato.families.pocket.video import Animator, VideoConfig, VideoParts, decode, encode
 from sfumato.families.system import DrawingSystem
 from sfumato.families.trainee import Trainee
+from sfumato.memory import Stage
 from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.nn.dit_control import DiTControl
 from sfumato.storage import load_sharded, read_json, save_sharded, tensors_hash, write_json
@@ -38,6 +40,7 @@ from sfumato.types import Conditioning, Request
 FORMAT = "sfumato model 1"
 PARTS = ("autoencoder", "denoiser")
 VIDEO_PARTS = ("temporal", "animator")  # of a model that draws clips too
+WEAK = 0.1  # of the deviation of the table's rows: a word that was hardly learnt has less
 
 
 def dit_config(config: PocketConfig, labels: bool = True) -> DiTConfig:
@@ -127,6 +130,17 @@ class System(DrawingSystem):
         """Latents of a clip that are drawn together, and how many of them are known where a film goes on."""
         video = self.config.video
         return None if video is None or self.video is None else (video.window, video.context)
+
+    @property
+    def traces_clips(self) -> bool:
+        return self.video is not None
+
+    def trace_clip(self, request: Request) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing a clip takes; see `trace.trace_clip`."""
+        from sfumato.families.pocket.trace import trace_clip  # which needs this module
+
+        assert self.window is not None
+        return trace_clip(self, request, self.window[0])
 
     @property
     def shared_noise(self) -> float:
@@ -288,7 +302,25 @@ def fresh_video(system: System, video: VideoConfig) -> System:
     base = system.denoiser.dit.state_dict()
     dit.load_state_dict({name: base[name] for name in dit.state_dict()})
     animator = Animator(dit, len(video.words), system.config.denoiser.text_width)
+    nn.init.normal_(animator.words, std=_scale(system))
     return replace(system, config=replace(system.config, video=video), video=VideoParts(temporal, animator))
+
+
+def continued_video(system: System, video: VideoConfig) -> System:
+    """The system with copies of its parts for clips, which learn on; words that are all but zero are set apart anew, as
+    the text encoder cannot tell them from one another beside words of the size that it knows."""
+    assert system.video is not None
+    parts = copy.deepcopy(system.video)
+    rows, size = parts.animator.words, _scale(system)
+    with torch.no_grad():
+        weak = rows.square().mean(1).sqrt() < WEAK * size
+        rows[weak] = size * torch.randn(int(weak.sum()), rows.shape[1]).to(rows)
+    return replace(system, config=replace(system.config, video=video), video=parts)
+
+
+def _scale(system: System) -> float:
+    """The deviation of the rows of the text encoder's table."""
+    return float(system.denoiser.text.embedding.weight.detach().float().square().mean().sqrt())
 
 
 def save_folder(system: System, directory: Path, extra: dict[str, Any] | None = None) -> list[Path]:

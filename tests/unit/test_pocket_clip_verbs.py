@@ -1,0 +1,132 @@
+"""Clips on the command line: planned before they are drawn, priced, drawn again, and what they do without."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from helpers import noise
+from sfumato import load, planning
+from sfumato.cli.app import run
+from sfumato.flops import count_flops
+from sfumato.memory import LiveBytes
+from sfumato.receipts.replay import difference_of_clips
+from sfumato.receipts.work import by_stage, work_of
+from sfumato.types import Request
+from small_video import write_video
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("film") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def told(capsys, *arguments: str) -> dict:
+    capsys.readouterr()
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def draw(folder, *arguments: str) -> None:
+    assert run(["animate", "a red cube rolls", "-m", str(folder), "--steps", "2", *arguments]) == 0
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.gif", "out.webp", "frames"])
+def test_a_clip_drawn_again_is_identical(folder, capsys, name):
+    if name.endswith("mp4"):
+        pytest.importorskip("av")
+    draw(folder, "-o", name, "--seed", "7")
+    found = told(capsys, "replay", name, "-m", str(folder), "--verify", "-o", "again.gif")
+    assert (found["verdict"], found["frames"], found["changed"]) == ("identical", 9, [])
+
+
+def test_a_clip_of_other_weights_is_another(folder, tmp_path, capsys):
+    from sfumato.families.pocket import save_folder
+    from small_video import video_system
+
+    draw(folder, "-o", "out.webp")
+    other = video_system()
+    with torch.no_grad():
+        for parameter in other.video.animator.parameters():
+            parameter.mul_(-1)
+    save_folder(other, tmp_path / "other")
+    assert run(["replay", "out.webp", "-m", str(tmp_path / "other"), "--verify"]) == 3
+    out = capsys.readouterr().out
+    assert "different:" in out and "changed: weights animator:" in out
+
+
+def test_a_clip_that_began_with_a_picture_asks_for_it(folder, capsys):
+    noise(40, 32).save("first.png")
+    draw(folder, "-o", "out.gif", "--image", "first.png")
+    capsys.readouterr()
+    assert run(["replay", "out.gif", "-m", str(folder)]) == 2
+    assert "by --picture FILE" in capsys.readouterr().err
+    found = told(capsys, "replay", "out.gif", "-m", str(folder), "--picture", "first.png")
+    assert found["verdict"] == "identical"
+
+
+def test_how_near_two_clips_are():
+    clip = [noise(8, 8), noise(8, 8)]
+    assert difference_of_clips(clip, clip).verdict == "identical"
+    assert difference_of_clips(clip, clip[:1]) is None
+    dark = clip[1].point(lambda value: value // 2)
+    found = difference_of_clips(clip, [clip[0], dark])
+    alone = difference_of_clips([clip[1]], [dark])
+    assert found.verdict == "different" and found.most == alone.most
+    assert found.mean == pytest.approx(alone.mean / 2)
+
+
+def test_the_plan_of_a_clip_is_what_it_allocates(folder):
+    model = load(folder)
+    request = model.complete(Request("a red cube", frames=9))
+    stages = {stage.name: stage for stage in planning.plan_clip(model, request).stages}
+    x = torch.randn(1, *model.latent_shape(32, 32, 9))
+    denoise = model.denoiser(model.condition(request), request)
+    for name, call in (
+        ("denoise", lambda: denoise(x, torch.tensor(0.7))),
+        ("decode", lambda: model.decode_pixels(x)),
+    ):
+        with torch.inference_mode(), model.precision(), LiveBytes() as real:
+            call()
+        assert real.peak <= stages[name].activations <= 3 * real.peak
+    assert set(stages) == {"denoise", "decode"}
+
+
+def test_animate_plans_and_keeps_within_memory(folder, capsys):
+    given = ["animate", "a red cube", "-m", str(folder)]
+    short, long = (told(capsys, *given, "--plan", "--frames", n) for n in ("5", "33"))
+    assert short["fits"] and set(short["stages"]) == {"denoise", "decode"}
+    assert long["stages"]["decode"]["activations"] > short["stages"]["decode"]["activations"]
+    assert run([*given, "--memory", "1MB", "-o", "out.gif"]) == 2
+    assert "drawing 9 frames of 32x32 needs" in capsys.readouterr().err
+    assert told(capsys, *given, "--memory", "64GB", "-o", "out.gif")["memory"]["planned"] > 0
+
+
+def test_the_cost_of_a_clip_is_that_of_drawing_it(folder, capsys):
+    found = told(capsys, "cost", "-m", str(folder), "--frames", "9", "--steps", "2")
+    assert found["frames"] == 9 and found["peak_bytes"] > 0
+    model = load(folder)
+    request = model.complete(Request("a red metal sphere behind a small blue cube", frames=9, steps=2))
+    assert found["flops"] == by_stage(work_of(model, request))
+    real = count_flops(lambda: model.generate(request))
+    assert sum(found["flops"].values()) == pytest.approx(real, rel=0.02)
+    longer = told(
+        capsys, "cost", "-m", str(folder), "--frames", "17", "--steps", "2"
+    )  # two stretches of nine
+    assert longer["flops"]["denoise"] == 2 * found["flops"]["denoise"]
+    assert run(["cost", "-m", str(folder), "--frames", "9", "--pixels"]) == 2
+
+
+def test_loras_and_controlnets_are_refused_in_one_line(folder, capsys):
+    for option in ("lora", "controlnet"):
+        capsys.readouterr()
+        assert run(["animate", "a cube", "-m", str(folder), f"--{option}", "x.safetensors"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--{option} is for pictures (sfumato generate)" in line
