@@ -181,6 +181,10 @@ class DrawingSystem:
         """Whether `trace_clip` tells what drawing a clip takes, of a model that `traces` no pictures."""
         return False
 
+    def trace_clip(self, request: Request) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing a clip takes, of a model that `traces_clips` (`planning.py`)."""
+        raise InputError("this model does not tell what drawing a clip takes", argument="model")
+
     @property
     def window(self) -> tuple[int, int] | None:
         """(latents of a clip that it draws together, how many of them are known where a film goes on). A longer clip is
