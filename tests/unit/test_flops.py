@@ -70,3 +70,10 @@ def test_packed_layers_count_as_the_layers_they_stand_for():
 def test_attention_in_blocks_counts_as_attention():
     q, k = torch.randn(1, 2, 64, 16, dtype=torch.bfloat16), torch.randn(1, 2, 48, 16, dtype=torch.bfloat16)
     assert count_flops(attention, q, k, k) == 2 * 2 * 64 * 48 * 32
+
+
+@torch.no_grad()
+def test_heads_on_threads_of_their_own_are_counted(one_thread):
+    torch.set_num_threads(2)
+    q = torch.randn(1, 3, 400, 16, dtype=torch.bfloat16)
+    assert count_flops(attention, q, q, q) == 2 * 3 * 400 * 400 * 32

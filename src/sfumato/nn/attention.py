@@ -105,9 +105,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     B, K, N, D = q.shape
     M, width, scale = k.shape[-2], _width(D), 1 / math.sqrt(D)
     queries = q.contiguous()
-    middle = (
-        q.new_full((1, M), -scale / M) @ k
-    )  # minus their mean, by sums that do not depend on the other heads
+    middle = k.mean(-2, keepdim=True, dtype=torch.float32).mul_(-scale).to(k.dtype)
     keys = torch.addcmul(middle, k.contiguous(), q.new_ones(1), value=scale)  # rounded once
     values = v.contiguous() if width == D else v.new_ones(B, K, M, width)
     if width > D:  # products work on whole vectors anyway: in the spare room ones, which give the row's sum
@@ -157,8 +155,9 @@ def _width(D: int) -> int:
 
 
 def _lanes(N: int, M: int) -> int:
-    """Heads worked on at a time, each by one thread."""
-    return torch.get_num_threads() if N * M >= LANE else 1
+    """Heads worked on at a time, each by one thread. A mode that watches operations sees those of its own thread."""
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    return torch.get_num_threads() if N * M >= LANE and not watched else 1
 
 
 def _rows(N: int, M: int, lanes: int) -> int:
