@@ -133,6 +133,7 @@ def test_what_is_refused(tmp_path):
     )
 
 
+@pytest.mark.full
 def test_the_command_line_makes_depth_of_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind, system in SMALL.items():

@@ -119,6 +119,7 @@ def test_it_learns_and_its_file_draws(recipe):
     assert drawn.recipe["controlnets"] == model.system.control_hashes()
 
 
+@pytest.mark.full
 def test_a_run_that_was_stopped_goes_on_to_the_bit(recipe):
     whole = run(recipe, out=recipe.parent / "whole")
     run(recipe, out=recipe.parent / "parts", overrides={"control.train.steps": 2, "control.train.decay": 0.0})
