@@ -56,7 +56,7 @@ def test_a_budget_that_is_used_up_is_said(guarded, browser):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(server, guarded, browser, scheme):
+def test_axe_finds_nothing(server, gallery, guarded, browser, scheme):
     stranger = Visitor(browser, guarded[0].url, color_scheme=scheme, reduced_motion="reduce")
     stranger.page.wait_for_selector("#key-dialog[open]")
     assert violations(stranger) == {}
@@ -109,7 +109,7 @@ def test_it_is_used_with_the_keyboard_alone(visitor, client):
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_a_phone_shows_it_without_scrolling_sideways(server, browser, width):
+def test_a_phone_shows_it_without_scrolling_sideways(server, gallery, browser, width):
     visitor = (
         Visitor(browser, server.url, size=(width, PHONE[1]), has_touch=True, is_mobile=True).ready().drawn()
     )
