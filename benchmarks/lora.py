@@ -18,10 +18,9 @@ import torch
 
 from sfumato.adapters.fold import Adapters
 from sfumato.adapters.lora import read_lora
-from sfumato.checkpoint.fill import fill_layers
-from sfumato.checkpoint.refill import add_products, refill_layers
 from sfumato.checkpoint.source import open_weights
 from sfumato.families.published.adapters import names_of
+from sfumato.families.published.openers import denoiser, renewed
 from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.nn.unet import UNet
@@ -74,24 +73,15 @@ def lora_file(folder: Path, base: Path, rank: int) -> Path:
 
 
 def measure(system, base: Path, lora: Path, dtype: torch.dtype, options) -> None:
-    form = dtype, torch.device("cpu")
-
-    def blank() -> UNet:
-        with torch.device("meta"):
-            return UNet(system.unet)
+    how = "base", torch.device("cpu"), dtype
 
     def renew(touched) -> None:
-        names, part = touched["unet"], adapters.parts["unet"]
-        names -= add_products(network, part, names)
-        if names:
-            refill_layers(network, outline, part, names, "base", *form, pack=True)
+        renewed(network, system.unet, adapters.parts["unet"], touched["unet"], *how)
 
     names = names_of(FAMILY, "sdxl", system)
     adapters = Adapters(lambda: names, {"unet": open_weights(base)}, renew)
-    network, outline = blank(), blank()
     started = time.perf_counter()
-    fill_layers(network, adapters.parts["unet"], "base", *form, pack=True)
-    network.eval()
+    network = denoiser(system.unet, adapters.parts["unet"], *how)
     opening = time.perf_counter() - started
     x, context = torch.randn(2, 4, options.size, options.size), torch.randn(2, 77, 2048)
 

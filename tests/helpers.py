@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,11 @@ def apart(one: Image.Image, two: Image.Image) -> int:
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def plain(value: object) -> str:
+    """A name for a test that is the same in every process: without addresses."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

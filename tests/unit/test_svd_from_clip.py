@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import relative_error
+from helpers import plain, relative_error
 from sfumato.drawing.clips import origin_of_clip
 from sfumato.errors import InputError
 from sfumato.tasks.pixels import to_image, to_pixels
 from sfumato.types import Clip, Request
 from small_svd import SIZE, frames_of, opened, picture, write
-
-
-def plain(value: object) -> str:
-    """A name for a test that is the same in every process: without addresses."""
-    return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import relative_error
+from helpers import plain, relative_error
 from sfumato.errors import InputError
 from sfumato.families.svd.shapes import IMAGE_ENCODER
 from sfumato.generate import Model
 from sfumato.tasks.canvas import first_picture
 from sfumato.types import Clip, Control, HiRes, Motion, Request, Variation
 from small_svd import CPU, REQUEST, SIZE, opened, picture, sampled, write
-
-
-def plain(value: object) -> str:
-    """A name for a test that is the same in every process: without addresses."""
-    return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
 
 
 @pytest.fixture(scope="module")

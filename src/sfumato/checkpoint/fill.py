@@ -92,8 +92,9 @@ def fill_layers(
         layer = getattr(parent, name)
         if room is not None:
             room.clear()
-        if pack and not stream and product_apart(layer, tensors, path, dtype) is not None:
-            setattr(parent, name, packed_layer(layer, tensors, path, where, dtype, device, room))
+        product = product_apart(layer, tensors, path, dtype) if pack and not stream else None
+        if product is not None:
+            setattr(parent, name, packed_layer(layer, tensors, path, where, dtype, device, room, product))
             own(getattr(parent, name))
             continue
         ready: dict[str, Tensor] = {}

@@ -16,6 +16,8 @@ from sfumato.checkpoint.report import SHOWN
 from sfumato.errors import CheckpointError
 from sfumato.nn.packed import matrix_of, packed
 
+Product = tuple[str, tuple[Tensor, Tensor]]  # the name of a matrix, and the factors of what is added to it
+
 
 def read_layer(
     blank: nn.Module,
@@ -45,14 +47,18 @@ def packed_layer(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     room: Room | None = None,
+    product: Product | None = None,
 ) -> nn.Module:
     """The packed twin of a layer, or the layer itself where it has none, from one on the meta device that stays so.
 
     Of a mapping whose `apart` tells that a matrix has a product added, the base is packed and the product added to what
-    is packed, so that the numbers are those of a layer in memory to which it is added (`refill.add_products`).
+    is packed, so that the numbers are those of a layer in memory to which it is added (`refill.add_products`). product:
+    what `product_apart` found, where it was asked before.
     """
-    if (parts := product_apart(blank, tensors, path, dtype)) is not None:
-        name, factors = parts
+    if product is None:
+        product = product_apart(blank, tensors, path, dtype)
+    if product is not None:
+        name, factors = product
         bare: Any = _Without(tensors, name)
         twin = packed(read_layer(blank, bare, path, where, dtype, device, room))
         if twin is not None and twin.add(*factors):  # type: ignore[operator]
@@ -63,8 +69,8 @@ def packed_layer(
 
 def product_apart(
     layer: nn.Module, tensors: Mapping[str, Tensor], path: str, dtype: torch.dtype | None
-) -> tuple[str, tuple[Tensor, Tensor]] | None:
-    """(name of a layer's matrix, factors of what is added to it), where that can be added after packing in bfloat16."""
+) -> Product | None:
+    """What is added to a layer's matrix, where that can be added after packing in bfloat16."""
     apart, inner = getattr(tensors, "apart", None), matrix_of(layer)
     if apart is None or inner is None or dtype != torch.bfloat16:
         return None

@@ -93,12 +93,15 @@ class SceneSource:
 
     def described(self, index: int, epoch: int = 0, frames: int | None = None) -> tuple[str, Any]:
         """The caption of an epoch, and the `Statement` of what it claims. frames: of its first ones alone."""
+        return self.words_for(self.scene(index), frames, index, epoch)
+
+    def words_for(self, scene: Any, frames: int | None, *key: object) -> tuple[str, Any]:
+        """As `described`, of a `Scene` that may be one of these turned; `key` decides how it is phrased."""
         from sfumato.scenes import describe
 
-        scene = self.scene(index)
         if frames is not None:
             scene = replace(scene, frames=frames)
-        return describe(scene, _seed("caption", self.seed, self.split, index, epoch), style=self.style)
+        return describe(scene, _seed("caption", self.seed, self.split, *key), style=self.style)
 
     def stills(self) -> list[int]:
         """Clips whose first frame, as a picture, is of the same split."""

@@ -12,11 +12,10 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from sfumato.data.buckets import raw_bits
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Size
 from sfumato.data.store import address
-from sfumato.scenes import Scene, describe, split_of
+from sfumato.scenes import Scene, split_of
 from sfumato.scenes.turned import backwards, mirrored
 
 
@@ -39,10 +38,7 @@ class MirroredFrames:
         return np.stack([rows[i // 2][:, :, ::-1] if i % 2 else rows[i // 2] for i in indices])
 
     def caption(self, index: int, epoch: int = 0, frames: int | None = None) -> str:
-        scene = self.scene(index)
-        if frames is not None:
-            scene = replace(scene, frames=frames)
-        return describe(scene, _seed(self.scenes, index, epoch), self.scenes.style)[0]
+        return self.scenes.words_for(self.scene(index), frames, index, epoch)[0]
 
     def scene(self, index: int) -> Scene:
         scene: Scene = self.scenes.scene(index // 2)
@@ -79,10 +75,7 @@ class TurnedClips:
 
     def caption(self, index: int, epoch: int = 0, frames: int | None = None) -> str:
         """frames: of its first ones alone."""
-        scene = self.scene(index)
-        if frames is not None:
-            scene = replace(scene, frames=frames)
-        return describe(scene, _seed(self.base.scenes, "turned", index, epoch), self.base.scenes.style)[0]
+        return self.base.scenes.words_for(self.scene(index), frames, "turned", index, epoch)[0]
 
     def buckets(self) -> dict[Size, list[int]]:
         size = self.base.scenes.size
@@ -113,7 +106,3 @@ class TurnedClips:
     def _turned(self, index: int, back: bool) -> Scene:
         scene = self.base.scene(index)
         return backwards(scene) if back else scene
-
-
-def _seed(scenes: SceneSource, *key: object) -> int:
-    return int(raw_bits(1, "caption", scenes.seed, scenes.split, *key)[0]) >> 1

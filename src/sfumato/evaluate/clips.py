@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.autoencoder.causal import check_frames
+from sfumato.drawing.clips import makes_clips
 from sfumato.errors import InputError
 from sfumato.evaluate.detect import Detection, Detector
 from sfumato.evaluate.statistics import Interval, bootstrap
@@ -93,7 +94,7 @@ def evaluate_clips(
 
     Clips whose camera stands still, of one or two objects. Raises `InputError` for a model that draws no clips.
     """
-    if not model.system.clip_preset or model.system.animates:
+    if not makes_clips(model) or model.system.animates:
         raise InputError(f"{model.name!r} draws no clips from prompts", argument="model")
     check_frames(frames)
     scenes = clip_scenes(count, seed, split, frames)

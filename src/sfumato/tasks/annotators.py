@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.layout import find_parts, read_plain
 from sfumato.checkpoint.source import open_folder
-from sfumato.errors import CheckpointError, SfumatoError
+from sfumato.errors import CheckpointError
 from sfumato.storage import tensors_hash
 from sfumato.tasks.poses import pose_picture
 
@@ -111,7 +112,8 @@ class Annotator:
         return depth_picture(network(pixels).predicted_depth, picture.size, metric)
 
     def _network(self) -> Any:
-        transformers = _transformers()
+        import transformers
+
         made, said = getattr(transformers, CLASSES[self.kind]).from_pretrained(
             self.folder,
             local_files_only=True,
@@ -152,7 +154,7 @@ def open_annotator(place: str | os.PathLike[str]) -> Annotator:
     weights = open_folder(folder, STEM)
     for name in weights:
         tensor = weights[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if tensor.is_floating_point() and not finite(tensor):
             raise CheckpointError(
                 f"{folder}: {shown(name)} holds NaN or infinite values; the file is unusable"
             )
@@ -206,11 +208,3 @@ def _entrance(folder: Path, kind: str, config: Mapping[str, Any]) -> Entrance:
     except (TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{file} says nothing usable of size, mean, std and resample") from None
     return made
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise SfumatoError("depth and poses of a picture need: pip install transformers") from None
-    return transformers

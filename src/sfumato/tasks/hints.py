@@ -43,11 +43,9 @@ def soft_edges(picture: Image.Image) -> Image.Image:
     return Image.fromarray((np.clip(strength / top, 0, 1) * 255).astype(np.uint8)).convert("RGB")
 
 
-NO_NETWORKS: Mapping[str, Callable[[Image.Image], Image.Image]] = {}
-PREPARE: dict[str, Callable[[Image.Image], Image.Image]] = {"canny": canny, "softedge": soft_edges}
-
-
 Prepare = Callable[[Image.Image], Image.Image]
+PREPARE: dict[str, Prepare] = {"canny": canny, "softedge": soft_edges}
+NO_NETWORKS: Mapping[str, Prepare] = {}
 
 
 def prepare_named(name: str, annotators: Mapping[str, Prepare] = NO_NETWORKS) -> Prepare:

@@ -102,11 +102,16 @@ class VideoJob(Job):
             raise InputError("a model that learns clips must predict the flow", argument="video.base")
         return system
 
+    @functools.cached_property
+    def first(self) -> Any:
+        """The model that the recipe's `init` names, as it is opened."""
+        return load(self.own.init, str(self.device)).system
+
     def begun(self, source: ClipSource) -> Any:
         """The system that learns, at its start: of the recipe's `init`, or the base with fresh parts."""
         if not self.own.init:
             return self.family.fresh_video(self.base, self.config(source))
-        given = load(self.own.init, str(self.device)).system
+        given = self.first
         if getattr(given, "video", None) is None or given.hashes() != self.base.hashes():
             raise InputError(
                 f"{self.own.init!r} is no model of clips of {self.own.base!r}; give one of the same base, or none",
@@ -297,7 +302,7 @@ class VideoJob(Job):
         own["codec"] = {name: value for name, value in own["codec"].items() if name not in codec}
         kept = {name: value for name, value in own.items() if name not in volatile}
         data = asdict(self.recipe.data) | {"cache": ""}
-        start = [load(self.own.init, str(self.device)).system.clip_hashes()] if self.own.init else []
+        start = [self.first.clip_hashes()] if self.own.init else []
         return fingerprint([stage, data, self.recipe.seed, kept, self.base.hashes(), *start])
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from sfumato.families.published.trace import HOLES, WHOLE
+from sfumato.flops import module_size
 from sfumato.memory import Stage, tracing
 from sfumato.types import Request
 
@@ -43,11 +43,8 @@ def trace_clip(system: System, request: Request, window: int) -> tuple[Stage, ..
             frames = request.frames if request.clip is not None else 1
             pixels = torch.empty(1, 3, frames, height, width, device=device)
             _, encoding = tracer.worst(lambda: system.encode(pixels))
-    weights = sum(
-        tensor.nbytes
-        for part in (system.autoencoder, system.denoiser, system.video.temporal, system.video.animator)
-        for tensor in _tensors(part)
-    )
+    parts = system.autoencoder, system.denoiser, system.video.temporal, system.video.animator
+    weights = module_size(*parts).bytes
     latents = 2 * C * T * H * W * 4
     pixels_of_all = request.frames * width * height * PIXELS
     holes = 1 + HOLES if device.type == "cpu" else 1
@@ -58,7 +55,3 @@ def trace_clip(system: System, request: Request, window: int) -> tuple[Stage, ..
     if encoding:
         stages.insert(0, Stage("encode", weights, round(holes * encoding)))
     return tuple(stages)
-
-
-def _tensors(part: nn.Module) -> list[torch.Tensor]:
-    return [*part.parameters(), *part.buffers()]
