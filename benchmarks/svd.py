@@ -2,8 +2,9 @@
 takes.
 
 Targets: 1.25 times as fast as the faster of diffusers' float32 and bfloat16, and 70 % of its memory at the peak.
-Weights are random. Memory is that of a process of its own which builds the network and makes one call: in all, and
-beside what it held before the call.
+Weights are random. "offloaded" is `--offload sequential`: each layer is read from its file, of 3 GB, when it is called.
+Memory is that of a process of its own which builds the network and makes one call: in all, and beside what it held
+before the call.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +23,20 @@ from common import arguments, interleaved, keep, probe, show
 from torch import Tensor, nn
 
 from sfumato.checkpoint.fill import fill_layers
+from sfumato.checkpoint.source import open_weights
 from sfumato.flops import count_flops
 from sfumato.memory import peak_resident, resident
 from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
+from sfumato.storage import save_tensors
 
 CONFIG = SpaceTimeConfig()
-KINDS = ("diffusers float32", "diffusers bfloat16", "diffusers bfloat16, channels last", "ours bfloat16")
+KINDS = (
+    "diffusers float32",
+    "diffusers bfloat16",
+    "diffusers bfloat16, channels last",
+    "ours bfloat16",
+    "ours bfloat16, offloaded",
+)
 
 
 class Drawn(Mapping[str, Tensor]):
@@ -65,11 +76,12 @@ def theirs(dtype: torch.dtype, last: bool = False) -> nn.Module:
     return network
 
 
-def ours(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Our network, filled layer by layer and packed, as it is when it draws."""
+def ours(dtype: torch.dtype, file: Path | None = None) -> nn.Module:
+    """Our network, filled layer by layer and packed, as it is when it draws; or reading `file` as it goes."""
     with torch.device("meta"):
         network = SpaceTimeUNet(CONFIG).eval()
-    fill_layers(network, Drawn(), "random weights", dtype, pack=True)
+    weights = Drawn() if file is None else open_weights(file)
+    fill_layers(network, weights, "random weights", dtype, pack=True, stream=file is not None)
     return network.requires_grad_(False)
 
 
@@ -82,7 +94,7 @@ def call_of(kind: str, args: Any) -> Callable[[], Tensor]:
     context, time = torch.randn(rows, 1, CONFIG.context).to(dtype), torch.tensor(0.3)
     told = torch.tensor([[6.0, 127.0, 0.02]] * rows)
     if kind.startswith("ours"):
-        network = ours(dtype)
+        network = ours(dtype, args.file if "offloaded" in kind else None)
         return torch.inference_mode()(lambda: network(x, time, context, told))
     network = theirs(dtype, "last" in kind)
     frames_first = x.movedim(2, 1).contiguous()
@@ -101,6 +113,7 @@ def taken(kind: str, args: Any) -> dict[str, int]:
         str(args.height),
         "--width",
         str(args.width),
+        *(("--file", str(args.file)) if args.file else ()),
     ]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
@@ -123,17 +136,28 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=256, help="pixels")
     parser.add_argument("--width", type=int, default=448, help="pixels")
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=[KINDS[1], KINDS[3]],
+        "--kinds", nargs="+", choices=KINDS, default=[KINDS[1], *KINDS[3:]],
         help="contenders; those of 16 bits take 3 GB each, and of 32 6 GB",
     )  # fmt: skip
     parser.add_argument(
         "--memory", action="store_true", help="their memory too, each in a process of its own"
     )
+    parser.add_argument("--place", type=Path, help="where the file of 3 GB is made for the while")
     parser.add_argument("--alone", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
         alone(args.alone, args)
         return
+    with tempfile.TemporaryDirectory(dir=args.place) as folder:
+        if any("offloaded" in kind for kind in args.kinds):
+            args.file = Path(folder) / "random.safetensors"
+            save_tensors(args.file, Drawn())
+        compare(args)
+
+
+def compare(args: Any) -> None:
+    """All contenders, side by side."""
     with torch.device("meta"):
         network = SpaceTimeUNet(CONFIG)
     cells = args.height // 8, args.width // 8

@@ -135,7 +135,9 @@ def test_another_recipe_does_not_go_on_from_it(whole: Path, base: Path, pictures
         run(recipe_of(base, prior=PRIOR, text=True, dora=True), data=pictures, out=whole, device="cpu")
 
 
-@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.full), "sd3.5-medium"])
+@pytest.mark.parametrize(
+    "kind", ["sd1", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("sdxl", "sd3.5-medium"))]
+)
 def test_stable_diffusion_from_the_recipe_to_the_file(
     kind: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=pytest.mark.full), "sdxl"])
 def test_a_controlled_picture(agrees, made, kind, case):
     parts, nets, model = made(kind)
     controls, more = CASES[case]

@@ -146,7 +146,7 @@ def test_sizes_and_crops_of_sdxl(places):
 # --- base and refiner ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.8, 0.55])
+@pytest.mark.parametrize("share", [0.8, pytest.param(0.55, marks=pytest.mark.full)])
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 def test_the_refiner_takes_over_as_between_two_pipelines(places, sampler, share):
     """diffusers hands the latent over at `denoising_end`, and its second scheduler remembers nothing of the first."""

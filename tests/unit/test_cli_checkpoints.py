@@ -268,7 +268,10 @@ def test_a_refiner_finishes_the_picture(places, capsys):
     assert read_recipe("out.png")["request"]["refine_at"] == 0.8
 
 
-@pytest.mark.parametrize("sampler", ["euler", "euler_a", "lcm", "heun", "dpmpp_sde"])
+LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("euler_a", "lcm", "heun")]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_sde", *LONG])
 def test_a_model_that_hands_over_to_itself_changes_nothing(places, sampler):
     """Levels and noise go on as if there had been no change; so it must be for samplers without memory."""
     model = places("sdxl")
@@ -277,6 +280,7 @@ def test_a_model_that_hands_over_to_itself_changes_nothing(places, sampler):
             == whole).all()  # fmt: skip
 
 
+@pytest.mark.full
 def test_handing_over_in_a_mask_and_before_a_second_pass(places):
     model, refiner = places("sdxl"), places("sdxl-refiner")
     random = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -157,6 +157,7 @@ def test_a_part_is_taken_only_when_asked_for(model, capsys):
     assert (drawn == draw(model, "--lora", "ink.safetensors")).all()
 
 
+@pytest.mark.full
 def test_a_refiner_is_drawn_with_as_it_is(tmp_path_factory, capsys):
     """A LoRA is the base's: the refiner neither needs it nor minds it."""
     base, refiner = (

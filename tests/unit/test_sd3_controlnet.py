@@ -235,6 +235,7 @@ def test_in_bfloat16_and_eight_bits(tmp_path):
         assert (other - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.full
 def test_on_the_command_line_with_a_picture_and_a_mask(tmp_path, monkeypatch, places, capsys):
     monkeypatch.chdir(tmp_path)
     for kind, system in SMALL.items():

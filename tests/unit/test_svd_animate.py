@@ -141,7 +141,8 @@ def test_convert_there_and_back(small, place, capsys):
 def test_an_interrupt_leaves_nothing(small, place):
     """Ctrl-C while it draws: exit code 130, one line, no file."""
     code = (
-        "import sys; sys.path[:0] = sys.argv.pop(1).split(':')\n"
+        "import signal, sys; sys.path[:0] = sys.argv.pop(1).split(':')\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background has it ignored
         "from sfumato.families.svd.shapes import SYSTEMS\nfrom small_svd import SMALL\n"
         "SYSTEMS.update(SMALL)\nfrom sfumato.cli.app import run\nsys.exit(run(sys.argv[1:]))"
     )

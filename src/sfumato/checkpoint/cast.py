@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -69,8 +71,14 @@ class Room:
         start, size = self._used, tensor.numel() * dtype.itemsize
         if start + size > self._bytes.numel():
             # earlier tensors of the layer keep the old memory; the next layer like this one fits in
-            self._bytes, start = torch.empty(start + size, dtype=torch.uint8), 0
-        self._used = -(start + size) // 64 * -64  # aligned for vectors
-        out = self._bytes[start : start + size].view(dtype).view(tensor.shape)
+            self._bytes, start = torch.empty(_aligned(start + size), dtype=torch.uint8), 0
+        self._used = _aligned(start + size)
+        strides = [math.prod(tensor.shape[place + 1 :]) for place in range(tensor.ndim)]
+        out = self._bytes.view(dtype).as_strided(tensor.shape, strides, start // dtype.itemsize)
         copy_into(out, tensor)
         return out
+
+
+def _aligned(size: int) -> int:
+    """Bytes up to where the next tensor may begin, for vectors."""
+    return -size // 64 * -64

@@ -43,7 +43,7 @@ def fill(
     shape, not floating-point where the module's are (or the reverse), or hold NaN or infinity, there or in `dtype`.
     `ValueError` when the module has tensors outside its state that still lie on the meta device.
     """
-    state = module.state_dict()
+    state = module.state_dict(keep_vars=True)  # for its shapes: what is detached costs an operation each
     report = compare(state, tensors)
     report.require(where)
     ready: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ def fill_layers(
     if twin is not None and (pack or stream):
         raise ValueError("a layer has one twin: leave out pack and stream")
     replaced = packed if pack else twin
-    state = network.state_dict()
+    state = network.state_dict(keep_vars=True)
     report = compare(state, tensors)
     report.require(where)
     problems: list[str] = []
@@ -98,7 +98,7 @@ def fill_layers(
             own(getattr(parent, name))
             continue
         ready: dict[str, Tensor] = {}
-        for inner, expected in layer.state_dict().items():
+        for inner, expected in layer.state_dict(keep_vars=True).items():
             tensor = given(tensors, f"{path}.{inner}", dtype)
             ready[inner], problem = fitting(tensor, expected, dtype, device, own=True, room=room)
             if problem is not None:

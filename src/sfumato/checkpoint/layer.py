@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from sfumato.checkpoint.cast import Room, cast
 from sfumato.checkpoint.header import shown
@@ -31,7 +32,7 @@ def read_layer(
     """A layer with its weights, in memory of their own or in `room`, from one on the meta device that stays so."""
     layer = _twin_of(blank)
     ready: dict[str, Tensor] = {}
-    for name, expected in layer.state_dict().items():
+    for name, expected in layer.state_dict(keep_vars=True).items():
         tensor = given(tensors, f"{path}.{name}", dtype)
         ready[name], problem = fitting(tensor, expected, dtype, device, own=True, room=room)
         refuse([f"{shown(f'{path}.{name}')} {problem}"] if problem else [], where)
@@ -154,6 +155,8 @@ def refuse(problems: list[str], where: str) -> None:
 
 def finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor holds neither NaN nor infinity. Nothing of its size is allocated."""
+    if has_torch_function((tensor,)):  # a mode that has no numbers sees this one whole
+        return handle_torch_function(finite, (tensor,), tensor)
     if not tensor.numel():
         return True
     if tensor.dtype.itemsize == 1:  # eight-bit floats have no arithmetic

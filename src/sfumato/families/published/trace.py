@@ -16,6 +16,7 @@ from sfumato.autoencoder.kl import AutoencoderKL, posterior_of
 from sfumato.autoencoder.memory import clip_bytes, peak_bytes
 from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.checkpoint.cast import copy_bytes, copy_into
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info
 from sfumato.diffusion.guidance import cfg_batched
 from sfumato.families.published.controls import Controller
@@ -55,6 +56,7 @@ WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
         lambda: torch.empty_like(q),
     ),
     copy_into: lambda out, tensor: (copy_bytes(out, tensor), 0, None),
+    finite: lambda tensor: (0, 0, lambda: True),
     encode_banded: _encoded,
     decode_framed: _decoded,
 }
