@@ -53,8 +53,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     config, cells = shape_of(args.channels), args.size // 8
+    x = torch.randn(args.batch, 4, cells, cells)
+    if args.batch % 2 == 0:  # guidance: both halves begin as one
+        x = torch.cat([x[::2], x[::2]])
     inputs = {
-        "x": torch.randn(args.batch, 4, cells, cells),
+        "x": x,
         "time": torch.full((args.batch,), 500.0),
         "context": torch.randn(args.batch, TOKENS, CONTEXT),
     }

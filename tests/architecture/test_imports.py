@@ -36,6 +36,7 @@ TORCH_ONLY = {"nn", "diffusion", "sampling", "autoencoder", "scenes", "train", "
 LIGHT = {"torch", "numpy", "safetensors", "PIL", "sfumato", *sys.stdlib_module_names}
 OPTIONAL = {  # imported inside functions: by a recipe that asks for its logs, by an engine or encoder when it is made
     ("nn", "openvino"),
+    ("nn", "nncf"),
     ("train", "tensorboard"),
     ("tasks", "cv2"),
     ("text", "tokenizers"),

@@ -83,6 +83,37 @@ def test_what_was_compiled_is_read_the_next_time(tmp_path):
 
 
 @needs_it
+@torch.inference_mode()
+def test_both_halves_of_guidance_begin_as_one(tmp_path):
+    """Compiled for itself, with less to do; what differs in its halves is not taken for it."""
+    torch.manual_seed(0)
+    with torch.inference_mode(False):
+        network = UNet(CONFIGS["sd1"]).eval()
+    engine = OpenVINONetwork(network.config, lambda: network, "w", torch.float32, cache=tmp_path)
+    (x, time, context), _ = inputs_of(network.config)
+    for noisy in (torch.cat([x[:1], x[:1]]), x):
+        assert distance(engine(noisy, time, context), network(noisy, time, context)) < 1e-5
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@needs_it
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="NNCF is not installed")
+@torch.inference_mode()
+def test_eight_bits_are_near(tmp_path, capsys):
+    """At the beginning and near the end, and nothing but the drawing is written to standard output."""
+    torch.manual_seed(0)
+    with torch.inference_mode(False):
+        network = UNet(CONFIGS["sd1"]).eval()
+    engine = OpenVINONetwork(network.config, lambda: network, "w", torch.int8, cache=tmp_path)
+    (x, _, context), _ = inputs_of(network.config)
+    for time in (999.0, 20.0):
+        told = torch.tensor(time)
+        assert 1e-3 < distance(engine(x, told, context), network(x, told, context)) < 0.1
+    assert capsys.readouterr().out == ""
+
+
+@needs_it
 def test_a_device_that_is_not_there_is_named():
     assert plugin("openvino") == plugin("openvino:cpu") == "CPU"
     with pytest.raises(InputError, match=r"sees no device NPU7 here; it sees CPU"):

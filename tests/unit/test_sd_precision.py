@@ -61,7 +61,8 @@ def test_openvino(tensors, tmp_path, monkeypatch):
     broken = tensors | {"conv_in.bias": torch.full_like(tensors["conv_in.bias"], torch.nan)}
     with pytest.raises(CheckpointError, match=r"conv_in\.bias"):
         answer(denoiser(CONFIG, broken, "w", CPU, torch.float32, "openvino"))
-    with pytest.raises(InputError, match="int8 is of the engine torch"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nncf" else object())
+    with pytest.raises(InputError, match=r"int8 of the engine openvino needs NNCF; pip install"):
         check_engine("openvino", CPU, torch.int8)
 
 

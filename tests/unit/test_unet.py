@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import InputError
+from sfumato.flops import count_flops
 from sfumato.nn import spatial
 from sfumato.nn.spatial import FeedForward, SpatialTransformer, to_map, to_tokens
 from sfumato.nn.unet import UNet, UNetConfig
@@ -129,6 +130,20 @@ def test_each_row_of_a_batch_stands_alone():
 
 
 @torch.no_grad()
+def test_halves_that_only_the_text_tells_apart_begin_as_one():
+    """Guidance asks of each picture twice: the same answers, and the first block is computed once for both."""
+    unet, given = network(), inputs(B=4)
+    twice = {n: rows if n == "context" else torch.cat([rows[:2], rows[:2]]) for n, rows in given.items()}
+    with torch.no_grad():
+        answer = unet(**twice)
+        alone = [unet(**{name: rows[i : i + 1] for name, rows in twice.items()}) for i in range(4)]
+        once, both = count_flops(unet, **twice), count_flops(unet, **given)
+    torch.testing.assert_close(answer, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert once < both
+    with torch.no_grad():  # another time is another beginning
+        assert count_flops(unet, **{**twice, "time": given["time"]}) == both
+
+
 def test_the_order_of_text_tokens_is_the_encoders_affair():
     net, given = network(), inputs()
     mixed = given["context"][:, [3, 0, 4, 1, 2]]

@@ -6,9 +6,12 @@ are those of diffusers' `Transformer2DModel`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from sfumato.nn.attention import attention
 
@@ -95,8 +98,13 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: (B·T, N, D), T rows, one after the other, for each of context (B, M, context width)."""
+        """x: (B·T, N, D), T rows, one after the other, for each of context (B, M, context width).
+
+        Or x: (B/2, N, D), what both halves of context are about; the answer is then of B rows.
+        """
         x = self.attn1(self.norm1(x)).add_(x)
+        if len(x) < len(context):
+            x = x.repeat(len(context) // len(x), 1, 1)
         x = read_context(x, self.norm2, self.attn2, context)
         return self.ff(self.norm3(x)).add_(x)
 
@@ -129,13 +137,36 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """context: (B, M, context width), or (2B, M, context width) for an answer of 2B rows."""
         H, W = x.shape[-2:]
         h = self.norm(x)
         h = to_tokens(self.proj_in(h)) if self.convolves else self.proj_in(to_tokens(h))  # (B, H·W, C)
         for block in self.transformer_blocks:
             h = block(h, context)
         h = self.proj_out(to_map(h, H, W)) if self.convolves else to_map(self.proj_out(h), H, W)
-        return h.add_(x)  # (B, C, H, W)
+        return h.unflatten(0, (-1, len(x))).add_(x).flatten(0, 1)  # (B, C, H, W)
+
+
+def same_halves(*rows: Tensor) -> bool:
+    """Whether of all of these (2B, …) the second half of the rows is the first again, as guidance has it.
+
+    Until a text tells them apart, half the work gives all. Asked on a CPU without gradients; elsewhere the answer is
+    no, as a GPU would have to be waited for.
+    """
+    if has_torch_function(rows):  # a mode without numbers answers for itself
+        return handle_torch_function(same_halves, rows, *rows)
+    if torch.is_grad_enabled() or any(each.device.type != "cpu" or len(each) % 2 for each in rows):
+        return False
+    return all(torch.equal(*each.chunk(2)) for each in rows)
+
+
+class AsOne(TorchFunctionMode):
+    """While it is on, `same_halves` says yes: for who traces or counts without numbers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return True if func is same_halves else func(*args, **(kwargs or {}))
 
 
 def to_tokens(x: Tensor) -> Tensor:

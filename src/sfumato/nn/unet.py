@@ -20,7 +20,7 @@ from torch.nn import functional
 from sfumato.errors import InputError
 from sfumato.nn.embed import Embedding, sinusoid
 from sfumato.nn.plain import check_whole, from_plain
-from sfumato.nn.spatial import SpatialTransformer
+from sfumato.nn.spatial import SpatialTransformer, same_halves
 
 EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its own
 SHALLOW = (
@@ -209,11 +209,17 @@ class WayDown(nn.Module):
         return self.down_blocks[0].resnets[0].norm1.weight.dtype
 
     def way_down(self, h: Tensor, embedded: Tensor, context: Tensor) -> Iterator[Tensor]:
-        """The skips in the order of `config.skips`, each computed when it is asked for; h: what `conv_in` gave."""
+        """The skips in the order of `config.skips`, each computed when it is asked for; h: what `conv_in` gave.
+
+        Both halves of guidance are one as far as the first attention to the text.
+        """
         yield h  # (B, channels[0], H, W)
+        told = embedded
+        if self.down_blocks[0].attentions and same_halves(h, embedded):
+            h, told = h[: len(h) // 2], embedded[: len(h) // 2]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                h = level.block(i, h, embedded, context)  # (B, channels[l], H/2ˡ, W/2ˡ)
+                h, told = level.block(i, h, told, context), embedded  # (B, channels[l], H/2ˡ, W/2ˡ)
                 yield h
             for downsample in level.downsamplers:
                 h = downsample(h)

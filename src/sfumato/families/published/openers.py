@@ -20,7 +20,7 @@ from sfumato.nn import mmdit, quantized, spacetime
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.mmdit import MMDiT, MMDiTConfig
 from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
-from sfumato.nn.openvino import PRECISIONS, OpenVINONetwork, plugin
+from sfumato.nn.openvino import OpenVINONetwork, plugin, require_nncf
 from sfumato.nn.quantized import quantize, require_eight_bits, stand_in, units
 from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
 from sfumato.nn.unet import UNet, UNetConfig
@@ -160,10 +160,8 @@ def check_engine(engine: str, device: torch.device, dtype: torch.dtype) -> None:
     """`InputError` if this machine cannot run a network so, before anything is read."""
     if engine != "torch":
         plugin(engine)
-        if dtype not in PRECISIONS:
-            raise InputError(
-                f"{engine} computes in fp32, bf16 or fp16; int8 is of the engine torch", argument="dtype"
-            )
+        if dtype == torch.int8:
+            require_nncf()
     elif dtype == torch.int8:
         require_eight_bits(torch.empty(0, dtype=kept_dtype(device, dtype), device=device))
 

@@ -26,6 +26,7 @@ from sfumato.families.published.system import PublishedSystem
 from sfumato.flops import attention_flops
 from sfumato.memory import Stage, Tracer, Whole, tracing
 from sfumato.nn.attention import attention, attention_bytes
+from sfumato.nn.spatial import same_halves
 from sfumato.types import Conditioning, Request
 
 # Holes that freed blocks leave in the C library's memory, as a share of what a pass holds. Not traced but measured, 0.5
@@ -57,6 +58,7 @@ WHOLE: dict[Callable[..., Any], Whole] = {  # taken as one operation each
     ),
     copy_into: lambda out, tensor: (copy_bytes(out, tensor), 0, None),
     finite: lambda tensor: (0, 0, lambda: True),
+    same_halves: lambda *rows: (0, 0, lambda: False),
     encode_banded: _encoded,
     decode_framed: _decoded,
 }
@@ -96,7 +98,9 @@ def trace(
     parts = {name: Numberless(part) for name, part in system.drawn_from.items()}
     cpu, keeps = system.device.type == "cpu", offload == "none"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
-    with tracing(WHOLE) as tracer:
+    guided = not system.told_guidance and (request.guidance or 1.0) != 1
+    halves: Whole = lambda *rows: (0, 0, lambda: guided)  # noqa: E731
+    with tracing({**WHOLE, same_halves: halves}) as tracer:
         networks, weights, loading = {}, {}, []
         for name, opener in system.openers(parts, stream=offload == "sequential").items():
             before = tracer.now
