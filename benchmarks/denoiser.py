@@ -27,7 +27,7 @@ from sfumato.nn.spatial import AsOne, same_halves
 LAST = torch.channels_last
 LARGE = {  # these hold the weights in float32 once more, and NNCF takes minutes
     "OpenVINO float32",
-    "ours int8, OpenVINO",
+    "ours int8 by OpenVINO",
     "ours float32, packed",
 }
 Inputs = dict[str, Tensor]
@@ -148,7 +148,7 @@ def contenders(subject: Subject, args: Any) -> tuple[dict[str, Callable[[], Tens
         known["OpenVINO float32"] = lambda: openvino_call(ours, subject.inputs, "float32")
         known["OpenVINO bfloat16"] = lambda: openvino_call(ours, subject.inputs, "bfloat16")
         if installed("nncf"):
-            known["ours int8, OpenVINO"] = lambda: openvino_call(ours, subject.inputs, "int8")
+            known["ours int8 by OpenVINO"] = lambda: openvino_call(ours, subject.inputs, "int8")
     known["ours float32"] = lambda: passes(ours_with(best(exact)), exact, subject.maps)
     known["ours float32, packed"] = lambda: passes(changed(pack, exact), exact, subject.maps)
     known["ours bfloat16"] = lambda: passes(ours_with(best(rough)), rough, subject.maps)
