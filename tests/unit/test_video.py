@@ -95,6 +95,7 @@ def test_every_clip_says_how_it_was_made(name, tmp_path):
     for k, file in enumerate(files):
         found = read_recipe(file)
         found.pop("frame", None)
+        assert found.pop("drawn").keys() == {"pixels", "recipe"}
         assert found == provenance.recipe_of(RECIPE, k)
         assert found["request"]["seed"] == 7 + k and found["request"]["count"] == 1
     notes = read.notes(files[0])
@@ -342,6 +343,7 @@ def test_kinds_are_told_by_content(tmp_path):
     assert sniff(b"RIFF\0\0\0\0AVI LIST") == "avi" and sniff(b"MZ\0\0\0\0\0\0\0\0\0\0") is None
     recipe = {**RECIPE, "request": {}}
     files = save_clips(Result((), recipe, (moving(),)), tmp_path / "b.gif")
-    assert json.loads(read.notes(files[0])["comment"]) == provenance.recipe_of(recipe, 0)
+    found = json.loads(read.notes(files[0])["comment"])
+    assert found == provenance.recipe_of(recipe, 0) | {"drawn": found["drawn"]}
     with pytest.raises(InputError, match="carries no recipe of ours"):
         read_recipe(written(moving(), tmp_path / "c.mp4"))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts import provenance
+from sfumato.receipts.digests import with_digests
 from sfumato.video.formats import BY_PYAV, FOLDER, format_of, pyav
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def save_clips(result: Result, path: str | os.PathLike[str]) -> list[Path]:
     try:
         with contextlib.ExitStack() as stack:
             for k, (clip, file) in enumerate(zip(result.clips, files, strict=True)):
-                recipe = provenance.recipe_of(result.recipe, k)
+                recipe = with_digests(provenance.recipe_of(result.recipe, k), clip.frames)
                 place = stack.enter_context(staged(file))
                 write_clip(clip, place, kind, notes_of(recipe, kind), **_metadata(recipe, kind))
     except OSError as error:
@@ -61,9 +62,10 @@ def save_clips(result: Result, path: str | os.PathLike[str]) -> list[Path]:
 
 
 def encoded(clip: Clip, recipe: dict[str, Any], kind: str) -> bytes:
-    """The bytes of a file of this format, such as mp4, with one clip and its recipe."""
+    """The bytes of a file of this format, such as mp4, with one clip, its recipe, and the digests of both."""
     from sfumato.video.write import write_clip
 
+    recipe = with_digests(recipe, clip.frames)
     with tempfile.TemporaryDirectory(prefix="sfumato-") as folder:
         place = Path(folder) / f"clip.{kind}"
         write_clip(clip, place, kind, notes_of(recipe, kind), **_metadata(recipe, kind))

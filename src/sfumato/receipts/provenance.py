@@ -22,6 +22,7 @@ from xml.sax.saxutils import escape
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts import webui
+from sfumato.receipts.digests import with_digests
 from sfumato.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -104,9 +105,9 @@ def check_recipe(request: Request, suffix: str) -> None:
 
 
 def encoded(image: Image, recipe: dict[str, Any], suffix: str) -> bytes:
-    """The bytes of a file of this suffix, such as .png, with one picture and its recipe."""
+    """The bytes of a file of this suffix, such as .png, with one picture, its recipe, and the digests of both."""
     stream = io.BytesIO()
-    _save(image, stream, suffix, recipe)
+    _save(image, stream, suffix, with_digests(recipe, [image]))
     return stream.getvalue()
 
 
@@ -121,7 +122,7 @@ def save_images(result: Result, path: str | os.PathLike[str], sign: Signer | Non
         with contextlib.ExitStack() as stack:
             for k, (image, file) in enumerate(zip(result.images, files, strict=True)):
                 place, suffix = stack.enter_context(atomic_file(file)), file.suffix.lower()
-                recipe = recipe_of(result.recipe, k)
+                recipe = with_digests(recipe_of(result.recipe, k), [image])
                 if sign is None:
                     _save(image, place, suffix, recipe)
                 else:
