@@ -114,6 +114,26 @@ def test_deterministic_drawings_are_equal_files(model):
     assert "seconds" not in recipe and recipe["kernels"]["deterministic"] is True
 
 
+def test_a_deterministic_file_is_drawn_again_so(model, capsys):
+    try:
+        draw(model, "-o", "one.png", "--deterministic")
+        torch.use_deterministic_algorithms(False)  # as in a process of its own
+        told = again("one.png", "-m", str(model), "-o", "two.png", capsys=capsys)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told["verdict"] == "identical" and told["changed"] == []
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+
+
+def test_the_recipe_names_what_draws_the_noise(model, capsys):
+    draw(model, "-o", "out.png")
+    recipe = read_recipe("out.png")
+    assert recipe["noise"] == {"generator": "philox4x64-10", "normals": "box-muller", "device": "cpu"}
+    other = recipe | {"noise": {"generator": "mt19937", "device": "cuda"}}
+    assert [each.name for each in changed(other, recipe)] == ["noise generator", "noise device"]
+
+
 def test_how_near_two_pictures_are():
     one = np.full((10, 10, 3), 100, np.uint8)
     assert difference(Image.fromarray(one), Image.fromarray(one)).verdict == "identical"

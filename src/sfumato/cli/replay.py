@@ -66,6 +66,7 @@ def replay(
     Weights are named by their hashes, so files may lie anywhere; give those that the recipe names.
     """
     from sfumato.receipts import clips, provenance
+    from sfumato.receipts.bill import drawn as draw
     from sfumato.receipts.replay import changed, difference_of_clips, edited
 
     recipe, before = _read(file)
@@ -75,7 +76,8 @@ def replay(
         clips.check_output(output)
     elif output is not None:
         provenance.check_output(output, 1, request)
-    if deterministic:
+    kernels = recipe.get("kernels")
+    if deterministic or (isinstance(kernels, dict) and kernels.get("deterministic") is True):
         from sfumato.runtime import deterministic as ask
 
         ask()
@@ -105,11 +107,12 @@ def replay(
         def watch(step: Step) -> None:
             bar.update(task, completed=step.index + 1, total=step.total)
 
-        result = opened.generate(request, on_step=watch)
+        # a bill is only for a file that is kept
+        result = opened.generate(request, watch) if output is None else draw(opened, request, watch)
     now = _written(result, file)
     found = difference_of_clips(before, now)
-    drawn = result.clips[0].frames if result.clips else result.images
-    edits = edited(recipe, before, drawn, found, exact=file.suffix.lower() in EXACT)
+    frames = result.clips[0].frames if result.clips else result.images
+    edits = edited(recipe, before, frames, found, exact=file.suffix.lower() in EXACT)
     others = [*edits, *changed(recipe, result.recipe)]
     # rounding does not write into files, so pixels that were changed in one are never near
     painted = any(each.name == "pixels" for each in edits)

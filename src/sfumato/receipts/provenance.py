@@ -23,6 +23,7 @@ from xml.sax.saxutils import escape
 from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts import webui
 from sfumato.receipts.digests import with_digests
+from sfumato.receipts.share import share
 from sfumato.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -133,11 +134,12 @@ def save_images(result: Result, path: str | os.PathLike[str], sign: Signer | Non
 
 
 def recipe_of(recipe: dict[str, Any], index: int) -> dict[str, Any]:
-    """The recipe of picture `index` alone, from that of its whole request."""
+    """The recipe of picture `index` alone, from that of its whole request, with its share of what that took."""
     from sfumato.types import MAX_SEED
 
     if "request" not in recipe:
         return recipe
+    recipe = share(recipe, index, recipe["request"].get("count", 1))
     request = {**recipe["request"], "count": 1}
     counted = request
     if request.get("variation"):  # then the variation's seed counts the pictures

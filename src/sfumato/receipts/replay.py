@@ -156,9 +156,10 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Changed]:
     for name in SAID:
         if name in before:
             found += _compared(name, before.get(name), now.get(name))
-    kernels = [_object(recipe.get("kernels")) for recipe in (before, now)]
-    for name in kernels[0]:
-        found += _compared(name, kernels[0][name], kernels[1].get(name))
+    for group, told in (("noise", "noise "), ("kernels", "")):
+        values = [_object(recipe.get(group)) for recipe in (before, now)]
+        for name in values[0]:
+            found += _compared(f"{told}{name}", values[0][name], values[1].get(name))
     return found
 
 
