@@ -1,8 +1,9 @@
 """Clips to files that say how they were made, and back.
 
 mp4, webm: the container's metadata, `sfumato` (the whole recipe as JSON), `comment` (the form of AUTOMATIC1111's web
-UI) and `digitalsourcetype`, IPTC's mark of what a model made. WebP: EXIF and XMP, as pictures. GIF: the recipe is its
-comment. A folder: each PNG says it, as pictures do.
+UI) and `digitalsourcetype`, IPTC's mark of what a model made; mp4 also has that mark in XMP, where it belongs. WebP:
+EXIF and XMP, as pictures. GIF: the recipe is its comment, and XMP has the mark. A folder: each PNG says it, as pictures
+do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts import provenance
 from sfumato.receipts.digests import with_digests
 from sfumato.video.formats import BY_PYAV, FOLDER, format_of, pyav
+from sfumato.video.xmp import WRITERS
 
 if TYPE_CHECKING:
     from sfumato.types import Clip, Result
@@ -84,9 +86,11 @@ def notes_of(recipe: dict[str, Any], kind: str) -> dict[str, str]:
 
 
 def _metadata(recipe: dict[str, Any], kind: str) -> dict[str, Any]:
-    """What pictures of such a format have."""
+    """What pictures of such a format have; XMP without the recipe where the notes hold it."""
     if kind == "webp":
         return provenance.exif_and_xmp(recipe)
+    if kind in WRITERS:
+        return {"xmp": provenance.mark(recipe).encode()}
     if kind == FOLDER:
         return {
             "save_picture": lambda frame, file, number: provenance.save_png(

@@ -3,7 +3,7 @@
 PNG: text chunks `parameters` (the form of AUTOMATIC1111's web UI) and `sfumato` (the whole recipe as JSON), and XMP.
 JPEG, WebP: EXIF UserComment (the same `parameters`), and XMP, which then also holds the recipe.
 XMP always marks the picture as made by a model: IPTC's DigitalSourceType `trainedAlgorithmicMedia`, or
-`compositeWithTrainedAlgorithmicMedia` where it began with another picture.
+`compositeWithTrainedAlgorithmicMedia` where it began with another picture, or a clip.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def save_png(image: Image, file: Path | BinaryIO, recipe: dict[str, Any]) -> Non
     info = PngInfo()
     info.add_text("parameters", parameters(recipe))
     info.add_text("sfumato", json.dumps(recipe))
-    info.add_itxt("XML:com.adobe.xmp", xmp(composite=_composite(recipe)))
+    info.add_itxt("XML:com.adobe.xmp", mark(recipe))
     image.save(file, format="PNG", pnginfo=info)
 
 
@@ -294,6 +294,11 @@ def exif_and_xmp(recipe: dict[str, Any]) -> dict[str, Any]:
     """What a WebP says of itself, as its encoder takes it."""
     packet = xmp(recipe, _composite(recipe)).encode()
     return {"exif": _user_comment(parameters(recipe)).tobytes(), "xmp": packet}
+
+
+def mark(recipe: dict[str, Any]) -> str:
+    """An XMP packet with the source type and no recipe, for files that hold it elsewhere."""
+    return xmp(composite=_composite(recipe))
 
 
 def source_type(recipe: dict[str, Any]) -> str:
@@ -312,7 +317,7 @@ def _user_comment(text: str) -> Exif:
 
 
 def _composite(recipe: dict[str, Any]) -> bool:
-    return "image" in recipe.get("request", {})
+    return not recipe.get("request", {}).keys().isdisjoint(("image", "clip"))
 
 
 def xmp(recipe: dict[str, Any] | None = None, composite: bool = False) -> str:
