@@ -17,7 +17,7 @@ from sfumato.fidelity.instrument import Instrument, open_instrument
 from sfumato.fidelity.ocr import Reader
 from sfumato.fidelity.predict import Transfer, Waves, measured, predict
 from sfumato.fidelity.preflight import keep_mask, preflight
-from sfumato.fidelity.prompt import counted, examine, largest_type, quoted, score
+from sfumato.fidelity.prompt import examine, largest_type, score
 from sfumato.fidelity.regions.find import find
 from sfumato.fidelity.regions.region import shared
 from sfumato.fidelity.report import folder_page, picture_page, prompt_page
@@ -180,14 +180,6 @@ def test_reports_hold_no_markup_of_strangers(pocket):
     assert "script" not in Tags(prompt_page(f'a sign "{hostile}"', (128, 128), hostile, 1, wishes)).seen
 
 
-def test_what_prompts_quote_and_count():
-    assert quoted('a sign "Open  now" and ‘x’ “Café” isn\'t') == ["Open now", "Café"]
-    assert quoted("a cat's toy and a dog's") == []
-    assert counted("seven red cubes and 12 spheres") == 19
-    assert counted("a red cube") == 0
-    assert counted("a cube, a cone, a ring and a ball") == 4
-
-
 def test_type_is_set_as_large_as_it_fits():
     one, lines = largest_type("OPEN", (512, 512))
     assert lines == 1 and one == pytest.approx(0.8 * 512 / (4 * 0.6))
@@ -206,4 +198,10 @@ def test_prompts_are_told_what_does_not_fit(pocket):
         examine("two spheres", (128, 128), chart)
     )
     assert examine("a tiny bird on a newspaper", (128, 128), chart)[0].loss > 0.5
+    more = [examine(f'a page "{"words " * n}"', (512, 512), chart)[0] for n in (60, 70, 15_000)]
+    assert more[0].size > more[1].size > more[2].size > 0 and more[2].loss > 0.9  # however many there are
+    crowds = [
+        examine(f"{count} people on a hill", (256, 256), chart)[0] for count in ("five", "fifty", "5000")
+    ]
+    assert crowds[0].loss < crowds[1].loss <= crowds[2].loss and "5000 things" in crowds[2].what
     assert examine("", (128, 128), chart) == [] and examine('""', (64, 64), chart) == []
