@@ -80,7 +80,32 @@ def test_thin_lines_and_small_objects_are_found():
     found = {region.kind: region for region in find(picture(image))}
     assert set(found) == {"line", "object"}
     assert found["line"].size == pytest.approx(2, abs=0.6)
-    assert found["object"].size == pytest.approx(17, abs=7)  # its box has room around
+    assert found["object"].size == pytest.approx(17, abs=1)
+
+
+COLOURS = ((0.8, 0.15, 0.15), (0.05, 0.05, 0.05), (1, 1, 1), (0.15, 0.3, 0.8), (0.95, 0.8, 0.1))
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("kind", ["disc", "square"])
+def test_small_objects_are_found_with_their_size(kind, colour):
+    for size in (5, 9, 15, 22, 31, 40, 60):
+        mask = targets.shape_mask(128, kind, size)[..., None]
+        found = find(mask * np.array(colour) + (1 - mask) * 0.5)
+        across = size * (0.9 if kind == "square" else 1)
+        assert [region.kind for region in found] == ["object"]
+        assert found[0].size == pytest.approx(across, rel=0.15, abs=1)
+        left, top, right, bottom = found[0].box
+        assert abs(left + right - 128) <= 2 and abs(top + bottom - 128) <= 2
+
+
+def test_things_side_by_side_are_told_apart():
+    image = Image.new("RGB", (128, 128), (120, 130, 140))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((20, 50, 39, 69), fill=(250, 240, 230))
+    pen.rectangle((48, 50, 67, 69), fill=(20, 20, 60))
+    found = find(picture(image))
+    assert [(region.kind, region.size) for region in found] == [("object", 20.0), ("object", 20.0)]
 
 
 def test_plain_pictures_hold_nothing():

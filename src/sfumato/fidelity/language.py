@@ -152,10 +152,10 @@ def _number(tokens: list[tuple[str, str]], at: int) -> tuple[int, int, bool]:
             part = _figures(word)
             year = word.isdigit() and 1000 <= part < 2100
         elif word in SMALL or word in TENS:
-            value = SMALL.get(word, TENS.get(word, 0))
-            if part is not None and (vague or not _adds(part, value)):
+            more = SMALL.get(word, TENS.get(word, 0))
+            if part is not None and (vague or not _adds(part, more)):
                 break
-            part = (part or 0) + value
+            part = (part or 0) + more
         elif word in SCALES:
             if part is None and end > at:
                 break
@@ -163,7 +163,7 @@ def _number(tokens: list[tuple[str, str]], at: int) -> tuple[int, int, bool]:
             if SCALES[word] >= 1000:
                 whole, part = whole + part, None
         elif end == at and word in VAGUE and _scale_after(tokens, end + 1):
-            part, vague = VAGUE[word], True
+            part, vague = float(VAGUE[word]), True
         elif not (vague and end == at + 1 and word in ("a", "of")) and not (
             end > at and word in ("and", "-") and _goes_on(tokens, end, part)
         ):
