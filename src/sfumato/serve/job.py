@@ -28,12 +28,14 @@ class Event:
 class Live:
     """A job between acceptance and its end.
 
-    record: as the ledger has it. keep: it goes on when nobody waits for it any more. alone: it was at work when a
-    worker was lost, and is drawn without others. losses: how many were lost while they drew nothing else.
+    record: as the ledger has it. keep: it goes on when nobody waits for it any more; else for `grace` seconds. alone:
+    it was at work when a worker was lost, and is drawn without others. losses: how many were lost while they drew
+    nothing else.
     """
 
     record: Record
     keep: bool = True
+    grace: float = 0.0
     alone: bool = False
     losses: int = 0
     done: int = 0  # steps
@@ -42,6 +44,7 @@ class Live:
     ending: str | None = None  # why it was told to stop
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     holders: int = 0
+    visits: int = 0  # of holders, those that are gone among them
     _listeners: set[asyncio.Queue[Event]] = field(default_factory=set)
 
     @property
