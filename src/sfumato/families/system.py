@@ -69,6 +69,9 @@ class DrawingSystem:
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from, as the network reads them."""
 
+    def check_texts(self, texts: Sequence[str], request: Request) -> None:
+        """`InputError` for a text that `condition` would not read, as one that is too long: told without a network."""
+
     @abstractmethod
     def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """One call of the denoiser: (B, C, T, H, W) → the same. time: () or (B,).

@@ -199,6 +199,11 @@ class System(DrawingSystem):
         ids, mask = ids.to(device), mask.to(device)
         return Conditioning(self.denoiser.text(ids, mask), mask)
 
+    def check_texts(self, texts: Sequence[str], request: Request) -> None:
+        """`InputError` for a text of more tokens than the network reads."""
+        moves = request.moves and self.video is not None
+        (self.clip_tokenizer if moves else self.tokenizer).batch(texts)
+
     def _condition_clip(
         self, animator: Animator, prompts: Sequence[str | None], request: Request, device: torch.device
     ) -> Conditioning:
