@@ -138,7 +138,7 @@ def edited(
 
     held: the pictures in the file. exact: it keeps every value, as PNG and WebP do. now: what is drawn by the recipe
     today. found: between the file and the same written today: of a file that is not exact, an edit shows where the
-    drawing is the one that the digest names and yet they differ. So do they where another version of the codec wrote.
+    drawing is the one that the digest names and yet they differ by more than another version of a codec may.
     """
     changes = []
     said = drawn(recipe, "recipe")
@@ -147,7 +147,7 @@ def edited(
     said = drawn(recipe, "pixels")
     if said is not None and exact and said != (own := of_pixels(held)):
         changes.append(Changed("pixels", said, own))
-    elif said is not None and not exact and (found is None or found.most) and said == of_pixels(now):
+    elif said is not None and not exact and (found is None or found.verdict == "different") and said == of_pixels(now):
         changes.append(Changed("pixels", said, of_pixels(held)))
     return changes
 
