@@ -147,7 +147,12 @@ def edited(
     said = drawn(recipe, "pixels")
     if said is not None and exact and said != (own := of_pixels(held)):
         changes.append(Changed("pixels", said, own))
-    elif said is not None and not exact and (found is None or found.verdict == "different") and said == of_pixels(now):
+    elif (
+        said is not None
+        and not exact
+        and (found is None or found.verdict == "different")
+        and said == of_pixels(now)
+    ):
         changes.append(Changed("pixels", said, of_pixels(held)))
     return changes
 
