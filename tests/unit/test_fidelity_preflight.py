@@ -30,7 +30,7 @@ IDENTITY = Instrument("identity", 8, 3, lambda x: x, "", torch.device("cpu"))
 @pytest.fixture(scope="module")
 def pocket() -> tuple[Instrument, Chart]:
     instrument = open_instrument("pocket", "cpu", dtype=torch.float32)
-    return instrument, store.read(instrument.folder / store.BESIDE)
+    return instrument, store.find(instrument)
 
 
 def picture(image: Image.Image) -> np.ndarray:
