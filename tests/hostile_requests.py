@@ -28,6 +28,7 @@ HOSTILE = [
     {"controls": [{"name": "none", "image": "file_" + "0" * 32}]}, {"controls": {"a": 1}}, {"reuse": 11},
     {"guidance_interval": [2, 1]}, {"guidance_interval": "x"}, {"clip_skip": 30}, {"micro": {"crop": [1, 1]}},
     {"skip_layers": {"layers": [999]}}, {"skip_layers": {"layers": []}}, {"prompt_rules": "x"}, {"refine_at": 0.5},
+    {"prompt": "unheard " * 40}, {"negative": "unheard " * 40},
     {"inpaint": {"blur": 3}}, {"text_length": 3}, {"fit": "cover"},
 ]  # fmt: skip
 

@@ -84,3 +84,40 @@ def test_a_client_that_tries_again_gets_the_job_it_has(a, server):
     assert later["data"] == answers[0]["data"]
     fresh = a.post("/v1/images/generations", body).json()
     assert fresh["data"] != answers[0]["data"]  # who asks anew gets another seed
+
+
+@pytest.fixture(scope="module")
+def hurried(server, ring):
+    """A client of OpenAI's that waits for 2 seconds at a time, and what it has sent."""
+    openai = pytest.importorskip("openai")
+    sent = []
+    line = openai.DefaultHttpxClient(event_hooks={"request": [sent.append]})
+    base = {"base_url": server.url + "/v1", "api_key": ring[1]["a"], "http_client": line}
+    return lambda **more: openai.OpenAI(**base, timeout=2, **more), sent
+
+
+def test_openai_s_own_retries_are_one_job(hurried, a, server):
+    client, sent = hurried
+    per_step = a.post("/v1/estimate", {"request": {"prompt": "x", "steps": 100}}).json()["seconds"] / 100
+    steps = min(1000, round(5 / per_step))
+    answer = client(max_retries=60).images.generate(prompt="it is hurried", extra_body={"steps": steps})
+    assert [r.headers["x-stainless-retry-count"] for r in sent] == [str(k) for k in range(len(sent))]
+    assert len(sent) > 1, "it did not have to try again"
+    [job] = [job for job in server.jobs() if "it is hurried" in job["request"]]
+    assert job["state"] == "succeeded" and job["tries"] == 1
+    drawn = a.get(f"/v1/jobs/{job['id']}/pictures/0").content
+    assert base64.b64decode(answer.data[0].b64_json) == drawn
+
+
+def test_openai_s_client_that_does_not_come_back_frees_the_device_after_its_grace(hurried, a):
+    import openai
+
+    client, _ = hurried
+    with pytest.raises(openai.APITimeoutError):
+        client(max_retries=0).images.generate(prompt="it goes", n=2, extra_body={"steps": 1000})
+    left = time.time()
+    [job] = [job for job in a.get("/v1/jobs").json()["data"] if job["request"]["prompt"] == "it goes"]
+    assert job["state"] in ("queued", "running")
+    ended = a.wait(job["id"])
+    assert ended["state"] == "cancelled" and ended["price"]["charged_micros"] == 0
+    assert 8 < ended["ended"] - left < 30

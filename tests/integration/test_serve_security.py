@@ -162,6 +162,27 @@ def test_an_unknown_model_is_404(a):
     assert error(a.get("/v1/models/none")) == (404, "model_not_found")
 
 
+def test_a_prompt_that_is_too_long_is_refused_at_every_door(a):
+    """In one line: what it has, and what is allowed."""
+    text = "unheard " * 40
+    told = "the prompt needs 361 tokens and this model reads at most 128"
+    for path, body in (
+        ("/v1/jobs", {"request": {"prompt": text}}),
+        ("/v1/estimate", {"request": {"prompt": text}}),
+        ("/v1/preflight", {"request": {"prompt": text}}),
+        ("/v1/images/generations", {"prompt": text}),
+        ("/sdapi/v1/txt2img", {"prompt": text}),
+    ):
+        answer = a.post(path, body)
+        assert error(answer) == (400, "bad_input"), (path, answer.text)
+        said = answer.json()["error"]
+        assert said["message"].startswith(told) and "\n" not in said["message"] and said["param"] == "prompt"
+    clip = {"request": {"prompt": text, "frames": 9}}
+    for path in ("/v1/videos", "/v1/videos/estimate"):
+        assert told in a.post(path, clip).json()["error"]["message"]
+    assert "the negative needs" in a.post("/v1/jobs", {"request": {"negative": text}}).text
+
+
 def test_prompts_of_any_language_are_drawn(a):
     for prompt in (
         "",

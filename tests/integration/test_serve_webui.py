@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,6 +44,9 @@ def test_webuiapi_draws(webui, pocket):
         assert same(shown.convert("RGB"), picture)
     assert answer.info["all_seeds"] == [9, 10] and answer.info["sampler_name"] == "DPM++ 2M"
     assert "Seed: 10" in answer.info["infotexts"][1] and answer.info["receipt"]["charged_micros"] > 0
+    shown = re.search(r"Model hash: (\w+)", answer.info["infotexts"][0])[1]
+    assert answer.info["sd_model_hash"] == shown == webui.get_sd_models()[0]["hash"] and len(shown) == 10
+    assert webui.get_options()["sd_checkpoint_hash"] == webui.get_sd_models()[0]["sha256"]
 
 
 def test_webuiapi_begins_with_a_picture_and_paints_in_a_mask(webui):
@@ -86,7 +91,13 @@ def test_webuiapi_asks_what_there_is(webui):
 
 def test_progress_and_interrupt_are_the_key_s_own(webui, a, b, server, ring):
     with ThreadPoolExecutor(1) as pool:
-        drawing = pool.submit(webui.txt2img, prompt=PROMPT, steps=1000, width=128, height=128)
+        body = {
+            "prompt": PROMPT,
+            "steps": 1000,
+            "width": 128,
+            "height": 128,
+        }  # what is open, the model decides
+        drawing = pool.submit(b.post, "/sdapi/v1/txt2img", body)
         until = time.time() + 30
         while not (seen := b.get("/sdapi/v1/progress").json())["progress"] and time.time() < until:
             time.sleep(0.02)
@@ -95,8 +106,14 @@ def test_progress_and_interrupt_are_the_key_s_own(webui, a, b, server, ring):
         assert a.post("/sdapi/v1/interrupt").status_code == 200
         assert b.get("/sdapi/v1/progress").json()["state"]["job_count"] == 1
         assert b.post("/sdapi/v1/interrupt").status_code == 200
-        answer = drawing.result(30)
-    assert answer.images == [] and answer.info["interrupted"]
+        answer = drawing.result(30).json()
+    info = json.loads(answer["info"])
+    assert answer["images"] == [] and info["interrupted"]
+    assert info["sd_model_hash"] == webui.get_sd_models()[0]["hash"]
+    preset = b.get("/v1/models/pocket").json()["preset"]
+    names = {each["aliases"][0]: each["name"] for each in webui.get_samplers()}
+    assert info["sampler_name"] == names[preset["sampler"]] and info["steps"] == 1000
+    assert isinstance(info["cfg_scale"], (int, float)) and (info["width"], info["height"]) == (128, 128)
 
 
 @pytest.mark.parametrize(

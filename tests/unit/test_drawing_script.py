@@ -10,6 +10,7 @@ import torch
 from sfumato import Request, load
 from sfumato.diffusion.guidance import composed_batched
 from sfumato.diffusion.schedules import sigmas_for
+from sfumato.drawing.script import check_texts
 from sfumato.errors import InputError
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.sampling import SAMPLERS, SeededNoise
@@ -186,3 +187,38 @@ def test_a_script_needs_the_request(model):
     told = model.condition(replace(PLAIN, prompt="a [cat:dog:2]"))
     with pytest.raises(InputError, match="need the request"):
         model.denoiser(told, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "argument"),
+    [
+        ({"prompt": "a (cat:200)"}, "prompt"),
+        ({"prompt": "a [cat:(dog:200):3]"}, "prompt"),
+        ({"prompt": "a cat AND a (dog:200)"}, "prompt"),
+        ({"prompt": "a cat", "negative": "[(fog:-200)|rain]"}, "negative"),
+        ({"prompt": "a cat AND a dog :200"}, "prompt"),
+    ],
+)
+def test_what_cannot_be_read_is_told_without_a_network(model, fields, argument, monkeypatch):
+    monkeypatch.setattr(type(model.system), "condition", None)
+    with pytest.raises(InputError, match="weight") as refused:
+        check_texts(model, model.complete(replace(PLAIN, **fields)))
+    assert refused.value.argument == argument
+    check_texts(model, model.complete(replace(PLAIN, prompt="a [cat:dog:2] " * 200, negative="fog")))
+
+
+def test_pocket_s_tokens_are_counted_without_a_network(monkeypatch):
+    pocket = load("pocket", "cpu")
+    monkeypatch.setattr(type(pocket.system), "condition", None)
+    for fields in (
+        {"prompt": "unheard " * 40},
+        {"negative": "unheard " * 40},
+        {"prompt": "unheard " * 40, "frames": 9},
+    ):
+        name = "negative" if "negative" in fields else "prompt"
+        with pytest.raises(InputError, match=f"the {name} needs 361 tokens and .* at most 128") as refused:
+            check_texts(pocket, pocket.complete(Request(**fields)))
+        assert refused.value.argument == name
+    check_texts(
+        pocket, pocket.complete(Request("a [red:blue:2] (cube:500) AND a cone"))
+    )  # no rules are read there

@@ -17,6 +17,7 @@ from helpers import hollow
 from sfumato import load, planning
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig
 from sfumato.cli.app import run
+from sfumato.drawing.script import check_texts
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.openers import blank
 from sfumato.families.sd.shapes import SYSTEMS as OTHERS
@@ -342,3 +343,14 @@ def test_a_preset_is_over_what_the_name_says(places, tmp_path):
         opened(places("sd3-medium"), preset="turbo")
     with pytest.raises(InputError, match="whose presets are plain, turbo, not 'lcm'"):
         opened(turbo, preset="lcm")
+
+
+def test_what_t5_cannot_read_is_told_without_a_network(small, places, monkeypatch):
+    model = load(str(places("sd3.5-medium")), "cpu", dtype=torch.float32)
+    monkeypatch.setattr(type(model.system), "condition", None)
+    for name in ("prompt", "negative"):
+        request = model.complete(replace(REQUEST, **{name: "red cube sphere " * 400}))
+        with pytest.raises(InputError, match=f"the {name} has .* tokens of T5") as refused:
+            check_texts(model, request)
+        assert refused.value.argument == name
+    check_texts(model, model.complete(REQUEST))

@@ -191,6 +191,7 @@ def test_lists_are_a_tenants_own_newest_first(ledger):
     ledger.accept(record(tenant="b"))
     assert [job.id for job in ledger.jobs_of("a", 3)] == [jobs[k].id for k in (3, 2, 1)]
     assert [job.id for job in ledger.jobs_of("a", 3, before=NOW + 1)] == [jobs[0].id]
+    assert [job.id for job in ledger.jobs_of("a", 3, after=jobs[1])] == [jobs[0].id]
 
 
 def test_uploads_are_a_tenants_own(ledger):

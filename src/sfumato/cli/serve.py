@@ -99,6 +99,14 @@ def serve(
     drain: Annotated[
         str, Option(metavar="SECONDS", rich_help_panel=LIMITS, help="That a stop waits for accepted jobs.")
     ] = "120",
+    grace: Annotated[
+        str,
+        Option(
+            metavar="SECONDS",
+            rich_help_panel=LIMITS,
+            help="That a job goes on when an OpenAI client has hung up, which may try again.",
+        ),
+    ] = "10",
     keep: Annotated[
         str, Option(metavar="DAYS", rich_help_panel=LIMITS, help="That pictures are kept.")
     ] = "7",
@@ -144,6 +152,7 @@ def serve(
         longest=max(3600.0, parse.number("deadline", deadline)),
         drain=parse.number("drain", drain),
         keep=86400 * parse.number("keep", keep),
+        grace=parse.number("grace", grace),
         hosts=tuple(name or ()),
         memory=None if memory is None else parse.size_in_bytes("memory", memory),
     ).validate()

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.parameterization import Denoise
+from sfumato.errors import InputError
 from sfumato.text.editing import EDITED, schedule, together
 from sfumato.types import Conditioning, Request
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
+
+CHECKED = 64  # texts of a prompt that changes, the longest
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,7 @@ def script(model: Model, request: Request, done: int = 0) -> Conditioning | Scri
     """
     steps, negative = request.steps, request.negative
     assert steps is not None
-    reads = "prompt_rules" in model.system.reads
-    if not reads or (request.prompt_rules or EDITED) != EDITED:
+    if not _edited(model, request):
         return model.told([request.prompt, negative], request)
     unwanted = ((steps, None),) if negative is None else schedule(negative, steps, done)
     known: dict[tuple[str, str | None], Conditioning] = {}
@@ -56,6 +58,30 @@ def script(model: Model, request: Request, done: int = 0) -> Conditioning | Scri
         voices.append(Voice(tuple((end, told(end, wanted)) for end in ends), weight))
     alone = len(voices) == 1 and len(voices[0].stages) == 1
     return voices[0].stages[0][1] if alone else tuple(voices)
+
+
+def _edited(model: Model, request: Request) -> bool:
+    """Whether its prompts are read as ones that may change."""
+    return "prompt_rules" in model.system.reads and (request.prompt_rules or EDITED) == EDITED
+
+
+def check_texts(model: Model, request: Request) -> None:
+    """`InputError`, by the name of prompt or negative, for what a complete request's model could not read of them."""
+    assert request.steps is not None
+    passes = [(request.steps, 0)]
+    if request.hires is not None:
+        passes.append((request.hires.steps or request.steps, request.steps))
+    for name, text in (("prompt", request.prompt), ("negative", request.negative)):
+        texts = {text or ""}
+        if _edited(model, request):
+            alone = [part for part, _ in together(text or "")] if name == "prompt" else texts
+            texts = {held for part in alone for times in passes for _, held in schedule(part, *times)}
+        try:
+            model.system.check_texts(sorted(texts, key=len)[-CHECKED:], request)
+        except InputError as error:
+            if name == error.argument or error.argument != "prompt":
+                raise
+            raise InputError(str(error).replace("the prompt", "the negative", 1), argument=name) from None
 
 
 def _at(stages: Sequence[tuple[int, T]], step: int) -> T:

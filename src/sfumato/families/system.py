@@ -69,6 +69,9 @@ class DrawingSystem:
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from, as the network reads them."""
 
+    def check_texts(self, texts: Sequence[str], request: Request) -> None:
+        """`InputError` for a text that `condition` would not read, as one that is too long: told without a network."""
+
     @abstractmethod
     def network(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """One call of the denoiser: (B, C, T, H, W) → the same. time: () or (B,).
@@ -175,6 +178,17 @@ class DrawingSystem:
     def shared_noise(self) -> float:
         """Share of the noise's variance that the frames of a clip have in common, 0 to 1, as in training."""
         return 0.0
+
+    @property
+    def traces_pictures(self) -> bool:
+        """Whether `trace_pictures` tells what drawing pictures takes, of a model that is small and does not `trace`."""
+        return False
+
+    def trace_pictures(
+        self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool
+    ) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing takes, all in memory, of a model that `traces_pictures`."""
+        raise InputError("this model does not tell what drawing a picture takes", argument="model")
 
     @property
     def traces_clips(self) -> bool:

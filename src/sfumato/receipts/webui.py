@@ -87,6 +87,7 @@ _AUTOMATIC = {  # what `Automatic` is for a sampler (modules/sd_samplers_kdiffus
     "dpm2": "karras",
     "dpmpp_2m_sde": "exponential",
 }
+SHORT = 10  # digits of a model's hash
 _KEY = re.compile(r"\w[\w \-/]{1,59}")
 _QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
 _LORA = re.compile(r" ?<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,4})>")
@@ -100,7 +101,7 @@ _SILENT = {  # says where a picture comes from, or what is so here anyway
 def write(recipe: Mapping[str, Any], tool: str) -> str:
     """The recipe in this form: prompt, negative prompt, then one line of settings. tool: goes under Version."""
     request = recipe.get("request", {})
-    weights = "".join(recipe.get("weights", {}).values())
+    weights = recipe.get("weights")
     sampler, schedule, size = request.get("sampler"), request.get("schedule"), request.get("size")
     hires, inpaint = request.get("hires") or {}, request.get("inpaint") or {}
     variation = request.get("variation") or {}
@@ -117,7 +118,7 @@ def write(recipe: Mapping[str, Any], tool: str) -> str:
         "CFG scale": request.get("guidance"),
         "Seed": request.get("seed"),
         "Size": _pair(size) if size else None,
-        "Model hash": hashlib.sha256(weights.encode()).hexdigest()[:10] if weights else None,
+        "Model hash": model_hash(weights)[:SHORT] if weights else None,
         "Model": recipe.get("model"),
         "Variation seed": variation.get("seed"),
         "Variation seed strength": variation.get("strength"),
@@ -145,6 +146,11 @@ def write(recipe: Mapping[str, Any], tool: str) -> str:
         lines.append(f"Negative prompt: {request['negative']}")
     lines.append(", ".join(f"{key}: {_plain(value)}" for key, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def model_hash(weights: Mapping[str, str]) -> str:
+    """A model's hash, of which the web UI shows `SHORT` digits. weights: hashes of its parts, as a recipe has them."""
+    return hashlib.sha256("".join(weights.values()).encode()).hexdigest()
 
 
 def _tag(use: Mapping[str, Any]) -> str:

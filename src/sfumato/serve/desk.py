@@ -31,8 +31,9 @@ RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined ont
 @dataclass(frozen=True)
 class Ask:
     """What a client wants drawn. request: plain JSON with pictures by id. digest: of what was sent. retry: it says that
-    it tries again. keep: the job goes on when the client is gone. looks: pictures of it forming, of `look_format`. via:
-    the interface that it came by. kind: what is to be drawn, `job.PICTURE` or `job.CLIP`.
+    it tries again. keep: the job goes on when the client is gone; else so many seconds of `grace`. looks: pictures of
+    it forming, of `look_format`. via: the interface that it came by. kind: what is to be drawn, `job.PICTURE` or
+    `job.CLIP`.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Ask:
     idempotency: str | None = None
     retry: bool = False
     keep: bool = True
+    grace: float = 0.0
     via: str = "native"
     kind: str = PICTURE
 
@@ -222,7 +224,7 @@ class Desk:
             ) from None
         if written.id != record.id:
             return self._same(written, ask)
-        live = Live(record, keep=ask.keep)
+        live = Live(record, keep=ask.keep, grace=ask.grace)
         self.floor.add(live)
         self.metrics.accepted.labels(record.model).inc()
         return record, live

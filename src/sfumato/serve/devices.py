@@ -129,7 +129,8 @@ class Device:
                     return
                 log.error("the worker of %s: %s", self.name, error)
             except (wire.Broken, OSError) as error:
-                log.warning("the worker of %s: %s", self.name, error)
+                if not self._stopping:
+                    log.warning("the worker of %s: %s", self.name, error)
                 if not first.done():
                     first.set_exception(
                         Unable("the worker ended before it could draw; its messages stand above")

@@ -137,14 +137,27 @@ class Floor:
 
     @contextlib.asynccontextmanager
     async def held(self, live: Live) -> AsyncIterator[Live]:
-        """While inside, somebody waits for the job. When nobody does any more it is cancelled, unless it is kept."""
+        """While inside, somebody waits for the job. When nobody does any more it is cancelled, unless it is kept: after
+        its grace, if nobody has come for it until then."""
         live.holders += 1
+        live.visits += 1
         try:
             yield live
         finally:
             live.holders -= 1
             if not live.holders and not live.keep and not live.ended.is_set():
-                self.stop(live, "client_gone")
+                if live.grace and not self.closing:
+                    self._begin(self._missed(live, live.visits))
+                else:
+                    self.stop(live, "client_gone")
+
+    async def _missed(self, live: Live, visits: int) -> None:
+        """Give who was the job's last visitor time to come back."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(live.grace):
+                await live.ended.wait()
+        if live.visits == visits:
+            self.stop(live, "client_gone")
 
     def stop(self, live: Live, reason: str) -> None:
         """Have a job end as cancelled: at once if it waits, within a step if it is drawn."""
@@ -188,12 +201,15 @@ class Floor:
                 return
             await self.books.write(self.books.ledger.start, live.id, started)
         except Refused as error:
+            if live not in device.running:
+                return
             device.running.remove(live)
             self._begin(self._end(live, FAILED, error_of("file_gone", str(error))))
             return
         except LedgerError as error:
             log.warning("%s", error)
-            self._back(live)
+            if live in device.running:  # else it is on its way back already
+                self._back(live)
             await asyncio.sleep(AGAIN)
             self._wake.set()
             return

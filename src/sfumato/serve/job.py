@@ -28,12 +28,14 @@ class Event:
 class Live:
     """A job between acceptance and its end.
 
-    record: as the ledger has it. keep: it goes on when nobody waits for it any more. alone: it was at work when a
-    worker was lost, and is drawn without others. losses: how many were lost while they drew nothing else.
+    record: as the ledger has it. keep: it goes on when nobody waits for it any more; else for `grace` seconds. alone:
+    it was at work when a worker was lost, and is drawn without others. losses: how many were lost while they drew
+    nothing else.
     """
 
     record: Record
     keep: bool = True
+    grace: float = 0.0
     alone: bool = False
     losses: int = 0
     done: int = 0  # steps
@@ -42,6 +44,7 @@ class Live:
     ending: str | None = None  # why it was told to stop
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     holders: int = 0
+    visits: int = 0  # of holders, those that are gone among them
     _listeners: set[asyncio.Queue[Event]] = field(default_factory=set)
 
     @property
@@ -149,10 +152,10 @@ def job_json(record: Record, live: Live | None, currency: str, position: int | N
         "object": "video" if kind == CLIP else "job",
         "state": record.state,
         "model": record.model,
-        "created": round(record.made, 3),
-        "started": None if record.started is None else round(record.started, 3),
-        "ended": None if record.ended is None else round(record.ended, 3),
-        "deadline": round(record.deadline, 3),
+        "created": record.made,
+        "started": record.started,
+        "ended": record.ended,
+        "deadline": record.deadline,
         "request": record.request,
         "format": options["format"],
         "expected": options["expected"],

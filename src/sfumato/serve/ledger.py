@@ -233,13 +233,22 @@ class Ledger:
         """A tenant's job; None if there is none of this id, or it is another's."""
         return self._first(sql.select(self.jobs).where(self.jobs.c.id == job, self.jobs.c.tenant == tenant))
 
-    def jobs_of(self, tenant: str, limit: int, before: float | None = None) -> list[Record]:
-        """A tenant's latest jobs, the newest first; `before`: only those made before."""
+    def jobs_of(
+        self, tenant: str, limit: int, before: float | None = None, after: Record | None = None
+    ) -> list[Record]:
+        """A tenant's latest jobs, the newest first; before: only those made before; after: only those that come after
+        this one in the list, of jobs made at once, too.
+        """
         c = self.jobs.c
         query = (
             sql.select(self.jobs).where(c.tenant == tenant).order_by(c.made.desc(), c.id.desc()).limit(limit)
         )
-        return self._all(query if before is None else query.where(c.made < before))
+        if before is not None:
+            query = query.where(c.made < before)
+        if after is not None:
+            same = sql.and_(c.made == after.made, c.id < after.id)
+            query = query.where(sql.or_(c.made < after.made, same))
+        return self._all(query)
 
     def open_jobs(self) -> list[Record]:
         """All that have not ended, the oldest first."""

@@ -23,6 +23,7 @@ from sfumato.serve.ledger import Ledger
 from sfumato.serve.settings import Settings
 from sfumato.serve.store import Store
 from sfumato.serve.web.app import build
+from sfumato.serve.web.connection import Connection
 
 log = logging.getLogger("sfumato.serve")
 BACKLOG = 4096  # connections that wait to be taken
@@ -100,7 +101,7 @@ async def _run(
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=64 * 1024,
         ws="none",
-        http="h11",
+        http=Connection,
     )
     try:
         await desk.open()

@@ -64,7 +64,8 @@ class Settings:
     devices: one worker each; None is the faster of this machine. keys: the file of keys; without one everybody on this
     machine may draw, and nobody else. ledger: its URL. queue: jobs that wait at most. batch: pictures that a device
     works on together. deadline, longest: seconds that a job has by default, and at most. drain: seconds that a stop
-    waits for what was accepted. keep: seconds that pictures are kept. body: bytes of the largest request. hosts: names
+    waits for what was accepted. keep: seconds that pictures are kept. grace: seconds that a
+    client which tries again is waited for. body: bytes of the largest request. hosts: names
     that the server is called by, besides its address. memory: bytes that a worker may plan with; None is what is free.
     """
 
@@ -82,6 +83,7 @@ class Settings:
     longest: float = 3600.0
     drain: float = 120.0
     keep: float = 7 * 86400.0
+    grace: float = 10.0
     body: int = 32 * 2**20
     hosts: tuple[str, ...] = ()
     memory: int | None = None
@@ -102,6 +104,7 @@ class Settings:
         checks.number("longest", self.longest, 1, 7 * 86400)
         checks.number("drain", self.drain, 0, 86400)
         checks.number("keep", self.keep, 60, 3650 * 86400)
+        checks.number("grace", self.grace, 0, 3600)
         checks.integer("body", self.body, 2**16, 2**30)
         if self.keys is None and not is_loopback(self.host):
             raise InputError(

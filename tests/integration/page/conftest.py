@@ -49,7 +49,7 @@ def guarded(tmp_path_factory):
     place = tmp_path_factory.mktemp("keys")
     (place / "prices.toml").write_text(PRICES)
     file = place / "keys.json"
-    limits = {"a": {}, "b": {}, "poor": {"budget": 3_000}}
+    limits = {"a": {}, "b": {}, "poor": {"budget": 3_000}, "many": {}}
     found = {name: keys.add(file, name, **more)[0] for name, more in limits.items()}
     running = Server(place / "data", "--keys", str(file), "--prices", str(place / "prices.toml"))
     yield running.start(600), found

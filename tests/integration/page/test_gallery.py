@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from browsing import SHAPES, latest, picture
+from browsing import SHAPES, Visitor, enter, latest, picture
+from serving import Client
 
 pytestmark = pytest.mark.full  # a server and a browser
 
@@ -62,3 +63,21 @@ def test_settings_are_taken_with_what_the_form_has_no_place_for(visitor, client)
     assert "guidance_interval" in visitor.text("#carried")
     visitor.draw().drawn()
     assert latest(client)["request"] == request
+
+
+def test_older_ones_are_shown_to_the_last(guarded, browser):
+    server, ring = guarded
+    many = Client(server, ring["many"])
+    names = [many.submit({"prompt": f"a cube {k}", "steps": 1, "size": [32, 32]})["id"] for k in range(50)]
+    for name in names:
+        many.wait(name)
+    visitor = Visitor(browser, server.url)
+    enter(visitor, ring["many"])
+    visitor.ready()
+    visitor.counts(".tile", 48)
+    visitor.page.click("#older")
+    visitor.counts(".tile", 50)
+    shown = visitor.page.evaluate("[...document.querySelectorAll('.tile')].map((n) => n.ariaLabel)")
+    assert shown == [f"a cube {k}" for k in reversed(range(50))]
+    assert visitor.page.is_hidden("#older")
+    visitor.close()

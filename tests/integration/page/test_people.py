@@ -139,3 +139,69 @@ def test_colours_are_chosen_and_kept(visitor):
     assert dark != light
     page.reload()
     assert page.evaluate(ground) == dark
+
+
+def test_a_picture_is_shown_large_with_the_keyboard(visitor):
+    page = visitor.drawn().page
+    page.locator("#stage .enlarge").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#light[open] img")
+    assert (
+        page.locator("#light img").bounding_box()["height"]
+        > page.locator("#stage .final").bounding_box()["height"]
+    )
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#light", state="hidden")
+    assert page.evaluate("document.activeElement.className") == "enlarge"
+    page.keyboard.press("Space")
+    page.wait_for_selector("#light[open]")
+    page.keyboard.press("Enter")  # on the button that closes it
+    page.wait_for_selector("#light", state="hidden")
+
+
+FOUR = "a map, a menu, a mosaic, a barcode"  # of which each has a note
+
+
+@pytest.mark.parametrize(("width", "height"), [(1360, 700), (1360, 400), (320, 568), (568, 320)])
+def test_whatever_is_noted_the_button_stays_in_sight(server, gallery, browser, width, height):
+    visitor = Visitor(browser, server.url, size=(width, height)).ready()
+    page = visitor.page
+    visitor.fill(prompt=FOUR, steps=4)
+    visitor.counts("#preflight .note", 4)
+
+    def seen() -> None:
+        bar, draw = (page.locator(name).bounding_box() for name in ("#act", "#draw"))
+        assert draw["y"] >= 0 and draw["y"] + draw["height"] <= height, "the button is out of sight"
+        assert bar["height"] <= (0.72 if width > 760 else 0.5 if height < 400 else 0.4) * height
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+
+    seen()
+    for note in page.locator("#preflight .note summary").all():
+        note.click()
+    seen()
+    last = page.locator("#preflight .note").last
+    last.scroll_into_view_if_needed()
+    notes, shown = page.locator("#preflight").bounding_box(), last.bounding_box()
+    assert shown["y"] < notes["y"] + notes["height"], "the last note cannot be reached"
+    visitor.fill(width=130)
+    page.wait_for_selector("#price .cannot")
+    seen()
+    page.click("#draw")
+    page.wait_for_selector("#trouble:not([hidden])")
+    seen()
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    if width <= 760:
+        end = page.locator("#main").evaluate("(n) => n.lastElementChild.getBoundingClientRect().bottom")
+        assert end <= page.locator("#act").bounding_box()["y"], "the page's end is under the bar"
+    visitor.close()
+
+
+def test_escape_does_not_lose_the_way_in(guarded, browser):
+    server, ring = guarded
+    stranger = Visitor(browser, server.url)
+    stranger.page.wait_for_selector("#key-dialog[open]")
+    for _ in range(5):
+        stranger.page.keyboard.press("Escape")
+    enter(stranger, ring["poor"])
+    stranger.ready()
+    stranger.close()

@@ -180,6 +180,14 @@ def encode_prompts(
     return positive, negative
 
 
+def check_texts(stack: TextStack, texts: Sequence[str], options: TextOptions) -> None:
+    """`InputError` for texts that `encode_prompts` would not read."""
+    for text in texts:
+        section = parse(text, options.rule)
+        for tokenizer, inversions in zip(stack.tokenizers, stack.fitted, strict=True):
+            lay_out(section, tokenizer, inversions, options.backtrack)
+
+
 # --- sizes, beside the pooled embedding --------------------------------------------------------------------------
 
 

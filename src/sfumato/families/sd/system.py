@@ -23,6 +23,7 @@ from sfumato.families.published.system import Embeddings, Place, Preset, Publish
 from sfumato.families.published.text import tokenizer_of
 from sfumato.families.sd.condition import (
     TextStack,
+    check_texts,
     encode_prompts,
     fit,
     micro_numbers,
@@ -174,6 +175,10 @@ class System(PublishedSystem):
             assert request.guidance is not None
             told = guidance_waves(request.guidance, self.shapes.unet.time_cond).expand(len(tokens), -1)
         return Conditioning(tokens, None, vector, told)
+
+    def check_texts(self, texts: Sequence[str], request: Request) -> None:
+        """`InputError` for a text that cannot be laid out; of any length they can be."""
+        check_texts(self.text, texts, TextOptions.of(request))
 
     def network(
         self, x: Tensor, time: Tensor, cond: Conditioning, control: tuple[Tensor, ...] = ()

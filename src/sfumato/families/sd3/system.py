@@ -29,6 +29,7 @@ from sfumato.families.sd3.condition import (
     TextShape,
     TextStack,
     encode_prompts,
+    extent,
     fit,
     readers_of,
 )
@@ -44,6 +45,7 @@ from sfumato.nn.mmdit import check_cells
 from sfumato.nn.mmdit_control import MMDiTControl
 from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.inversion import read_inversions
+from sfumato.text.syntax import parse
 from sfumato.text.t5 import T5Config
 from sfumato.text.t5_tokens import T5Tokenizer
 from sfumato.types import Conditioning, Request
@@ -196,6 +198,11 @@ class System(PublishedSystem):
         tokens = torch.cat([wanted.tokens, unwanted.tokens])
         assert wanted.pooled is not None and unwanted.pooled is not None
         return Conditioning(tokens, None, torch.cat([wanted.pooled, unwanted.pooled]))
+
+    def check_texts(self, texts: Sequence[str], request: Request) -> None:
+        """`InputError` for a text that cannot be laid out, as one of more tokens than T5 reads."""
+        options = TextOptions.of(request)
+        extent(self.text, [parse(text, options.rule) for text in texts], options)
 
     def network(
         self,

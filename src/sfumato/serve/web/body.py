@@ -27,6 +27,7 @@ from sfumato.video import formats
 from sfumato.video.read import decode_clip
 
 MOST_KEPT = 2 * 2**30  # bytes of uploads that a tenant may have
+RETRIES = "x-stainless-retry-count"  # of OpenAI's clients, which begin with 0
 FIELD = 2**20  # bytes of a form's text field
 
 
@@ -99,7 +100,12 @@ def idempotency_of(request: Request) -> str | None:
 
 def is_retry(request: Request) -> bool:
     """Whether OpenAI's client says that it tries again."""
-    return request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
+    return request.headers.get(RETRIES, "0") not in ("", "0")
+
+
+def may_retry(request: Request) -> bool:
+    """Whether it counts its tries: then who hangs up may come back."""
+    return RETRIES in request.headers
 
 
 def unbase64(value: Any, param: str) -> bytes:

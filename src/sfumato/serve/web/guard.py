@@ -20,6 +20,7 @@ from sfumato.serve.keys import WATCH, Key, KeyRing, local
 from sfumato.serve.metrics import Metrics
 from sfumato.serve.refusals import Refused
 from sfumato.serve.settings import LOOPBACK_NAMES, Settings
+from sfumato.serve.web.body import RETRIES
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -33,7 +34,6 @@ WATCHED = "/metrics"
 SUBMISSIONS = frozenset({  # where jobs come in
     "/v1/jobs", "/v1/videos", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img",
 })  # fmt: skip
-RETRIES = b"x-stainless-retry-count"  # of OpenAI's clients
 SLOWEST = 60.0  # seconds that a body may take
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -126,7 +126,7 @@ class Guard:
         this before, whose job may be there.
         """
         sent = dict(scope["headers"])
-        again = b"idempotency-key" in sent or sent.get(RETRIES, b"0") not in (b"", b"0")
+        again = b"idempotency-key" in sent or sent.get(RETRIES.encode(), b"0") not in (b"", b"0")
         if not again and (no := self.full(key)) is not None:
             raise no
 

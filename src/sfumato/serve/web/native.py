@@ -70,14 +70,19 @@ def routes(desk: Desk) -> APIRouter:
     @router.get("/jobs", summary="The latest jobs of this key, of pictures and of clips, the newest first")
     async def latest(request: Request, limit: str = "20", before: str | None = None) -> Response:
         count = whole(limit, "limit", 1, MOST_LISTED)
-        since = None if before is None else _number(before, "before")
-        records = await desk.books.write(desk.ledger.jobs_of, key_of(request).id, count, since)
+        tenant, place = key_of(request).id, dict[str, Any]()
+        if before is not None and is_id(before, "job"):
+            place["after"] = (await desk.find(tenant, before))[0]
+        elif before is not None:
+            place["before"] = _number(before, "before")
+        records = await desk.books.write(desk.ledger.jobs_of, tenant, count + 1, **place)
+        rest, records = records[count:], records[:count]
         lives = [desk.floor.live.get(record.id) for record in records]
         found = [
             told(desk, live.record if live else record, live)
             for record, live in zip(records, lives, strict=True)
         ]
-        return Answer({"object": "list", "data": found, "has_more": len(found) == count})
+        return Answer({"object": "list", "data": found, "has_more": bool(rest)})
 
     jobs.add(router, desk, PICTURES, json_body)
 
@@ -112,5 +117,5 @@ def _number(text: str, name: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 <= value < 1e12:
-        raise bad(f"{name} must be a number", name)
+        raise bad(f"{name} must be the id of a job, or a time in seconds", name)
     return value

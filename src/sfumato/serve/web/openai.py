@@ -34,6 +34,7 @@ from sfumato.serve.web.body import (
     is_retry,
     json_body,
     keep_picture,
+    may_retry,
 )
 from sfumato.serve.web.schema import described
 
@@ -223,6 +224,8 @@ async def _drawn(desk: Desk, request: Request, wanted: Wanted, digest: str, kind
         idempotency=idempotency,
         retry=is_retry(request),
         keep=idempotency is not None,
+        # a stream that is broken off is not taken up again by any client
+        grace=desk.settings.grace if may_retry(request) and not wanted.stream else 0.0,
     )
     record, live = await desk.submit(key, ask)
     if wanted.stream:

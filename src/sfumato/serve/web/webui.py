@@ -23,7 +23,7 @@ from sfumato.serve.keys import Key
 from sfumato.serve.ledger import CANCELLED, Record
 from sfumato.serve.refusals import Refused, bad
 from sfumato.serve.web.answers import Answer, ended, succeeded
-from sfumato.serve.web.body import digest_of, json_body, keep_picture
+from sfumato.serve.web.body import json_body, keep_picture
 from sfumato.serve.web.schema import described
 from sfumato.serve.web.webui_body import Body, facts_of
 
@@ -68,7 +68,7 @@ def routes(desk: Desk) -> APIRouter:
     @router.get("/sd-models")
     async def models() -> Response:
         return Answer([
-            {"title": f["name"], "model_name": f["name"], "hash": _hash(f)[:10], "sha256": _hash(f),
+            {"title": f["name"], "model_name": f["name"], "hash": _hash(f)[: webui.SHORT], "sha256": _hash(f),
              "filename": f["name"], "config": None}
             for f in desk.facts
         ])  # fmt: skip
@@ -115,7 +115,7 @@ def _kind(value: Any) -> str:
 
 
 def _hash(facts: dict[str, Any]) -> str:
-    return digest_of(facts["weights"])
+    return webui.model_hash(facts["weights"])
 
 
 def _mine(desk: Desk, request: Request) -> list[Live]:
@@ -177,7 +177,7 @@ async def _drawn(desk: Desk, request: Request, model: str, *, pictures: bool) ->
     record = await ended(request, desk.floor, record, live)
     if record.state == CANCELLED:  # as there: an interrupted job answers with what there is
         return Answer(
-            {"images": [], "parameters": translated.plain(), "info": json.dumps(_info(record, body))}
+            {"images": [], "parameters": translated.plain(), "info": json.dumps(_info(desk, record, body))}
         )
     record = succeeded(record)
     images = []
@@ -187,18 +187,25 @@ async def _drawn(desk: Desk, request: Request, model: str, *, pictures: bool) ->
             raise Refused(410, "gone", "these pictures are not kept any more")
         images.append(await desk.books.work(lambda path=path: base64.b64encode(path.read_bytes()).decode()))  # type: ignore[misc]
     return Answer(
-        {"images": images, "parameters": translated.plain(), "info": json.dumps(_info(record, body))}
+        {"images": images, "parameters": translated.plain(), "info": json.dumps(_info(desk, record, body))}
     )
 
 
-def _info(record: Record, body: dict[str, Any]) -> dict[str, Any]:
+def _recipe(desk: Desk, record: Record) -> dict[str, Any]:
+    """How a job was drawn; of one that was not, how it would have been, as far as the front knows."""
+    if record.receipt is not None:
+        return dict(record.receipt["recipe"])
+    facts = facts_of(desk.facts, record.model)
+    return {"request": {**facts["preset"], **record.request}, "weights": facts["weights"]}
+
+
+def _info(desk: Desk, record: Record, body: dict[str, Any]) -> dict[str, Any]:
     """What the web UI says of pictures, from their recipe."""
-    receipt = record.receipt or {}
-    recipe = receipt.get("recipe", {"request": record.request})
+    receipt, recipe = record.receipt or {}, _recipe(desk, record)
     request = recipe["request"]
     count = record.pictures
     recipes = [recipe_of(recipe, number) for number in range(count)]
-    width, height = (request.get("size") or record.options["expected"]["size"])[:2]
+    width, height = record.request.get("size") or record.options["expected"]["size"]
     variation = request.get("variation") or {}
     prompt, negative, seed = request.get("prompt", ""), request.get("negative") or "", request.get("seed", 0)
     second = variation.get("seed", -1)
@@ -221,7 +228,7 @@ def _info(record: Record, body: dict[str, Any]) -> dict[str, Any]:
         "restore_faces": False,
         "face_restoration_model": None,
         "sd_model_name": record.model,
-        "sd_model_hash": digest_of(recipe.get("weights", {}))[:10],
+        "sd_model_hash": webui.model_hash(recipe["weights"])[: webui.SHORT],
         "sd_vae_name": None,
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,

@@ -15,6 +15,7 @@ from torch import Tensor
 from sfumato import planning
 from sfumato.diffusion.schedules import SCHEDULES
 from sfumato.drawing.clips import as_clip, makes_clips
+from sfumato.drawing.script import check_texts
 from sfumato.errors import InputError
 from sfumato.generate import Model, eta_samplers, load
 from sfumato.runtime import DTYPES
@@ -71,6 +72,7 @@ class Opened:
         request = self.model.complete(request)
         if kind != CLIP and request.moves:
             raise InputError("a job draws pictures; send what has frames to /v1/videos", argument="frames")
+        check_texts(self.model, request)
         return request
 
     def facts(self) -> dict[str, Any]:

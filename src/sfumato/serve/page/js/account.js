@@ -10,6 +10,7 @@ export function begin() {
   $("account").addEventListener("click", opened);
   $("key-form").addEventListener("submit", entered);
   $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
+  $("key-dialog").addEventListener("close", ask); // a browser lets nobody be kept from Escape twice
   $("leave").addEventListener("click", () => {
     setKey(null);
     location.reload();
@@ -24,6 +25,10 @@ function wanted() {
   if ($("key-dialog").open) return;
   if (key()) $("key-trouble").textContent = "This key is not in use (any more).";
   setKey(null);
+  ask();
+}
+
+function ask() {
   $("key-dialog").showModal();
   $("key").focus();
 }

@@ -31,7 +31,7 @@ function arrange(pick) {
   }
   const list = $("tiles");
   wanted.forEach((node, k) => list.children[k] !== node && list.insertBefore(node, list.children[k] ?? null));
-  $("gallery").hidden = !wanted.length;
+  $("gallery").hidden = !wanted.length && !hasMore();
   $("gallery-aside").textContent = newestFirst().some(isClip) ? String(wanted.length) : times(wanted.length, "picture");
   $("older").hidden = !hasMore();
   mark();

@@ -29,7 +29,8 @@ export const outputs = (job) => (job.clips?.length ? job.clips : job.pictures);
 export const thumbs = (job) => job.thumbs;
 /** What a job is called. */
 export const title = (job) => job.request.prompt || (job.request.image ? `A ${isClip(job) ? "clip" : "picture"} from a picture` : "Without a prompt");
-export const newestFirst = () => [...jobs.values()].sort((a, b) => b.created - a.created);
+/** As the server lists them: of two that came at once, the greater id first. */
+export const newestFirst = () => [...jobs.values()].sort((a, b) => b.created - a.created || (a.id < b.id ? 1 : -1));
 export const open = () => newestFirst().filter(isOpen).reverse();
 export const hasMore = () => more;
 
@@ -48,7 +49,7 @@ function keep(news) {
 /** Load the latest jobs, or those before the oldest that is known. */
 export async function load(older = false) {
   const oldest = newestFirst().at(-1);
-  const before = older && oldest ? `&before=${oldest.created}` : "";
+  const before = older && oldest ? `&before=${oldest.id}` : "";
   const { data, has_more: rest } = await get(`v1/jobs?limit=${PAGE}${before}`);
   if (older || !jobs.size) more = rest;
   data.forEach((job) => jobs.set(job.id, Object.assign(jobs.get(job.id) ?? {}, job)));

@@ -95,6 +95,8 @@ $("form").addEventListener("submit", draw);
 $("form").addEventListener("input", hush);
 $("light-close").addEventListener("click", () => $("light").close());
 $("light").addEventListener("click", (event) => event.target.id !== "light-close" && $("light").close());
+// on a phone the bar lies over the page, which must end above it
+new ResizeObserver(() => document.documentElement.style.setProperty("--act", `${$("act").offsetHeight}px`)).observe($("act"));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) $("form").requestSubmit();
 });

@@ -143,12 +143,11 @@ function done() {
     ? h("video", { class: "final", controls: true, loop: true, muted: true, playsinline: true, autoplay: true, "aria-label": title(job) })
     : h("img", { class: "final", alt: title(job) });
   if (clip) main.muted = true;
-  else main.addEventListener("click", () => enlarge(main));
   showPicture(main, paths[index]);
   const under = job.preview ? h("img", { class: "preview", src: job.preview, alt: "" }) : null;
   const bill = h("dl", { class: "recipe" });
   $("stage").replaceChildren(
-    h("div", { class: "shown" }, frame(under, main), paths.length > 1 ? strip(thumbs(job)) : null),
+    h("div", { class: "shown" }, frame(under, clip ? main : enlarger(main)), paths.length > 1 ? strip(thumbs(job)) : null),
     h("div", { class: "facts" }, heading(), h("p", { class: "verdict", role: "status" }), buttons(main), h("p", { class: "muted" }, each()), bill),
   );
   recipe(bill);
@@ -247,6 +246,13 @@ async function verdict() {
   of.verdict ??= await actions.compared(of);
   const node = $("stage").querySelector(".verdict");
   if (of === job && node) node.textContent = of.verdict;
+}
+
+/** The picture as a button that shows it large. */
+function enlarger(main) {
+  const button = h("button", { type: "button", class: "enlarge", "aria-label": `Show it large: ${title(job)}` }, main);
+  button.addEventListener("click", () => enlarge(main));
+  return button;
 }
 
 function enlarge(main) {
