@@ -1,15 +1,26 @@
-"""How far the same pictures are from each other in bf16 and in fp32: what the bounds of `sfumato replay` come from."""
+"""How far the same pictures and clips are from each other in bf16 and in fp32: what the bounds of `sfumato replay` come
+from."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 from common import arguments, keep, probe, show
 
-from sfumato.generate import load
-from sfumato.receipts.replay import FURTHEST, NEAR_SHARE, PATCH, difference
+from sfumato.generate import Model, load
+from sfumato.receipts.replay import (
+    FURTHEST,
+    NEAR_SHARE,
+    PATCH,
+    Difference,
+    difference,
+    difference_of_clips,
+)
 from sfumato.types import Request
+from sfumato.video.read import read_clip
 
 PROMPTS = (
     "a red metal sphere behind a small blue cube",
@@ -22,6 +33,25 @@ PROMPTS = (
 ASKED = ({"steps": 8}, {"steps": 4}, {"guidance": 7.0})
 SHARES = (0.5, 0.75, 0.9, 0.95, 1.0)
 SEED, COUNT = 3, 4
+FILMS = ("a red cube rolls", "a blue ball rolls to the left past a green cube", "a yellow cone jumps")
+ENDINGS = ("webp", "gif", "mp4", "webm")
+
+
+def of_clips(models: list[Model]) -> list[tuple[str, Difference]]:
+    """(ending, difference) of each clip, in each kind of file."""
+    found = []
+    for prompt in FILMS:
+        for steps in (8, 20):
+            asked = Request(prompt, seed=1, frames=9, fps=8.0, steps=steps)
+            drawn = [model.generate(asked) for model in models]
+            for ending in ENDINGS:
+                with tempfile.TemporaryDirectory() as place:
+                    files = [one.save(Path(place) / f"{k}.{ending}")[0] for k, one in enumerate(drawn)]
+                    read = [read_clip(file).frames for file in files]
+                one = difference_of_clips(*read, palette=ending == "gif")
+                assert one is not None
+                found.append((ending, one))
+    return found
 
 
 def main() -> int:
@@ -48,6 +78,10 @@ def main() -> int:
             rows.append((f"{what}, {share:.0%}", f"{at:.4g}", f"bound {bound:g}"))
     near = sum(one.verdict != "different" for one in known)
     show(f"{given.model}: {near} of {len(known)} pictures are near in bf16", probe(), rows)
+    films = of_clips(models) if models[0].clip_preset else []
+    for ending in ENDINGS if films else ():
+        kind = [one for name, one in films if name == ending]
+        print(f"{ending}: {sum(one.verdict != 'different' for one in kind)} of {len(kind)} clips are near")
     keep(given.json, {"near": near, "pictures": [one.to_dict() for one in known]})
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from helpers import noise
 from sfumato import load, planning
@@ -84,6 +85,12 @@ def test_how_near_two_clips_are():
     alone = difference_of_clips([clip[1]], [dark])
     assert found.verdict == "different" and found.most == alone.most
     assert found.mean == pytest.approx(alone.mean / 2)
+    one, other = Image.new("RGB", (16, 16)), Image.new("RGB", (16, 16))
+    other.putpixel((3, 3), (90, 90, 90))  # as another palette may have it, and nothing else
+    assert difference_of_clips([one], [other]).verdict == "different"
+    assert difference_of_clips([one], [other], palette=True).verdict == "near"
+    other.paste((90, 90, 90), (0, 0, 3, 3))
+    assert difference_of_clips([one] * 9, [other, *[one] * 8], palette=True).verdict == "different"
 
 
 def test_the_plan_of_a_clip_is_what_it_allocates(folder):

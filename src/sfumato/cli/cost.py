@@ -134,7 +134,9 @@ def _moving(model: Model, request: Request, frames: int | None) -> Request:
     if frames is None and not animates:
         return request
     if animates:
-        request = replace(request, prompt="", image=Image.new("RGB", request.size or model.preset["size"]))
+        if request.prompt == PROMPT:  # ours, and such models read none
+            request = replace(request, prompt="")
+        request = replace(request, image=Image.new("RGB", request.size or model.preset["size"]))
     return as_clip(model, replace(request, frames=frames))
 
 

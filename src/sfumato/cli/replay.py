@@ -110,7 +110,7 @@ def replay(
         # a bill is only for a file that is kept
         result = opened.generate(request, watch) if output is None else draw(opened, request, watch)
     now = _written(result, file)
-    found = difference_of_clips(before, now)
+    found = difference_of_clips(before, now, palette=file.suffix.lower() == ".gif")
     frames = result.clips[0].frames if result.clips else result.images
     edits = edited(recipe, before, frames, found, exact=file.suffix.lower() in EXACT)
     others = [*edits, *changed(recipe, result.recipe)]

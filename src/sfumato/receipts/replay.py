@@ -18,6 +18,10 @@ NEAR = 4  # of 255: what other kernels of the same model may differ by in a valu
 NEAR_SHARE = 0.02  # of the values that may differ by more, where few do
 FURTHEST = 40  # of 255: none of those few may be further off (bounds by `benchmarks/nearness.py`)
 SIDE, PATCH = 8, 8.0  # of a square of so many pixels a side: what its values may be off by in the mean
+PALETTE = (
+    100,
+    12.0,
+)  # the same two bounds of a GIF: where a value is off by little, its 256 colours fall elsewhere
 HASHED = ("weights", "embeddings", "loras", "controlnets", "annotators")  # of a recipe: names to hashes
 EDITED = {
     "pixels": "the file's pixels, after they were drawn",
@@ -32,7 +36,7 @@ class Difference:
     those that differ at all.
 
     far: the share of those that differ by more than `NEAR`. patch: of 255, the mean of the square of `SIDE` pixels that
-    is off most. psnr: dB, infinite for equal ones.
+    is off most. psnr: dB, infinite for equal ones. palette: both are of 256 colours chosen for each.
     """
 
     most: int
@@ -41,13 +45,15 @@ class Difference:
     far: float
     patch: float
     psnr: float
+    palette: bool = False
 
     @property
     def verdict(self) -> str:
         """identical, near (rounding of other kernels may do so) or different."""
         if self.most == 0:
             return "identical"
-        near = self.far <= NEAR_SHARE and self.most <= FURTHEST and self.patch <= PATCH
+        furthest, patch = PALETTE if self.palette else (FURTHEST, PATCH)
+        near = self.far <= NEAR_SHARE and self.most <= furthest and self.patch <= patch
         return "near" if near else "different"
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,8 +87,12 @@ def difference(before: Image, now: Image) -> Difference | None:
     return difference_of_clips([before], [now])
 
 
-def difference_of_clips(before: Sequence[Image], now: Sequence[Image]) -> Difference | None:
-    """Between the frames of two clips as RGB, over all of them; None of other sizes, or of another number of them."""
+def difference_of_clips(
+    before: Sequence[Image], now: Sequence[Image], *, palette: bool = False
+) -> Difference | None:
+    """Between the frames of two clips as RGB, over all of them; None of other sizes, or of another number of them.
+    palette: as of `Difference`.
+    """
     if [frame.size for frame in before] != [frame.size for frame in now]:
         return None
     count = most = total = square = off_at_all = far = 0
@@ -95,7 +105,7 @@ def difference_of_clips(before: Sequence[Image], now: Sequence[Image]) -> Differ
         off_at_all, far = off_at_all + int((off > 0).sum()), far + int((off > NEAR).sum())
         patch = max(patch, _worst_square(off))
     psnr = math.inf if square == 0 else 10 * math.log10(255**2 * count / square)
-    return Difference(most, total / count, off_at_all / count, far / count, patch, psnr)
+    return Difference(most, total / count, off_at_all / count, far / count, patch, psnr, palette)
 
 
 def _worst_square(off: np.ndarray) -> float:
@@ -128,7 +138,7 @@ def edited(
 
     held: the pictures in the file. exact: it keeps every value, as PNG and WebP do. now: what is drawn by the recipe
     today. found: between the file and the same written today: of a file that is not exact, an edit shows where the
-    drawing is the one that the digest names and yet they differ. So do they where another version of the codec wrote.
+    drawing is the one that the digest names and yet they differ by more than another version of a codec may.
     """
     changes = []
     said = drawn(recipe, "recipe")
@@ -137,7 +147,7 @@ def edited(
     said = drawn(recipe, "pixels")
     if said is not None and exact and said != (own := of_pixels(held)):
         changes.append(Changed("pixels", said, own))
-    elif said is not None and not exact and (found is None or found.most) and said == of_pixels(now):
+    elif said is not None and not exact and (found is None or found.verdict == "different") and said == of_pixels(now):
         changes.append(Changed("pixels", said, of_pixels(held)))
     return changes
 

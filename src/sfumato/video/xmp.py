@@ -6,7 +6,6 @@ WebP takes it from its encoder, a folder's PNG say it each, and for WebM no plac
 from __future__ import annotations
 
 import struct
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ GIF_HEADER = 13  # bytes of signature and screen, before the table of colours
 APPLICATION = b"\x21\xff\x0bXMP DataXMP"  # an extension, an application's, with a name of 11 bytes
 # a reader that takes the packet's bytes for lengths of blocks lands somewhere here, and is led to the end
 TRAILER = b"\x01" + bytes(range(255, -1, -1)) + b"\x00"
-MP4_BOX = uuid.UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes
+MP4_BOX = b"\xbe\x7a\xcf\xcb\x97\xa9\x42\xe8\x9c\x71\x99\x94\x91\xe3\xaf\xac"  # the UUID of XMP's box
 
 
 def into_gif(file: Path, packet: bytes) -> None:
