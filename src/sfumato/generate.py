@@ -26,6 +26,7 @@ from sfumato.families import DEFAULT_MODEL, PACKAGED, located, open_model
 from sfumato.families.system import DrawingSystem
 from sfumato.runtime import Clock, autocast, drawing_dtype, kernels, pick_device
 from sfumato.sampling import Step
+from sfumato.sampling.noise import GENERATOR
 from sfumato.tasks import canvas as tasks
 from sfumato.tasks.annotators import Annotator, open_annotator
 from sfumato.tasks.hints import cropped
@@ -309,8 +310,7 @@ class Model:
     def _generate(self, request: Request, on_step: Callable[[Step], None] | None) -> Result:
         clock = Clock(self.device)
         if request.moves:
-            clips = draw_clips(self, request, on_step)
-            clock.lap("denoise")
+            clips = draw_clips(self, request, on_step, clock)
             return Result((), self.recipe(request, clock.seconds), clips)
         cond = self.condition(request)
         clock.lap("text")
@@ -402,6 +402,7 @@ class Model:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "kernels": kernels(self.device),
+            "noise": dict(GENERATOR),
             **({} if torch.are_deterministic_algorithms_enabled() else _took(seconds)),
         }
 

@@ -42,10 +42,34 @@ def plan_clip(model: Model, request: Request, limit: int | None = None) -> Memor
     request = model.complete(request)
     with model.precision():
         stages = model.system.trace_clip(request)
+    return _all_in_memory(model, stages, limit)
+
+
+def plan_pictures(model: Model, request: Request) -> MemoryPlan:
+    """The plan of drawing pictures with a small model that is open already (`traces_pictures`), all of it in memory."""
+    request = model.complete(request)
+    encodes = request.image is not None or request.hires is not None
+    with model.precision():
+        stages = model.system.trace_pictures(
+            request, _largest(model, request), min(request.count, BATCH), encodes=encodes
+        )
+    return _all_in_memory(model, stages, None)
+
+
+def _all_in_memory(model: Model, stages: tuple[Stage, ...], limit: int | None) -> MemoryPlan:
+    """The plan of a model whose weights are in the process already."""
     place = model.device
-    held = max(0, resident() - stages[0].weights) if place.type == "cpu" else 0  # the weights are in it
+    held = max(0, resident() - stages[0].weights) if place.type == "cpu" else 0
     dtype = str(model.dtype).removeprefix("torch.")
     return MemoryPlan(place.type, dtype, "none", held, stages, available(place), limit)
+
+
+def _largest(model: Model, request: Request) -> tuple[int, int]:
+    """The size of a complete request's last pass."""
+    assert request.size is not None
+    if request.hires is None:
+        return request.size
+    return enlarged_size(request.size, request.hires.scale, model.system.config.multiple)
 
 
 def models(model: Model) -> list[Model]:
@@ -82,10 +106,7 @@ def one(model: Model, request: Request, offload: str, limit: int | None) -> Memo
     """The plan of one level of offload."""
     check_offload(offload)
     request = model.complete(request)
-    assert request.size is not None
-    size = request.size
-    if request.hires is not None:
-        size = enlarged_size(size, request.hires.scale, model.system.config.multiple)
+    size = _largest(model, request)
     # a clip's first picture is encoded when it is told to the network, and clips are drawn one by one
     encodes = not request.moves and (request.image is not None or request.hires is not None)
     encodes = encodes or request.clip is not None

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from helpers import tiny_folder
 from sfumato.cli.app import run
-from sfumato.fidelity import ocr
+from sfumato.fidelity import ocr, room
 from sfumato.fidelity.words import font
 from sfumato.pictures import decode_mask
 
@@ -126,9 +126,38 @@ def test_a_folder_is_a_table_that_leaves_out_what_cannot_be_read(poster, capsys)
     with open("many.html", encoding="utf-8") as stream:
         page = stream.read()
     assert "<b>.png" not in page and "&lt;b&gt;.png" in page and "data-sort" in page
+    assert "broken.png" in page and "cannot be read" in page
     assert run(["preflight", "many"]) == 0
     out, err = capsys.readouterr()
-    assert "2 pictures, worst first" in out and "left out" in err
+    assert "3 pictures, worst first" in out and "cannot be read" in out and "broken.png" in err
+
+
+def test_what_cannot_be_read_does_not_reach_what_is_required(capsys):
+    """Nor does a link that leads nowhere; and one picture in a folder is a table all the same."""
+    os.mkdir("many")
+    Image.new("RGB", (64, 64), "teal").save("many/plain.png")
+    assert run(["preflight", "many", "--foretell", "--require", "90", "--html", "one.html"]) == 0
+    assert "1 picture, worst first" in capsys.readouterr().out
+    with open("one.html", encoding="utf-8") as stream:
+        assert "data-sort" in stream.read()
+    assert run(["preflight", "many", "--foretell", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["pictures"]) == 1
+    os.symlink("nowhere.png", "many/link.png")
+    assert run(["preflight", "many", "--foretell", "--require", "90"]) == 3
+    out, err = capsys.readouterr()
+    assert "link.png" in out and "1 of 2 pictures cannot be read" in err
+    assert run(["preflight", "many", "--foretell"]) == 0
+
+
+def test_what_does_not_fit_in_memory_is_refused_with_what_would(poster, capsys, monkeypatch):
+    monkeypatch.setattr(room, "available", lambda device: room.resident() + 4 * 10**9)
+    said = refused(["preflight", poster, "--size", "16384x8192", "--foretell"], capsys)
+    assert "at 16384x8192 takes 29.8 GB of memory, of which 4.0 GB are free; " in said
+    width, height = (int(side) for side in re.search(r"(\d+)x(\d+) would fit", said).groups())
+    assert room.needed(width, height) <= 4 * 10**9 < room.needed(width + 64, height + 64)
+    assert width == pytest.approx(2 * height, abs=32)
+    monkeypatch.setattr(room, "available", lambda device: room.resident())
+    assert "0.0 GB are free\n" in refused(["preflight", poster], capsys)
 
 
 def test_a_prompt_is_told(capsys):

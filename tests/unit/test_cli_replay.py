@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from helpers import noise, tiny_folder
 from sfumato.cli.app import run
@@ -113,6 +114,26 @@ def test_deterministic_drawings_are_equal_files(model):
     assert "seconds" not in recipe and recipe["kernels"]["deterministic"] is True
 
 
+def test_a_deterministic_file_is_drawn_again_so(model, capsys):
+    try:
+        draw(model, "-o", "one.png", "--deterministic")
+        torch.use_deterministic_algorithms(False)  # as in a process of its own
+        told = again("one.png", "-m", str(model), "-o", "two.png", capsys=capsys)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told["verdict"] == "identical" and told["changed"] == []
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+
+
+def test_the_recipe_names_what_draws_the_noise(model, capsys):
+    draw(model, "-o", "out.png")
+    recipe = read_recipe("out.png")
+    assert recipe["noise"] == {"generator": "philox4x64-10", "normals": "box-muller", "device": "cpu"}
+    other = recipe | {"noise": {"generator": "mt19937", "device": "cuda"}}
+    assert [each.name for each in changed(other, recipe)] == ["noise generator", "noise device"]
+
+
 def test_how_near_two_pictures_are():
     one = np.full((10, 10, 3), 100, np.uint8)
     assert difference(Image.fromarray(one), Image.fromarray(one)).verdict == "identical"
@@ -121,10 +142,82 @@ def test_how_near_two_pictures_are():
     found = difference(Image.fromarray(one), Image.fromarray(near))
     assert (found.verdict, found.most, found.share) == ("near", 3, 0.5)
     assert found.psnr == pytest.approx(10 * math.log10(255**2 / 4.5))
+    near[0, 0] += 30  # a pixel at an edge
+    assert difference(Image.fromarray(one), Image.fromarray(near)).verdict == "near"
+    near[0, 0, 0] = 255
+    assert difference(Image.fromarray(one), Image.fromarray(near)).verdict == "different"
     far = one.copy()
-    far[0] += 50  # a tenth of the values
+    far[0] += 30  # a tenth of the values
     assert difference(Image.fromarray(one), Image.fromarray(far)).verdict == "different"
     assert difference(Image.fromarray(one), Image.fromarray(one[:5])) is None
+
+
+def test_a_region_that_is_another_is_not_near():
+    """Few values of all, and none of them far: a square in a corner, and one that lies across the squares measured."""
+    one = np.full((128, 128, 3), 100, np.uint8)
+    for top, left in ((0, 0), (111, 111), (53, 60)):
+        painted = one.copy()
+        painted[top : top + 17, left : left + 17] += 12
+        found = difference(Image.fromarray(one), Image.fromarray(painted))
+        assert found.far < 0.02 and found.most == 12 and found.patch > 11
+        assert found.verdict == "different"
+    assert difference(Image.fromarray(one[:3, :5]), Image.fromarray(one[:3, :5] + 3)).patch == 3
+
+
+def test_pixels_changed_after_drawing_are_told(model, capsys):
+    draw(model, "-o", "out.png")
+    with Image.open("out.png") as read:
+        picture, texts = read.copy(), read.text
+    red, *others = picture.getpixel((3, 4))
+    picture.putpixel(
+        (3, 4), (red ^ 1, *others)
+    )  # one value, by one: no rounding could be told from it by its size
+    notes = PngInfo()
+    for name, text in texts.items():
+        notes.add_text(name, text)
+    picture.save("edited.png", pnginfo=notes)
+    told = again("edited.png", "-m", str(model), capsys=capsys)
+    assert told["verdict"] == "different" and told["most"] == 1
+    assert [each["name"] for each in told["changed"]] == ["pixels"]
+    assert run(["replay", "edited.png", "-m", str(model), "--verify"]) == 3
+    assert "changed: the file's pixels, after they were drawn" in capsys.readouterr().out
+
+
+def test_pixels_of_a_jpeg_changed_after_drawing_are_told(model, capsys):
+    draw(model, "-o", "out.jpg")
+    with Image.open("out.jpg") as read:
+        packet, picture = read.info["xmp"], read.copy()
+    picture.paste((255, 0, 0), (0, 0, 9, 9))
+    picture.save("edited.jpg", quality=95, subsampling=0, xmp=packet)
+    told = again("edited.jpg", "-m", str(model), capsys=capsys)
+    assert told["verdict"] == "different" and [each["name"] for each in told["changed"]] == ["pixels"]
+
+
+def test_a_recipe_changed_after_writing_is_told(model, capsys):
+    draw(model, "-o", "out.png", "--seed", "5")
+    for change in ({"receipt": None}, {"request": read_recipe("out.png")["request"] | {"seed": 6}}):
+        recipe = read_recipe("out.png") | change
+        notes = PngInfo()
+        notes.add_text("sfumato", json.dumps(recipe))
+        with Image.open("out.png") as picture:
+            picture.save("edited.png", pnginfo=notes)
+        told = again("edited.png", "-m", str(model), capsys=capsys)
+        assert told["verdict"] == ("different" if "request" in change else "identical")
+        assert [each["name"] for each in told["changed"]] == ["recipe"]
+        assert run(["replay", "edited.png", "-m", str(model), "--verify"]) == 3
+        assert "changed: the file's recipe, after it was written" in capsys.readouterr().out
+
+
+def test_files_without_digests_are_drawn_again_as_before(model, capsys):
+    draw(model, "-o", "out.png")
+    for drawn in (None, "x", {"pixels": 3, "recipe": []}):
+        notes = PngInfo()
+        recipe = read_recipe("out.png") | {"drawn": drawn}
+        notes.add_text("sfumato", json.dumps({k: v for k, v in recipe.items() if v is not None}))
+        with Image.open("out.png") as picture:
+            picture.save("old.png", pnginfo=notes)
+        told = again("old.png", "-m", str(model), "--verify", capsys=capsys)
+        assert told["verdict"] == "identical" and told["changed"] == []
 
 
 @pytest.mark.parametrize("hostile", [None, 3, [], {"weights": 4, "kernels": "x", "refiner": []}])

@@ -17,7 +17,7 @@ from sfumato.fidelity.instrument import Instrument, open_instrument
 from sfumato.fidelity.ocr import Reader
 from sfumato.fidelity.predict import Transfer, Waves, measured, predict
 from sfumato.fidelity.preflight import keep_mask, preflight
-from sfumato.fidelity.prompt import counted, examine, largest_type, quoted, score
+from sfumato.fidelity.prompt import examine, largest_type, score
 from sfumato.fidelity.regions.find import find
 from sfumato.fidelity.regions.region import shared
 from sfumato.fidelity.report import folder_page, picture_page, prompt_page
@@ -80,7 +80,32 @@ def test_thin_lines_and_small_objects_are_found():
     found = {region.kind: region for region in find(picture(image))}
     assert set(found) == {"line", "object"}
     assert found["line"].size == pytest.approx(2, abs=0.6)
-    assert found["object"].size == pytest.approx(17, abs=7)  # its box has room around
+    assert found["object"].size == pytest.approx(17, abs=1)
+
+
+COLOURS = ((0.8, 0.15, 0.15), (0.05, 0.05, 0.05), (1, 1, 1), (0.15, 0.3, 0.8), (0.95, 0.8, 0.1))
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("kind", ["disc", "square"])
+def test_small_objects_are_found_with_their_size(kind, colour):
+    for size in (5, 9, 15, 22, 31, 40, 60):
+        mask = targets.shape_mask(128, kind, size)[..., None]
+        found = find(mask * np.array(colour) + (1 - mask) * 0.5)
+        across = size * (0.9 if kind == "square" else 1)
+        assert [region.kind for region in found] == ["object"]
+        assert found[0].size == pytest.approx(across, rel=0.15, abs=1)
+        left, top, right, bottom = found[0].box
+        assert abs(left + right - 128) <= 2 and abs(top + bottom - 128) <= 2
+
+
+def test_things_side_by_side_are_told_apart():
+    image = Image.new("RGB", (128, 128), (120, 130, 140))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((20, 50, 39, 69), fill=(250, 240, 230))
+    pen.rectangle((48, 50, 67, 69), fill=(20, 20, 60))
+    found = find(picture(image))
+    assert [(region.kind, region.size) for region in found] == [("object", 20.0), ("object", 20.0)]
 
 
 def test_plain_pictures_hold_nothing():
@@ -180,14 +205,6 @@ def test_reports_hold_no_markup_of_strangers(pocket):
     assert "script" not in Tags(prompt_page(f'a sign "{hostile}"', (128, 128), hostile, 1, wishes)).seen
 
 
-def test_what_prompts_quote_and_count():
-    assert quoted('a sign "Open  now" and ‘x’ “Café” isn\'t') == ["Open now", "Café"]
-    assert quoted("a cat's toy and a dog's") == []
-    assert counted("seven red cubes and 12 spheres") == 19
-    assert counted("a red cube") == 0
-    assert counted("a cube, a cone, a ring and a ball") == 4
-
-
 def test_type_is_set_as_large_as_it_fits():
     one, lines = largest_type("OPEN", (512, 512))
     assert lines == 1 and one == pytest.approx(0.8 * 512 / (4 * 0.6))
@@ -206,4 +223,10 @@ def test_prompts_are_told_what_does_not_fit(pocket):
         examine("two spheres", (128, 128), chart)
     )
     assert examine("a tiny bird on a newspaper", (128, 128), chart)[0].loss > 0.5
+    more = [examine(f'a page "{"words " * n}"', (512, 512), chart)[0] for n in (60, 70, 15_000)]
+    assert more[0].size > more[1].size > more[2].size > 0 and more[2].loss > 0.9  # however many there are
+    crowds = [
+        examine(f"{count} people on a hill", (256, 256), chart)[0] for count in ("five", "fifty", "5000")
+    ]
+    assert crowds[0].loss < crowds[1].loss <= crowds[2].loss and "5000 things" in crowds[2].what
     assert examine("", (128, 128), chart) == [] and examine('""', (64, 64), chart) == []

@@ -145,6 +145,16 @@ def test_the_trace_of_a_small_system_is_what_it_allocates(file, dtype, size):
     assert stages["denoise"].activations == pytest.approx(real.peak, rel=0.05)
 
 
+def test_the_work_is_counted_whatever_engine_does_it(file):
+    model = opened(file)
+    request = model.complete(REQUEST)
+    traces = [
+        replace(model.system, engine=engine).trace(request, request.size, 1, encodes=False, offload="none")
+        for engine in ("torch", "openvino")
+    ]
+    assert [stage.flops for stage in traces[0]] == [stage.flops for stage in traces[1]]
+
+
 def test_weights_are_counted_as_they_are_kept(file):
     """fp32 from a half-precision file: twice its bytes, and packed upsampling beside the plain one."""
     model = opened(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from sfumato import load, planning
 from sfumato.cli.app import run
 from sfumato.flops import count_flops
 from sfumato.memory import LiveBytes
+from sfumato.receipts.clips import read_recipe
+from sfumato.receipts.machine import Machine, Price, write_machine
 from sfumato.receipts.replay import difference_of_clips
 from sfumato.receipts.work import by_stage, work_of
 from sfumato.types import Request
@@ -122,6 +125,41 @@ def test_the_cost_of_a_clip_is_that_of_drawing_it(folder, capsys):
     )  # two stretches of nine
     assert longer["flops"]["denoise"] == 2 * found["flops"]["denoise"]
     assert run(["cost", "-m", str(folder), "--frames", "9", "--pixels"]) == 2
+
+
+@pytest.mark.parametrize("name", ["out.webp", "out.gif"])
+def test_a_clip_carries_its_bill(folder, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    write_machine(Machine(price=Price(per_hour=3.6, watts=10.0)))
+    given = ["animate", "a red cube rolls", "-m", str(folder), "--steps", "2", "-o", name]
+    bill = told(capsys, *given)["recipe"]["receipt"]
+    assert read_recipe(name)["receipt"] == bill
+    expected = told(capsys, "cost", "a red cube rolls", "-m", str(folder), "--frames", "9", "--steps", "2")
+    for field in ("flops", "pictures", "megapixel_steps"):
+        assert bill[field] == expected[field]
+    assert bill["megapixel_steps"] == pytest.approx(2 * 9 * 32 * 32 / 1e6)
+    assert bill["seconds"].keys() == {"text", "denoise", "decode"} and min(bill["seconds"].values()) > 0
+    assert bill["total_seconds"] == pytest.approx(bill["joules"] / 10, abs=1e-3)
+    assert bill["money"] == pytest.approx(bill["total_seconds"] * 1e-3, rel=1e-2) and bill["peak_bytes"] > 0
+    begun = told(
+        capsys, "animate", "a cube", "-m", str(folder), "--steps", "2", "-o", "b.gif", "--init", name
+    )
+    assert begun["recipe"]["receipt"]["seconds"]["encode"] > 0 < begun["recipe"]["receipt"]["flops"]["encode"]
+
+
+def test_deterministic_clips_are_equal_files(folder, capsys):
+    try:
+        draw(folder, "-o", "one.webp", "--deterministic")
+        draw(folder, "-o", "two.webp", "--deterministic")
+        torch.use_deterministic_algorithms(False)
+        found = told(capsys, "replay", "one.webp", "-m", str(folder), "-o", "three.webp")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found["changed"] == [] and found["verdict"] == "identical"
+    one, two, three = (Path(f"{name}.webp").read_bytes() for name in ("one", "two", "three"))
+    assert one == two == three
+    recipe = read_recipe("one.webp")
+    assert "stages" not in recipe and recipe["receipt"]["flops"]["denoise"] > 0
 
 
 def test_loras_and_controlnets_are_refused_in_one_line(folder, capsys):

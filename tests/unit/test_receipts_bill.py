@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from helpers import tiny_folder
-from sfumato import Request, load
+from sfumato import Request, load, planning
 from sfumato.cli.app import run
 from sfumato.errors import InputError
 from sfumato.flops import count_flops
+from sfumato.memory import LiveBytes
 from sfumato.parts import HiRes
-from sfumato.receipts.bill import Meter, billed, calibrate, estimate
+from sfumato.receipts.bill import calibrate, drawn, estimate
 from sfumato.receipts.machine import Machine, Price, key_of, machine_file, read_machine, write_machine
 from sfumato.receipts.provenance import read_recipe
 from sfumato.receipts.work import by_stage, calls, work_of
@@ -75,12 +77,88 @@ def test_an_estimate_adds_up_and_a_receipt_has_its_form(model):
     assert told["joules"] == pytest.approx(10 * told["total_seconds"], abs=0.01)
     write_machine(machine)
     assert read_machine() == machine
-    result = billed(model, request, model.generate(request), Meter())
-    receipt = result.recipe["receipt"]
+    receipt = drawn(model, request).recipe["receipt"]
     assert receipt.keys() == told.keys() - {"basis"}
     assert receipt["flops"] == told["flops"] and receipt["seconds"].keys() == {"text", "denoise", "decode"}
     assert receipt["peak_bytes"] > 0 and receipt["currency"] == "EUR"
     assert json.loads(json.dumps(receipt)) == receipt
+
+
+def test_the_bills_of_files_drawn_together_add_up(model):
+    write_machine(Machine(price=Price(per_hour=3.6, per_megapixel_step=1.0, watts=10.0)))
+    assert run(["generate", "a cube", "-m", model.name, "-o", "o.png", "--steps", "3", "--count", "3"]) == 0
+    recipes = [read_recipe(Path(f"o-{k}.png")) for k in range(3)]
+    files = [recipe["receipt"] for recipe in recipes]
+    whole = estimate(model, Request("a cube", steps=3, count=3), Machine())
+    assert [file["pictures"] for file in files] == [3, 3, 3]
+    for stage, flops in whole["flops"].items():
+        parts = [file["flops"][stage] for file in files]
+        assert sum(parts) == flops and max(parts) - min(parts) <= 1
+    assert sum(file["megapixel_steps"] for file in files) == pytest.approx(whole["megapixel_steps"])
+    first = files[0]
+    for name in ("total_seconds", "joules", "money"):
+        assert first[name] == files[1][name] > 0
+    assert sum(first["seconds"].values()) == pytest.approx(first["total_seconds"], abs=1e-4)
+    assert first["money"] == pytest.approx(first["total_seconds"] * 1e-3 + first["megapixel_steps"], rel=1e-3)
+    assert recipes[0]["stages"] == pytest.approx(first["seconds"], abs=1e-4)
+
+
+def test_a_deterministic_drawing_keeps_what_is_exact(model):
+    told = estimate(model, Request("a cube", steps=2), Machine())
+    try:
+        assert (
+            run(["generate", "a cube", "-m", model.name, "-o", "o.png", "--steps", "2", "--deterministic"])
+            == 0
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    receipt = read_recipe(Path("o.png"))["receipt"]
+    exact = {name: told[name] for name in ("pictures", "flops", "megapixel_steps")}
+    assert exact == {name: value for name, value in receipt.items() if value is not None}
+
+
+@pytest.mark.parametrize("request_", [
+    Request("a cube"), Request("a cube", size=(128, 64), count=3), Request("a cube", guidance=1.0, count=9),
+    Request("a cube", size=(64, 64), image=Image.new("RGB", (64, 64)), strength=0.5),
+])  # fmt: skip
+def test_the_planned_memory_is_what_is_allocated(model, request_):
+    request = replace(request_, steps=2)
+    plan = planning.plan_pictures(model, request)
+    with LiveBytes() as real:
+        model.generate(request)
+    assert real.peak <= max(stage.activations for stage in plan.stages) <= 3 * real.peak
+    assert estimate(model, request, Machine())["peak_bytes"] == pytest.approx(plan.peak, rel=0.05)
+
+
+def test_what_is_told_of_a_prompt_is_what_that_prompt_takes(model, capsys):
+    told = {}
+    for prompt in ("a cube", "a red cube and a red cube and a red cube"):
+        assert run(["cost", prompt, "-m", model.name, "--steps", "2", "--json"]) == 0
+        told[prompt] = json.loads(capsys.readouterr().out)
+        assert run(["generate", prompt, "-m", model.name, "-o", "o.png", "--steps", "2"]) == 0
+        capsys.readouterr()
+        assert told[prompt]["flops"] == read_recipe(Path("o.png"))["receipt"]["flops"]
+        assert told[prompt]["prompt"] == prompt and told[prompt]["peak_bytes"] > 0
+    short, long = told.values()
+    assert short["flops"]["denoise"] < long["flops"]["denoise"]
+
+
+def test_the_twin_in_pixels_is_measured_as_asked(model, capsys):
+    asked = ["cost", "a cube", "-m", model.name, "--pixels", "--steps", "2"]
+    assert run([*asked, "--json"]) == 0
+    usual = json.loads(capsys.readouterr().out)
+    given = ["--size", "64x32", "--guidance", "2.5", "--sampler", "heun"]
+    assert run([*asked, "--json", *given]) == 0
+    told = json.loads(capsys.readouterr().out)
+    asked_for = {"prompt": "a cube", "size": [64, 32], "guidance": 2.5, "sampler": "heun", "steps": 2}
+    assert asked_for.items() <= told.items()
+    for side in ("latent", "pixel"):
+        assert told[side]["tokens"] == 2 * usual[side]["tokens"]
+        assert told[side]["flops"]["picture"] > 2 * usual[side]["flops"]["picture"]
+    for option in (["--count", "2"], ["--hires", "2"], ["--calibrate"]):
+        assert run([*asked, *option]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert option[0].lstrip("-") in line and "--pixels" in line
 
 
 def test_what_is_not_known_is_none(model):

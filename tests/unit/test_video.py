@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from xml.etree import ElementTree
 
 import av
 import numpy as np
@@ -21,8 +22,10 @@ from sfumato.types import Clip, Result
 from sfumato.video import read, write
 from sfumato.video.formats import format_of, sniff
 from sfumato.video.read import read_clip
+from sfumato.video.xmp import into_gif
 
 SIZE = (64, 48)
+IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 RECIPE = {
     "sfumato": "0", "model": "m", "weights": {"unet": "a" * 64}, "seconds": 1.0,
     "request": {"prompt": "é <&> \"quoted\"\n", "seed": 7, "count": 2, "fps": 7.0, "size": [64, 48]},
@@ -95,6 +98,7 @@ def test_every_clip_says_how_it_was_made(name, tmp_path):
     for k, file in enumerate(files):
         found = read_recipe(file)
         found.pop("frame", None)
+        assert found.pop("drawn").keys() == {"pixels", "recipe"}
         assert found == provenance.recipe_of(RECIPE, k)
         assert found["request"]["seed"] == 7 + k and found["request"]["count"] == 1
     notes = read.notes(files[0])
@@ -106,6 +110,56 @@ def test_every_clip_says_how_it_was_made(name, tmp_path):
         assert [read_recipe_of_picture(file)["frame"] for file in sorted(files[0].iterdir())] == list(
             range(6)
         )
+
+
+def boxes(data: bytes) -> list[tuple[bytes, bytes]]:
+    """(type, content) of an mp4's top level."""
+    found, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        assert size >= 8
+        found.append((data[at + 4 : at + 8], data[at + 8 : at + size]))
+        at += size
+    assert at == len(data)
+    return found
+
+
+@pytest.mark.parametrize("began", [None, "image", "clip"])
+def test_gif_and_mp4_have_the_mark_in_xmp(began, tmp_path):
+    """Read by what is not ours: a GIF block by block, and FFmpeg for the mp4."""
+    request = RECIPE["request"] | {"count": 1} | ({} if began is None else {began: {"sha256": "a"}})
+    result = Result((), RECIPE | {"request": request}, (moving(),))
+    wanted = provenance.SOURCE_TYPE if began is None else provenance.COMPOSITE_TYPE
+    (film,) = save_clips(result, tmp_path / "a.mp4")
+    with av.open(str(film), options={"export_xmp": "1"}) as container:
+        packet = container.metadata["xmp"]
+    kind, content = boxes(film.read_bytes())[-1]
+    assert kind == b"uuid" and content[16:].decode() == packet
+    (gif,) = save_clips(result, tmp_path / "a.gif")
+    data = gif.read_bytes()
+    start = data.index(b"XMP DataXMP") + 11
+    end = data.index(b"\x01\xff\xfe\xfd", start)
+    assert data[start:end].decode() == packet
+    assert data[end + 257 : end + 260] in (
+        b"\x00\x21\xff",
+        b"\x00\x21\xfe",
+        b"\x00\x21\xf9",
+    )  # the next block
+    for text in (packet, data[start:end].decode()):
+        (told,) = ElementTree.fromstring(text.strip("\ufeff")).iter(f"{{{IPTC}}}DigitalSourceType")
+        assert told.text == wanted
+
+
+def test_the_mark_moves_nothing_in_a_gif(tmp_path):
+    """Its frames, times and comment are those of the file without it, for Pillow and for FFmpeg."""
+    plain, marked = written(moving(), tmp_path / "a.gif", sfumato="{}"), tmp_path / "b.gif"
+    marked.write_bytes(plain.read_bytes())
+    into_gif(marked, provenance.xmp().encode())
+    one, other = read_clip(plain), read_clip(marked)
+    assert one.fps == other.fps and [f.tobytes() for f in one.frames] == [f.tobytes() for f in other.frames]
+    assert read.notes(plain) == read.notes(marked)
+    with av.open(str(marked)) as container:
+        assert len(list(container.decode(video=0))) == 6
 
 
 def read_recipe_of_picture(file: Path) -> dict:
@@ -342,6 +396,7 @@ def test_kinds_are_told_by_content(tmp_path):
     assert sniff(b"RIFF\0\0\0\0AVI LIST") == "avi" and sniff(b"MZ\0\0\0\0\0\0\0\0\0\0") is None
     recipe = {**RECIPE, "request": {}}
     files = save_clips(Result((), recipe, (moving(),)), tmp_path / "b.gif")
-    assert json.loads(read.notes(files[0])["comment"]) == provenance.recipe_of(recipe, 0)
+    found = json.loads(read.notes(files[0])["comment"])
+    assert found == provenance.recipe_of(recipe, 0) | {"drawn": found["drawn"]}
     with pytest.raises(InputError, match="carries no recipe of ours"):
         read_recipe(written(moving(), tmp_path / "c.mp4"))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.bulk.prompts import Line
 from sfumato.errors import DataError, InputError
-from sfumato.receipts.bill import Meter, billed
+from sfumato.receipts.bill import drawn
 from sfumato.receipts.provenance import check_recipe, targets
 from sfumato.storage import read_json, write_json
 
@@ -62,10 +62,9 @@ def missing(wanted: Iterable[Task]) -> list[Task]:
 
 def draw(model: Model, task: Task) -> dict[str, Any]:
     """Draw a task and write its pictures; returns their receipt."""
-    meter = Meter()
-    result = billed(model, task.request, model.generate(task.request), meter)
+    result = drawn(model, task.request)
     result.save(task.output)
-    return result.recipe.get("receipt", {"pictures": task.request.count})
+    return result.recipe["receipt"]
 
 
 def draw_here(model: Model, wanted: Sequence[Task]) -> Iterator[dict[str, Any]]:

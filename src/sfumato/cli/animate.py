@@ -123,6 +123,7 @@ def animate(
     memory: options.Memory = None,
     offload: options.Offload = None,
     preview: options.Preview = False,
+    deterministic: options.Deterministic = False,
     as_json: options.AsJson = False,
     lora: Annotated[list[str] | None, Option(hidden=True)] = None,
     controlnet: Annotated[list[str] | None, Option(hidden=True)] = None,
@@ -151,8 +152,13 @@ def animate(
         watch.check_preview(output)
 
     started = time.perf_counter()
+    if deterministic:
+        from sfumato.runtime import deterministic as ask
+
+        ask()
     from sfumato.drawing.clips import as_clip
     from sfumato.generate import DEFAULT_MODEL, load
+    from sfumato.receipts.bill import drawn
 
     limit = None if memory is None else parse.size_in_bytes("memory", memory)
     loaded = load(
@@ -173,7 +179,7 @@ def animate(
     with show.progress() as bar:
         hear, clean = watch.watcher(bar, loaded, output if preview else None)
         try:
-            result = loaded.generate(request, on_step=hear)
+            result = drawn(loaded, request, hear)
         finally:
             clean()
     files = result.save(output)

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from sfumato.receipts.machine import Machine
     from sfumato.types import Request
 
+PROMPT = "a red metal sphere behind a small blue cube"  # where none is given
 EXAMPLE = "sfumato cost -m sd15.safetensors --size 512x768 --count 4 --per-hour 0.40"
 MONEY = "What it costs"
 
 
 def cost(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What would be drawn; a usual prompt by default.")
+    ] = None,
     model: options.Model = None,
     steps: options.Steps = None,
     size: options.Size = None,
@@ -62,7 +66,7 @@ def cost(
     from sfumato.types import Request
 
     request = Request(
-        "a red metal sphere behind a small blue cube",
+        PROMPT if prompt is None else prompt,
         count=parse.whole("count", count),
         steps=None if steps is None else parse.whole("steps", steps),
         size=None if size is None else parse.size(size),
@@ -91,15 +95,30 @@ def cost(
         offload=None if calibrate or pixels else "auto",
     )
     request = _moving(opened, request, None if frames is None else parse.whole("frames", frames))
-    if pixels and request.moves:
-        raise InputError("a twin in pixel space draws pictures; leave out --frames", argument="frames")
     if pixels:
+        _check_pixels(request, calibrate)
         _show_pixels(opened, request, machine, as_json)
         return
     if calibrate:
         machine = _calibrated(opened, machine)
         write_machine(machine)
     _show_estimate(opened, request, machine, as_json)
+
+
+def _check_pixels(request: Request, calibrate: bool) -> None:
+    """`InputError` for what one picture, measured beside one of the twin, has none of."""
+    refused = {
+        "frames": (request.moves, "a twin in pixel space draws pictures; leave out --frames"),
+        "count": (request.count > 1, "--pixels measures one picture of each model; leave out --count"),
+        "hires": (request.hires is not None, "--pixels measures one pass of each model; leave out --hires"),
+        "calibrate": (
+            calibrate,
+            "--pixels and --calibrate measure other things; ask for one after the other",
+        ),
+    }
+    for argument, (asked, why) in refused.items():
+        if asked:
+            raise InputError(why, argument=argument)
 
 
 def _moving(model: Model, request: Request, frames: int | None) -> Request:
@@ -133,7 +152,12 @@ def _show_estimate(model: Model, request: Request, machine: Machine, as_json: bo
     bill = estimate(model, request, machine)
     request = model.complete(request)
     if as_json:
-        told = {"model": model.name, "size": list(request.size or ()), "steps": request.steps}
+        told = {
+            "model": model.name,
+            "prompt": request.prompt,
+            "size": list(request.size or ()),
+            "steps": request.steps,
+        }
         told |= {"frames": request.frames} if request.moves else {}
         show.answer({**told, "dtype": str(model.dtype).removeprefix("torch."), **bill})
         return
@@ -168,7 +192,7 @@ def _notes(bill: dict[str, Any], machine: Machine) -> list[str]:
 def _show_pixels(model: Model, request: Request, machine: Machine, as_json: bool) -> None:
     from sfumato.receipts.cost import cost_report
 
-    report = cost_report(model, steps=request.steps)
+    report = cost_report(model, request)
     columns = [report["latent"], report["pixel"]]
     steps = report["steps"] * report["size"][0] * report["size"][1] / 1e6
     for column in columns:

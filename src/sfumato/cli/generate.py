@@ -221,16 +221,14 @@ def _signer(sign: tuple[Path, Path]) -> Signer:
 
 def _drawn(loaded: Model, request: Request, preview: Path | None) -> Result:
     """Draw with a bar; the bill goes into the recipe. preview: the output beside which the first is shown forming."""
-    from sfumato.receipts.bill import Meter, billed
+    from sfumato.receipts.bill import drawn
 
-    meter = Meter()
     with show.progress() as bar:
         hear, clean = watch.watcher(bar, loaded, preview)
         try:
-            result = loaded.generate(request, on_step=hear)
+            return drawn(loaded, request, hear)
         finally:
             clean()
-    return billed(loaded, request, result, meter)
 
 
 def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:

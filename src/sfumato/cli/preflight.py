@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLE = "sfumato preflight poster.png -m sd_xl_base_1.0.safetensors --require 60 --html poster.html"
 BELOW = 3  # the exit code when a score is below --require
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
+UNREAD = "cannot be read"  # in the place of a score
 LINES = 12  # regions shown without --json
 
 
@@ -80,20 +81,34 @@ def preflight(
         raise InputError(f"the report's name must end in .html, not {html.suffix!r}", argument="html")
     if mask is not None and (prompt is not None or (picture is not None and picture.is_dir())):
         raise InputError("a mask is of one picture", argument="mask")
+    if wanted is not None and picture is not None:
+        from sfumato.fidelity.room import check_room
+
+        check_room(*wanted)
     files = [] if picture is None else pictures_of(picture)
     kind = None if dtype is None else parse.dtype(dtype)
     from sfumato.families import DEFAULT_MODEL
 
     name = DEFAULT_MODEL if model is None else model
-    single = [] if picture is None or picture.is_dir() else files
+    folder = picture is not None and picture.is_dir()
+    single = [] if folder else files
     opened = {file: _read(file, wanted) for file in single}  # a bad picture fails before a model is opened
     instrument, chart = _chart_of(name, device, kind, vae)
     if prompt is not None:
-        score = _prompt(prompt, wanted or _usual_size(name), chart, html, as_json)
+        score, unread = _prompt(prompt, wanted or _usual_size(name), chart, html, as_json), 0
     else:
-        score = _pictures(files, opened, wanted, instrument, chart, not foretell, html, mask, as_json)
-    if least is not None and score < least:
+        score, unread = _pictures(
+            files, opened, wanted, instrument, chart, not foretell, html, mask, as_json, many=folder
+        )
+    if least is None:
+        return
+    if score < least:
         show.note(f"the score {score:g} is below the {least:g} that is required")
+    if unread:
+        show.note(
+            f"{unread} of {len(files)} pictures cannot be read: they do not reach the {least:g} that is required"
+        )
+    if unread or score < least:
         raise typer.Exit(BELOW)
 
 
@@ -101,7 +116,7 @@ def pictures_of(place: Path) -> list[Path]:
     """The picture files of a folder, by name, or the file itself. `InputError` when there is none."""
     if not place.is_dir():
         return [place]
-    found = sorted(p for p in place.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
+    found = sorted(p for p in place.iterdir() if p.suffix.lower() in ENDINGS and not p.is_dir())
     if not found:
         raise InputError(f"the folder {str(place)!r} holds no PNG, JPEG or WebP", argument="picture")
     return found
@@ -110,8 +125,13 @@ def pictures_of(place: Path) -> list[Path]:
 def _read(file: Path, size: tuple[int, int] | None) -> Image:
     from PIL import Image
 
+    from sfumato.fidelity.room import check_room
+
     image = parse.picture("picture", file)
-    return image if size is None else image.resize(size, Image.Resampling.LANCZOS)
+    if size is None:
+        check_room(*image.size)
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _chart_of(model: str, device: str | None, dtype: Any, vae: Path | None) -> tuple[Any, Chart]:
@@ -179,13 +199,15 @@ def _pictures(
     html: Path | None,
     mask: Path | None,
     as_json: bool,
-) -> float:
-    """The lowest score; of a folder, pictures that cannot be read are named and left out."""
+    many: bool,
+) -> tuple[float, int]:
+    """The lowest score, and how many pictures of a folder cannot be read; these are named and left out of it."""
     import numpy as np
 
     from sfumato.fidelity import store
     from sfumato.fidelity.ocr import find_reader
     from sfumato.fidelity.preflight import preflight as examine
+    from sfumato.fidelity.report import shrunk
 
     reader, others = find_reader(), store.known(chart.digest)
     reports, bad = [], []
@@ -193,37 +215,42 @@ def _pictures(
         for file in bar.track(files, description="pictures"):
             try:
                 image = opened.pop(file, None) or _read(file, size)
-            except DataError as error:
-                if len(files) == 1:
+            except InputError as error:
+                if not many:
                     raise
                 bad.append({"picture": str(file), "error": str(error)})
                 continue
             pixels = np.asarray(image.convert("RGB"), np.float32) / 255
-            reports.append(
-                examine(pixels, instrument, chart, name=str(file), run=run, reader=reader, others=others)
-            )
+            report = examine(pixels, instrument, chart, name=str(file), run=run, reader=reader, others=others)
+            reports.append(shrunk(report) if many else report)
     if not reports:
         raise DataError(f"none of {len(files)} pictures can be read; the first: {bad[0]['error']}")
-    _outputs(reports, chart.model, html, mask)
-    if as_json:
-        if len(files) == 1:
-            show.answer(reports[0].to_dict())
-        else:
-            ordered = sorted(reports, key=lambda report: report.score)
-            show.answer({"model": chart.model, "pictures": [r.to_dict() for r in ordered], "unreadable": bad})
-    elif len(files) == 1:
-        _one(reports[0])
-    else:
+    _outputs(reports, chart.model, html, mask, bad if many else None)
+    if as_json and many:
+        ordered = sorted(reports, key=lambda report: report.score)
+        show.answer({"model": chart.model, "pictures": [r.to_dict() for r in ordered], "unreadable": bad})
+    elif as_json:
+        show.answer(reports[0].to_dict())
+    elif many:
         _table(reports, bad)
-    return min(report.score for report in reports)
+    else:
+        _one(reports[0])
+    return min(report.score for report in reports), len(bad)
 
 
-def _outputs(reports: list[Preflight], model: str, html: Path | None, mask: Path | None) -> None:
+def _outputs(
+    reports: list[Preflight],
+    model: str,
+    html: Path | None,
+    mask: Path | None,
+    bad: list[dict[str, str]] | None,
+) -> None:
+    """The files asked for. bad: of a folder, what of it cannot be read; None for a picture alone."""
     from sfumato.fidelity.preflight import keep_mask
     from sfumato.fidelity.report import folder_page, picture_page
 
     if html is not None:
-        _write(html, picture_page(reports[0]) if len(reports) == 1 else folder_page(reports, model))
+        _write(html, picture_page(reports[0]) if bad is None else folder_page(reports, model, bad))
     if mask is not None:
         import numpy as np
         from PIL import Image
@@ -272,11 +299,15 @@ def _table(reports: list[Preflight], bad: list[dict[str, str]]) -> None:
         worst = KINDS[report.findings[0].region.kind] if report.findings else ""
         counts = [str(report.count(verdict)) for verdict in ("lost", "worn", "kept")]
         rows.append([Path(report.name).name, f"{report.score:g}", *counts, worst])
+    rows = [[Path(each["picture"]).name, UNREAD, "", "", "", ""] for each in bad] + rows
+    count = len(rows)
     show.table(
-        f"{len(reports)} pictures, worst first", ["picture", "score", "lost", "worn", "kept", "worst"], rows
+        f"{count} picture{'s' if count > 1 else ''}, worst first",
+        ["picture", "score", "lost", "worn", "kept", "worst"],
+        rows,
     )
     for each in bad:
-        show.note(f"left out: {each['error']}")
+        show.note(f"{UNREAD}: {each['error']}")
     for note in reports[0].notes:
         show.note(note)
 

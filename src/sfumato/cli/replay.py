@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "sfumato replay out.png --verify"
 UNLIKE = 3  # exit code of --verify
+EXACT = ("", ".png", ".webp")  # endings of files that keep every value; of a folder of PNG none
 
 
 def replay(
@@ -30,7 +31,11 @@ def replay(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the new one there.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help=f"Exit with {UNLIKE} when the new one is another.")
+        bool,
+        typer.Option(
+            "--verify",
+            help=f"Exit with {UNLIKE} when the new one is another, or the file was changed after it was drawn.",
+        ),
     ] = False,
     picture: Annotated[
         list[Path] | None,
@@ -61,7 +66,8 @@ def replay(
     Weights are named by their hashes, so files may lie anywhere; give those that the recipe names.
     """
     from sfumato.receipts import clips, provenance
-    from sfumato.receipts.replay import changed, difference_of_clips
+    from sfumato.receipts.bill import drawn as draw
+    from sfumato.receipts.replay import changed, difference_of_clips, edited
 
     recipe, before = _read(file)
     request = _request(recipe, file, _pictures(picture or ()))
@@ -70,7 +76,8 @@ def replay(
         clips.check_output(output)
     elif output is not None:
         provenance.check_output(output, 1, request)
-    if deterministic:
+    kernels = recipe.get("kernels")
+    if deterministic or (isinstance(kernels, dict) and kernels.get("deterministic") is True):
         from sfumato.runtime import deterministic as ask
 
         ask()
@@ -100,14 +107,20 @@ def replay(
         def watch(step: Step) -> None:
             bar.update(task, completed=step.index + 1, total=step.total)
 
-        result = opened.generate(request, on_step=watch)
+        # a bill is only for a file that is kept
+        result = opened.generate(request, watch) if output is None else draw(opened, request, watch)
     now = _written(result, file)
     found = difference_of_clips(before, now)
-    others = changed(recipe, result.recipe)
+    frames = result.clips[0].frames if result.clips else result.images
+    edits = edited(recipe, before, frames, found, exact=file.suffix.lower() in EXACT)
+    others = [*edits, *changed(recipe, result.recipe)]
+    # rounding does not write into files, so pixels that were changed in one are never near
+    painted = any(each.name == "pixels" for each in edits)
+    verdict = "different" if found is None or painted else found.verdict
     if output is not None:
         result.save(output)
-    _tell(before, now, found, others, as_json)
-    if verify and (found is None or found.verdict == "different"):
+    _tell(before, now, found, verdict, others, as_json)
+    if verify and (verdict == "different" or edits):
         raise typer.Exit(UNLIKE)
 
 
@@ -210,22 +223,23 @@ def _tell(
     before: Sequence[Image],
     now: Sequence[Image],
     found: Difference | None,
+    verdict: str,
     others: list[Changed],
     as_json: bool,
 ) -> None:
     if as_json:
-        told = {"verdict": "different"} if found is None else found.to_dict()
+        told = {**({} if found is None else found.to_dict()), "verdict": verdict}
         ingredients = [{"name": each.name, "before": each.before, "now": each.now} for each in others]
         clip = {"frames": len(now)} if len(now) > 1 else {}
         show.answer({**told, "size": list(now[0].size), **clip, "changed": ingredients})
         return
     if found is None:
         show.line(f"different: {_shape(before)} then, {_shape(now)} now")
-    elif found.verdict == "identical":
+    elif verdict == "identical":
         show.line(f"identical: every value of {_shape(now)} pixels")
     else:
         show.line(
-            f"{found.verdict}: {found.share:.2%} of the values differ, by at most {found.most} of 255 ("
+            f"{verdict}: {found.share:.2%} of the values differ, by at most {found.most} of 255 ("
             f"{found.psnr:.1f} dB)"
         )
     for each in others:

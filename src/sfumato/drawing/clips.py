@@ -17,6 +17,7 @@ from torch import Tensor
 from sfumato.drawing.sample import noise_of, sample
 from sfumato.drawing.script import Script
 from sfumato.errors import InputError
+from sfumato.runtime import Clock
 from sfumato.sampling import Step
 from sfumato.tasks.canvas import beginning
 from sfumato.tasks.latent import Origin
@@ -48,17 +49,23 @@ def as_clip(model: Model, request: Request) -> Request:
     return request
 
 
-def draw_clips(model: Model, request: Request, on_step: Callable[[Step], None] | None) -> tuple[Clip, ...]:
-    """The clips of a complete request: clip k is that of `request.part(k)` alone."""
+def draw_clips(
+    model: Model, request: Request, on_step: Callable[[Step], None] | None, clock: Clock
+) -> tuple[Clip, ...]:
+    """The clips of a complete request: clip k is that of `request.part(k)` alone. clock: of its stages."""
     assert request.fps is not None
     origin = None if request.clip is None else origin_of_clip(model, request)
+    clock.lap("encode", origin is not None)
     clips = []
     for k in range(request.count):
         part = request.part(k)
         cond = model.condition(part)  # of each, since a seed may be in it
+        clock.lap("text")
         latent = _film(model, cond, part, on_step, origin)
+        clock.lap("denoise")
         pixels = model.decode_pixels(latent)[0]  # (3, T, H, W)
         clips.append(Clip(tuple(to_image(frame[:, None]) for frame in pixels.unbind(1)), request.fps))
+        clock.lap("decode")
     return tuple(clips)
 
 

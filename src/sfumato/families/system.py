@@ -180,6 +180,17 @@ class DrawingSystem:
         return 0.0
 
     @property
+    def traces_pictures(self) -> bool:
+        """Whether `trace_pictures` tells what drawing pictures takes, of a model that is small and does not `trace`."""
+        return False
+
+    def trace_pictures(
+        self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool
+    ) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing takes, all in memory, of a model that `traces_pictures`."""
+        raise InputError("this model does not tell what drawing a picture takes", argument="model")
+
+    @property
     def traces_clips(self) -> bool:
         """Whether `trace_clip` tells what drawing a clip takes, of a model that `traces` no pictures."""
         return False

@@ -10,6 +10,7 @@ import numpy as np
 
 from sfumato.fidelity.advice import pixels, up_to
 from sfumato.fidelity.chart import Chart, limits, text_score
+from sfumato.fidelity.language import counted, quoted, unquoted
 from sfumato.fidelity.preflight import verdict
 
 LETTER = 0.6  # width of a letter, of the font's size
@@ -17,12 +18,6 @@ LEADING = 1.25  # distance of lines, of the font's size
 ROOM = 0.8  # of the picture's sides, what words may take
 LARGER = 8  # times larger is the most that is proposed
 CROWDED = 0.35  # of the picture's area, what the things counted take together
-QUOTES = re.compile(r"\"([^\"]{1,400})\"|“([^”]{1,400})”|«([^»]{1,400})»|(?<!\w)'([^'\n]{2,400})'(?!\w)")
-NUMBERS = {
-    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
-    "twelve": 12, "dozen": 12, "twenty": 20, "fifty": 50, "hundred": 100, "hundreds": 200, "thousand": 1000,
-    "thousands": 2000, "crowd": 60, "swarm": 100, "flock": 40, "fleet": 20, "herd": 30, "many": 15, "countless": 200,
-}  # fmt: skip
 # things that consist of detail: what a part of it is, and what it measures as a share of the picture's shorter side
 PRINT, THIN, PATTERN = "print", "thin lines", "a pattern"
 FINE = {
@@ -95,7 +90,7 @@ class Wish:
 def examine(prompt: str, size: tuple[int, int], chart: Chart) -> list[Wish]:
     """What a prompt asks for that takes room, worst first. size: (width, height) in pixels."""
     wishes = [_words(text, size, chart) for text in quoted(prompt)]
-    plain = QUOTES.sub(" ", prompt).lower()
+    plain = unquoted(prompt).lower()
     if (count := counted(plain)) > 1:
         wishes.append(_objects(count, size, chart))
     for word, share in TINY.items():
@@ -114,25 +109,17 @@ def score(wishes: list[Wish]) -> float:
     return round(100 * (1 - max((wish.loss for wish in wishes), default=0.0)), 1)
 
 
-def quoted(prompt: str) -> list[str]:
-    """What stands in quotation marks, spaces made single."""
-    found = (next(part for part in match.groups() if part is not None) for match in QUOTES.finditer(prompt))
-    return [" ".join(text.split()) for text in found if text.strip()]
-
-
-def counted(text: str) -> int:
-    """How many things a text counts: the sum of its numbers up to a thousand, as words or figures, and its lists."""
-    total = sum(NUMBERS[word] for word in re.findall(r"[a-z]+", text) if word in NUMBERS)
-    total += sum(int(n) for n in re.findall(r"(?<![\w.:])(\d{1,3})(?=\s+[a-z])", text) if 1 < int(n) <= 1000)
-    listed = [part for part in re.split(r",|\band\b", text) if re.search(r"\b(a|an|the|one)\s+\w+", part)]
-    return total + (len(listed) if len(listed) > 2 else 0)
-
-
 def largest_type(text: str, size: tuple[int, int]) -> tuple[float, int]:
     """(font size in pixels, lines) of the largest setting of a text in `ROOM` of a picture, broken between words."""
     words = text.split() or [""]
     best = (0.0, 1)
-    for count in range(1, len(words) + 1):
+    # the lines at which width and height bind alike; of many lines, those near it are tried, a step apart
+    even = np.sqrt(LETTER * len(text) * size[1] / (LEADING * size[0]))
+    step = max(1, int(even) // 20)
+    counts = range(1, len(words) + 1) if step == 1 else range(int(even) // 2, len(words) + 1, step)
+    for count in counts:
+        if ROOM * size[1] / (LEADING * count) < best[0]:
+            break  # more lines are lower still
         longest = max(len(line) for line in _broken(words, count))
         fitting = min(ROOM * size[0] / (LETTER * max(longest, 1)), ROOM * size[1] / (LEADING * count))
         best = max(best, (fitting, count))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 
 import numpy as np
@@ -20,7 +21,7 @@ SORT = """
 for (const head of document.querySelectorAll('th[data-sort]')) head.onclick = () => {
   const table = head.closest('table'), at = [...head.parentNode.children].indexOf(head);
   const down = head.dataset.sort = head.dataset.sort === 'down' ? 'up' : 'down';
-  const value = row => { const v = row.children[at].dataset.value; return isNaN(v) ? v : +v; };
+  const value = row => { const v = (row.children[at] || row.lastChild).dataset.value; return isNaN(v) ? v : +v; };
   const rows = [...table.tBodies[0].rows].sort((a, b) => (value(a) > value(b) ? 1 : -1) * (down === 'up' ? -1 : 1));
   table.tBodies[0].append(...rows);
 };
@@ -32,12 +33,26 @@ def picture_page(report: Preflight) -> str:
     return _page(f"Preflight: {report.name}", _one(report, SHOWN))
 
 
-def folder_page(reports: Sequence[Preflight], model: str) -> str:
-    """Many pictures: a table, worst first, whose columns sort, and below it each picture that loses something."""
+def shrunk(report: Preflight) -> Preflight:
+    """The same with its pictures no larger than a page shows them: of a whole folder they would fill the memory."""
+    picture, after = (None if p is None else _shown(p, SHOWN) for p in (report.picture, report.after))
+    return replace(report, picture=picture, after=after)
+
+
+def folder_page(reports: Sequence[Preflight], model: str, unread: Sequence[Mapping[str, str]] = ()) -> str:
+    """Many pictures: a table, worst first, whose columns sort, and below it each picture that loses something.
+
+    unread: those that cannot be read: `picture` and `error` of each.
+    """
     ordered = sorted(reports, key=lambda report: report.score)
     columns = ("picture", "score", "lost", "worn", "kept", "worst region")
     head = "<th></th>" + "".join(f'<th data-sort="">{column}</th>' for column in columns)
-    body = "".join(_row(number, report) for number, report in enumerate(ordered))
+    body = "".join(
+        f'<tr class=lost><td></td><td data-value="{escape(each["picture"])}">{escape(each["picture"])}</td>'
+        f'<td data-value="-1" colspan=5>cannot be read: {escape(each["error"])}</td></tr>'
+        for each in unread
+    )
+    body += "".join(_row(number, report) for number, report in enumerate(ordered))
     parts = "".join(
         f'<section id="p{number}"><h2>{escape(report.name)}</h2>{_one(report, SHOWN)}</section>'
         for number, report in enumerate(ordered)
@@ -45,7 +60,8 @@ def folder_page(reports: Sequence[Preflight], model: str) -> str:
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return _page(
-        f"Preflight of {len(reports)} pictures with {model}", table + parts + f"<script>{SORT}</script>"
+        f"Preflight of {len(reports) + len(unread)} pictures with {model}",
+        table + parts + f"<script>{SORT}</script>",
     )
 
 

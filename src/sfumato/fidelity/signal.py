@@ -120,11 +120,11 @@ def spectrum(region: Array) -> tuple[Array, Array, Array]:
     45 from 135.
     """
     channels, height, width = region.shape
-    values = region - region.mean((-2, -1), keepdims=True)
-    energy = np.square(dct(dct(values, -1), -2)) / (height * width)
-    fy, fx = np.mgrid[:height, :width].astype(np.float64)
-    fy, fx = fy / (2 * height), fx / (2 * width)
-    return np.hypot(fx, fy), np.degrees(np.arctan2(fy, fx)), energy.reshape(channels, height, width)
+    energy = np.empty((channels, height, width))
+    for plane, found in zip(region, energy, strict=True):  # one at a time: a picture may be large
+        found[:] = np.square(dct(dct(plane - plane.mean(), -1), -2)) / (height * width)
+    fy, fx = np.arange(height)[:, None] / (2 * height), np.arange(width)[None] / (2 * width)
+    return np.hypot(fx, fy), np.degrees(np.arctan2(fy, fx)), energy
 
 
 def dct(values: Array, axis: int) -> Array:
@@ -133,7 +133,7 @@ def dct(values: Array, axis: int) -> Array:
     n = values.shape[-1]
     mirrored = np.concatenate([values, values[..., ::-1]], -1)
     k = np.arange(n)
-    cosine = np.real(np.fft.fft(mirrored, axis=-1)[..., :n] * np.exp(-0.5j * np.pi * k / n)) / 2
+    cosine = np.real(np.fft.rfft(mirrored, axis=-1)[..., :n] * np.exp(-0.5j * np.pi * k / n)) / 2
     scale = np.full(n, np.sqrt(2 / n))
     scale[0] = np.sqrt(1 / n)
     return np.moveaxis(cosine * scale, -1, axis)

@@ -25,6 +25,7 @@ from sfumato.types import Request, Result
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
+    from sfumato.sampling import Step
 
 PATIENCE = 1.0  # seconds that a call is repeated for when it is measured
 MEASURED = ((0.5, 1), (1.0, 1), (1.0, 4))  # of the sides of the model's own size, and pictures together
@@ -55,22 +56,26 @@ def estimate(model: Model, request: Request, machine: Machine) -> dict[str, Any]
 def receipt(
     model: Model, request: Request, recipe: dict[str, Any], machine: Machine, joules: float | None = None
 ) -> dict[str, Any]:
-    """The bill of what was drawn: `recipe` holds the seconds of its stages. joules: counted while it was drawn."""
-    request = model.complete(request)
-    seconds = dict(recipe.get("stages", {}))
-    return _bill(
-        work_of(model, request), request, seconds, sum(seconds.values()), _peak(model), joules, machine
-    )
+    """The bill of what was drawn: `recipe` holds the seconds of its stages. joules: counted while it was drawn.
 
-
-def billed(model: Model, request: Request, result: Result, meter: Meter) -> Result:
-    """The result with the receipt in its recipe, by this machine's price. Of a drawing that shall give equal files each
-    time there is none: seconds are never the same.
+    Of a drawing that shall give equal files each time the recipe holds no seconds, and nothing here is measured.
     """
-    if "stages" not in result.recipe:
-        return result
-    machine = read_machine()
-    bill = receipt(model, request, result.recipe, machine, meter.joules())
+    request = model.complete(request)
+    work = work_of(model, request)
+    if "stages" not in recipe:
+        return _bill(work, request, None, None, None, None, machine)
+    seconds = dict(recipe["stages"])
+    return _bill(work, request, seconds, sum(seconds.values()), _peak(model), joules, machine)
+
+
+def drawn(model: Model, request: Request, on_step: Callable[[Step], None] | None = None) -> Result:
+    """Pictures or clips as `Model.generate` draws them, with the receipt in the recipe, by this machine's price.
+
+    Counting FLOPs takes a call of each network for requests of a kind that were not counted before.
+    """
+    meter = Meter()
+    result = model.generate(request, on_step)
+    bill = receipt(model, request, result.recipe, read_machine(), meter.joules())
     return replace(result, recipe=result.recipe | {"receipt": bill})
 
 
@@ -167,7 +172,7 @@ def _bill(
 ) -> dict[str, Any]:
     price = machine.price
     steps = sum(
-        part.calls * part.pictures * part.size[0] * part.size[1] / 1e6
+        part.calls * part.pictures * (request.frames or 1) * part.size[0] * part.size[1] / 1e6
         for part in work
         if part.stage == "denoise"
     )
@@ -189,10 +194,12 @@ def _bill(
 
 
 def _planned_bytes(model: Model, request: Request) -> int | None:
-    """Of the plan that fits, or of the least; of a small model of our own none is made."""
-    if request.moves and planning.tells_clips(model):
-        return planning.plan_clip(model, request).peak
-    return planning.plan(model, request).peak if planning.tells(model) else None
+    """Of the plan that fits, or of the least; None where none can be made, of another engine."""
+    if planning.tells(model):
+        return planning.plan(model, request).peak
+    if request.moves:
+        return planning.plan_clip(model, request).peak if planning.tells_clips(model) else None
+    return planning.plan_pictures(model, request).peak if model.system.traces_pictures else None
 
 
 def _peak(model: Model) -> int:

@@ -1,8 +1,9 @@
 """Clips to files that say how they were made, and back.
 
 mp4, webm: the container's metadata, `sfumato` (the whole recipe as JSON), `comment` (the form of AUTOMATIC1111's web
-UI) and `digitalsourcetype`, IPTC's mark of what a model made. WebP: EXIF and XMP, as pictures. GIF: the recipe is its
-comment. A folder: each PNG says it, as pictures do.
+UI) and `digitalsourcetype`, IPTC's mark of what a model made; mp4 also has that mark in XMP, where it belongs. WebP:
+EXIF and XMP, as pictures. GIF: the recipe is its comment, and XMP has the mark. A folder: each PNG says it, as pictures
+do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts import provenance
+from sfumato.receipts.digests import with_digests
 from sfumato.video.formats import BY_PYAV, FOLDER, format_of, pyav
+from sfumato.video.xmp import WRITERS
 
 if TYPE_CHECKING:
     from sfumato.types import Clip, Result
@@ -52,7 +55,7 @@ def save_clips(result: Result, path: str | os.PathLike[str]) -> list[Path]:
     try:
         with contextlib.ExitStack() as stack:
             for k, (clip, file) in enumerate(zip(result.clips, files, strict=True)):
-                recipe = provenance.recipe_of(result.recipe, k)
+                recipe = with_digests(provenance.recipe_of(result.recipe, k), clip.frames)
                 place = stack.enter_context(staged(file))
                 write_clip(clip, place, kind, notes_of(recipe, kind), **_metadata(recipe, kind))
     except OSError as error:
@@ -61,9 +64,10 @@ def save_clips(result: Result, path: str | os.PathLike[str]) -> list[Path]:
 
 
 def encoded(clip: Clip, recipe: dict[str, Any], kind: str) -> bytes:
-    """The bytes of a file of this format, such as mp4, with one clip and its recipe."""
+    """The bytes of a file of this format, such as mp4, with one clip, its recipe, and the digests of both."""
     from sfumato.video.write import write_clip
 
+    recipe = with_digests(recipe, clip.frames)
     with tempfile.TemporaryDirectory(prefix="sfumato-") as folder:
         place = Path(folder) / f"clip.{kind}"
         write_clip(clip, place, kind, notes_of(recipe, kind), **_metadata(recipe, kind))
@@ -82,9 +86,11 @@ def notes_of(recipe: dict[str, Any], kind: str) -> dict[str, str]:
 
 
 def _metadata(recipe: dict[str, Any], kind: str) -> dict[str, Any]:
-    """What pictures of such a format have."""
+    """What pictures of such a format have; XMP without the recipe where the notes hold it."""
     if kind == "webp":
         return provenance.exif_and_xmp(recipe)
+    if kind in WRITERS:
+        return {"xmp": provenance.mark(recipe).encode()}
     if kind == FOLDER:
         return {
             "save_picture": lambda frame, file, number: provenance.save_png(

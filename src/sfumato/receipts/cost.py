@@ -18,22 +18,20 @@ from sfumato.types import Request
 if TYPE_CHECKING:
     from sfumato.generate import Model
 
-PROMPT = "a red metal sphere behind a small blue cube"
 
-
-def cost_report(
-    model: Model, steps: int | None = None, repeats: int = 3, prompt: str = PROMPT
-) -> dict[str, Any]:
+def cost_report(model: Model, request: Request, repeats: int = 3) -> dict[str, Any]:
     """Plain JSON: the request that was measured, and under `latent` and `pixel` what `measure` says of each model.
+
+    request: of one picture, drawn from noise in one pass.
 
     The pixel twin has the same trunk and as many tokens, an autoencoder that does nothing, and untrained weights, which
     cost exactly as much as trained ones.
     """
-    request = model.complete(Request(prompt=prompt, steps=steps))
+    request = model.complete(request)
     twin = pixel_model(model)
     return {
         "model": model.name,
-        "prompt": prompt,
+        "prompt": request.prompt,
         "size": list(request.size or ()),
         "steps": request.steps,
         "guidance": request.guidance,

@@ -3,7 +3,7 @@
 PNG: text chunks `parameters` (the form of AUTOMATIC1111's web UI) and `sfumato` (the whole recipe as JSON), and XMP.
 JPEG, WebP: EXIF UserComment (the same `parameters`), and XMP, which then also holds the recipe.
 XMP always marks the picture as made by a model: IPTC's DigitalSourceType `trainedAlgorithmicMedia`, or
-`compositeWithTrainedAlgorithmicMedia` where it began with another picture.
+`compositeWithTrainedAlgorithmicMedia` where it began with another picture, or a clip.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from xml.sax.saxutils import escape
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts import webui
+from sfumato.receipts.digests import with_digests
+from sfumato.receipts.share import share
 from sfumato.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -104,9 +106,9 @@ def check_recipe(request: Request, suffix: str) -> None:
 
 
 def encoded(image: Image, recipe: dict[str, Any], suffix: str) -> bytes:
-    """The bytes of a file of this suffix, such as .png, with one picture and its recipe."""
+    """The bytes of a file of this suffix, such as .png, with one picture, its recipe, and the digests of both."""
     stream = io.BytesIO()
-    _save(image, stream, suffix, recipe)
+    _save(image, stream, suffix, with_digests(recipe, [image]))
     return stream.getvalue()
 
 
@@ -121,7 +123,7 @@ def save_images(result: Result, path: str | os.PathLike[str], sign: Signer | Non
         with contextlib.ExitStack() as stack:
             for k, (image, file) in enumerate(zip(result.images, files, strict=True)):
                 place, suffix = stack.enter_context(atomic_file(file)), file.suffix.lower()
-                recipe = recipe_of(result.recipe, k)
+                recipe = with_digests(recipe_of(result.recipe, k), [image])
                 if sign is None:
                     _save(image, place, suffix, recipe)
                 else:
@@ -132,11 +134,12 @@ def save_images(result: Result, path: str | os.PathLike[str], sign: Signer | Non
 
 
 def recipe_of(recipe: dict[str, Any], index: int) -> dict[str, Any]:
-    """The recipe of picture `index` alone, from that of its whole request."""
+    """The recipe of picture `index` alone, from that of its whole request, with its share of what that took."""
     from sfumato.types import MAX_SEED
 
     if "request" not in recipe:
         return recipe
+    recipe = share(recipe, index, recipe["request"].get("count", 1))
     request = {**recipe["request"], "count": 1}
     counted = request
     if request.get("variation"):  # then the variation's seed counts the pictures
@@ -283,7 +286,7 @@ def save_png(image: Image, file: Path | BinaryIO, recipe: dict[str, Any]) -> Non
     info = PngInfo()
     info.add_text("parameters", parameters(recipe))
     info.add_text("sfumato", json.dumps(recipe))
-    info.add_itxt("XML:com.adobe.xmp", xmp(composite=_composite(recipe)))
+    info.add_itxt("XML:com.adobe.xmp", mark(recipe))
     image.save(file, format="PNG", pnginfo=info)
 
 
@@ -291,6 +294,11 @@ def exif_and_xmp(recipe: dict[str, Any]) -> dict[str, Any]:
     """What a WebP says of itself, as its encoder takes it."""
     packet = xmp(recipe, _composite(recipe)).encode()
     return {"exif": _user_comment(parameters(recipe)).tobytes(), "xmp": packet}
+
+
+def mark(recipe: dict[str, Any]) -> str:
+    """An XMP packet with the source type and no recipe, for files that hold it elsewhere."""
+    return xmp(composite=_composite(recipe))
 
 
 def source_type(recipe: dict[str, Any]) -> str:
@@ -309,7 +317,7 @@ def _user_comment(text: str) -> Exif:
 
 
 def _composite(recipe: dict[str, Any]) -> bool:
-    return "image" in recipe.get("request", {})
+    return not recipe.get("request", {}).keys().isdisjoint(("image", "clip"))
 
 
 def xmp(recipe: dict[str, Any] | None = None, composite: bool = False) -> str:

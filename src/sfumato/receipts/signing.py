@@ -1,8 +1,8 @@
 """Pictures signed after C2PA (spec 2.2): a manifest in the file, sealed with the maker's certificate.
 
-The manifest says that a model made the picture (IPTC's digital source type), and holds the receipt and what was drawn
-with. Whoever changes a byte of the file breaks the seal. The recipe stays where it was, so replay and --like read it as
-before.
+The manifest says that a model made the picture (IPTC's digital source type), and holds the whole recipe: what was
+drawn with what, and the receipt. Whoever changes a byte of the file breaks the seal. The recipe stays where it was, so
+replay and --like read it as before.
 """
 
 from __future__ import annotations
@@ -18,16 +18,7 @@ from typing import Any
 from sfumato.errors import InputError, SfumatoError
 from sfumato.receipts.provenance import FORMATS, source_type
 
-ASSERTION = "sfumato.receipt"  # the label of ours: model, weights, request and receipt
-TOLD = (
-    "model",
-    "weights",
-    "request",
-    "dtype",
-    "device",
-    "versions",
-    "receipt",
-)  # of a recipe, in that assertion
+ASSERTION = "sfumato.receipt"  # the label of ours: the recipe, the receipt in it
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 RSA_BITS = 2048  # at least
@@ -113,13 +104,12 @@ def manifest(recipe: dict[str, Any]) -> dict[str, Any]:
         "digitalSourceType": source_type(recipe),
         "softwareAgent": {"name": "sfumato", "version": __version__},
     }
-    facts = {name: recipe[name] for name in TOLD if name in recipe}
     return {
         "claim_generator_info": [{"name": "sfumato", "version": __version__}],
         "title": "picture",
         "assertions": [
             {"label": "c2pa.actions.v2", "data": {"actions": [made]}},
-            {"label": ASSERTION, "data": facts},
+            {"label": ASSERTION, "data": recipe},
         ],
     }
 

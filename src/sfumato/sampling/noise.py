@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sfumato.errors import InputError
 
+GENERATOR = {"generator": "philox4x64-10", "normals": "box-muller", "device": "cpu"}  # as recipes name it
 DOMAIN = 0x5F75_6D61_746F_0001  # second half of the key, so that no other use of a seed repeats these draws
 INITIAL = 0  # counter word of the initial noise; step k uses k + 1
 SEEDS = 2**64  # a seed is taken modulo this; picture k of a request has seed request.seed + k

@@ -21,6 +21,7 @@ from PIL import Image
 from sfumato.errors import InputError
 from sfumato.storage import atomic_directory, atomic_file
 from sfumato.types import Clip
+from sfumato.video import xmp
 from sfumato.video.formats import FOLDER, format_of, pyav
 
 QUALITY: dict[str, tuple[str, dict[str, str]]] = {  # codec and its options
@@ -67,8 +68,8 @@ def write_clip(
 ) -> None:
     """Write the clip to `place`, as it stands, in a format of `formats.WRITTEN`.
 
-    notes: names and texts for the container's metadata; of a GIF they become its comment, one a line. metadata: EXIF
-    and XMP of a WebP. save_picture: writes each frame of a folder; plain PNG by default.
+    notes: names and texts for the container's metadata; of a GIF they become its comment, one a line. metadata: `xmp`
+    of a WebP, a GIF or an mp4, and `exif` of a WebP. save_picture: writes each frame of a folder; plain PNG by default.
     """
     check_clip(clip, kind)
     frames = [frame.convert("RGB") for frame in clip.frames]
@@ -94,6 +95,8 @@ def write_clip(
             lossless=True,
             **metadata,
         )
+    if kind in xmp.WRITERS and "xmp" in metadata:
+        xmp.WRITERS[kind](place, metadata["xmp"])
 
 
 def durations(fps: float, count: int, unit: int) -> list[int]:

@@ -135,6 +135,18 @@ class System(DrawingSystem):
     def traces_clips(self) -> bool:
         return self.video is not None
 
+    @property
+    def traces_pictures(self) -> bool:
+        return True
+
+    def trace_pictures(
+        self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool
+    ) -> tuple[Stage, ...]:
+        """The memory that each stage of drawing pictures takes; see `trace.trace_pictures`."""
+        from sfumato.families.pocket.trace import trace_pictures  # which needs this module
+
+        return trace_pictures(self, request, size, batch, encodes)
+
     def trace_clip(self, request: Request) -> tuple[Stage, ...]:
         """The memory that each stage of drawing a clip takes; see `trace.trace_clip`."""
         from sfumato.families.pocket.trace import trace_clip  # which needs this module

@@ -95,6 +95,7 @@ def trace(
     The prompts are read and the U-Net is called as they are when drawing. The sampler's own latents are not counted.
     """
     require_offload(offload, system.engine, system.dtype)
+    system = replace(system, engine="torch")  # of another engine the work is the same, its memory not known
     parts = {name: Numberless(part) for name, part in system.drawn_from.items()}
     cpu, keeps = system.device.type == "cpu", offload == "none"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0

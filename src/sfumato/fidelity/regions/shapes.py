@@ -28,6 +28,10 @@ SMALL = (3, 72)  # pixels of an object's longer side
 THIN = 6.0  # pixels of a line's thickness
 LONG = 24  # pixels of a line's length, at least
 PIECE = 48  # pixels of the piece of a long line that stands for it
+EXTENT = 0.3  # of the largest step from the ground, what counts as part of a thing
+CALM = 0.25  # of a ring around a thing, what may differ from the rest of the ring
+RIM = 0.55  # of a box that is mostly ground, what its border to the thing beside it may take at most
+EDGE = 0.6  # of the step from the ground to that thing, what a pixel on their border may show at most
 MOST = 60  # small objects that are told apart
 
 
@@ -220,6 +224,8 @@ def small_objects(layers: Sequence[Marks], taken: Sequence[Region], planes: Arra
         fill = parts.area / np.maximum(parts.width * parts.height, 1)
         fits = (longer <= SMALL[1]) & (shorter >= SMALL[0]) & (fill > 0.2) & (longer <= 5 * shorter)
         boxes += [_box(parts, i) for i in np.nonzero(fits)[0] if not covered(_box(parts, i), taken, 0.5)]
+    drawn_in = (_tight(planes, box) for box in dict.fromkeys(boxes))
+    boxes = [box for box in drawn_in if box is not None]
     found = []
     for box in _merged(boxes, 2):
         width, height = box[2] - box[0], box[3] - box[1]
@@ -268,6 +274,33 @@ def _merged(boxes: list[Box], gap: int) -> list[Box]:
             return new
         boxes = new
     return []
+
+
+def _tight(planes: Array, box: Box, ring: int = 4) -> Box | None:
+    """A box drawn in to what differs from a ring around it, where that is calm, else as it was; None for a rim.
+
+    What stands out from a mean of its surroundings pulls that mean: the ground beside a light thing is darker than it,
+    and is marked as a thing of its own, a rim as wide as the mean reaches. It holds nothing but ground.
+    """
+    left, top, right, bottom = box
+    above, before = max(top - ring, 0), max(left - ring, 0)
+    outer = planes[:, above : bottom + ring, before : right + ring]
+    around = np.ones(outer.shape[1:], bool)
+    around[top - above : bottom - above, left - before : right - before] = False
+    if not around.any():
+        return box
+    ground = np.median(outer[:, around], axis=1)
+    away = np.linalg.norm(outer - ground[:, None, None], axis=0)
+    inside = away[top - above : bottom - above, left - before : right - before]
+    least = max(EXTENT * float(inside.max()), LEAST / 2)
+    if (inside > LEAST).mean() < RIM and inside.max() < max(LEAST, EDGE * float(away[around].max())):
+        return None
+    if (away[around] > least).mean() > CALM:
+        return box
+    rows, columns = (np.nonzero((inside > least).any(axis))[0] for axis in (1, 0))
+    if not len(rows):
+        return box
+    return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
 
 def _apart(planes: Array, box: Box, ring: int = 4) -> float:
