@@ -264,17 +264,43 @@ def test_a_full_disk_is_said_and_nothing_is_billed(place):
         assert len(data) > 300_000
         refused = client("POST", "/v1/files", data=data, headers={"content-type": "image/png"})
         assert error(refused) == (503, "storage_full") and refused.headers["retry-after"]
-        assert client.wait(client.submit()["id"])["state"] == "succeeded"
-        codes = set()
-        for k in range(40):  # until the ledger itself has no room
-            answer = client.post(
-                "/v1/jobs", {"request": {"prompt": "x" * 30_000, "seed": k, "steps": 1, "size": [32, 32]}}
-            )
-            codes.add(answer.status_code)
-        assert codes <= {202, 400, 429, 503}
+        done = client.submit()["id"]
+        assert client.wait(done)["state"] == "succeeded" and server.entries("settle") == [done]
+        large = client.submit({"steps": 1, "size": [1024, 1024]})["id"]  # more bytes than may be written
+        ended = client.wait(large, 300)
+        assert (ended["state"], ended["error"]["code"]) == ("failed", "storage_full")
+        assert ended["price"]["charged_micros"] == 0 < ended["price"]["reserved_micros"]
+        assert server.entries("refund") == [large] and server.entries("settle") == [done]
+        accepted, codes = set(), Counter()
+        for k in range(60):  # until the ledger itself has no room
+            request = {"prompt": "a cube" + " " * 30_000, "seed": k, "steps": 1, "size": [32, 32]}
+            answer = client.post("/v1/jobs", {"request": request})
+            codes[answer.status_code] += 1
+            if answer.status_code == 202:
+                accepted.add(answer.json()["id"])
+            elif answer.status_code == 503:
+                assert error(answer) == (503, "ledger_unavailable") and answer.headers["retry-after"]
+        assert set(codes) <= {202, 429, 503} and codes[202] and codes[503], codes
         assert client.get("/healthz").status_code == 200
     finally:
         server.kill()
+    again = serving(place).start()  # there is room again
+    try:
+        for job in sorted(accepted):
+            ended = Client(again).wait(job)
+            price = ended["price"]
+            assert ended["state"] == "succeeded" and 0 < price["charged_micros"] <= price["reserved_micros"]
+        jobs = {job["id"]: job for job in again.jobs()}
+        assert Counter(again.entries("reserve")) == Counter(list(jobs))
+        assert Counter(again.entries("settle")) == Counter({*accepted, done}) and set(jobs) == {
+            *accepted,
+            done,
+            large,
+        }
+        bill = Client(again).get("/v1/usage").json()["month"]["spent_and_reserved_micros"]
+        assert bill == sum(job["charged"] for job in jobs.values()), "what was refused is billed"
+    finally:
+        again.kill()
 
 
 @pytest.mark.parametrize(
@@ -287,6 +313,9 @@ def test_a_full_disk_is_said_and_nothing_is_billed(place):
         (["--ledger", "mysql://x"], "ledger"),
         (["--device", "cuda:99"], "device"),
         (["--queue", "none"], "queue"),
+        (["--keep", "0"], "0 days"),
+        (["--memory", "1KB"], "1,000 bytes"),
+        (["--memory", "1MiB"], "give more by --memory"),
         (["-m", "a b=pocket"], "NAME=MODEL"),
         (["-m", "a=pocket", "-m", "b=pocket", "--lora", "x=y"], "--models"),
     ],

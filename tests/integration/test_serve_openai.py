@@ -56,6 +56,28 @@ def test_openai_edits_inside_what_is_transparent(client):
     assert (drawn[kept] == np.asarray(start)[kept]).all() and (drawn != np.asarray(start)).any()
 
 
+def test_an_edit_s_fields_are_each_one_and_mean_what_they_say(a):
+    start = ("a.png", png(noise(64, 64)))
+
+    def sent(*fields):
+        files = [("image", start), *((name, (None, value)) for name, value in (("prompt", PROMPT), *fields))]
+        return a("POST", "/v1/images/edits", files=files)
+
+    for fields, param in (
+        ([("stream", "yes")], "stream"),
+        ([("stream", "")], "stream"),
+        ([("n", "1"), ("n", "2")], "n"),
+        ([("prompt", "another")], "prompt"),
+        ([("steps", "2"), ("steps", "2")], "steps"),
+    ):
+        answer = sent(*fields)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+    answer = sent(("stream", "True"), ("steps", "2"))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert "image_edit.completed" in answer.text
+    assert sent(("stream", "false"), ("steps", "2")).json()["data"]
+
+
 def test_openai_s_errors_are_its_own(client, server):
     import openai
 

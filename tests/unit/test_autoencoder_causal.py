@@ -78,9 +78,19 @@ def test_numbers_of_frames(count, latents):
     assert latents_of(count) == latents
 
 
-@pytest.mark.parametrize(("count", "near"), [(2, "1 and 5"), (16, "13 and 17"), (0, "1 and 5")])
+@pytest.mark.parametrize(
+    ("count", "near"),
+    [
+        (2, "is 5"),
+        (6, "are 5 and 9"),
+        (16, "are 13 and 17"),
+        (0, "is 5"),
+        (1000, "is 997"),
+        (10**6, "is 997"),
+    ],
+)
 def test_other_numbers_are_refused_with_the_nearest(count, near):
-    with pytest.raises(InputError, match=near):
+    with pytest.raises(InputError, match=f"the nearest {near}$"):
         latents_of(count)
 
 

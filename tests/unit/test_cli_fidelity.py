@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -198,10 +201,61 @@ def test_preflight_refuses_by_one_line(arguments, said, capsys):
     assert said in refused(["preflight", *arguments], capsys)
 
 
+def png(mode: str, size: tuple[int, int], **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def of_kind(mode: str, size: tuple[int, int], kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def claims(width: int, height: int) -> bytes:
+    """A PNG of one pixel whose header says that it has more, with the checksum of the lie."""
+    data = bytearray(png("L", (1, 1)))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
-    "mode, size", [("RGBA", (33, 17)), ("L", (1, 1)), ("P", (640, 3)), ("I;16", (40, 40))]
+    "data, found",
+    [
+        pytest.param(b"", "an empty file", id="empty"),
+        pytest.param(png("RGB", (64, 64))[:60], "is cut short", id="cut"),
+        pytest.param(b"no picture at all", "is not a picture", id="text"),
+        pytest.param(of_kind("L", (8, 8), "GIF"), "a GIF", id="gif"),
+        pytest.param(of_kind("L", (8, 8), "BMP"), "a BMP", id="bmp"),
+        pytest.param(claims(60_000, 60_000), "60000×60000 pixels; at most", id="huge"),
+        pytest.param(claims(0, 9), "", id="nothing"),
+        pytest.param(claims(900, 900), "", id="too little"),
+        pytest.param(None, "does not exist", id="dangling link"),
+        pytest.param(of_kind("CMYK", (40, 30), "JPEG"), (40, 30), id="CMYK"),
+        pytest.param(png("I;16", (40, 40)), (40, 40), id="16 bits"),
+        pytest.param(png("RGBA", (33, 17)), (33, 17), id="alpha"),
+        pytest.param(png("LA", (9, 70)), (9, 70), id="grey and alpha"),
+        pytest.param(png("P", (640, 3), transparency=0), (640, 3), id="palette"),
+        pytest.param(png("1", (50, 20)), (50, 20), id="1 bit"),
+        pytest.param(png("L", (1, 1)), (1, 1), id="1x1"),
+        pytest.param(png("RGB", (20_000, 2)), (20_000, 2), id="20000x2"),
+        pytest.param(of_kind("RGB", (30, 60), "WEBP"), (30, 60), id="WebP"),
+    ],
 )
-def test_pictures_of_any_form_go_through(mode, size, capsys):
-    Image.new(mode, size).save("odd.png")
-    assert run(["preflight", "odd.png", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["size"] == list(size)
+def test_any_picture_is_read_or_refused_by_one_line(data, found, capsys):
+    """Whatever the name says; what is refused alone is named in a folder."""
+    os.mkdir("odd")
+    if data is None:
+        os.symlink("nowhere.png", "odd/odd.png")
+    else:
+        with open("odd/odd.png", "wb") as stream:
+            stream.write(data)
+    if isinstance(found, tuple):
+        assert run(["preflight", "odd/odd.png", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["size"] == list(found)
+    else:
+        said = refused(["preflight", "odd/odd.png"], capsys)
+        assert found in said and "odd.png" in said
+        assert "none of 1 pictures can be read" in refused(["preflight", "odd"], capsys)

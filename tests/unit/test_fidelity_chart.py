@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from html import unescape
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.table import Cell
+from matplotlib.text import Text
 
 from sfumato.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.errors import InputError
 from sfumato.families.autoencoders import of_our_own
-from sfumato.fidelity import ocr, sections, store, targets, words
+from sfumato.fidelity import draw, ocr, sections, sheets, signal, store, targets, things, words
 from sfumato.fidelity.chart import Chart, crossing, measure
 from sfumato.fidelity.instrument import Instrument, open_instrument
+from sfumato.fidelity.page import html
 from sfumato.fidelity.predict import Transfer, rising
+from sfumato.fidelity.specimens import Specimen
+from sfumato.fidelity.table import notes_of, rows_of
 from sfumato.fidelity.validate import composed, judge
 
 CPU = torch.device("cpu")
@@ -87,6 +93,29 @@ def test_a_linear_instrument_is_told_almost_exactly():
     assert found["all"]["rms"] < 0.06
 
 
+def test_rows_hold_what_places_in_a_cell_change():
+    """Of an instrument that keeps one half of each cell and greys the other, and of the identity."""
+
+    def halved(x):
+        keep = (torch.arange(x.shape[-1]) % 8 < 4).float()
+        return x * keep + (1 - keep) * x.mean()
+
+    uneven = instrument(halved, factor=8)
+    dark = sections.colour(uneven)[0]
+    assert dark["delta_e_low"] < 1e-3 < 20 < dark["delta_e_high"]
+    assert any(row["rise_high"] - row["rise_low"] > 0.1 for row in sections.edges(uneven))
+    lines = [row for row in things.lines(uneven, lambda picture: 0.0) if row["angle"] == 90]
+    thin = next(row for row in lines if row["thickness"] == 3)
+    assert len(thin["loss_at"]) == 4 and max(thin["loss_at"]) - min(thin["loss_at"]) > 0.3
+    objects = next(row for row in things.objects(uneven, lambda picture: 0.0) if row["size"] == 3)
+    assert objects["shape_low"] < objects["shape"] < objects["shape_high"]
+    assert np.mean(objects["loss_at"]) == pytest.approx(objects["loss"])
+    same = instrument(lambda x: x, factor=8)
+    for rows in (sections.star(same), sections.noise(same), sections.edges(same)):
+        name = "rise" if "rise" in rows[0] else "kept"
+        assert all(row[f"{name}_low"] == pytest.approx(row[f"{name}_high"], abs=0.3) for row in rows)
+
+
 def test_a_chart_goes_through_json(identity, tmp_path):
     again = Chart.from_dict(json.loads(json.dumps(identity.to_dict())))
     assert again.limits == pytest.approx(identity.limits, rel=1e-3, abs=1e-5)
@@ -111,30 +140,36 @@ def test_a_damaged_chart_is_refused(identity, damage):
         Chart.from_dict(values)
 
 
-def test_charts_are_kept_by_the_weights(identity, tmp_path, monkeypatch):
+def test_charts_are_kept_by_the_weights_and_the_precision(identity, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mine = instrument(lambda x: x, name="identity")
     assert store.find(mine) is None
     place = store.keep(identity)
     assert store.find(replace(mine, name="as called now")).model == "as called now"
     assert store.find(replace(mine, digest="another")) is None
+    halves = replace(mine, precision="bfloat16")
+    assert store.find(halves) is None and store.find(halves, any_precision=True).precision == "float32"
+    store.keep(replace(identity, precision="bfloat16", factor=7))
+    assert (store.find(halves).factor, store.find(mine).factor) == (7, 1)
     assert identity.digest in {chart.digest for chart in store.known("another")}
     place.write_text("{", encoding="utf-8")
     assert store.find(mine) is None
 
 
-def test_the_chart_that_comes_with_pocket_is_of_its_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_chart_that_comes_with_pocket_is_of_its_weights(precision, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    pocket = open_instrument("pocket", "cpu")
+    pocket = open_instrument("pocket", "cpu", dtype=getattr(torch, precision))
     chart = store.find(pocket)
-    assert chart is not None and (chart.factor, chart.channels) == (8, 8)
+    assert chart is not None and (chart.factor, chart.channels, chart.precision) == (8, 8, precision)
+    assert chart.reader.startswith("RapidOCR")
     told = {
         (r["channel"], r["contrast"], r["angle"], r["frequency"]): r["mtf"] for r in chart.rows("gratings")
     }
     patch = targets.grating(64, 1 / 16, 0, contrast=0.9)
-    back = sections.through(pocket, [patch] * 16)[5]
+    back = sheets.through(pocket, [patch] * 16)[5]
     inner = np.s_[8:56, 8:56]
-    again = abs(sections.grating_response(patch[inner].mean(-1), back[inner].mean(-1), 1 / 16, 0))
+    again = abs(signal.grating_response(patch[inner].mean(-1), back[inner].mean(-1), 1 / 16, 0))
     assert told["luma", 0.9, 0, 0.0625] == pytest.approx(again, abs=0.06)
 
 
@@ -160,7 +195,7 @@ def test_letters_read_right():
 def test_an_engine_is_used_where_there_is_one(monkeypatch):
     """A reader that reads nothing makes the text limit absent, and one that is missing is told how to get."""
     blind = ocr.Reader("blind", lambda picture: ("", 0.0))
-    rows = sections.text(instrument(lambda x: x), lambda picture: 0.0, blind)
+    rows = things.text(instrument(lambda x: x), lambda picture: 0.0, blind)
     assert {row["ocr"] for row in rows} == {0.0} and min(row["letters"] for row in rows) > 0.9
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None)
     assert ocr.find_reader() is None
@@ -174,6 +209,30 @@ def test_the_engine_reads():
     left, top, right, bottom = sheet[1].box
     text, sure = ocr.find_reader().read(picture[max(top, 0) : bottom, max(left, 0) : right])
     assert words.right_letters(sheet[1].text, text) == 1 and sure > 0.5
+
+
+def test_who_read_the_words_is_said_wherever_they_are_shown(identity):
+    """In the table of every kind, in the plots, and what is missing where nothing but shapes was matched."""
+    read = replace(identity, model="a", reader="RapidOCR 3", sections=dict(identity.sections))
+    read.sections["text"] = [row | {"ocr": 1.0} for row in identity.rows("text")]
+
+    def drawn(charts) -> str:
+        seen = [[Specimen("s", np.zeros((4, 4, 3)), np.zeros((4, 4, 3)))]] * len(charts)
+        figure = draw.page(charts, seen)
+        cells = [cell.get_text() for cell in figure.findobj(Cell)]
+        return " | ".join(text.get_text() for text in [*figure.findobj(Text), *cells])
+
+    alone, both = [identity], [read, replace(identity, model="b")]
+    picture = drawn(alone)
+    assert "letter shapes" in picture and "pip install 'sfumato[ocr]'" in picture
+    assert "different readers" not in picture
+    picture = drawn(both)
+    for told in (picture, html(both, ())):
+        assert "6 px (RapidOCR 3)" in told and "6 px (letter shapes)" in told
+        assert "different readers" in told and f"b: {ocr.MISSING}" in unescape(told)
+    assert "a: regular, by RapidOCR 3" in picture and "b: regular, by letter shapes" in picture
+    assert notes_of([read, read]) == []
+    assert not any("(RapidOCR" in cell for _, cells in rows_of([read, read]) for cell in cells)
 
 
 def test_crossings_are_where_all_larger_sizes_pass():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sfumato.fidelity import store, targets
+from sfumato.fidelity import room, store, targets
 from sfumato.fidelity.chart import Chart
 from sfumato.fidelity.heldout import KINDS, held_out
 from sfumato.fidelity.instrument import Instrument, open_instrument
@@ -30,7 +31,7 @@ IDENTITY = Instrument("identity", 8, 3, lambda x: x, "", torch.device("cpu"))
 @pytest.fixture(scope="module")
 def pocket() -> tuple[Instrument, Chart]:
     instrument = open_instrument("pocket", "cpu", dtype=torch.float32)
-    return instrument, store.read(instrument.folder / store.BESIDE)
+    return instrument, store.find(instrument)
 
 
 def picture(image: Image.Image) -> np.ndarray:
@@ -230,3 +231,12 @@ def test_prompts_are_told_what_does_not_fit(pocket):
     ]
     assert crowds[0].loss < crowds[1].loss <= crowds[2].loss and "5000 things" in crowds[2].what
     assert examine("", (128, 128), chart) == [] and examine('""', (64, 64), chart) == []
+
+
+def test_no_more_memory_is_taken_than_is_planned(pocket):
+    shown = np.tile(page([("small print here", "regular", 11), ("SALE", "bold", 48)]), (3, 3, 1))
+    tracemalloc.start()
+    preflight(shown, *pocket, run=False)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.5 * room.BYTES < taken / (768 * 768) < room.BYTES

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 import stat
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asgi import asked, desk_of
 from sfumato.cli.app import run
 from sfumato.cluster.replicas import Outbox
 from sfumato.errors import InputError
 from sfumato.serve import keys, money
 from sfumato.serve.job import Live, fairest, next_for
-from sfumato.serve.ledger import Record
+from sfumato.serve.ledger import Ledger, Record
 from sfumato.serve.money import Prices, Rule, Work, work_of
 from sfumato.serve.rates import Rates
 from sfumato.serve.settings import ModelSpec, Settings, is_loopback, model_given, named_files, read_models
 from sfumato.serve.store import Store, is_id, new_id
+from sfumato.serve.web.app import build
 from sfumato.serve.wire import Broken, Line
 from sfumato.serve.worker.discreet import of_models
 
@@ -275,9 +279,47 @@ def test_only_this_machine_is_served_without_keys(tmp_path):
 def test_settings_name_what_is_wrong(tmp_path):
     one = ModelSpec("pocket", "pocket")
     for change in ({"models": ()}, {"models": (one, one)}, {"port": 70_000}, {"queue": 0}, {"batch": 0},
-                   {"deadline": 0}, {"deadline": 10_000.0}, {"body": 1}):  # fmt: skip
+                   {"deadline": 0}, {"deadline": 10_000.0}, {"body": 1}, {"grace": -1}):  # fmt: skip
         with pytest.raises(InputError):
             Settings(**({"models": (one,), "data": tmp_path} | change)).validate()
+    for change, said in (
+        ({"keep": 0.0}, "keep must be between a minute and 3650 days, not 0 days"),
+        ({"keep": math.nan}, "not nan days"),
+        ({"keep": 3651 * 86400.0}, "not 3651 days"),
+        ({"memory": 1000}, "memory must be 1MiB or more, such as 6GB, not 1,000 bytes"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Settings((one,), tmp_path, **change).validate()
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "said"),
+    [
+        ("2026-13-45", "2026-12-31", "since must be a day such as 2026-01-31, not '2026-13-45'"),
+        ("2026-02-29", "2026-12-31", "since must be a day"),
+        ("2026-01-01", "20260131", "until must be a day"),
+        ("2026-01-01", "٢٠٢٦-٠١-٣١", "until must be a day"),
+        ("2026-01-01", "2026-W01-1", "until must be a day"),
+        ("2026-02-01", "2026-01-31", "until 2026-01-31 is before since 2026-02-01"),
+    ],
+)
+def test_days_that_are_none_are_refused(tmp_path, capsys, since, until, said):
+    Ledger(f"sqlite:///{tmp_path / 'ledger.db'}").close()
+    assert run(["usage", "--data", str(tmp_path), "--since", since, "--until", until]) == 2
+    assert said in capsys.readouterr().err
+    with desk_of(tmp_path) as desk:
+        query = urlencode({"since": since, "until": until})
+        status, _, body = asked(build(desk), "GET", f"/v1/usage?{query}")
+    assert status == 400 and json.loads(body)["error"]["message"].startswith(said[:20])
+
+
+def test_who_only_looks_whether_it_is_there_is_answered(tmp_path):
+    with desk_of(tmp_path) as desk:
+        app = build(desk)
+        for path in ("/", "/healthz", "/page/js/main.js"):
+            status, headers, _ = asked(app, "HEAD", path)
+            assert status == 200 and headers["content-length"] == str(len(asked(app, "GET", path)[2]))
+        assert asked(app, "HEAD", "/readyz")[0] == asked(app, "GET", "/readyz")[0] == 503
 
 
 def test_models_and_files_are_named(tmp_path):

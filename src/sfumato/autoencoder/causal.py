@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sfumato.autoencoder.model import ChannelNorm, ResidualBlock, from_frames, to_frames
 from sfumato.errors import InputError
 from sfumato.nn.plain import check_whole, from_plain
+from sfumato.types import MAX_FRAMES
 
 STRIDE = 4  # frames for each latent after the first
 
@@ -185,7 +186,10 @@ def check_frames(frames: int) -> None:
     """`InputError`, with the nearest that are, unless a clip of so many frames can be encoded."""
     if frames < 1 or (frames - 1) % STRIDE:
         low = 1 + max(0, frames - 1) // STRIDE * STRIDE
+        most = 1 + (MAX_FRAMES - 1) // STRIDE * STRIDE
+        near = sorted({str(min(max(count, 1 + STRIDE), most)) for count in (low, low + STRIDE)}, key=int)
+        nearest = f"the nearest are {' and '.join(near)}" if len(near) > 1 else f"the nearest is {near[0]}"
         raise InputError(
-            f"a clip has 1 + {STRIDE}·k frames, not {frames}; the nearest are {low} and {low + STRIDE}",
+            f"a clip has 1 + {STRIDE}·k frames, not {frames}; {nearest}",
             argument="frames",
         )

@@ -45,7 +45,7 @@ def chart(
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda.")] = None,
     cached: Annotated[
-        bool, typer.Option("--cached", help="Take what was measured before of the same weights.")
+        bool, typer.Option("--cached", help="Take what was measured before of the same weights and dtype.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Answer with the chart as JSON, and write files only with -o.")
@@ -75,12 +75,17 @@ def chart(
         for name in names:
             instrument = open_instrument(name, device, dtype=kind, vae=vae)
             found = store.find(instrument) if cached else None
-            if found is None:
+            if found is None or not found.reader:
                 reader = reader or find_reader()
+            if found is None:
                 if reader is None:
                     show.note(MISSING)
                 found = measure(instrument, reader, on_progress=hearer(bar, name))
                 store.keep(found)
+            elif reader is not None and not found.reader:
+                show.note(
+                    f"the chart of {name} was measured without an OCR engine; without --cached it is read by one"
+                )
             charts.append(found)
             if place is not None:
                 seen.append(specimens(instrument))
@@ -97,9 +102,9 @@ def chart(
 
 def show_limits(charts: list[Any]) -> None:
     """The limits as a table."""
-    from sfumato.fidelity.draw import ROWS, told
+    from sfumato.fidelity.table import rows_of
 
-    rows = [[words, *(told(each, name, unit) for each in charts)] for name, words, unit in ROWS]
+    rows = [[words, *cells] for words, cells in rows_of(charts)]
     show.table("what the autoencoder keeps", ["", *(each.model for each in charts)], rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,6 @@ from typing import Annotated
 from typer import Option
 
 from sfumato.cli import show
-from sfumato.errors import InputError
 
 EXAMPLE = "sfumato usage --keys keys.json --since 2026-01-01"
 
@@ -34,13 +32,11 @@ def usage(
 
     require_extra()
     from sfumato.serve import keys as ring
-    from sfumato.serve.ledger import day_of, month_of, open_existing
+    from sfumato.serve.ledger import check_days, day_of, month_of, open_existing
 
     now = time.time()
     first, last = since or f"{month_of(now)}-01", until or day_of(now)
-    for name, day in (("since", first), ("until", last)):
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
-            raise InputError(f"{name} must be a day such as 2026-01-31, not {day[:40]!r}", argument=name)
+    check_days(first, last)
     book = open_existing(ledger or ledger_url(data or default_data()))
     try:
         rows = book.usage(first, last)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.fidelity import sections
+from sfumato.fidelity import sections, things
 from sfumato.fidelity.instrument import Instrument
 from sfumato.fidelity.ocr import MISSING, Reader
 from sfumato.fidelity.predict import Transfer, Waves, predict
 from sfumato.fidelity.signal import CHANNELS
 from sfumato.fidelity.words import CAPITALS
 
-FORMAT = "sfumato chart 1"
+FORMAT = "sfumato chart 2"
 HALF = 0.5  # of a contrast: what is kept less is called lost
 READ = 0.9  # of letters, shapes or colours told right: what is told more often is called legible
 Row = dict[str, Any]
@@ -94,11 +94,11 @@ def measure(
                 on_progress(doing, done, total)
 
         if name == "text":
-            found[name] = sections.text(instrument, foretell(found), reader, told)
+            found[name] = things.text(instrument, foretell(found), reader, told)
         elif name == "lines":
-            found[name] = sections.lines(instrument, foretell(found), told)
+            found[name] = things.lines(instrument, foretell(found), told)
         elif name == "objects":
-            found[name] = sections.objects(instrument, foretell(found), told)
+            found[name] = things.objects(instrument, foretell(found), told)
         else:
             found[name] = getattr(sections, name)(instrument, told)
     return Chart(
@@ -113,7 +113,7 @@ def measure(
     )
 
 
-def foretell(measured: Mapping[str, list[Row]]) -> sections.Foretell:
+def foretell(measured: Mapping[str, list[Row]]) -> things.Foretell:
     """What the gratings say, uncorrected, that a picture will lose."""
     transfer = Transfer.of({"gratings": measured["gratings"]})
     return lambda picture: predict(Waves.of(picture), transfer)

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from sfumato.errors import SfumatoError
+from sfumato.fidelity import targets
 from sfumato.fidelity.chart import HALF, READ, Chart, text_score
 from sfumato.fidelity.specimens import Specimen
+from sfumato.fidelity.table import SHAPES, notes_of, reader_of, rows_of, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PLOTS = 8.6  # inches that they are high
 INKS = ("#1f5a92", "#b4431f", "#3d7d3a", "#7a4a9e", "#9a7b12", "#2a8f91")
 GREY = "#8a8a8a"
 STYLE = {
@@ -33,37 +36,10 @@ STYLE = {
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
 }
-ROWS = (  # of the table of limits: name, words, unit
-    ("text", "words are read from a font size of", "px"),
-    ("text_bold", "bold words from a font size of", "px"),
-    ("text_quarter_contrast", "faint words from a font size of", "px"),
-    ("object", "shapes told apart from", "px"),
-    ("object_colour", "colours told apart from", "px"),
-    ("line", "lines kept by half from", "px"),
-    ("finest_luma", "finest pattern, light and dark", "px a period"),
-    ("finest_red_green", "finest pattern, red and green", "px a period"),
-    ("finest_blue_yellow", "finest pattern, blue and yellow", "px a period"),
-    ("checker", "finest checkerboard, cells of", "px"),
-    ("edge", "an edge spreads over", "px"),
-    ("overshoot", "and swings beyond by", "of the step"),
-    ("bend", "straight lines move by up to", "px"),
-    ("colour_mean", "plain colours move by", "ΔE"),
-    ("colour_worst", "at worst by", "ΔE"),
-    ("noise_kept", "grain kept", "of it"),
-    ("position", "place in the cell changes contrast by up to", ""),
-)
-
-
-def told(chart: Chart, name: str, unit: str) -> str:
-    """A limit as a reader sees it."""
-    value = chart.limits[name]
-    if value is None:
-        return "not at any size"
-    return f"{value:.3g} {unit}".strip()
 
 
 def plots(charts: Sequence[Chart]) -> Figure:
-    """Eight plots of one or more charts."""
+    """Nine plots of one or more charts."""
     return _figure(charts, ())
 
 
@@ -81,15 +57,15 @@ def _figure(charts: Sequence[Chart], seen: Sequence[Sequence[Specimen]]) -> Figu
             "charts are drawn with matplotlib: `pip install matplotlib`, or write JSON"
         ) from None
     with rc_context(cast(Any, STYLE)):
-        lines = len(ROWS) / 2 if len(charts) == 1 else len(ROWS)
-        table = 0.24 * (lines + 5) if seen else 0.0
+        lines = (len(rows_of(charts))) / 2 if len(charts) == 1 else len(rows_of(charts))
+        table = 0.24 * (lines + 5 + len(notes_of(charts))) if seen else 0.0
         pictures = 2.35 * (len(seen) + 1) if seen else 0.0
-        height = 5.8 + table + pictures
+        height = PLOTS + table + pictures
         figure = Figure(figsize=(13, height), layout="constrained")
         if not seen:
             _plots(figure, charts)
             return figure
-        parts: Any = figure.subfigures(3, 1, height_ratios=[table, 5.8, pictures])
+        parts: Any = figure.subfigures(3, 1, height_ratios=[table, PLOTS, pictures])
         _table(parts[0], charts)
         _plots(parts[1], charts)
         _pictures(parts[2], charts, seen)
@@ -97,8 +73,8 @@ def _figure(charts: Sequence[Chart], seen: Sequence[Sequence[Specimen]]) -> Figu
 
 
 def _plots(figure: Any, charts: Sequence[Chart]) -> None:
-    draw = (_mtf, _colour_mtf, _text, _text_faint, _objects, _lines, _edge, _checkers)
-    for axes, each in zip(figure.subplots(2, 4).flat, draw, strict=True):
+    draw = (_mtf, _colour_mtf, _checkers, _text, _text_faint, _objects, _lines, _edge, _places)
+    for axes, each in zip(figure.subplots(3, 3).flat, draw, strict=True):
         each(axes, charts)
 
 
@@ -144,6 +120,7 @@ def _colour_mtf(axes: Axes, charts: Sequence[Chart]) -> None:
 
 
 def _text(axes: Axes, charts: Sequence[Chart]) -> None:
+    readers = {reader_of(chart) for chart in charts}
     for ink, chart in zip(_inks(charts), charts, strict=True):
         for weight, dash in (("regular", "-"), ("bold", "--")):
             rows = chart.rows("text", weight=weight, contrast=1.0)
@@ -154,10 +131,12 @@ def _text(axes: Axes, charts: Sequence[Chart]) -> None:
                 dash,
                 color=ink,
                 lw=1.5,
-                label=_label(charts, chart, weight),
+                label=_label(
+                    charts, chart, f"{weight}, by {reader_of(chart)}" if len(readers) > 1 else weight
+                ),
             )
     _sizes(axes, "font size, px", READ)
-    who = charts[0].reader.split()[0] if charts[0].reader else "letter shapes"
+    who = " or ".join(sorted(reader if reader == SHAPES else reader.split()[0] for reader in readers))
     axes.set(title=f"Words, read by {who}", ylabel="letters read right")
     axes.legend(loc="lower right")
 
@@ -252,23 +231,54 @@ def _checkers(axes: Axes, charts: Sequence[Chart]) -> None:
     axes.legend()
 
 
+def _places(axes: Axes, charts: Sequence[Chart]) -> None:
+    """What is lost of the same targets at each place in a latent cell: of those that are nearest to the limits."""
+    for ink, chart in zip(_inks(charts), charts, strict=True):
+        x = targets.positions(chart.factor)
+        waves = chart.rows("gratings", channel="luma", contrast=0.9, frequency=1 / 8)
+        shown = (
+            ("waves of 8 px", "-", [row["error_at"] for row in waves if row["angle"] != 45]),
+            ("lines to 3 px", "--", [r["loss_at"] for r in chart.rows("lines") if r["thickness"] <= 3]),
+            ("objects to 12 px", "-.", [r["loss_at"] for r in chart.rows("objects") if r["size"] <= 12]),
+            ("words to 24 px", ":", [r["loss_at"] for r in chart.rows("text") if r["size"] <= 24]),
+        )
+        for name, dash, rows in shown:
+            axes.plot(
+                x,
+                np.mean(rows, 0),
+                dash,
+                marker="o",
+                ms=3,
+                color=ink,
+                lw=1.5,
+                label=_label(charts, chart, name),
+            )
+    axes.set(title="Loss by the place in a latent cell", xlabel="px from the corner of a cell", ylabel="loss")
+    axes.set_ylim(0, 1.25)
+    axes.legend(loc="lower right", ncols=2)
+
+
 def _table(figure: Any, charts: Sequence[Chart]) -> None:
     """The limits: of one model in two halves, of several in a column for each."""
     figure.suptitle("What the autoencoder keeps", fontsize=15, x=0.01, ha="left")
-    halves = (ROWS[: len(ROWS) // 2 + 1], ROWS[len(ROWS) // 2 + 1 :]) if len(charts) == 1 else (ROWS,)
+    table = rows_of(charts)
+    middle = (len(table) + 1) // 2
+    halves = (table[:middle], table[middle:]) if len(charts) == 1 else (table,)
     for axes, rows in zip(figure.subplots(1, len(halves), squeeze=False)[0], halves, strict=True):
         axes.set_axis_off()
         _columns(axes, charts, rows, 0.45 if len(halves) == 2 else 0.22)
+    if notes := notes_of(charts):
+        figure.supxlabel("\n".join(notes), fontsize=8.5, x=0.01, ha="left", color="#666666")
 
 
-def _columns(axes: Any, charts: Sequence[Chart], rows: Sequence[tuple[str, str, str]], left: float) -> None:
+def _columns(axes: Any, charts: Sequence[Chart], rows: Sequence[tuple[str, list[str]]], left: float) -> None:
     head = [
-        f"{_short(chart.model)}\n{chart.factor}×{chart.factor} px a cell, {chart.channels} channels"
+        f"{short(chart.model)}\n{chart.factor}×{chart.factor} px a cell, {chart.channels} channels"
         for chart in charts
     ]
     table = axes.table(
-        [[told(chart, name, unit) for chart in charts] for name, _, unit in rows],
-        rowLabels=[words for _, words, _ in rows],
+        [cells for _, cells in rows],
+        rowLabels=[words for words, _ in rows],
         colLabels=head,
         cellLoc="left",
         rowLoc="left",
@@ -289,7 +299,7 @@ def _pictures(figure: Any, charts: Sequence[Chart], seen: Sequence[Sequence[Spec
     names = [specimen.name for specimen in seen[0]]
     grid = figure.subplots(len(seen) + 1, len(names), squeeze=False)
     rows = [("as drawn", [s.before for s in seen[0]])]
-    rows += [(_short(chart.model), [s.after for s in each]) for chart, each in zip(charts, seen, strict=True)]
+    rows += [(short(chart.model), [s.after for s in each]) for chart, each in zip(charts, seen, strict=True)]
     for line, (title, pictures) in zip(grid, rows, strict=True):
         for axes, picture, name in zip(line, pictures, names, strict=True):
             axes.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
@@ -320,10 +330,4 @@ def _inks(charts: Sequence[Chart]) -> list[str]:
 
 
 def _label(charts: Sequence[Chart], chart: Chart, what: str) -> str:
-    return what if len(charts) == 1 else f"{_short(chart.model)}: {what}"
-
-
-def _short(name: str) -> str:
-    """A model's name as it fits: of a path the end."""
-    last = name.rstrip("/").split("/")[-1] or name
-    return last if len(last) <= 28 else f"{last[:26]}…"
+    return what if len(charts) == 1 else f"{short(chart.model)}: {what}"

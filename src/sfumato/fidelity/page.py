@@ -17,6 +17,7 @@ from sfumato.fidelity import draw
 from sfumato.fidelity.chart import Chart
 from sfumato.fidelity.instrument import Picture
 from sfumato.fidelity.specimens import Specimen
+from sfumato.fidelity.table import notes_of, rows_of
 from sfumato.storage import atomic_file
 
 KINDS = (".html", ".png", ".pdf", ".json")
@@ -89,17 +90,13 @@ def html(charts: Sequence[Chart], seen: Sequence[Sequence[Specimen]]) -> str:
         for chart in charts
     )
     rows = "".join(
-        f"<tr><td>{escape(words)}</td>"
-        + "".join(f"<td>{escape(draw.told(chart, name, unit))}</td>" for chart in charts)
-        + "</tr>"
-        for name, words, unit in draw.ROWS
+        f"<tr><td>{escape(words)}</td>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        for words, cells in rows_of(charts)
     )
-    notes = sorted({note for chart in charts for note in chart.to_dict()["notes"]})
-    readers = sorted({chart.reader for chart in charts if chart.reader})
-    notes += [f"words were read by {reader}" for reader in readers]
     return f"""<!doctype html><html lang=en><meta charset=utf-8><title>{escape(names)}: what is kept</title>
 <style>{STYLE}</style><h1>What the autoencoder keeps</h1>
-<p class=note>Test pictures go in and come back; sizes are pixels of the picture. {escape(". ".join(notes))}.</p>
+<p class=note>Test pictures go in and come back; sizes are pixels of the picture.
+{escape(" ".join(f"{note}." for note in notes_of(charts)))}</p>
 <table><tr><th></th>{head}</tr>{rows}</table>
 <h2>Plots</h2>{_svg(charts)}
 <p class=note>Bands are the extremes over places in a latent cell. Dotted levels: half of the contrast; nine of ten

@@ -8,7 +8,8 @@ import numpy as np
 
 from sfumato.fidelity import targets, words
 from sfumato.fidelity.instrument import Instrument, Picture
-from sfumato.fidelity.sections import COLOURS, GROUNDS, PATCH, SIDE
+from sfumato.fidelity.sheets import PATCH, SIDE
+from sfumato.fidelity.things import COLOURS, GROUNDS
 
 SIZES = (8, 10, 12, 16, 20, 24, 32, 48)
 

@@ -1,8 +1,9 @@
-"""Charts that were measured before, by the hash of the weights: beside a model, or in the user's cache."""
+"""Charts that were measured before, by the hash of the weights and the precision: beside a model, or in a cache."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from sfumato.errors import InputError
@@ -10,24 +11,24 @@ from sfumato.fidelity.chart import Chart, named
 from sfumato.fidelity.instrument import Instrument
 from sfumato.storage import cache_folder, write_json
 
-BESIDE = "chart.json"  # in a model's folder
+BESIDE = "chart*.json"  # in a model's folder: one for each precision
 
 
-def find(instrument: Instrument) -> Chart | None:
-    """The chart of these very weights, if there is one; one that cannot be read is none."""
-    places = [cache_folder("charts") / f"{instrument.digest}.json"]
-    if instrument.folder is not None:
-        places.append(instrument.folder / BESIDE)
-    for place in places:
-        chart = read(place)
-        if chart is not None and chart.digest == instrument.digest:
-            return named(chart, instrument.name)
-    return None
+def find(instrument: Instrument, any_precision: bool = False) -> Chart | None:
+    """The chart of these very weights in this precision, if there is one; one that cannot be read is none.
+
+    any_precision: where there is none, that of another precision will do.
+    """
+    charts = [chart for chart in map(read, _places(instrument)) if chart is not None]
+    mine = [chart for chart in charts if chart.digest == instrument.digest]
+    same = [chart for chart in mine if chart.precision == instrument.precision]
+    best = same or (mine if any_precision else [])
+    return named(best[0], instrument.name) if best else None
 
 
 def keep(chart: Chart) -> Path | None:
     """Put a chart into the cache; where that cannot be written there is none, and None is given."""
-    place = cache_folder("charts") / f"{chart.digest}.json"
+    place = cache_folder("charts") / f"{chart.digest}-{chart.precision}.json"
     try:
         write_json(place, chart.to_dict())
     except OSError:
@@ -36,10 +37,10 @@ def keep(chart: Chart) -> Path | None:
 
 
 def known(other_than: str) -> list[Chart]:
-    """All charts at hand but that of the weights with this hash: of packaged models, and of the cache."""
+    """A chart of each autoencoder at hand but that of the weights with this hash: of packaged models, and the cache."""
     from sfumato.families import PACKAGED
 
-    places = [folder / BESIDE for folder in PACKAGED.values()]
+    places = [place for folder in PACKAGED.values() for place in sorted(folder.glob(BESIDE), reverse=True)]
     if cache_folder("charts").is_dir():
         places += sorted(cache_folder("charts").glob("*.json"))
     charts = {chart.digest: chart for chart in map(read, places) if chart is not None}
@@ -53,3 +54,13 @@ def read(place: Path) -> Chart | None:
         return Chart.from_dict(json.loads(place.read_text(encoding="utf-8")), str(place))
     except (OSError, ValueError, RecursionError, InputError):
         return None
+
+
+def _places(instrument: Instrument) -> Iterator[Path]:
+    """Where a chart of these weights may lie, that of the same precision first."""
+    cache = cache_folder("charts")
+    yield cache / f"{instrument.digest}-{instrument.precision}.json"
+    if instrument.folder is not None:
+        yield from sorted(instrument.folder.glob(BESIDE))
+    if cache.is_dir():
+        yield from sorted(cache.glob(f"{instrument.digest}-*.json"))

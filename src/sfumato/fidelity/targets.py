@@ -61,9 +61,11 @@ def line(
     return _swing(1 - 2 * inside, "luma", contrast)
 
 
-def siemens_star(side: int, cycles: int = 36, contrast: float = 1.0) -> Array:
+def siemens_star(
+    side: int, cycles: int = 36, contrast: float = 1.0, offset: tuple[int, int] = (0, 0)
+) -> Array:
     """Spokes that narrow to the middle: at radius r pixels, cycles / (2 π r) cycles per pixel."""
-    x, y = _grid(side, (0, 0))
+    x, y = _grid(side, offset)
     x, y = x - (side - 1) / 2, y - (side - 1) / 2
     radius = np.hypot(x, y)
     wave = np.cos(cycles * np.arctan2(y, x)) * (radius < side * 0.48) * (radius > cycles / (2 * np.pi * 0.5))

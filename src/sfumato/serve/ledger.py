@@ -10,10 +10,11 @@ postgresql+psycopg://user@host/name. Both through SQLAlchemy's core. Calls block
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,19 @@ def open_existing(url: str) -> Ledger:
 def day_of(when: float) -> str:
     """The day (UTC) of a time, as 2026-01-31."""
     return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d")
+
+
+def check_days(first: str, last: str) -> None:
+    """`InputError` unless both are days of the calendar, as 2026-01-31, and the last is not before the first."""
+    for name, day in (("since", first), ("until", last)):
+        try:
+            sound = re.fullmatch(r"\d{4}-\d\d-\d\d", day, re.ASCII) and date.fromisoformat(day)
+        except ValueError:
+            sound = None
+        if not sound:
+            raise InputError(f"{name} must be a day such as 2026-01-31, not {day[:40]!r}", argument=name)
+    if last < first:
+        raise InputError(f"until {last} is before since {first}", argument="until")
 
 
 def month_of(when: float) -> str:

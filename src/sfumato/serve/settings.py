@@ -17,6 +17,8 @@ from sfumato.serve.money import Prices
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MOST_BATCH = 64
+LEAST_MEMORY = 2**20  # bytes: what is less was meant otherwise
+DAY = 86400.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Settings:
     deadline: float = 600.0
     longest: float = 3600.0
     drain: float = 120.0
-    keep: float = 7 * 86400.0
+    keep: float = 7 * DAY
     grace: float = 10.0
     body: int = 32 * 2**20
     hosts: tuple[str, ...] = ()
@@ -103,9 +105,16 @@ class Settings:
         checks.number("deadline", self.deadline, 1, self.longest)
         checks.number("longest", self.longest, 1, 7 * 86400)
         checks.number("drain", self.drain, 0, 86400)
-        checks.number("keep", self.keep, 60, 3650 * 86400)
+        if not 60 <= self.keep <= 3650 * DAY:  # told as it is given
+            raise InputError(
+                f"keep must be between a minute and 3650 days, not {self.keep / DAY:g} days", argument="keep"
+            )
         checks.number("grace", self.grace, 0, 3600)
         checks.integer("body", self.body, 2**16, 2**30)
+        if self.memory is not None and self.memory < LEAST_MEMORY:
+            raise InputError(
+                f"memory must be 1MiB or more, such as 6GB, not {self.memory:,} bytes", argument="memory"
+            )
         if self.keys is None and not is_loopback(self.host):
             raise InputError(
                 f"without --keys only this machine is served, and {self.host!r} may be reached from others; give "

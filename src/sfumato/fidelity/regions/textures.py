@@ -21,7 +21,7 @@ WIDELY = 0.7  # of such a square, what must vary: more than an edge does
 BUSY = 0.035  # RMS of fine detail that is told
 FEWEST = 3  # tiles of a pattern
 LARGEST = 128  # pixels of a side of one region of detail
-BATCH = 256  # tiles transformed together
+BATCH = 64  # tiles transformed together
 
 
 def patterns(planes: Array) -> list[Region]:

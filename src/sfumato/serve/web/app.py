@@ -18,6 +18,7 @@ from sfumato.serve.ledger import LedgerError
 from sfumato.serve.refusals import Refused
 from sfumato.serve.web import native, openai, status, videos, webui
 from sfumato.serve.web.answers import Answer, Gone
+from sfumato.serve.web.document import finished
 from sfumato.serve.web.guard import Guard, error_headers, error_json
 
 log = logging.getLogger("sfumato.serve")
@@ -42,7 +43,21 @@ def build(desk: Desk) -> Guard:
     for kind, answer in _answers().items():
         app.add_exception_handler(kind, answer)
     ring = None if desk.settings.keys is None else KeyRing(desk.settings.keys)
+    _document(app, ring is not None)
     return Guard(app, desk.settings, desk.metrics, ring, desk.full)
+
+
+def _document(app: FastAPI, guarded: bool) -> None:
+    """Have the application tell of itself what is so; made when somebody asks for it first."""
+    whole = app.openapi
+
+    def told() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            finished(whole(), guarded)
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = told  # type: ignore[method-assign]
 
 
 def _answers() -> dict[Any, Callable[[Request, Any], Any]]:

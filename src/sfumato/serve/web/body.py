@@ -149,9 +149,9 @@ async def _kept(
 
 
 def _picture(data: bytes, name: str) -> pictures.Header:
-    header = pictures.read_header(data, f"the {name}")
-    pictures.decode(data, f"the {name}")
-    return header
+    """Its size is told as it stands upright."""
+    kind = pictures.read_header(data, f"the {name}").format
+    return pictures.Header(kind, *pictures.decode(data, f"the {name}").size)
 
 
 def _picture_or_clip(data: bytes, name: str) -> pictures.Header:

@@ -25,7 +25,7 @@ from sfumato.serve.store import SUFFIX, is_id
 from sfumato.serve.web import thumbs
 from sfumato.serve.web.answers import Answer, event, streamed
 from sfumato.serve.web.body import idempotency_of
-from sfumato.serve.web.schema import described, request_schema
+from sfumato.serve.web.schema import described, request_schema, sends
 
 FIELDS = ("model", "request", "format", "previews", "deadline")
 MOST_PREVIEWS = 50
@@ -70,13 +70,13 @@ class Family:
 def add(
     router: APIRouter, desk: Desk, family: Family, read: Read, form: dict[str, Any] | None = None
 ) -> None:
-    """Add the routes of a family. read: the body of a submission, and the hash of what was sent. form: its schema as a
-    form, where one is read.
+    """Add the routes of a family. read: the body of a submission, and the hash of what was sent. form: its schema and
+    example as a form, where one is read.
     """
     one, outputs = f"{family.path}/{{job}}", family.outputs
     body = described(family.schema, family.example)
     if form is not None:
-        body["requestBody"]["content"]["multipart/form-data"] = {"schema": form}
+        body["requestBody"]["content"]["multipart/form-data"] = form
 
     async def find(request: Request, job: str) -> tuple[Record, Live | None]:
         if not is_id(job, "job"):
@@ -108,7 +108,8 @@ def add(
     async def state(request: Request, job: str) -> Response:
         return Answer(told(desk, *await find(request, job)))
 
-    @router.get(f"{one}/events", summary="A job's state, progress and previews as they happen (server-sent)")
+    @router.get(f"{one}/events", summary="A job's state, progress and previews as they happen (server-sent)",
+                **sends("text/event-stream"))  # fmt: skip
     async def events(request: Request, job: str) -> Response:
         return streamed(_events(desk, *await find(request, job)))
 
@@ -128,14 +129,16 @@ def add(
             raise not_found(family.output, number)
         return record, place
 
-    @router.get(f"{one}/{outputs}/{{number}}", summary=f"A {family.output} of a job that is done")
+    @router.get(f"{one}/{outputs}/{{number}}", summary=f"A {family.output} of a job that is done",
+                **sends(*family.media.values()))  # fmt: skip
     async def output(request: Request, job: str, number: str) -> Response:
         record, place = await made(request, job, number)
         kind = record.options["format"]
         path = await desk.books.work(desk.store.output, record.id, place)
         return _file(path, family, family.media[kind], f"{record.id}-{place}.{SUFFIX[kind]}")
 
-    @router.get(f"{one}/thumbs/{{number}}", summary=f"A {family.output} small, as WebP, for lists")
+    @router.get(f"{one}/thumbs/{{number}}", summary=f"A {family.output} small, as WebP, for lists",
+                **sends(thumbs.MEDIA))  # fmt: skip
     async def thumb(request: Request, job: str, number: str) -> Response:
         record, place = await made(request, job, number)
         make = partial(thumbs.small, kind=family.kind)

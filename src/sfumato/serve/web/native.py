@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,14 +11,14 @@ from sfumato.serve.asked import PICTURE
 from sfumato.serve.desk import Desk
 from sfumato.serve.job import now
 from sfumato.serve.keys import Key
-from sfumato.serve.ledger import day_of, month_of
+from sfumato.serve.ledger import check_days, day_of, month_of
 from sfumato.serve.refusals import bad, not_found
 from sfumato.serve.store import MEDIA, UPLOADS, is_id
 from sfumato.serve.web import jobs
 from sfumato.serve.web.answers import Answer
 from sfumato.serve.web.body import file_of, form_body, json_body, keep_file
 from sfumato.serve.web.jobs import MOST_LISTED, Family, asked, key_of, told, whole
-from sfumato.serve.web.schema import EXAMPLE, described
+from sfumato.serve.web.schema import BINARY, EXAMPLE, described, sends
 
 PICTURES = Family(
     PICTURE, "/jobs", "/estimate", "pictures", "picture", MEDIA, {"request": EXAMPLE, "previews": 4}
@@ -33,8 +32,8 @@ def routes(desk: Desk) -> APIRouter:
     @router.post("/files", status_code=201, summary="Send a picture or a clip; its id may stand in requests",
                  openapi_extra={"requestBody": {"required": True, "content": {
             "multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": {
-                "file": {"type": "string", "format": "binary"}}}},
-            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/png", "video/mp4")},
+                "file": BINARY}}, "example": {"file": "start.png"}},
+            **{kind: {"schema": BINARY, "example": f"the bytes of a file of {kind}"} for kind in UPLOADS.values()},
         }}})  # fmt: skip
     async def send(request: Request) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -48,7 +47,7 @@ def routes(desk: Desk) -> APIRouter:
         answer = {name: getattr(upload, name) for name in ("id", "format", "bytes", "width", "height")}
         return Answer({"object": "file", **answer, "created": round(upload.made, 3)}, 201)
 
-    @router.get("/files/{file}", summary="A file that was sent")
+    @router.get("/files/{file}", summary="A file that was sent", **sends(*UPLOADS.values()))
     async def sent(request: Request, file: str) -> Response:
         upload = await _upload(desk, key_of(request), file)
         return Response(await desk.floor.bytes_of(file), media_type=UPLOADS[upload.format])
@@ -90,9 +89,7 @@ def routes(desk: Desk) -> APIRouter:
     async def usage(request: Request, since: str | None = None, until: str | None = None) -> Response:
         key, time = key_of(request), now()
         first, last = since or f"{month_of(time)}-01", until or day_of(time)
-        for name, day in (("since", first), ("until", last)):
-            if not re.fullmatch(r"\d{4}-\d\d-\d\d", day, re.ASCII):
-                raise bad(f"{name} must be a day such as 2026-01-31", name)
+        check_days(first, last)
         rows = await desk.books.write(desk.ledger.usage, first, last, key.id)
         used = await desk.books.write(desk.ledger.committed, key.id, time)
         days = [{name: value for name, value in row.items() if name != "tenant"} for row in rows]

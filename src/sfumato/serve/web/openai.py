@@ -36,7 +36,7 @@ from sfumato.serve.web.body import (
     keep_picture,
     may_retry,
 )
-from sfumato.serve.web.schema import described
+from sfumato.serve.web.schema import BINARY, described, sends
 
 MOST = 10  # pictures
 QUALITY = {
@@ -60,6 +60,7 @@ OURS = {  # plain fields of a request
     "fit": str, "eta": float, "clip_skip": int, "reuse": int,
 }  # fmt: skip
 EXAMPLE = {"prompt": "a red metal sphere behind a small blue cube", "n": 2, "size": "128x128"}
+EDIT = {"prompt": "two yellow spheres", "image": "start.png"}
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,13 @@ def routes(desk: Desk) -> APIRouter:
         "stream": {"type": "boolean"},
         "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
         **ours,
+        **{name: {"enum": list(values)} for name, values in NEUTRAL.items()},
+        **{name: {"type": "string"} for name in sorted(IGNORED)},
     }
     schema = {"type": "object", "required": ["prompt"], "properties": fields}
-    files = {name: {"type": "string", "format": "binary"} for name in ("image", "mask")}
+    files = dict.fromkeys(("image", "mask"), BINARY)
     form = {"type": "object", "required": ["prompt", "image"], "properties": {**fields, **files}}
+    both = sends("application/json", "text/event-stream")
 
     @router.get("/models", summary="The models that are served")
     async def models() -> Response:
@@ -108,14 +112,17 @@ def routes(desk: Desk) -> APIRouter:
         raise Refused(404, "model_not_found", f"there is no model {model[:80]!r}", param="model")
 
     @router.post(
-        "/images/generations", summary="Pictures from a prompt", openapi_extra=described(schema, EXAMPLE)
+        "/images/generations",
+        summary="Pictures from a prompt",
+        openapi_extra=described(schema, EXAMPLE),
+        **both,
     )
     async def generations(request: Request) -> Response:
         body, digest = await json_body(request)
         return await _drawn(desk, request, _wanted(desk, body), digest, "image_generation")
 
     @router.post("/images/edits", summary="A picture drawn over, or inside a mask",
-                 openapi_extra=described(form, {"prompt": "two yellow spheres"}, "multipart/form-data"))  # fmt: skip
+                 openapi_extra=described(form, EDIT, "multipart/form-data"), **both)  # fmt: skip
     async def edits(request: Request) -> Response:
         body = await form_body(request)
         image, mask = await file_of(body, "image", "image[]"), await file_of(body, "mask")
@@ -150,12 +157,23 @@ def _texts(form: FormData) -> dict[str, Any]:
             if name not in ("image", "image[]", "mask"):
                 raise bad(f"unknown file {checks.shown(name)}; an edit has image and mask", name)
             continue
+        if name in found:
+            raise bad(f"give one {checks.shown(name)}, not several", name)
+        if name == "stream":
+            found[name] = _flag(name, value)
+            continue
         kind = OURS.get(name, int if name in ("n", "partial_images", "output_compression") else str)
         try:
-            found[name] = value.lower() == "true" if name == "stream" else kind(value)
+            found[name] = kind(value)
         except ValueError:
             raise bad(f"{name} must be a number, not {checks.shown(value)}", name) from None
     return found
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise bad(f"{name} must be true or false, not {checks.shown(text)}", name)
+    return text.lower() == "true"
 
 
 def _wanted(desk: Desk, body: dict[str, Any]) -> Wanted:

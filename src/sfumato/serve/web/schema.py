@@ -7,6 +7,8 @@ import types
 import typing
 from typing import Any
 
+from starlette.responses import Response
+
 from sfumato import parts
 from sfumato.types import Request
 
@@ -73,6 +75,21 @@ def _schema(hint: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(hint):
         return _object(typing.cast(type, hint))
     return {}
+
+
+BINARY = {"type": "string", "format": "binary"}
+
+
+def sends(*kinds: str, status: int = 200) -> dict[str, Any]:
+    """Options of a route that answers with one of these media types, of which only JSON is told by itself."""
+    found = {
+        kind: {"schema": {"type": "object"} if kind == "application/json" else _plain(kind)} for kind in kinds
+    }
+    return {"response_class": Response, "responses": {status: {"content": found}}}
+
+
+def _plain(kind: str) -> dict[str, Any]:
+    return {"type": "string"} if kind.startswith("text/") else BINARY
 
 
 def described(schema: dict[str, Any], example: Any, kind: str = "application/json") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sfumato
 from sfumato.serve.desk import Desk
 from sfumato.serve.refusals import not_found
 from sfumato.serve.web.answers import Answer
+from sfumato.serve.web.schema import sends
 
 PAGE = Path(__file__).parent.parent / "page"
 MEDIA = {
@@ -32,24 +33,27 @@ def routes(desk: Desk) -> APIRouter:
     """All of them, on one desk."""
     router = APIRouter(tags=["status"])
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", summary="Whether the server lives")
     async def health() -> Response:
         return Answer({"status": "ok", "version": sfumato.__version__})
 
-    @router.get("/readyz", summary="Whether it takes jobs and can draw them")
+    @router.head("/readyz", include_in_schema=False)
+    @router.get("/readyz", summary="Whether it takes jobs and can draw them",
+                responses={503: {"description": "not now", "content": {"application/json": {}}}})  # fmt: skip
     async def ready() -> Response:
         status = "ready" if desk.ready else "draining" if desk.draining else "starting"
         return Answer({"status": status}, 200 if desk.ready else 503)
 
-    @router.get("/metrics", summary="For Prometheus")
+    @router.get("/metrics", summary="For Prometheus", **sends("text/plain"))
     async def metrics() -> Response:
         return Response(desk.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.get("/", include_in_schema=False)
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def home(request: Request) -> Response:
         return _file("index.html", request)
 
-    @router.get("/page/{path:path}", include_in_schema=False)
+    @router.api_route("/page/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(request: Request, path: str) -> Response:
         return _file(path, request)
 

@@ -15,6 +15,7 @@ from sfumato.serve.store import CLIPS
 from sfumato.serve.web import jobs
 from sfumato.serve.web.body import digest_of, file_of, form_body, json_body, json_of, keep_file, kind_of_body
 from sfumato.serve.web.jobs import FIELDS, Family, key_of
+from sfumato.serve.web.schema import BINARY
 
 EXAMPLE = {"prompt": "a red ball rolls to the left", "frames": 9, "seed": 7}
 FAMILY = Family(
@@ -48,9 +49,10 @@ def routes(desk: Desk) -> APIRouter:
         return body, found
 
     schema = FAMILY.schema
-    binary = {name: {"type": "string", "format": "binary"} for name in FILES}
+    binary = dict.fromkeys(FILES, BINARY)
     form = {**schema, "required": [], "properties": {**schema["properties"], **binary}}
-    jobs.add(router, desk, FAMILY, read, form)
+    example = {"request": {"frames": 9, "seed": 7}, "image": "start.png"}
+    jobs.add(router, desk, FAMILY, read, {"schema": form, "example": example})
     return router
 
 

@@ -26,6 +26,7 @@ from sfumato.serve.web.answers import Answer, ended, succeeded
 from sfumato.serve.web.body import json_body, keep_picture
 from sfumato.serve.web.schema import described
 from sfumato.serve.web.webui_body import Body, facts_of
+from sfumato.serve.web.webui_schema import GREY, OPTIONS, fields
 
 VIA = "webui"
 EXAMPLE = {"prompt": "a red metal sphere behind a small blue cube", "steps": 12, "width": 128, "height": 128}
@@ -35,20 +36,23 @@ def routes(desk: Desk) -> APIRouter:
     """All of them, on one desk."""
     router = APIRouter(prefix="/sdapi/v1", tags=["web ui"])
     chosen: dict[str, str] = {}  # the model that each key has chosen by its options
-    schema = {
-        "type": "object",
-        "properties": {name: {"type": _kind(value)} for name, value in EXAMPLE.items()},
+    shown = {
+        "prompt": "a red cube",
+        "init_images": [f"data:image/png;base64,{GREY}"],
+        "denoising_strength": 0.6,
     }
-    shown = {"prompt": "a red cube", "init_images": ["data:image/png;base64,…"], "denoising_strength": 0.6}
+    first = desk.settings.models[0].name
 
     def model_of(request: Request) -> str:
-        return chosen.get(request.state.key.id, desk.settings.models[0].name)
+        return chosen.get(request.state.key.id, first)
 
-    @router.post("/txt2img", summary="Pictures from a prompt", openapi_extra=described(schema, EXAMPLE))
+    @router.post(
+        "/txt2img", summary="Pictures from a prompt", openapi_extra=described(fields(False), EXAMPLE)
+    )
     async def txt2img(request: Request) -> Response:
         return await _drawn(desk, request, model_of(request), pictures=False)
 
-    @router.post("/img2img", summary="Pictures from a picture", openapi_extra=described(schema, shown))
+    @router.post("/img2img", summary="Pictures from a picture", openapi_extra=described(fields(True), shown))
     async def img2img(request: Request) -> Response:
         return await _drawn(desk, request, model_of(request), pictures=True)
 
@@ -87,7 +91,7 @@ def routes(desk: Desk) -> APIRouter:
         })  # fmt: skip
 
     @router.post("/options", summary="Choose the model that this key draws with",
-                 openapi_extra=described({"type": "object"}, {"sd_model_checkpoint": "sd15.safetensors"}))  # fmt: skip
+                 openapi_extra=described(OPTIONS, {"sd_model_checkpoint": first}))  # fmt: skip
     async def choose(request: Request) -> Response:
         body, _ = await json_body(request)
         for name, value in body.items():
@@ -108,10 +112,6 @@ def routes(desk: Desk) -> APIRouter:
         return Answer({})
 
     return router
-
-
-def _kind(value: Any) -> str:
-    return "string" if isinstance(value, str) else "integer"
 
 
 def _hash(facts: dict[str, Any]) -> str:

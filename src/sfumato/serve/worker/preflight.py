@@ -24,7 +24,7 @@ class Preflights:
 
     def __init__(self, spec: ModelSpec, model: Model, bench: Bench):
         found = open_instrument(spec.source, str(model.device), dtype=model.dtype, vae=spec.vae)
-        chart = store.find(found)
+        chart = store.find(found, any_precision=True)
         if chart is None:
             raise InputError(
                 f"the model {spec.name!r} has no chart; its server's keeper makes one by `sfumato chart`"

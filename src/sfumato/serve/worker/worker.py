@@ -166,7 +166,13 @@ class Worker:
 
         opened = self.models[name]
         request = opened.model.complete(shortest(opened.model))
-        expected = self.costs[name].expected(request)
+        try:
+            expected = self.costs[name].expected(request)
+        except InputError as error:
+            why = str(error).partition(";")[0]
+            raise InputError(
+                f"{name} cannot be served: {why}; give more by --memory", argument="memory"
+            ) from None
         for _ in range(2):
             self.together.bench.spent()
             opened.shared.generate(request)
