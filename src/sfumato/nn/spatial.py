@@ -144,7 +144,7 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, context)
         h = self.proj_out(to_map(h, H, W)) if self.convolves else to_map(self.proj_out(h), H, W)
-        return h.unflatten(0, (-1, len(x))).add_(x).flatten(0, 1)  # (B, C, H, W)
+        return h.add_(x if len(x) == len(h) else x.repeat(len(h) // len(x), 1, 1, 1))  # (B, C, H, W)
 
 
 def same_halves(*rows: Tensor) -> bool:
