@@ -73,9 +73,11 @@ def openvino_call(network: nn.Module, inputs: Inputs, kind: str) -> Callable[[],
     import openvino
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[kind]
-    ours = kind == "int8"
-    with AsOne() if ours and alike(inputs) else nullcontext():
-        model = (eight_bits if ours else converted)(copy.deepcopy(network) if ours else network, inputs)
+    if kind == "int8":
+        with AsOne() if alike(inputs) else nullcontext():
+            model = eight_bits(copy.deepcopy(network), inputs)
+    else:
+        model = converted(network, inputs)
     compiled = openvino.Core().compile_model(model, "CPU", settings("CPU", dtype))
     arrays = [value.numpy() for value in inputs.values()]
     return lambda: torch.from_numpy(compiled(arrays)[0])

@@ -158,7 +158,6 @@ def animate(
         ask()
     from sfumato.drawing.clips import as_clip
     from sfumato.generate import DEFAULT_MODEL, load
-    from sfumato.receipts.bill import drawn
 
     limit = None if memory is None else parse.size_in_bytes("memory", memory)
     loaded = load(
@@ -176,12 +175,7 @@ def animate(
         show_plan(found, request, as_json)
         return
     _note_picture(loaded, request, image)
-    with show.progress() as bar:
-        hear, clean = watch.watcher(bar, loaded, output if preview else None)
-        try:
-            result = drawn(loaded, request, hear)
-        finally:
-            clean()
+    result = watch.drawn(loaded, request, output if preview else None)
     files = result.save(output)
     if as_json:
         show.answer(

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from sfumato.receipts.machine import Machine
     from sfumato.types import Request
 
-PROMPT = "a red metal sphere behind a small blue cube"  # where none is given
 EXAMPLE = "sfumato cost -m sd15.safetensors --size 512x768 --count 4 --per-hour 0.40"
 MONEY = "What it costs"
 
@@ -66,7 +65,7 @@ def cost(
     from sfumato.types import Request
 
     request = Request(
-        PROMPT if prompt is None else prompt,
+        prompt or "",
         count=parse.whole("count", count),
         steps=None if steps is None else parse.whole("steps", steps),
         size=None if size is None else parse.size(size),
@@ -94,6 +93,8 @@ def cost(
         dtype=None if dtype is None else parse.dtype(dtype, parse.DRAWN),
         offload=None if calibrate or pixels else "auto",
     )
+    if prompt is None:
+        request = _usual(opened, request)
     request = _moving(opened, request, None if frames is None else parse.whole("frames", frames))
     if pixels:
         _check_pixels(request, calibrate)
@@ -121,6 +122,15 @@ def _check_pixels(request: Request, calibrate: bool) -> None:
             raise InputError(why, argument=argument)
 
 
+def _usual(model: Model, request: Request) -> Request:
+    """The request with a usual prompt, where the model reads one."""
+    from dataclasses import replace
+
+    from sfumato.receipts.bill import PROMPT
+
+    return request if model.system.animates else replace(request, prompt=PROMPT)
+
+
 def _moving(model: Model, request: Request, frames: int | None) -> Request:
     """The request as one for a clip, where frames are asked for or the model draws nothing else; it begins with a
     picture where the model sets one in motion."""
@@ -134,8 +144,6 @@ def _moving(model: Model, request: Request, frames: int | None) -> Request:
     if frames is None and not animates:
         return request
     if animates:
-        if request.prompt == PROMPT:  # ours, and such models read none
-            request = replace(request, prompt="")
         request = replace(request, image=Image.new("RGB", request.size or model.preset["size"]))
     return as_clip(model, replace(request, frames=frames))
 

@@ -16,7 +16,7 @@ from sfumato.errors import InputError
 if TYPE_CHECKING:
     from sfumato.generate import Model
     from sfumato.receipts.signing import Signer
-    from sfumato.types import Request, Result
+    from sfumato.types import Request
 
 MUCH_LARGER = 2.25  # in pixels: 1.5 times the sides
 EXAMPLE = 'sfumato generate "a red metal sphere behind a small blue cube" -o out.png --seed 7'
@@ -194,7 +194,7 @@ def generate(
         bulk.draw(loaded, lines, output, write, as_json)
         return
     _note_size(loaded, request)
-    result = _drawn(loaded, request, output if preview else None)
+    result = watch.drawn(loaded, request, output if preview else None)
     files = result.save(output, signer)
     seconds = time.perf_counter() - started
     if not as_json:
@@ -217,18 +217,6 @@ def _signer(sign: tuple[Path, Path]) -> Signer:
     from sfumato.receipts.signing import open_signer
 
     return open_signer(*sign)
-
-
-def _drawn(loaded: Model, request: Request, preview: Path | None) -> Result:
-    """Draw with a bar; the bill goes into the recipe. preview: the output beside which the first is shown forming."""
-    from sfumato.receipts.bill import drawn
-
-    with show.progress() as bar:
-        hear, clean = watch.watcher(bar, loaded, preview)
-        try:
-            return drawn(loaded, request, hear)
-        finally:
-            clean()
 
 
 def _merged(given: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:

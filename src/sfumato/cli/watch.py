@@ -13,6 +13,9 @@ from sfumato.errors import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from sfumato.generate import Model
+    from sfumato.types import Request, Result
+
 
 def preview_of(output: Path) -> Path:
     """The file of the forming picture."""
@@ -27,6 +30,18 @@ def check_preview(output: Path) -> None:
             f"the preview would overwrite {str(file)!r}; move that file, or name another output",
             argument="preview",
         )
+
+
+def drawn(model: Model, request: Request, preview: Path | None) -> Result:
+    """Draw with a bar; the bill goes into the recipe. preview: the output beside which the first is shown forming."""
+    from sfumato.receipts import bill
+
+    with show.progress() as bar:
+        hear, clean = watcher(bar, model, preview)
+        try:
+            return bill.drawn(model, request, hear)
+        finally:
+            clean()
 
 
 def watcher(

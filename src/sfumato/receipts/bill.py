@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sfumato.generate import Model
     from sfumato.sampling import Step
 
+PROMPT = "a red metal sphere behind a small blue cube"  # where none is given
 PATIENCE = 1.0  # seconds that a call is repeated for when it is measured
 MEASURED = ((0.5, 1), (1.0, 1), (1.0, 4))  # of the sides of the model's own size, and pictures together
 BATCHED = ("denoise", "decode")  # stages that work on several pictures together
@@ -87,7 +88,7 @@ def calibrate(model: Model, machine: Machine, told: Callable[[str], None] = lamb
     width, height = model.preset["size"]
     for share, pictures in MEASURED:
         size = nearest_size((int(width * share), int(height * share)), model.system.config.multiple)
-        request = model.complete(Request("a red metal sphere behind a small blue cube", size=size))
+        request = model.complete(Request(PROMPT, size=size))
         flops = counted(model, request, size) | _encoding(model, request, size)
         for stage, call in _calls(model, request, size, pictures).items():
             if pictures > 1 and (stage not in BATCHED or times[stage][-1][1] > PATIENCE):

@@ -99,8 +99,8 @@ def trace(
     parts = {name: Numberless(part) for name, part in system.drawn_from.items()}
     cpu, keeps = system.device.type == "cpu", offload == "none"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
-    guided = not system.told_guidance and (request.guidance or 1.0) != 1
-    halves: Whole = lambda *rows: (0, 0, lambda: guided)  # noqa: E731
+    scale = 1.0 if system.told_guidance else request.guidance or 1.0
+    halves: Whole = lambda *rows: (0, 0, lambda: scale != 1)  # noqa: E731
     with tracing({**WHOLE, same_halves: halves}) as tracer:
         networks, weights, loading = {}, {}, []
         for name, opener in system.openers(parts, stream=offload == "sequential").items():
@@ -126,7 +126,7 @@ def trace(
         ):  # told from a picture, whose encoding was taken as one without a count
             networks["autoencoder"].encode(torch.empty(1, 3, 1, size[1], size[0], device=system.device))
         marks.append(tracer.flops)
-        denoise = _denoise_bytes(ghost, tracer, cond, request, size, batch, controls)
+        denoise = _denoise_bytes(ghost, tracer, cond, request, scale, size, batch, controls)
         marks.append(tracer.flops)
         decode = _decode_bytes(ghost, tracer, size, batch, request.frames or 1)
         frames = request.frames or 1
@@ -195,14 +195,14 @@ def _denoise_bytes(
     tracer: Tracer,
     cond: Conditioning,
     request: Request,
+    scale: float,
     size: tuple[int, int],
     batch: int,
     controls: Mapping[str, Callable[[Tensor], Controller]],
 ) -> int:
-    """Of one guided step on latents of that size."""
+    """Of one step, guided by `scale`, on latents of that size."""
     width, height = size
     shape = ghost.latent_shape(request.frames or 1, height, width)
-    scale = 1.0 if ghost.told_guidance else request.guidance or 1.0
     told = cond.change(lambda rows: rows.repeat_interleave(batch, 0))
     wanted = told.change(lambda rows: rows[: len(rows) // 2])
 

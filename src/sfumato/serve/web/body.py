@@ -6,7 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
@@ -98,14 +98,14 @@ def idempotency_of(request: Request) -> str | None:
     return value
 
 
-def is_retry(request: Request) -> bool:
+def is_retry(headers: Mapping[str, str]) -> bool:
     """Whether OpenAI's client says that it tries again."""
-    return request.headers.get(RETRIES, "0") not in ("", "0")
+    return headers.get(RETRIES, "0") not in ("", "0")
 
 
-def may_retry(request: Request) -> bool:
+def may_retry(headers: Mapping[str, str]) -> bool:
     """Whether it counts its tries: then who hangs up may come back."""
-    return RETRIES in request.headers
+    return RETRIES in headers
 
 
 def unbase64(value: Any, param: str) -> bytes:

@@ -20,7 +20,7 @@ from sfumato.serve.keys import WATCH, Key, KeyRing, local
 from sfumato.serve.metrics import Metrics
 from sfumato.serve.refusals import Refused
 from sfumato.serve.settings import LOOPBACK_NAMES, Settings
-from sfumato.serve.web.body import RETRIES
+from sfumato.serve.web.body import is_retry
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -96,9 +96,7 @@ class Guard:
 
     def _admitted(self, scope: Scope) -> Key | None:
         """Whose request it is; None on public routes. `Refused` for who may not."""
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-        }
+        headers = _headers(scope)
         if self.ring is None:
             self._check_place(headers)
         length = headers.get("content-length", "0")
@@ -125,8 +123,8 @@ class Guard:
         """A server that is full says so before anything is read, parsed or written: but not to one who may have sent
         this before, whose job may be there.
         """
-        sent = dict(scope["headers"])
-        again = b"idempotency-key" in sent or sent.get(RETRIES.encode(), b"0") not in (b"", b"0")
+        headers = _headers(scope)
+        again = "idempotency-key" in headers or is_retry(headers)
         if not again and (no := self.full(key)) is not None:
             raise no
 
@@ -179,6 +177,11 @@ def error_json(error: Refused) -> dict[str, Any]:
     """As the clients of OpenAI read errors."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    """What was sent, by names in lower case; of a name sent twice, the last."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def error_headers(error: Refused) -> dict[str, str]:

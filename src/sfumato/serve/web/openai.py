@@ -240,10 +240,10 @@ async def _drawn(desk: Desk, request: Request, wanted: Wanted, digest: str, kind
         looks=wanted.partial,
         look_format=wanted.format,
         idempotency=idempotency,
-        retry=is_retry(request),
+        retry=is_retry(request.headers),
         keep=idempotency is not None,
         # a stream that is broken off is not taken up again by any client
-        grace=desk.settings.grace if may_retry(request) and not wanted.stream else 0.0,
+        grace=desk.settings.grace if may_retry(request.headers) and not wanted.stream else 0.0,
     )
     record, live = await desk.submit(key, ask)
     if wanted.stream:
