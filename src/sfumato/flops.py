@@ -61,6 +61,7 @@ def _fused_on_cpu() -> dict[Any, Callable[..., int]]:
     fused_on_cpu: dict[Any, Any] = {  # PyTorch's counter knows the fused attention of GPUs alone
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten.baddbmm: _products_added,
     }
     if torch.backends.mkldnn.is_available():  # nor products with what follows them in one call
         onednn = torch.ops.mkldnn
@@ -93,6 +94,17 @@ def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
 def _matmul(a: Shape, b: Shape, *, out_shape: Shape, **__: Any) -> int:
     """Products of (…, N, D) by (…, D, M), or of vectors."""
     return 2 * math.prod(out_shape) * a[-1]
+
+
+def _products_added(
+    given: Shape, a: Shape, b: Shape, *_: Any, out_shape: Shape, beta: float = 1, **__: Any
+) -> int:
+    """Products of (B, N, D) by (B, D, M), added to what is given.
+
+    Not those for which nothing is given: so `nn.attention` looks at scores that it makes once more. The FLOPs of
+    attention are the same by every route.
+    """
+    return _matmul(a, b, out_shape=out_shape) if beta else 0
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:

@@ -30,7 +30,7 @@ def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
 
 @pytest.mark.parametrize("width", [16, 40, 64, 80, 160])
 @pytest.mark.parametrize(
-    "queries, keys", [(1300, 1300), (1, 1), (3, 500), (2000, 77), (17, 1)], ids=lambda n: str(n)
+    "queries, keys", [(1300, 1300), (1, 1), (3, 500), (2000, 77), (17, 1), (4000, 300)], ids=lambda n: str(n)
 )
 def test_blocks_together_are_attention(queries, keys, width):
     q, k, v = heads(2, 3, queries, width), heads(2, 3, keys, width, seed=1), heads(2, 3, keys, width, seed=2)
@@ -40,14 +40,15 @@ def test_blocks_together_are_attention(queries, keys, width):
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 1.7, 2.5, 4.0, 30.0])
-def test_sharp_heads_are_as_exact_as_flat_ones(scale):
+@pytest.mark.parametrize("length", [300, 1100])
+def test_sharp_heads_are_as_exact_as_flat_ones(scale, length):
     """Scores from nought to thousands: within the reach, near its border, and far beyond."""
-    q, k, v = heads(1, 2, 700, 40, scale), heads(1, 2, 700, 40, scale, 1), heads(1, 2, 700, 40, 1.0, 2)
+    q, k, v = (heads(1, 2, length, 40, s, seed) for seed, s in enumerate((scale, scale, 1.0)))
     assert error(attention(q, k, v), q, k, v) < 1e-2
 
 
 def test_heads_within_and_beyond_the_reach_may_be_mixed():
-    q, k, v = heads(2, 2, 300, 64), heads(2, 2, 300, 64, seed=1), heads(2, 2, 300, 64, seed=2)
+    q, k, v = (heads(2, 2, 1100, 64, seed=s) for s in range(3))
     q[1, 0] *= 20
     longest = [t.float().norm(dim=-1).amax(-1) for t in (q, k - k.float().mean(-2, keepdim=True).to(BF16))]
     reach = longest[0] * longest[1] / 8
@@ -60,13 +61,14 @@ def test_heads_within_and_beyond_the_reach_may_be_mixed():
 
 def test_what_all_keys_share_does_not_matter():
     """A vector added to every key moves all scores of a query alike; real networks have such large common parts."""
-    q, k, v = heads(1, 2, 200, 32), heads(1, 2, 200, 32, seed=1), heads(1, 2, 200, 32, seed=2)
+    q, k, v = (heads(1, 2, 1100, 32, seed=s) for s in range(3))
     moved = k + torch.full((32,), 64.0, dtype=BF16)  # rounds k, so that only its own error is compared
     assert error(attention(q, moved, v), q, moved, v) < 1e-2
 
 
-def test_values_that_are_not_finite_are_not_hidden():
-    q, k, v = heads(1, 2, 50, 16), heads(1, 2, 50, 16, seed=1), heads(1, 2, 50, 16, seed=2)
+@pytest.mark.parametrize("length", [50, 1100])
+def test_values_that_are_not_finite_are_not_hidden(length):
+    q, k, v = (heads(1, 2, length, 16, seed=s) for s in range(3))
     q[0, 1, 3] = math.nan
     out = attention(q, k, v)
     assert out[0, 1, 3].isnan().all()
@@ -94,7 +96,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     assert seen.numbers <= SCORES < 6000 * 6000
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 500, 40), (1, 5, 1500, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 1100, 40), (1, 5, 1500, 64)], ids=str)
 @pytest.mark.parametrize("keeps", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_heads_side_by_side_are_heads_one_after_another(one_thread, shape, keeps):
     q, k, v = (heads(*shape, seed=s) for s in range(3))
@@ -110,17 +112,28 @@ def test_heads_side_by_side_are_heads_one_after_another(one_thread, shape, keeps
 
 def test_an_error_in_one_head_is_the_callers(one_thread):
     torch.set_num_threads(2)
-    q = heads(1, 2, 300, 16)
+    q = heads(1, 2, 1100, 16)
     with pytest.raises(RuntimeError):
-        attention(q, q, heads(1, 2, 299, 16))
+        attention(q, q, heads(1, 2, 1099, 16))
 
 
-def test_each_head_stands_alone():
-    q, k, v = heads(2, 3, 1100, 40), heads(2, 3, 1100, 40, seed=1), heads(2, 3, 1100, 40, seed=2)
+@pytest.mark.parametrize("length", [90, 600, 1100])
+def test_each_head_stands_alone(length):
+    q, k, v = (heads(2, 3, length, 40, seed=s) for s in range(3))
     both = attention(q, k, v)
     for b in range(2):
         alone = attention(q[b : b + 1, 1:2], k[b : b + 1, 1:2], v[b : b + 1, 1:2])
         assert torch.equal(alone, both[b : b + 1, 1:2])
+
+
+@pytest.mark.parametrize("keys", [300, 1100])
+def test_keys_that_are_masked_are_not_attended_to(keys):
+    q, k, v = heads(2, 3, 1000, 32), heads(2, 3, keys, 32, seed=1), heads(2, 3, keys, 32, seed=2)
+    mask = torch.arange(keys) < torch.tensor([[200], [7]])
+    out = attention(q, k, v, mask)
+    for row, seen in enumerate((200, 7)):
+        one = slice(row, row + 1)
+        assert error(out[one], q[one], k[one, :, :seen], v[one, :, :seen]) < 8e-3
 
 
 @pytest.mark.parametrize("length", [64, 700])

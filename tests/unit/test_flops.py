@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sfumato.flops import count_flops, module_size
+from sfumato.flops import attention_flops, count_flops, module_size
 from sfumato.nn.attention import attention
 from sfumato.nn.packed import pack
 from sfumato.receipts.probe import matmul_peak
@@ -67,13 +67,15 @@ def test_packed_layers_count_as_the_layers_they_stand_for():
 
 
 @torch.no_grad()
-def test_attention_in_blocks_counts_as_attention():
-    q, k = torch.randn(1, 2, 64, 16, dtype=torch.bfloat16), torch.randn(1, 2, 48, 16, dtype=torch.bfloat16)
-    assert count_flops(attention, q, k, k) == 2 * 2 * 64 * 48 * 32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries, keys", [(64, 48), (700, 300), (1500, 1200)])
+def test_attention_is_counted_once_by_every_route(dtype, queries, keys):
+    q, k = torch.randn(1, 2, queries, 16, dtype=dtype), torch.randn(1, 2, keys, 16, dtype=dtype)
+    assert count_flops(attention, q, k, k) == attention_flops(q, k, k) == 2 * 2 * queries * keys * 32
 
 
 @torch.no_grad()
 def test_heads_on_threads_of_their_own_are_counted(one_thread):
     torch.set_num_threads(2)
-    q = torch.randn(1, 3, 400, 16, dtype=torch.bfloat16)
-    assert count_flops(attention, q, q, q) == 2 * 3 * 400 * 400 * 32
+    q = torch.randn(1, 3, 1300, 16, dtype=torch.bfloat16)
+    assert count_flops(attention, q, q, q) == 2 * 3 * 1300 * 1300 * 32

@@ -116,7 +116,8 @@ def test_a_trace_counts_what_is_alive():
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(
-    "heads, queries, keys, width", [(4, 2048, 2048, 40), (8, 1024, 77, 80), (2, 64, 64, 64)]
+    "heads, queries, keys, width",
+    [(4, 2048, 2048, 40), (8, 1024, 77, 80), (2, 64, 64, 64), (8, 800, 800, 64), (4, 8192, 20, 160)],
 )
 @pytest.mark.usefixtures("one_thread")
 def test_attention_allocates_what_it_says(dtype, heads, queries, keys, width):

@@ -16,10 +16,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from sfumato.runtime import workers
 
-SCORES = (
-    2**21
-)  # scores held at a time by `_blocked`: 4 MiB of bfloat16, which stay in the last cache before memory
-LANE = 2**16  # scores of a head from which it is worth a thread of its own
+SCORES = 2**21  # scores held at a time: 4 MiB of bfloat16, which stay in the last cache before memory
+SHORT = 2**17  # scores of a head up to which `_plain` is faster than `_blocked`
+LANE = 3 * 2**19  # scores of a head from which it is worth a thread of its own
 REACH = 60.0  # nats that a row's largest score may lie below the shift: exp(−REACH − HEADROOM) is still 3e-30
 HEADROOM = 8.0  # nats below 0 from which sigmoid(x) is exp(x) but for 3e-4 of it, a sixth of bfloat16's grain
 
@@ -28,19 +27,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(q kᵀ / √D) v. q: (B, K, N, D); k, v: (B, K, M, D); mask: (B, M) bool, True for the keys that may be
     attended to. Returns (B, K, N, D).
 
-    PyTorch's fused CPU kernel does not use the matrix unit of a CPU with native bfloat16. There attention without a
-    mask or gradients goes block by block, and other short sequences take two plain products, which cost N·M scores of
-    memory. Long ones with a mask or gradients, and every other device and precision, keep the fused kernel.
+    PyTorch's fused CPU kernel does not use the matrix unit of a CPU with native bfloat16. There attention without
+    gradients takes plain products of some heads at a time where sequences are short, and goes block by block where they
+    are long. With gradients short ones take plain products too, which cost N·M scores of memory for each head. Long
+    ones with a mask or gradients, and every other device and precision, keep the fused kernel.
     """
     if has_torch_function((q, k, v)):  # a mode that counts operations sees this one whole
         return handle_torch_function(attention, (q, k, v), q, k, v, mask)
-    if mask is None and products_are_fast(q) and not _needs_gradient(q, k, v):
-        return _blocked(q, k, v)
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)[
             :, None, None, :
         ]
+    if products_are_fast(q) and not _needs_gradient(q, k, v):
+        if _is_short(q, k):
+            return _plain(q, k, v, bias)
+        if bias is None:
+            return _blocked(q, k, v)
     if _is_plain(q, k):
         scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
         if bias is not None:
@@ -55,6 +58,9 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     """
     B, K, N, D = q.shape
     M, result = k.shape[-2], q.numel() * q.element_size()
+    if _is_short(q, k):
+        laid = 2 * (q.numel() + k.numel() + v.numel()) + result
+        return laid + max(4 * min(B * K, _heads(N * M)) * N * M, result)  # scores and their softmax
     if mask is None and products_are_fast(q):
         width, lanes = _width(D), _lanes(N, M)
         rows = _rows(N, M, lanes)
@@ -68,9 +74,19 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     return result
 
 
+def _is_short(q: Tensor, k: Tensor) -> bool:
+    """Whether `_plain` is the route where there are no gradients."""
+    return products_are_fast(q) and _scores(q, k) <= SHORT
+
+
+def _scores(q: Tensor, k: Tensor) -> int:
+    """Numbers in the scores of one head."""
+    return q.shape[-2] * k.shape[-2]
+
+
 def _is_plain(q: Tensor, k: Tensor) -> bool:
-    """Whether two plain products are the route for short sequences."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= 512 * 512
+    """Whether two plain products are the route for short sequences, of all heads at once."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and _scores(q, k) <= 512 * 512
 
 
 def products_are_fast(x: Tensor) -> bool:
@@ -86,6 +102,40 @@ def products_are_fast(x: Tensor) -> bool:
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of bfloat16 heads by plain products and a softmax, as many heads at a time as hold SCORES scores.
+    bias: (B, 1, 1, M), added to the scores.
+
+    Rounded scores far from 0 would spoil the weights. So they are made twice (and counted once: see `flops`): the first
+    ones tell each row's largest, and the second ones are rounded after it was taken off, when those that count are near
+    0.
+    """
+    B, K, N, D = q.shape
+    heads, scale = _heads(_scores(q, k)), 1 / math.sqrt(D)
+    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+    added = None if bias is None else bias.expand(-1, K, -1, -1).flatten(0, 1)
+    nothing = q.new_empty(1)
+    out = q.new_empty(B * K, N, D)
+    for place in range(0, B * K, heads):
+        some = slice(place, place + heads)
+        product = functools.partial(
+            torch.baddbmm, batch1=queries[some], batch2=keys[some].transpose(1, 2), alpha=scale
+        )
+        scores = product(nothing, beta=0)
+        if added is not None:
+            scores += added[some]
+        shift = scores.amax(-1, keepdim=True).neg_()
+        del scores
+        weights = product(shift if added is None else shift + added[some]).softmax(-1)
+        torch.bmm(weights, values[some], out=out[some])
+    return q.new_empty(B, N, K, D).transpose(1, 2).copy_(out.view(B, K, N, D))
+
+
+def _heads(scores: int) -> int:
+    """Heads of so many scores each that `_plain` takes at a time."""
+    return max(1, SCORES // scores)
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

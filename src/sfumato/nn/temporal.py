@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfumato.nn.attention import products_are_fast
+from sfumato.nn.attention import attention
 from sfumato.nn.spatial import TOKEN_EPS, CrossAttention, FeedForward, read_context
 
 
@@ -106,18 +106,9 @@ class FrameAttention(CrossAttention):
             project(x).unflatten(0, (-1, frames)).unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1, 4)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        mixed = among_few(q, k, v).permute(0, 3, 1, 2, 4)  # (B, T, N, K, D/K)
-        return self.to_out[0](mixed.flatten(0, 1).flatten(2))
-
-
-def among_few(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v for very many short sequences (…, T, D)."""
-    if products_are_fast(q) and not q.requires_grad:
-        rows = [x.reshape(-1, *x.shape[-2:]) for x in (q, k, v)]
-        scores = torch.bmm(rows[0] * q.shape[-1] ** -0.5, rows[1].transpose(1, 2))
-        return torch.bmm(scores.float().softmax(-1).to(v.dtype), rows[2]).view(q.shape)
-    joined = [x.flatten(0, -4) for x in (q, k, v)]  # (B·N, K, T, D)
-    return functional.scaled_dot_product_attention(*joined).view(q.shape)
+        q, k, v = (tokens.flatten(0, 1) for tokens in (q, k, v))
+        mixed = attention(q, k, v).unflatten(0, (-1, x.shape[1]))  # (B, N, K, T, D/K)
+        return self.to_out[0](mixed.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2))
 
 
 class TemporalBlock(nn.Module):
