@@ -19,6 +19,7 @@ from sfumato.runtime import workers
 SCORES = 2**21  # scores held at a time: 4 MiB of bfloat16, which stay in the last cache before memory
 SHORT = 2**17  # scores of a head up to which `_plain` is faster than `_blocked`
 LANE = 3 * 2**19  # scores of a head from which it is worth a thread of its own
+BUSY = 0.9  # of the threads' time that their heads must fill
 REACH = 60.0  # nats that a row's largest score may lie below the shift: exp(−REACH − HEADROOM) is still 3e-30
 HEADROOM = 8.0  # nats below 0 from which sigmoid(x) is exp(x) but for 3e-4 of it, a sixth of bfloat16's grain
 
@@ -62,7 +63,7 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         laid = 2 * (q.numel() + k.numel() + v.numel()) + result
         return laid + max(4 * min(B * K, _heads(N * M)) * N * M, result)  # scores and their softmax
     if mask is None and products_are_fast(q):
-        width, lanes = _width(D), _lanes(N, M)
+        width, lanes = _width(D), _lanes(B * K, N * M)
         rows = _rows(N, M, lanes)
         laid = 2 * (q.numel() + k.numel() + B * K * M * width)  # queries, keys, values
         several = rows < N
@@ -162,7 +163,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         values[..., :D] = v
     out = q.new_empty(B, N, K, D).transpose(1, 2)
     reaches = (_longest(queries) * _longest(keys)).tolist()
-    lanes = _lanes(N, M)
+    lanes = _lanes(B * K, N * M)
     rows = _rows(N, M, lanes)
 
     def head(place: tuple[int, int]) -> None:
@@ -204,10 +205,14 @@ def _width(D: int) -> int:
     return -(-D // 16) * 16
 
 
-def _lanes(N: int, M: int) -> int:
-    """Heads worked on at a time, each by one thread. A mode that watches operations sees those of its own thread."""
+def _lanes(heads: int, scores: int) -> int:
+    """Heads of so many scores each worked on at a time, each by one thread; 1 for one after the other by all threads,
+    as where some would have none. A mode that watches operations sees those of its own thread.
+    """
+    threads = torch.get_num_threads()
+    rounds = -(-heads // threads)
     watched = torch._C._len_torch_dispatch_stack() > 0
-    return torch.get_num_threads() if N * M >= LANE and not watched else 1
+    return threads if scores >= LANE and heads >= BUSY * rounds * threads and not watched else 1
 
 
 def _rows(N: int, M: int, lanes: int) -> int:
