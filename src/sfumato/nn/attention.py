@@ -18,6 +18,7 @@ from sfumato.runtime import workers
 
 SCORES = 2**21  # scores held at a time: 4 MiB of bfloat16, which stay in the last cache before memory
 SHORT = 2**17  # scores of a head up to which `_plain` is faster than `_blocked`
+ROUNDED = 1 + 2**-8  # times a number in bfloat16 is at least what was rounded to it
 LANE = 3 * 2**19  # scores of a head from which it is worth a thread of its own
 BUSY = 0.9  # of the threads' time that their heads must fill
 REACH = 60.0  # nats that a row's largest score may lie below the shift: exp(−REACH − HEADROOM) is still 3e-30
@@ -60,19 +61,24 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     B, K, N, D = q.shape
     M, result = k.shape[-2], q.numel() * q.element_size()
     if _is_short(q, k):
-        laid = 2 * (q.numel() + k.numel() + v.numel()) + result
+        laid = _copied(q) + _copied(k) + _copied(v) + result
         return laid + max(4 * min(B * K, _heads(N * M)) * N * M, result)  # scores and their softmax
     if mask is None and products_are_fast(q):
         width, lanes = _width(D), _lanes(B * K, N * M)
         rows = _rows(N, M, lanes)
-        laid = 2 * (q.numel() + k.numel() + B * K * M * width)  # queries, keys, values
+        laid = _copied(q) + 2 * k.numel() + (_copied(v) if width == D else 2 * B * K * M * width)
         several = rows < N
         # of each head at work: keys in tiles, answers, and a block of weights, made beside the last one
         head = 2 * (N + several * M) * width + 2 * (1 + several) * rows * M
-        return laid + max(2 * k.numel(), result + lanes * head)
+        return laid + max(_copied(k), result + lanes * head)
     if _is_plain(q, k):
         return 10 * B * K * N * M + result  # scores; scores and their softmax in float32
     return result
+
+
+def _copied(x: Tensor) -> int:
+    """Bytes for a head's vectors to stand one after the other, of bfloat16."""
+    return 0 if x.is_contiguous() else 2 * x.numel()
 
 
 def _is_short(q: Tensor, k: Tensor) -> bool:
@@ -228,5 +234,5 @@ def _pool(lanes: int, process: int) -> ThreadPoolExecutor:
 
 
 def _longest(vectors: Tensor) -> Tensor:
-    """(B, K, N, D) → (B, K): the length of the longest vector of each head, float32."""
-    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).amax(-1)
+    """(B, K, N, D) → (B, K): at least the length of the longest vector of each head, float32."""
+    return torch.linalg.vector_norm(vectors, dim=-1).amax(-1).float() * ROUNDED

@@ -101,7 +101,8 @@ class PatchEmbed(nn.Module):
         top, left = (self.side - rows) // 2, (self.side - columns) // 2
         table = self.pos_embed.unflatten(1, (self.side, self.side))  # (1, positions, positions, D)
         places = table[:, top : top + rows, left : left + columns].flatten(1, 2)
-        return h.flatten(2).transpose(1, 2) + places.to(h.dtype)
+        tokens = h.flatten(2).transpose(1, 2).contiguous()  # all that is added later has their form in memory
+        return tokens + places.to(h.dtype)
 
 
 class TimeTextEmbedding(nn.Module):
@@ -161,21 +162,24 @@ class JointAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x: (B, N, D); text: (B, M, D). Returns the answers to both, that to the text None where there is none."""
         N = x.shape[1]
-        q = self.norm_q(self._heads(self.to_q(x)))  # each (B, N, K, D/K)
-        k = self.norm_k(self._heads(self.to_k(x)))
+        q = self._heads(self.to_q(x), self.norm_q)  # each (B, K, N, D/K)
+        k = self._heads(self.to_k(x), self.norm_k)
         v = self._heads(self.to_v(x))
-        if text is not None:
+        if (
+            text is not None
+        ):  # each (B, K, N + M, D/K), with heads apart in memory as `attention` lays them out
             if self.answers:
-                q = torch.cat([q, self.norm_added_q(self._heads(self.add_q_proj(text)))], dim=1)
-            k = torch.cat([k, self.norm_added_k(self._heads(self.add_k_proj(text)))], dim=1)
-            v = torch.cat([v, self._heads(self.add_v_proj(text))], dim=1)  # (B, N + M, K, D/K)
-        h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+                q = torch.cat([q, self._heads(self.add_q_proj(text), self.norm_added_q)], dim=2)
+            k = torch.cat([k, self._heads(self.add_k_proj(text), self.norm_added_k)], dim=2)
+            v = torch.cat([v, self._heads(self.add_v_proj(text))], dim=2)
+        h = attention(q, k, v).transpose(1, 2).flatten(2)
         if not self.answers:
             return self.to_out[0](h), None
         return self.to_out[0](h[:, :N]), self.to_add_out(h[:, N:])
 
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, -1))
+    def _heads(self, tokens: Tensor, normed: nn.Module | None = None) -> Tensor:
+        heads = tokens.unflatten(-1, (self.heads, -1))
+        return (heads if normed is None else normed(heads)).transpose(1, 2)
 
 
 def _head_norm(config: MMDiTConfig) -> nn.Module:

@@ -63,7 +63,7 @@ class HintEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, config.blocks.width, patch, stride=patch)
 
     def forward(self, hint: Tensor) -> Tensor:
-        return self.proj(hint).flatten(2).transpose(1, 2)
+        return self.proj(hint).flatten(2).transpose(1, 2).contiguous()
 
 
 class SingleBlock(nn.Module):

@@ -17,7 +17,7 @@ from sfumato.nn.attention import attention
 
 MAP_EPS = 1e-6  # of the GroupNorm over the feature map (ldm/modules/attention.py, Normalize)
 TOKEN_EPS = 1e-5  # of the LayerNorms over tokens
-HELD = 2**23  # numbers of the feed-forward's widest activation made at a time: 16 MiB of bfloat16
+HELD = 3 * 2**22  # numbers of the feed-forward's widest activation made at a time: 24 MiB of bfloat16
 
 
 class CrossAttention(nn.Module):
@@ -70,18 +70,21 @@ class FeedForward(nn.Module):
     cache instead of going to memory and back.
     """
 
-    def __init__(self, width: int, entrance: nn.Module | None = None):
+    def __init__(self, width: int, entrance: GEGLU | TanhGELU | None = None):
         super().__init__()
         first = GEGLU(width, 4 * width) if entrance is None else entrance
+        self.widest = first.proj.out_features  # of what is made of a token
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = HELD // (8 * x.shape[-1])
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[:-1].numel() <= rows:
+        tokens = x.shape[:-1].numel()
+        parts = -(-tokens * self.widest // HELD)
+        if torch.is_grad_enabled() or x.device.type != "cpu" or parts == 1:
             return self.net[2](self.net[0](x))
+        rows = -(-tokens // parts)
         out = torch.empty_like(x)
-        for tokens, answer in zip(x.flatten(0, 1).split(rows), out.flatten(0, 1).split(rows), strict=True):
-            answer.copy_(self.net[2](self.net[0](tokens)))
+        for part, answer in zip(x.flatten(0, 1).split(rows), out.flatten(0, 1).split(rows), strict=True):
+            answer.copy_(self.net[2](self.net[0](part)))
         return out
 
 
