@@ -372,12 +372,17 @@ def test_blocks_that_do_not_exist(bases, tmp_path):
         ("Hyper-SD15-8steps-lora", {}, ("ddim", "trailing", 8)),
         ("sd_xl_turbo_lora_v1", {}, ("euler", "trailing", 4)),
         ("lcmartist", {}, None),
+        ("hyper-detailed", {}, None),
+        ("lightning-storm", {}, None),
+        ("ink", {"modelspec.title": "turbo", "ss_training_comment": "hyper detailed skin"}, None),
+        ("ink", {"modelspec.title": "SDXL Lightning", "ss_output_name": "4step"}, ("euler", "trailing", 4)),
+        ("Hyper_SDXL", {}, ("ddim", "trailing", 4)),
         ("ink", {"ss_output_name": "ink"}, None),
     ],
 )
 def test_loras_for_few_steps_bring_their_way_of_drawing(bases, tmp_path, name, notes, wanted):
     found = read(bases, "sd1", one(bases), tmp_path, notes or None, name=name)
-    preset = few_steps(found, FAMILY.naming.few)
+    preset = few_steps(found, FAMILY.naming.few).fields
     right = {} if wanted is None else dict(zip(("sampler", "schedule", "steps"), wanted, strict=True))
     assert preset == (right | {"guidance": 1.0} if right else {})
 

@@ -177,9 +177,13 @@ def test_a_plan_with_a_lora_draws_nothing(model, capsys):
     assert json.loads(capsys.readouterr().out)["stages"] and not Path("out.png").exists()
 
 
-def test_an_lcm_lora_draws_in_four_steps_unless_told_otherwise(model):
+def test_an_lcm_lora_draws_in_four_steps_unless_told_otherwise(model, capsys):
     Path("ink.safetensors").rename("lcm-lora.safetensors")
     assert run(["generate", "x", "-m", model, "--size", "32", "--lora", "lcm-lora.safetensors"]) == 0
+    assert (
+        "note: LoRA lcm-lora is taken for one made for few steps (lcm), for it is called 'lcm-lora': drawn with "
+        "steps 4, guidance 1, sampler lcm, schedule lcm; say others by --steps --guidance --sampler --schedule"
+    ) in capsys.readouterr().err
     request = read_recipe("out.png")["request"]
     assert [request[n] for n in ("steps", "guidance", "sampler", "schedule")] == [4, 1.0, "lcm", "lcm"]
     assert (
@@ -188,6 +192,7 @@ def test_an_lcm_lora_draws_in_four_steps_unless_told_otherwise(model):
     )
     request = read_recipe("out.png")["request"]
     assert [request[n] for n in ("steps", "guidance", "sampler")] == [2, 1.0, "euler"]
+    assert "drawn with guidance 1, schedule lcm; say" in capsys.readouterr().err
 
 
 # --- the web UI's form ---------------------------------------------------------------------------------------------

@@ -322,4 +322,4 @@ def test_loras_for_few_steps(bases, tmp_path, name, wanted):
     key = "transformer.transformer_blocks.0.attn.to_q"
     tensors = {f"{key}.lora_A.weight": torch.ones(1, 48), f"{key}.lora_B.weight": torch.ones(48, 1)}
     lora = read(bases, "sd3-medium", tensors, tmp_path, name=name)
-    assert few_steps(lora, FAMILY.naming.few) == wanted
+    assert few_steps(lora, FAMILY.naming.few).fields == wanted

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ from sfumato.types import LoraUse
 
 LARGEST = 2.0**100  # of ΔW that may be added unseen: beside it no number of bfloat16 becomes infinite
 Touched = Mapping[str, frozenset[str]]  # part → tensors
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a LoRA wants of a request that leaves things open. why: what it is taken for and by what."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
 
 
 class Folded(Mapping[str, Tensor]):
@@ -100,7 +108,7 @@ class Adapters:
         parts: Mapping[str, Mapping[str, Tensor]],
         refresh: Callable[[Touched], None],
         check: Callable[[Path], None] = lambda path: None,
-        presets: Callable[[Lora], dict[str, Any]] = lambda lora: {},
+        presets: Callable[[Lora], Wish] = lambda lora: Wish(),
     ):
         self._names, self.base, self.refresh = names, parts, refresh
         self._check, self._presets = check, presets
@@ -182,10 +190,15 @@ class Adapters:
     def preset(self, uses: Sequence[LoraUse]) -> dict[str, Any]:
         """What the LoRAs want of a request that leaves things open; the last one that wants something has its way."""
         wanted: dict[str, Any] = {}
-        for use in uses:
-            if use.weight > 0 and use.name in self.opened:
-                wanted |= self._presets(self.opened[use.name])
+        for wish in self.wishes(uses).values():
+            wanted |= wish.fields
         return wanted
+
+    def wishes(self, uses: Sequence[LoraUse]) -> dict[str, Wish]:
+        """Of the LoRAs that want something, by name, what and why."""
+        used = (self.opened[use.name] for use in uses if use.weight > 0 and use.name in self.opened)
+        wanted = ((lora.name, self._presets(lora)) for lora in used)
+        return {name: wish for name, wish in wanted if wish.fields}
 
     def digests(self, uses: Sequence[LoraUse]) -> dict[str, str]:
         """Name to SHA-256 of the LoRA's numbers."""

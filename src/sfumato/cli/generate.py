@@ -179,6 +179,8 @@ def generate(
         raise InputError(f"{model} draws clips and no pictures; use sfumato animate", argument="model")
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
         show.note(note)
+    for note in loras.notes_of_few(loaded, request):
+        show.note(note)
     _note_guess(loaded)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:

@@ -13,6 +13,7 @@ from sfumato.errors import InputError
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
+    from sfumato.types import Request
 
 NONE = ["none"]  # `--lora none` takes out those of --like
 FORM = "[NAME=]FILE[:WEIGHT][:BLOCK=FACTOR,…]"
@@ -109,4 +110,21 @@ def attach(model: Model, loras: Sequence[Given], wanted: Sequence[Any], partial:
         report = model.attach(one.file, use.weight, name=one.name, blocks=dict(use.blocks), partial=partial)
         if report.left:
             notes.append(f"LoRA {one.name}: {report.describe()}")
+    return notes
+
+
+def notes_of_few(model: Model, request: Request) -> list[str]:
+    """What is to be said of LoRAs that decide what the request leaves open, told by a word in their names."""
+    adapters, notes = model.system.adapters, []
+    if adapters is None:
+        return []
+    for name, wish in adapters.wishes(adapters.settled(request.loras)).items():
+        if own := {key: value for key, value in wish.fields.items() if getattr(request, key) is None}:
+            drawn = ", ".join(
+                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in own.items()
+            )
+            notes.append(
+                f"LoRA {name} is taken for {wish.why}: drawn with {drawn}; say others by {' '.join(f'--{key}' for key in own)}"
+            )
     return notes

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from sfumato.adapters.fold import Adapters, Touched
+from sfumato.adapters.fold import Adapters, Touched, Wish
 from sfumato.adapters.lora import Lora
 from sfumato.adapters.names import Names, PartNames, Share, inverse, modules, same, with_aliases
 from sfumato.errors import InputError
@@ -161,32 +161,42 @@ def speller(family: Family, kind: str, system: Kind) -> Callable[[str, str], Sha
 # --- few steps -------------------------------------------------------------------------------------------------------
 
 _STEPS = re.compile(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])", re.IGNORECASE)
-WORDS = {
-    "lcm": ("lcm",),
-    "hyper": ("hyper", "hypersd", "hypersdxl", r"hyper-?sd(xl|15|3)?"),
-    "turbo": ("lightning", "turbo"),
-}
+_KIN = r"(?:sd[ _.-]?(?:xl|v?\d(?:\.\d)?)?|xl|lora|large|medium)"  # what stands beside such a word in a model's name
+_GAP = r"[ _.-]*"
+WORDS = {"lcm": "lcm", "hyper": "hyper", "turbo": "lightning|turbo"}
+ALONE = ("lcm",)  # words that mean nothing else; `hyper-detailed` and `lightning-storm` are styles
 
 
-def few_steps(lora: Lora, ways: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How a LoRA that distils a model into few steps is drawn with, told by its name and its notes; {} for others.
+def few_steps(lora: Lora, ways: Mapping[str, Mapping[str, Any]]) -> Wish:
+    """How a LoRA that distils a model into few steps is drawn with, told by its name and its notes; of others nothing.
 
+    A word tells that has a number of steps in the same text, or a model's name or `lora` beside it; `lcm` does alone.
     As many steps as the name says, else 4 (the models' published pages). One that says CFG leaves guidance as it is.
     """
-    texts = [
-        lora.path.stem,
-        lora.path.parent.name if lora.path.stem.startswith(("pytorch_lora", "adapter_")) else "",
-    ]
     notes = ("modelspec.title", "ss_training_comment", "name", "ss_output_name")
-    texts += [lora.metadata.get(note, "") for note in notes]
-    words = " ".join([lora.name, *texts]).lower()
+    folder = lora.path.parent.name if lora.path.stem.startswith(("pytorch_lora", "adapter_")) else ""
+    texts = [lora.name, lora.path.stem, folder, *(lora.metadata.get(note, "") for note in notes)]
+    for way, word in WORDS.items():
+        told = next((text for text in texts if way in ways and _tells(text, way, word)), None)
+        if told is None:
+            continue
+        found = _STEPS.search(" ".join(texts))
+        steps = int(found[1]) if found and int(found[1]) else 4
+        own = dict(ways[way])
+        if any(_says(text, "cfg") for text in texts):
+            own.pop("guidance", None)
+        return Wish(
+            {"steps": steps, **own}, f"one made for few steps ({way}), for it is called {told[:80]!r}"
+        )
+    return Wish()
 
-    def said(*marks: str) -> bool:
-        return any(re.search(rf"(?<![a-z]){mark}(?![a-z])", words) for mark in marks)
 
-    steps = int(found[1]) if (found := _STEPS.search(words)) and int(found[1]) else 4
-    for way, marks in WORDS.items():
-        if way in ways and said(*marks):
-            own = {name: value for name, value in ways[way].items() if name != "guidance" or not said("cfg")}
-            return {"steps": steps, **own}
-    return {}
+def _tells(text: str, way: str, word: str) -> bool:
+    if way in ALONE:
+        return _says(text, word)
+    beside = rf"{_KIN}{_GAP}(?:{word})|(?:{word}){_GAP}{_KIN}"
+    return _says(text, beside) or (_says(text, word) and _STEPS.search(text) is not None)
+
+
+def _says(text: str, words: str) -> bool:
+    return re.search(rf"(?<![a-z])(?:{words})(?![a-z])", text, re.IGNORECASE) is not None
