@@ -16,6 +16,7 @@ from sfumato.adapters.lora import Lora, read_lora
 from sfumato.adapters.names import Names, PartNames, modules
 from sfumato.checkpoint.rules import KeyMap, Rename, Split, shapes
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.lora import require_family
 from sfumato.families.published.adapters import adapters_of, few_steps, names_of
 from sfumato.families.sd.checkpoint import open_checkpoint
 from sfumato.families.sd.family import FAMILY
@@ -289,7 +290,56 @@ def test_numbers_that_are_none(bases, tmp_path, value):
     assert f"{first} holds NaN or infinite values" in refused(bases, tmp_path, tensors)
     tensors = one(bases)
     tensors[first.replace("lora_up.weight", "alpha")] = torch.tensor(value)
-    assert f"alpha is {value}" in refused(bases, tmp_path, tensors)
+    for partial in (False, True):
+        said = refused(bases, tmp_path, tensors, partial=partial)
+        assert said.endswith("alpha holds NaN or infinite values; the file is unusable")
+
+
+def test_whole_numbers_are_no_weights(bases, tmp_path):
+    tensors = one(bases)
+    first = next(iter(tensors))
+    tensors[first] = torch.ones_like(tensors[first], dtype=torch.int8)
+    said = refused(bases, tmp_path, tensors)
+    assert said.endswith(f"{first} is of int8; floating-point numbers are right")
+
+
+@pytest.mark.parametrize(
+    ("endings", "kind"),
+    [(["oft_blocks", "alpha"], "OFT"), (["a1.weight", "b2.weight"], "GLoRA"), (["on_input"], "IA3")],
+)
+def test_a_file_of_nothing_but_a_kind_that_is_not_read_names_it(bases, tmp_path, endings, kind):
+    save_file({f"lora_unet_conv_in.{end}": torch.ones(2, 2) for end in endings}, tmp_path / "ink.safetensors")
+    with pytest.raises(CheckpointError, match=rf"is of {kind}, a kind of adapter that is not read"):
+        adapters(bases, "sd1").attach(tmp_path / "ink.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "part"),
+    [
+        ("sd1", "clip_l", "text_encoder"),
+        ("sd2", "clip_h", "text_encoder"),
+        ("sdxl", "clip_g", "text_encoder_2"),
+    ],
+)
+def test_text_encoders_by_comfyuis_names(bases, tmp_path, kind, clip, part):
+    module = "text_model.encoder.layers.0.self_attn.q_proj"
+    up, down = factors(bases[kind][1][part], module)
+    name = f"text_encoders.{clip}.transformer.{module}"
+    found = read(bases, kind, {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, tmp_path)
+    assert list(found.deltas[part]) == [f"{module}.weight"]
+
+
+def test_self_attention_alone_tells_a_unet_and_its_depth_sdxl(bases, tmp_path):
+    place = tmp_path / "ink.safetensors"
+    head = "lora_unet_input_blocks_8_1_transformer_blocks_9_attn1_to_q"
+    up, down = torch.ones(4, 1), torch.ones(1, 4)
+    save_file({f"{head}.lora_up.weight": up, f"{head}.lora_down.weight": down}, place)
+    with pytest.raises(CheckpointError, match="is a LoRA for Stable Diffusion XL"):
+        adapters(bases, "sd1").attach(place)
+    head = head.replace("blocks_9", "blocks_0")
+    save_file({f"{head}.lora_up.weight": up, f"{head}.lora_down.weight": down}, place)
+    with pytest.raises(CheckpointError, match=r"for a U-Net, as .* XL have; this model is pocket"):
+        require_family(place, "pocket")
 
 
 def test_a_file_cut_short(bases, tmp_path):

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import small_control as small
 from helpers import noise
 from sfumato.cli import controls
 from sfumato.cli.app import run
+from sfumato.errors import CheckpointError, InputError
+from sfumato.families.control import require_control
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
 from small_sd import SMALL, write
@@ -101,6 +104,8 @@ def test_other_kinds_are_taken_as_they_are_and_two_act():
         (["--control-ready", "canny"], "control-ready names 'canny', which no --control gives"),
         (["--guess"], "guess goes with --control"),
         (["--controlnet", "canny=edges.png"], "controlnet gives 'canny' twice"),
+        (["--annotator", "depth=gone"], "annotator 'gone' does not exist; give a folder or org/name"),
+        (["--lora-partial"], "--lora-partial goes with --lora FILE"),
         (["--controlnet", "depth=gone.safetensors"], "controlnet 'gone.safetensors' does not exist"),
         (["--controlnet", "pose=edges.png"], "safetensors"),
     ],
@@ -122,6 +127,47 @@ def test_pictures_and_files_that_cannot_be_used_are_one_line(capsys):
     assert "is a ControlNet of sd2" in refused(capsys, "--controlnet", "canny=two.safetensors")
     Path("pickled.ckpt").write_bytes(b"\x80\x02")
     assert "pickled" in refused(capsys, "--controlnet", "canny=pickled.ckpt")
+
+
+def test_what_does_nothing_is_said(capsys):
+    bare = draw(out="bare.png")
+    assert np.array_equal(draw(*NET), bare)
+    assert "note: the ControlNet canny does nothing without its picture" in capsys.readouterr().err
+    idle = draw(*NET, "--control", "canny=edges.png:1:0.6-0.9", "--control-ready", "canny")
+    assert np.array_equal(idle, bare)
+    said = capsys.readouterr().err
+    assert "note: control canny does nothing: none of the 2 steps lies between 0.6 and 0.9" in said
+    draw(*NET, "--control", "canny=edges.png", "--control-ready", "canny")
+    assert not capsys.readouterr().err
+
+
+def test_controlnets_of_other_families_are_told_by_name(capsys):
+    save_file(
+        {"pos_embed_input.proj.weight": torch.ones(1), "controlnet_blocks.0.weight": torch.ones(1)},
+        "three.safetensors",
+    )
+    said = refused(capsys, "--controlnet", "canny=three.safetensors")
+    assert "is a ControlNet for Stable Diffusion 3; this model is Stable Diffusion 1" in said
+    card = {"control": '{"format": "sfumato control 1"}'}
+    save_file({"blocks.0.weight": torch.ones(1)}, "ours.safetensors", metadata=card)
+    assert "is a ControlNet for pocket; this" in refused(capsys, "--controlnet", "canny=ours.safetensors")
+    with pytest.raises(InputError, match=r"for Stable Diffusion 1.*this model is pocket"):
+        require_control(Path("canny.safetensors"), "pocket")
+    Path("folder").mkdir()
+    Path("canny.safetensors").rename("folder/diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match=r"folder is a ControlNet for Stable Diffusion 1.*is pocket"):
+        require_control(Path("folder"), "pocket")
+    key = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file({f"{key}.lora_up.weight": torch.ones(2, 1)}, "ink.safetensors")
+    with pytest.raises(CheckpointError, match="is a LoRA, not a ControlNet"):
+        require_control(Path("ink.safetensors"), "pocket")
+
+
+def test_a_tensor_that_is_missing_is_named(capsys):
+    tensors = load_file("canny.safetensors")
+    name = "controlnet_cond_embedding.blocks.0.weight"
+    save_file({key: tensors[key] for key in tensors if key != name}, "less.safetensors")
+    assert f"lacks {name}" in refused(capsys, "--controlnet", "canny=less.safetensors")
 
 
 def test_a_controlnet_is_no_model(capsys):

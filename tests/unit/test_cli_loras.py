@@ -247,6 +247,11 @@ def test_merged_for_good(model, capsys):
     }  # fmt: skip
 
 
+def test_merging_names_the_file_that_it_is_about(model, capsys):
+    said = refused(capsys, "convert", model, "no.safetensors", "--merge", "ink.safetensors:nan")
+    assert "weight of LoRA 'ink' must be between -100 and 100, not nan" in said
+
+
 def test_merged_keeps_the_types_that_the_file_has(model, capsys):
     convert(model, "half.safetensors", dtype=torch.float16)
     convert("half.safetensors", "merged.safetensors", merge=[("ink.safetensors", 1.0, {})])
@@ -331,6 +336,12 @@ def test_a_file_is_told_from_its_header(capsys):
         and "reads texts of width 2048" in text
         and "1 tensors, such as odd" in text
     )
+
+
+def test_kinds_that_are_not_read_are_told_from_the_header(capsys):
+    save_file({"lora_unet_conv_in.oft_blocks": torch.ones(2, 2, 2)}, "turned.safetensors")
+    assert run(["lora", "inspect", "turned.safetensors"]) == 0
+    assert "this is an adapter of OFT, not supported" in capsys.readouterr().out
 
 
 def test_a_file_is_weighed_on_a_model(model, capsys):

@@ -168,7 +168,7 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path, kind):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"control.kind": "pose"}, "kind must be one of depth, edge, mask, not 'pose'"),
+        ({"control.kind": "pose"}, "control.kind must be one of depth, edge, mask, not 'pose'"),
         ({"control.bocks": 2}, "control has no"),
         ({"control.train.batch": 6}, "must be a multiple of microbatch"),
         ({"control.blocks": 9}, "blocks and outputs must be from 1 to the base's 1 blocks"),
@@ -180,6 +180,8 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path, kind):
 def test_a_bad_recipe_is_refused(recipe, overrides, words):
     with pytest.raises(InputError, match=words.replace(".", r"\.") if "has no" not in words else "bocks"):
         run(recipe, out=recipe.parent / "run", overrides=overrides)
+    if overrides.keys() <= {"control.kind"}:
+        assert not (recipe.parent / "run").exists()
 
 
 def test_a_damaged_or_foreign_file_is_refused(recipe, tmp_path):

@@ -124,6 +124,8 @@ def test_what_it_is_asked_that_it_does_not_know(small, places, capsys):
     other = write_other("sd1", Path("other"))
     line = refused(capsys, "generate", "a", "-m", other, "--no-t5")
     assert "without is for checkpoints of another family" in line
+    line = refused(capsys, "generate", "a", "-m", place, "--no-t5", "--tokenizer", "gone.json")
+    assert "gone.json is for T5, which is left out here; leave out the tokenizer too" in line
     vae = hollow(blank(KLConfig()).state_dict(), Path("vae.safetensors"))
     line = refused(capsys, "generate", "a", "-m", place, "--vae", vae)
     assert "vae.safetensors is f8c4, an autoencoder of other latents than" in line

@@ -219,9 +219,12 @@ class Adapters:
             starts = names.places(block)
             paths = (f"{part}.{tensor}" for part, tensors in self.base.items() for tensor in tensors)
             if not any(_within(path, start) for path in paths for start in starts):
+                example = next(
+                    (f", such as {one}.1" for one in ("down", "blocks") if one in names.blocks), ""
+                )
                 raise InputError(
                     f"{names.family} has no block {block!r}; there are {', '.join(names.blocks)} and what lies in "
-                    "them, such as down.1",
+                    f"them{example}",
                     argument="loras",
                 )
 

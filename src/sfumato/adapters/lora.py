@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -90,9 +91,11 @@ class Lora:
 
 
 def listed(reasons: Mapping[str, str]) -> str:
-    """The first few names with their reasons, and how many more there are."""
+    """The first few names with their reasons, one for those in a row that share it, and how many more there are."""
     names = list(reasons)
-    told = [f"{shown(name)} ({reasons[name]})" for name in names[:SHOWN]]
+    told = []
+    for reason, those in groupby(names[:SHOWN], key=reasons.__getitem__):
+        told.append(f"{', '.join(map(shown, those))} ({reason})")
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(told) + more
 
@@ -133,6 +136,7 @@ def read_lora(
         if targets is None:
             left |= dict.fromkeys(spelled.tensors.values(), f"no module of {names.family}")
             continue
+        check_numbers(file, spelled, weights)
         try:
             changes = list(_changes(spelled, targets, weights, config, shapes))
         except ValueError as error:
@@ -158,9 +162,6 @@ def read_lora(
             f"{file}: {len(left)} of {len(weights)} tensors have no place in this {names.family} model: "
             f"{listed(left)}; take the rest with --lora-partial"
         )
-    for key in matched:
-        if weights.info(key)[0].is_floating_point and not finite(weights[key]):
-            raise CheckpointError(f"{file}: {shown(key)} holds NaN or infinite values; the file is unusable")
     ranks = [delta.rank for own in deltas.values() for delta in own.values() if delta.rank]
     report = Report(
         tuple(matched),
@@ -171,6 +172,18 @@ def read_lora(
     )
     size = file.stat().st_size
     return Lora(name or name_of(path), file, data_hash(file), deltas, report, weights.metadata, size)
+
+
+def check_numbers(file: Path, spelled: Spelled, weights: Weights) -> None:
+    """`CheckpointError` for a module with NaN or infinite values, or with whole numbers where weights are right."""
+    for role, key in spelled.tensors.items():
+        dtype = weights.info(key)[0]
+        if dtype.is_floating_point and not finite(weights[key]):
+            raise CheckpointError(f"{file}: {shown(key)} holds NaN or infinite values; the file is unusable")
+        if not dtype.is_floating_point and role not in ("alpha", "scalar"):
+            raise CheckpointError(
+                f"{file}: {shown(key)} is of {str(dtype).removeprefix('torch.')}; floating-point numbers are right"
+            )
 
 
 def name_of(path: str | os.PathLike[str]) -> str:

@@ -55,9 +55,13 @@ UNSUPPORTED = {  # endings of kinds that are told by name when they are refused
     "oft_blocks": "OFT",
     "oft_diag": "OFT",
     "oft_R": "OFT",
+    "boft_R": "BOFT",
     "a1.weight": "GLoRA",
+    "a2.weight": "GLoRA",
     "b1.weight": "GLoRA",
+    "b2.weight": "GLoRA",
     "on_input": "IA3",
+    "ia3_l": "IA3",
     "lora_E": "AdaLoRA",
     "vera_lambda_b": "VeRA",
 }
@@ -112,3 +116,8 @@ def looks_like_one(names: Iterable[str]) -> bool:
 def refused(name: str) -> str | None:
     """The kind of adapter that a name tells, of those that are known and not read."""
     return next((kind for ending, kind in UNSUPPORTED.items() if name.endswith("." + ending)), None)
+
+
+def refused_among(names: Iterable[str]) -> str | None:
+    """The kind that the first name tells which tells one."""
+    return next((kind for name in names if (kind := refused(name))), None)

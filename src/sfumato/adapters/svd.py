@@ -15,11 +15,10 @@ from torch import Tensor
 
 from sfumato.adapters.config import adapter_file, peft_config
 from sfumato.adapters.delta import Decomposed, Delta, LowRank
-from sfumato.adapters.lora import delta_of
+from sfumato.adapters.lora import check_numbers, delta_of
 from sfumato.adapters.roles import KOHYA, Spelled, group, refused
 from sfumato.adapters.write import check_target, kohya
 from sfumato.checkpoint.header import shown
-from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.source import open_weights
 from sfumato.checkpoint.writer import write_tensors
 from sfumato.errors import CheckpointError, InputError
@@ -103,8 +102,10 @@ def resize(
     weights = open_weights(file)
     config = peft_config(file, weights.metadata)
     modules, unknown, again = group(weights)
-    if unknown or again or not modules:
-        first = (unknown or again or ["nothing"])[0]
+    if again:
+        raise CheckpointError(f"{file} gives the same part of a module twice: {shown(again[0])}")
+    if unknown or not modules:
+        first = (unknown or ["nothing"])[0]
         kind = refused(first)
         raise CheckpointError(
             f"{file} is no LoRA that is read here: {shown(first)} {f'is of {kind}' if kind else 'is no part of one'}"
@@ -113,11 +114,7 @@ def resize(
     kept = whole = 0.0
     for number, spelled in enumerate(modules.values(), 1):
         found = {role: weights[key] for role, key in spelled.tensors.items()}
-        for role, key in spelled.tensors.items():
-            if not finite(found[role].float()):
-                raise CheckpointError(
-                    f"{file}: {shown(key)} holds NaN or infinite values; the file is unusable"
-                )
+        check_numbers(file, spelled, weights)
         try:
             kernel, bias = delta_of(found, config.alpha(spelled.module), config.rank_stabilised)
         except ValueError as error:

@@ -6,12 +6,16 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoint.hub import is_hub_id
 from sfumato.cli import parse
 from sfumato.cli.loras import listed
 from sfumato.errors import InputError
+
+if TYPE_CHECKING:
+    from sfumato.generate import Model
+    from sfumato.types import Request
 
 NONE = ["none"]
 FORM = "KIND=IMAGE[:WEIGHT[:START-END]]"
@@ -70,8 +74,9 @@ def files(texts: Sequence[str], what: str = "controlnet") -> dict[str, Path]:
         if name in found:
             raise InputError(f"{what} gives {name!r} twice; call one of them otherwise", argument=what)
         if not Path(file).exists() and not is_hub_id(file):
+            right = "a .safetensors file, a folder," if what == "controlnet" else "a folder"
             raise InputError(
-                f"{what} {file!r} does not exist; give a .safetensors file, a folder, or org/name of the Hub",
+                f"{what} {file!r} does not exist; give {right} or org/name of the Hub",
                 argument=what,
             )
         found[name] = Path(file)
@@ -129,6 +134,24 @@ def requested(
             argument="control",
         )
     return made or None
+
+
+def idle(model: Model, request: Request, networks: Collection[str]) -> list[str]:
+    """What is to be said of ControlNets that were given and do nothing: without a picture, or within no step."""
+    from sfumato.drawing.control import without_steps
+
+    pictured = {control.name for control in request.controls or ()}
+    notes = [
+        f"the ControlNet {name} does nothing without its picture; give it by --control {name}=FILE"
+        for name in networks
+        if name not in pictured
+    ]
+    for control, steps in without_steps(model, request):
+        notes.append(
+            f"control {control.name} does nothing: none of the {steps} steps lies between {control.start:g} and "
+            f"{control.end:g} of them; give it more of them, or draw with more steps"
+        )
+    return notes
 
 
 def _is_number(text: str) -> bool:

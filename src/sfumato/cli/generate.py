@@ -124,6 +124,8 @@ def generate(
     )
     if pictured is not None:
         given["controls"] = pictured
+    if lora_partial and not adapters:
+        raise InputError("--lora-partial goes with --lora FILE", argument="lora-partial")
     given["loras"] = loras.requested(adapters, told.get("loras"), like, lora == loras.NONE)
     lines = None
     if prompts is None:
@@ -180,6 +182,8 @@ def generate(
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
         show.note(note)
     for note in loras.notes_of_few(loaded, request):
+        show.note(note)
+    for note in controls.idle(loaded, request, networks):
         show.note(note)
     _note_guess(loaded)
     loaded, found = planned(loaded, request, offload, limit, told=plan)

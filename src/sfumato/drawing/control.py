@@ -14,8 +14,9 @@ from sfumato.errors import InputError
 from sfumato.pictures import BLACK, flatten
 from sfumato.tasks.canvas import canvas
 from sfumato.tasks.hints import check_hints, hint
+from sfumato.tasks.latent import steps_to_run
 from sfumato.tasks.pixels import to_pixels
-from sfumato.types import Conditioning, Request
+from sfumato.types import Conditioning, Control, Request
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
@@ -69,6 +70,20 @@ def _to_paint(model: Model, request: Request) -> Tensor | None:
     if drawn is None or drawn.mask is None:
         return None
     return torch.from_numpy(np.asarray(drawn.mask) > 0).float()[None, None].to(model.device)
+
+
+def without_steps(model: Model, request: Request) -> list[tuple[Control, int]]:
+    """The controls within whose bounds no step lies, each with how many steps there are."""
+    if not request.controls:
+        return []
+    request = model.complete(request)
+    assert request.steps is not None
+    steps = request.steps if request.strength is None else steps_to_run(request.steps, request.strength)
+    return [
+        (control, steps)
+        for control in request.controls or ()
+        if steps and not any(_acts(k, steps, control.start, control.end) for k in range(steps))
+    ]
 
 
 def _acts(step: int, steps: int, start: float, end: float) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sfumato.adapters.config import adapter_file
-from sfumato.adapters.roles import Spelled, group, looks_like_one
+from sfumato.adapters.roles import Spelled, group, looks_like_one, refused_among
 from sfumato.checkpoint.header import read_header
 from sfumato.errors import CheckpointError
 
@@ -40,10 +40,17 @@ STREAMS = re.compile(
 CONTEXT = re.compile(r"[._](add_[qkv]_proj|to_add_out|norm1_context|ff_context)([._]|$)")
 TOKENS = re.compile(r"(to_[qkv]|add_[qkv]_proj|qkv)$")  # layers that read a transformer's tokens
 SPATIAL = re.compile(r"(down|up|mid)_blocks?|(in|out)put_blocks|middle_block")  # of U-Nets
+DEEP = re.compile(r"transformer_blocks[._][4-9]([._]|$)")  # of SDXL's U-Net: others have up to 4 there
 KEYS = re.compile(r"attn2[._]to_[kv]$")
 PARTS = (  # of names' beginnings
-    (re.compile(r"(lora|lycoris)_te3|(base_model\.model\.)?text_encoder_3|t5\."), "text_encoder_3"),
-    (re.compile(r"(lora|lycoris)_te2|(base_model\.model\.)?text_encoder_2|clip_g\."), "text_encoder_2"),
+    (
+        re.compile(r"(lora|lycoris)_te3|(base_model\.model\.)?text_encoder_3|(text_encoders\.)?t5(xxl)?\."),
+        "text_encoder_3",
+    ),
+    (
+        re.compile(r"(lora|lycoris)_te2|(base_model\.model\.)?text_encoder_2|(text_encoders\.)?clip_g\."),
+        "text_encoder_2",
+    ),
     (
         re.compile(r"(lora|lycoris)_te1?[_.]|(base_model\.model\.)?(text_encoder|text_model)|clip_l\."),
         "text_encoder",
@@ -98,6 +105,10 @@ def require_family(path: Path, family: str, width: int | None = None) -> None:
     file = adapter_file(path)
     header = read_header(file)
     found = describe({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)
+    if found is None and (kind := refused_among(header.tensors)):
+        raise CheckpointError(
+            f"{file} is of {kind}, a kind of adapter that is not read; LoRA, LoHa and LoKr are"
+        )
     if found is None:
         raise CheckpointError(
             f"{file} is no LoRA: none of its {len(header.tensors)} tensors is a part of one"
@@ -106,6 +117,10 @@ def require_family(path: Path, family: str, width: int | None = None) -> None:
         raise CheckpointError(
             f"{file} is a LoRA for {TITLES.get(found.family, found.family)} ({found.why}); this model is "
             f"{TITLES.get(family, family)}"
+        )
+    if not found.family and "unet" in found.parts and family not in CONTEXTS.values():
+        raise CheckpointError(
+            f"{file} is a LoRA for a U-Net, as Stable Diffusion 1, 2 and XL have; this model is {TITLES[family]}"
         )
     if found.family and None not in (width, found.width) and width != found.width:
         theirs, ours = (f" ({JOINT[w]})" if w in JOINT else "" for w in (found.width, width))
@@ -144,6 +159,9 @@ def _family(
             width = _inputs(spelled, shapes)
             if width in CONTEXTS:
                 return CONTEXTS[width], f"its cross-attention reads texts of width {width}"
+    for module in modules:
+        if SPATIAL.search(module) and DEEP.search(module):
+            return "sdxl", f"it has {module}"
     texts = {
         _part(module): _inputs(spelled, shapes)
         for module, spelled in modules.items()

@@ -33,10 +33,15 @@ def mask_picture(made: Render) -> Tensor:
 PICTURES = {"depth": depth_picture, "edge": edge_picture, "mask": mask_picture}
 
 
+def require_kind(kind: str, argument: str = "kind") -> None:
+    """`InputError` for a kind that is not in `PICTURES`. argument: what it was given as."""
+    if kind not in PICTURES:
+        raise InputError(f"{argument} must be one of {', '.join(PICTURES)}, not {kind!r}", argument=argument)
+
+
 def control_pictures(made: Render, kind: str) -> Tensor:
     """Pictures of a kind in `PICTURES`, (B, 3, H, W) uint8; an unknown one is an `InputError` that lists them."""
-    if kind not in PICTURES:
-        raise InputError(f"kind must be one of {', '.join(PICTURES)}, not {kind!r}", argument="kind")
+    require_kind(kind)
     return PICTURES[kind](made).mul(255).round().to(torch.uint8)
 
 

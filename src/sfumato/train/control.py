@@ -51,6 +51,7 @@ class ControlJob(Job):
     def whole(self) -> Path:
         """The trained ControlNet's file."""
         own, place = self.own, self.folder / "control"
+        self.check_kind()
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.recipe.seed)
         trainee = self.trainee
@@ -65,6 +66,13 @@ class ControlJob(Job):
         self.world.wait()
         self.tell(Event("done", "control", own.train.steps, own.train.steps, text=str(self.file)))
         return self.file
+
+    def check_kind(self) -> None:
+        """`InputError` for a kind of control picture that scenes do not have, before any is rendered."""
+        from sfumato.scenes.controls import require_kind
+
+        if self.recipe.data.kind == "scenes":
+            require_kind(self.own.kind, "control.kind")
 
     @property
     def file(self) -> Path:

@@ -64,11 +64,11 @@ class LoraJob(Job):
     def whole(self) -> Path:
         """The trained LoRA's file."""
         own, place = self.own, self.folder / "lora"
-        self.folder.mkdir(parents=True, exist_ok=True)
         trainee, identity, layers = self.trainee, self.identity, self.layers
         has_state(place / "state", identity)
         check_spelled((trainee.spell(path, own.layout) for path in layers), own.dora)
         source = self.source(self.multiple, "train")
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.describe(source, f"; {len(layers)} layers of {own.base}")
         pictures = Pictures(source, self.latents(source), self.caption)
         prior = self.prior()

@@ -16,6 +16,7 @@ from sfumato.checkpoint.fill import fill
 from sfumato.checkpoint.header import strict_json
 from sfumato.checkpoint.source import open_weights
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.control import require_control
 from sfumato.nn.dit import DiT
 from sfumato.nn.dit_control import DiTControl, DiTControlConfig
 from sfumato.storage import save_tensors, tensors_hash
@@ -43,6 +44,12 @@ def open_file(path: Path, base: DiT, device: torch.device) -> DiTControl:
     """The ControlNet in a file that `save` wrote, for this base. `CheckpointError` when it is none, or damaged;
     `InputError` when it is for another shape of model.
     """
+    require_control(path, "pocket")
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a folder; ControlNets of pocket are .safetensors files, such as {HEAD}depth.safetensors",
+            argument="controlnet",
+        )
     weights = open_weights(path)
     config = _config(weights.metadata.get(CARD, "{}"), path)
     shape = base.config

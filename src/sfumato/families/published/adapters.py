@@ -37,6 +37,7 @@ OMI = {
     "text_encoder_2": "clip_g.",
     "text_encoder_3": "t5.",
 }  # OneTrainer's newer names
+COMFY = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",), "text_encoder_3": ("t5xxl",)}
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def _text(part: TextPart, system: Kind) -> PartNames:
     """A text encoder: `te1`, `te2`, `te3` by its place; `te` is the first, or the only one, whatever its place."""
     alone, place = len(system.text) == 1, _place(part.name)
     dotted = [f"{part.name}.", f"{PEFT}{part.name}.", f"lora_te{place}.", OMI[part.name], *part.prefixes]
+    dotted += [f"text_encoders.{clip}.transformer." for clip in COMFY[part.name]]
     flat = [f"lora_te{place}_", f"lycoris_te{place}_"]
     if part == system.text[0]:
         dotted += ["text_encoder.", f"{PEFT}text_encoder.", "lora_te."]

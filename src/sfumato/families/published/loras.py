@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.adapters.lora import name_of
 from sfumato.adapters.merge import merged
 from sfumato.adapters.names import WEIGHT
 from sfumato.adapters.svd import Kept, check_rank, low_rank
@@ -51,8 +52,10 @@ def with_loras(
         )
     adapters = adapters_of(family, checkpoint.kind, checkpoint.system, checkpoint.parts, lambda touched: None)
     reports, notes = [], []
-    for number, (file, weight, blocks) in enumerate(loras):
-        name = f"{number}"
+    for number, (file, weight, blocks) in enumerate(loras, 1):
+        name = name_of(file)
+        if name in adapters.opened:
+            name += f" {number}"
         report = adapters.attach(file, weight, name=name, blocks=blocks, partial=partial)
         reports.append(f"{file}: {report.describe()}")
         lora = adapters.opened[name]

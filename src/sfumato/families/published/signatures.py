@@ -154,6 +154,9 @@ def neighbours() -> list[Signature]:
             "*.lokr_w1",
             "*.lokr_w1_a",
         ),
+        *refused("an adapter of OFT, not supported", "*.oft_blocks", "*.oft_diag", "*.oft_R*"),
+        *refused("an adapter of GLoRA, not supported", {"*.a1.weight": None, "*.b1.weight": None}),
+        *refused("an adapter of IA3, not supported", "*.on_input", "*.ia3_l"),
         *refused(
             "a textual-inversion embedding; it belongs on a model, and is not one",
             "emb_params",

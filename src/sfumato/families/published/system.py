@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,6 +25,8 @@ from sfumato.checkpoint.rules import View
 from sfumato.diffusion.guidance import ALWAYS
 from sfumato.diffusion.schedules import NoiseLevels
 from sfumato.errors import CheckpointError, InputError
+from sfumato.families.control import require_control
+from sfumato.families.lora import mark_of
 from sfumato.families.published.adapters import adapters_of
 from sfumato.families.published.checkpoint import (
     Checkpoint,
@@ -168,6 +171,9 @@ class PublishedSystem(DrawingSystem):
                 f"ControlNets go with the engine torch; {self.engine} runs {self.family.called} as it is",
                 argument="engine",
             )
+        if self.family.naming is not None:
+            for path in files.values():
+                require_control(Path(path), mark_of(self.config.kind))
         found = {name: self.control_file(path, systems) for name, path in files.items()}
         known = Controls({**self.controlnets.files, **found}, self.device, self.dtype, self.offload)
         return replace(self, controlnets=known)

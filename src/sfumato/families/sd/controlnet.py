@@ -146,13 +146,14 @@ def _hint_channels(
 ) -> tuple[int, ...]:
     """Widths of the picture's features, from the layers that read it; a picture has 3 channels."""
     head = f"{at}input_hint_block." if original else f"{at}{HINT}"
-    names = [f"{head}0.weight"] if original else [f"{head}conv_in.weight"]
-    while (
-        place := f"{head}{2 * len(names)}.weight" if original else f"{head}blocks.{len(names) - 1}.weight"
-    ) in (found):
-        names.append(place)
-    if original:
-        names = names[:-1]  # the last one leads out of them
+    pattern = re.compile(re.escape(head) + (r"(\d+)\." if original else r"blocks\.(\d+)\."))
+    last = max((int(m[1]) for name in found if (m := pattern.match(name))), default=0)
+    if original:  # the last one leads out of them
+        names = [f"{head}{2 * number}.weight" for number in range(max(1, last // 2))]
+    else:  # they come in pairs
+        names = [f"{head}conv_in.weight", *(f"{head}blocks.{n}.weight" for n in range(last // 2 * 2 + 2))]
+    if missing := [name for name in names if name not in found]:
+        raise CheckpointError(f"{source} lacks {missing[0]}; the file is incomplete")
     if found[names[0]][1] != 3:
         raise CheckpointError(
             f"{source} reads control pictures of {found[names[0]][1]} channels; 3 are supported"

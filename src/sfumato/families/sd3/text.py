@@ -101,6 +101,10 @@ def tokenizers_of(
     folder: of a diffusers model; file: a single file, beside which a tokenizer may lie; given: the user's own. `name`
     stands for the checkpoint in errors. `CheckpointError` where T5 has none, or another model's.
     """
+    if given is not None and all(reader.part != READERS[-1].part for reader in readers):
+        raise InputError(
+            f"{given} is for T5, which is left out here; leave out the tokenizer too", argument="tokenizer"
+        )
     made: dict[str, ClipTokenizer | T5Tokenizer] = {}
     for reader in readers:
         if reader.part == READERS[-1].part:
