@@ -322,6 +322,17 @@ def test_made_smaller_under_its_own_names(form, capsys):
     assert told["share"] == pytest.approx(float(s[:2].square().sum() / s.square().sum()), rel=1e-5)
 
 
+def test_a_module_that_is_changed_twice_is_not_made_smaller(capsys):
+    tensors = load_file("ink.safetensors")
+    up, down = (tensors[f"{KEY}.lora_{x}.weight"] for x in ("up", "down"))
+    save_file(
+        tensors | {f"unet.{TO_Q}.lora_B.weight": up.clone(), f"unet.{TO_Q}.lora_A.weight": down.clone()},
+        "two.safetensors",
+    )
+    said = refused(capsys, "lora", "resize", "two.safetensors", "--rank", "2", "-o", "small.safetensors")
+    assert "changes one module twice" in said and KEY in said
+
+
 def test_a_file_is_told_from_its_header(capsys):
     assert run(["inspect", "ink.safetensors", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -350,4 +361,8 @@ def test_a_file_is_weighed_on_a_model(model, capsys):
     tensors, base = load_file("ink.safetensors"), open_checkpoint(model).parts["unet"][f"{TO_Q}.weight"]
     change = tensors[f"{KEY}.lora_up.weight"] @ tensors[f"{KEY}.lora_down.weight"]
     assert told["relative"] == {"unet": pytest.approx(float(change.norm() / base.norm()), rel=1e-4)}
-    assert told["report"] == "kohya, rank 4: 1 of unet"
+    assert told["report"] == "kohya, rank 4: 1 of unet" and "left" not in told
+    save_file(tensors | {"lora_unet_sky.lora_up.weight": torch.ones(2, 2)}, "odd.safetensors")
+    assert run(["lora", "inspect", "odd.safetensors", "-m", model, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["left"] == {"lora_unet_sky.lora_up.weight": "no module of sd1"}

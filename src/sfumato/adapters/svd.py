@@ -7,8 +7,10 @@ and Young 1936). What they hold of the whole is told as the share of the sum of 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ from sfumato.errors import CheckpointError, InputError
 
 EXACT = 512  # the shorter side up to which all singular values are worked out
 MAX_RANK = 4096
+PREFIX = re.compile(
+    r"^(base_model\.model\.)?((lora|lycoris)_)?(unet|transformer)[._]|^diffusion_model\.|^lycoris_"
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def resize(
         raise CheckpointError(
             f"{file} is no LoRA that is read here: {shown(first)} {f'is of {kind}' if kind else 'is no part of one'}"
         )
+    _check_apart(file, modules)
     tensors: dict[str, Tensor] = {}
     kept = whole = 0.0
     for number, spelled in enumerate(modules.values(), 1):
@@ -139,6 +145,18 @@ def resize(
     notes |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)} if "ss_network_dim" in notes else {}
     size = write_tensors(written, tensors, dtype=kind, metadata=notes)
     return Kept(len(modules), kept / whole if whole else 1.0, {}, size)
+
+
+def _check_apart(file: Path, modules: Mapping[str, Spelled]) -> None:
+    """`CheckpointError` for a module that is changed twice, under a name with dots and under one with underscores."""
+    seen: dict[str, str] = {}
+    for module in modules:
+        plain = PREFIX.sub("", module).replace(".", "_")
+        if (other := seen.setdefault(plain, module)) != module:
+            raise CheckpointError(
+                f"{file} changes one module twice, as {shown(other)} and as {shown(module)}: two formats in one file; "
+                "keep one of them"
+            )
 
 
 def _resized(kernel: Delta, rank: int) -> tuple[LowRank, float, float]:

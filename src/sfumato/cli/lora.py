@@ -75,7 +75,6 @@ def inspect(
         str | None,
         Option("-m", "--model", help="The model to look at it on: name, folder or file. Reads both."),
     ] = None,
-    lora_partial: Annotated[bool, Option("--lora-partial", help="Look at what fits.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what a LoRA is from its header; on a model also what of it is used, and ‖ΔW‖/‖W‖ of each part."""
@@ -86,11 +85,14 @@ def inspect(
         return
     from sfumato.families.adapters import strengths
 
-    report, sizes = strengths(file, model, partial=lora_partial)
+    found, sizes = strengths(file, model)
+    left = {"left": dict(found.left)} if found.left else {}
     if as_json:
-        show.answer({"path": str(file), "model": model, "report": report, "relative": sizes})
+        show.answer(
+            {"path": str(file), "model": model, "report": found.describe(), "relative": sizes, **left}
+        )
         return
-    show.line(f"{file}: {report}")
+    show.line(f"{file}: {found.describe()}")
     for part, size in sizes.items():
         show.line(f"{part:<16}‖ΔW‖/‖W‖ = {size:.2e} at weight 1")
 

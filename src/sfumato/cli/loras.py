@@ -124,7 +124,6 @@ def notes_of_few(model: Model, request: Request) -> list[str]:
                 f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                 for key, value in own.items()
             )
-            notes.append(
-                f"LoRA {name} is taken for {wish.why}: drawn with {drawn}; say others by {' '.join(f'--{key}' for key in own)}"
-            )
+            options = " ".join(f"--{key}" for key in own)
+            notes.append(f"LoRA {name} is taken for {wish.why}: drawn with {drawn}; say others by {options}")
     return notes

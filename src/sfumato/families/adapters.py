@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sfumato.adapters.lora import Report
 from sfumato.adapters.svd import Kept
 from sfumato.errors import InputError
 from sfumato.families import checkpoint_families, open_model
@@ -27,13 +28,14 @@ def extract(
     return loras.extract(base, tuned, target, rank, checkpoint_families(), dtype=dtype, on_module=on_module)
 
 
-def strengths(
-    lora: str | os.PathLike[str], model: str | Path, *, partial: bool = False
-) -> tuple[str, dict[str, float]]:
-    """(the report on the file, ‖ΔW‖/‖W‖ of each part at weight 1) on a model, of which only what changes is read."""
+def strengths(lora: str | os.PathLike[str], model: str | Path) -> tuple[Report, dict[str, float]]:
+    """(the report on the file, ‖ΔW‖/‖W‖ of each part at weight 1) on a model, of which only what changes is read.
+
+    What has no place in the model is left and reported. Errors of `read_lora`, where nothing of the file has one.
+    """
     system = open_model(model, torch.device("cpu"), torch.float32, {"offload": "auto"})
     adapters = system.adapters
     if adapters is None:
         raise InputError(f"{str(model)!r} takes no LoRAs", argument="model")
-    report = adapters.attach(lora, 0.0, name="it", partial=partial)
-    return report.describe(), adapters.opened["it"].relative(adapters.base)
+    report = adapters.attach(lora, 0.0, name="it", partial=True)
+    return report, adapters.opened["it"].relative(adapters.base)
