@@ -40,6 +40,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+UNKNOWN = "not a picture"  # what `describe` says where it knows no better
 _OTHERS = (
     (b"GIF8", "a GIF"),
     (b"8BPS", "a Photoshop file"),
@@ -82,7 +83,7 @@ def describe(start: bytes) -> str:
         return "filled with zero bytes"
     if start[4:8] == b"ftyp":
         return "an AVIF" if start[8:12] in (b"avif", b"avis") else "a HEIC or video file"
-    return next((words for magic, words in _OTHERS if start.lstrip().startswith(magic)), "not a picture")
+    return next((words for magic, words in _OTHERS if start.lstrip().startswith(magic)), UNKNOWN)
 
 
 def read_file(path: str | os.PathLike[str], argument: str = "image") -> bytes:

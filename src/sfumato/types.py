@@ -50,6 +50,7 @@ MAX_CLIP_SKIP = 24
 MAX_REUSE = 10  # calls that share deep features; DeepCache goes to 10
 MAX_TEXT_LENGTH = 512  # tokens of a text encoder without windows; T5 was trained on these
 MAX_FRAMES = 1_000
+MAX_CLIP_PIXELS = 1_500_000_000  # of all frames of a clip together, three bytes each
 FITS = ("cover", "contain", "stretch")
 PARTS: dict[str, type[Part]] = {
     "inpaint": Inpaint,
@@ -309,7 +310,8 @@ class Request:
             given = self.image is not None or (name == "fit" and bool(self.controls))
             given = given or (name in ("fit", "strength") and self.clip is not None)
             if getattr(self, name) is not None and not given:
-                raise InputError(f"{name} needs an image to work on", argument=name)
+                what = "a clip to begin with, by init" if self.frames is not None else "an image to work on"
+                raise InputError(f"{name} needs {what}", argument=name)
         if self.clip is not None:
             if not isinstance(self.clip, Clip):
                 raise InputError(f"clip must be of type Clip, not {checks.shown(self.clip)}", argument="clip")

@@ -65,6 +65,10 @@ def test_a_picture_is_brought_to_the_clip_s_size(place):
         ({"variation": Variation(1, 0.5)}, "variation is for pictures"),
         ({"controls": (Control("canny", picture()),)}, "controls is for pictures"),
         ({"size": (63, 48)}, "size 63x48 is not a multiple of 4 pixels; the nearest legal size is 64x48"),
+        (
+            {"frames": 1000, "size": (4096, 4096)},
+            "are 16,777,216,000 pixels, and a clip has at most 1,500,000,000",
+        ),
         ({"frames": 0}, "frames must be between 1 and 1000, not 0"),
         ({"frames": 2.5}, "frames must be a whole number"),
         ({"fps": 0.5}, "fps must be between 1 and 240, not 0.5"),

@@ -286,10 +286,12 @@ def test_clips_that_are_refused_in_one_line(tmp_path):
     assert "does not exist" in refusal(tmp_path / "none.mp4")
     assert "is an empty file" in refusal(made("empty.mp4", b""))
     assert "is filled with zero bytes" in refusal(made("zeros.mp4", bytes(5000)))
-    assert "is not a picture" in refusal(made("text.mp4", b"hello, this is no clip"))
+    assert "is no clip" in refusal(made("text.mp4", b"hello, this is no clip"))
     assert "has no pictures" in refusal(made("head.mp4", data[:40]))
     long = written(moving(30), tmp_path / "long.mp4").read_bytes()
-    assert "seconds are announced" in refusal(made("cut.mp4", long[: 3 * len(long) // 4]))
+    cut = made("cut.mp4", long[: 3 * len(long) // 4])
+    assert "seconds are announced" in refusal(cut) and "seconds are announced" in refusal(cut, frames=30)
+    assert len(read_clip(cut, frames=2).frames) == 2
     long = written(moving(30), tmp_path / "long.webm").read_bytes()
     assert "seconds are announced" in refusal(made("cut.webm", long[: len(long) // 2]))
     assert "is damaged or cut off" in refusal(made("noise.mp4", data[:32] + os.urandom(4000)))
@@ -346,7 +348,7 @@ def test_limits(tmp_path, monkeypatch):
     assert "more than 8 frames" in refusal(path)
     assert len(read_clip(path, frames=8).frames) == 8
     assert "more than 8 frames" in refusal(written(moving(12), tmp_path / "a.gif"))
-    monkeypatch.setattr(read, "MAX_TOTAL", SIZE[0] * SIZE[1] * 3)
+    monkeypatch.setattr(read, "MAX_CLIP_PIXELS", SIZE[0] * SIZE[1] * 3)
     assert "pixels in its frames together" in refusal(path)
     assert len(read_clip(path, frames=3).frames) == 3
     monkeypatch.setattr(read, "MAX_BYTES", 100)

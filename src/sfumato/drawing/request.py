@@ -16,7 +16,7 @@ from sfumato.tasks.canvas import by, nearest_size, settle
 from sfumato.tasks.latent import pixel_upscaler, steps_to_run
 from sfumato.text.syntax import rule_named
 from sfumato.text.weighting import weighting_named
-from sfumato.types import MAX_SIDE, HiRes, Request
+from sfumato.types import MAX_CLIP_PIXELS, MAX_SIDE, HiRes, Request
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
@@ -95,7 +95,14 @@ def _check_clip(model: Model, request: Request) -> None:
                     raise InputError(
                         f"{name} is for pictures of this model; leave it out of a clip", argument=name
                     )
-        model.latent_shape(request.size[1], request.size[0], request.frames or 1)
+        frames, (width, height) = request.frames or 1, request.size
+        if frames * width * height > MAX_CLIP_PIXELS:
+            raise InputError(
+                f"{frames} frames of {by(request.size)} are {frames * width * height:,} pixels, and a clip has at most "
+                f"{MAX_CLIP_PIXELS:,}; ask for fewer frames, or a smaller size",
+                argument="frames",
+            )
+        model.latent_shape(height, width, frames)
 
 
 def _loras(model: Model, request: Request) -> dict[str, Any]:

@@ -22,11 +22,10 @@ from PIL import Image, ImageSequence
 from sfumato import pictures
 from sfumato.errors import DataError, InputError
 from sfumato.pictures import shown
-from sfumato.types import MAX_FPS, MAX_FRAMES, Clip
+from sfumato.types import MAX_CLIP_PIXELS, MAX_FPS, MAX_FRAMES, Clip
 from sfumato.video.formats import DEMUXERS, pyav, sniff
 
 MAX_BYTES = 2**30
-MAX_TOTAL = 1_500_000_000  # pixels of all frames together, three bytes each
 UNEVEN = (
     0.1  # share of a frame's time by which another's may differ, beside two ticks of the container's clock
 )
@@ -54,7 +53,7 @@ def read_clip(
     if Path(path).is_dir():
         return _from_folder(Path(path), name, argument, frames, fps)
     with _opened(path, argument, name) as stream:
-        return _read(stream, name, argument, frames, MAX_TOTAL)
+        return _read(stream, name, argument, frames, MAX_CLIP_PIXELS)
 
 
 def decode_clip(
@@ -63,7 +62,7 @@ def decode_clip(
     *,
     argument: str = "clip",
     frames: int | None = None,
-    most: int = MAX_TOTAL,
+    most: int = MAX_CLIP_PIXELS,
 ) -> Clip:
     """The clip that the bytes of a file hold, as `read_clip`. most: pixels of all frames that are read, together."""
     return _read(io.BytesIO(data), name, argument, frames, most)
@@ -75,6 +74,7 @@ def _read(stream: BinaryIO, name: str, argument: str, frames: int | None, most: 
     kind = sniff(start)
     if kind is None:
         what = "a picture" if pictures.sniff(start) else pictures.describe(start)
+        what = "no clip" if what == pictures.UNKNOWN else what
         raise DataError(f"{name} is {what}; {READ}")
     if kind in DEMUXERS:
         read, rate = _decoded(stream, kind, name, argument, frames, most)
@@ -143,7 +143,7 @@ def _demuxer(kind: str) -> str:
     return DEMUXERS[kind].split(",")[0]
 
 
-def _check_size(name: str, width: int, height: int, count: int, most: int = MAX_TOTAL) -> None:
+def _check_size(name: str, width: int, height: int, count: int, most: int = MAX_CLIP_PIXELS) -> None:
     """`DataError` for frames too large, alone or together."""
     if (
         width < 1
@@ -205,7 +205,8 @@ def _decoded(
     waits = [b - a for a, b in pairwise(times)]
     _check_even(name, waits, tick)
     seen = times[-1] - times[0] + waits[0]
-    if most is None and seen < announced - max(SHORT * announced, 2 * waits[0]):
+    ends_early = most is None or len(read) < most
+    if ends_early and seen < announced - max(SHORT * announced, 2 * waits[0]):
         raise DataError(f"{name} is cut off: {announced:.3g} seconds are announced, and {seen:.3g} are there")
     # the container's own number where its clock agrees: times are rounded to ticks
     rate = (len(times) - 1) / (times[-1] - times[0])
