@@ -217,6 +217,10 @@ class PublishedSystem(DrawingSystem):
         return self.networks["denoiser"]
 
     @property
+    def called(self) -> str:  # type: ignore[override]
+        return self.family.called.removeprefix("a ")
+
+    @property
     def kept(self) -> torch.dtype:
         """In which all works that is not in eight bits."""
         return kept_dtype(self.device, self.dtype)
