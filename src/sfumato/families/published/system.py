@@ -368,7 +368,11 @@ def ready(found: Checkpoint, name: str, texts: Iterable[str], vae: Place | None,
         raise CheckpointError(
             f"{name} holds no {' and no '.join(lacking)}; give a whole checkpoint"
             + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
-            + (", or one to take them from with --parts" if found.alone else "")
+            + (
+                ", or one to take them from with --parts"
+                if found.family and set(found.parts) == {found.family.denoiser}
+                else ""
+            )
         )
     parts = dict(found.parts)
     said: Mapping[str, Any] = found.configs.get("vae", {})
