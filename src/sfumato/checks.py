@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 from sfumato.errors import InputError
@@ -82,6 +83,12 @@ def picture(name: str, value: object) -> None:
 def either(names: Iterable[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} or {last}"
+
+
+def meant(word: str, names: Iterable[str]) -> str:
+    """ ", did you mean NAME?" for a word that is nearly one of `names`, else ""."""
+    near = difflib.get_close_matches(word.lower(), list(names), 1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def shown(value: object) -> str:

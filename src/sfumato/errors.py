@@ -41,6 +41,16 @@ class StaleCacheError(DataError):
     code = "stale_cache"
 
 
+class NonFiniteError(SfumatoError):
+    """A network gave NaN or infinity. `layer` is its layer's name as in the weights' file, "" where it is not known."""
+
+    code = "not_finite"
+
+    def __init__(self, message: str, layer: str = ""):
+        super().__init__(message)
+        self.layer = layer
+
+
 class Cancelled(SfumatoError):
     """The user asked to stop; nothing half-written stays behind."""
 

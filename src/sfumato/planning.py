@@ -186,11 +186,16 @@ def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
     return InputError(
         f"drawing {what} needs {shown(found.peak)} of memory with --offload "
         f"{found.offload}, and {shown(found.allowed)} {whose}; "
-        + (
-            f"what fits: {' or '.join(ways)}" if ways else "no smaller size or type fits: a smaller model may"
-        ),
+        + (f"what fits: {' or '.join(ways)}" if ways else nothing_fits(found)),
         argument="memory",
     )
+
+
+def nothing_fits(found: MemoryPlan) -> str:
+    """What to say where no other way to draw fits."""
+    if found.allowed <= found.base:
+        return f"the program alone, before it has read a model, takes {shown(found.base)}: allow more"
+    return "no smaller size or type fits: a smaller model may"
 
 
 def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputError:

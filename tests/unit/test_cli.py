@@ -297,7 +297,7 @@ def test_interruption_leaves_the_old_file_and_exits_130(model):
     Path("out.png").write_text("old")
     command = ["generate", "a", "-m", model, "--steps", "1000", "--size", "256", "--preview"]
     code, err = interrupted(command, sign=Path("out-preview.png"))
-    assert code == 130 and err.splitlines()[-1] == "error: stopped" and "Traceback" not in err
+    assert code == 130 and err.splitlines()[-1] == "stopped" and "Traceback" not in err
     assert os.listdir() == ["out.png"]
     assert Path("out.png").read_text() == "old"
 

@@ -455,7 +455,7 @@ def test_interruption_leaves_the_old_files_and_nothing_else(model, arguments):
     steps = "1" if "--hires" in arguments else "1000"
     command = ["generate", "a", "-m", model, "--steps", steps, "--preview", *arguments]
     code, err = interrupted(command, sign=Path("out-preview.png"))
-    assert code == 130 and err.splitlines()[-1] == "error: stopped" and "Traceback" not in err
+    assert code == 130 and err.splitlines()[-1] == "stopped" and "Traceback" not in err
     assert sorted(os.listdir()) == ["in.png", "out-0.png"]
     assert Path("out-0.png").read_text() == "old"
 

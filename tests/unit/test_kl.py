@@ -15,8 +15,8 @@ from sfumato.autoencoder.banded import decode_banded, encode_banded
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig, Upsample
 from sfumato.autoencoder.memory import BAND, LEAST_BAND, band_for, peak_bytes
 from sfumato.autoencoder.safe import decode_safe, encode_safe
-from sfumato.autoencoder.statistics import Moments, NonFiniteError
-from sfumato.errors import InputError, SfumatoError
+from sfumato.autoencoder.statistics import Moments
+from sfumato.errors import InputError, NonFiniteError, SfumatoError
 
 TINY = {"widths": (8, 16, 16), "groups": 4, "resnets": 1}
 # channels that grow, shrink and jump on the way; one level; no attention; no 1×1 convolutions

@@ -159,7 +159,7 @@ def test_an_interrupt_leaves_nothing(small, place):
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert (child.returncode, err) == (130, "error: stopped\n")
+    assert (child.returncode, err) == (130, "stopped\n")
     assert os.listdir() == ["photo.png"]
 
 

@@ -293,7 +293,11 @@ def test_the_second_pass_has_its_own_steps(model):
 @pytest.mark.parametrize(
     "hires, said, argument",
     [
-        (HiRes(1.3), "hires.scale 1.3 makes 41.6x41.6 of 32x32.*nearest legal size is 40x40", "hires.scale"),
+        (
+            HiRes(1.3),
+            "hires.scale 1.3 makes 41.6x41.6 of 32x32.*nearest legal size is 40x40, of scale 1.25",
+            "hires.scale",
+        ),
         (
             HiRes(2, upscaler="esrgan"),
             "upscaler 'esrgan' is unknown; use one of latent-nearest",

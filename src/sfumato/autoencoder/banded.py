@@ -50,8 +50,8 @@ from sfumato.autoencoder.memory import (
     rows_of,
 )
 from sfumato.autoencoder.model import PIXEL_CHANNELS, Posterior
-from sfumato.autoencoder.statistics import Moments, NonFiniteError, normalise
-from sfumato.errors import InputError
+from sfumato.autoencoder.statistics import Moments, normalise, not_finite
+from sfumato.errors import InputError, NonFiniteError
 from sfumato.nn.attention import attention
 from sfumato.nn.packed import CELLS, PackedConv2d, can_pack
 from sfumato.runtime import give_back
@@ -410,8 +410,8 @@ class Pass:
         present = [layer for layer in layers if layer is not None]
         for layer in present:
             if not all(torch.isfinite(p.to(self.dtype)).all() for p in layer.parameters()):
-                return NonFiniteError(self.names[layer], self.dtype)
-        return NonFiniteError(self.names[present[-1]], self.dtype)
+                return not_finite(self.names[layer], self.dtype)
+        return not_finite(self.names[present[-1]], self.dtype)
 
 
 def picture_of(memory: Tensor, channels: int, height: int, width: int) -> Tensor:

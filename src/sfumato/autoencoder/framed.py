@@ -32,7 +32,7 @@ from sfumato.autoencoder.kl import Upsample, norm_silu
 from sfumato.autoencoder.memory import BAND, rows_of
 from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.autoencoder.safe import rescued
-from sfumato.autoencoder.statistics import Moments, NonFiniteError, normalise
+from sfumato.autoencoder.statistics import Moments, normalise, not_finite
 from sfumato.autoencoder.temporal import SpaceTimeResnet, TemporalAutoencoderKL
 from sfumato.errors import InputError
 from sfumato.nn.temporal import Mixer, TemporalResnet, as_clips, as_frames
@@ -164,4 +164,4 @@ class Pass:
     def check(self, numbers: Tensor, layer: nn.Module) -> None:
         """That what a layer gave is finite, told from numbers that are if it is."""
         if bool((~torch.isfinite(numbers)).any()):
-            raise NonFiniteError(self.names[layer], self.dtype)
+            raise not_finite(self.names[layer], self.dtype)

@@ -12,7 +12,7 @@ from sfumato.autoencoder.banded import decode_banded, encode_banded
 from sfumato.autoencoder.kl import AutoencoderKL
 from sfumato.autoencoder.memory import BAND
 from sfumato.autoencoder.model import Posterior
-from sfumato.autoencoder.statistics import NonFiniteError
+from sfumato.errors import NonFiniteError
 
 Out = TypeVar("Out")
 

@@ -9,20 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import SfumatoError
+from sfumato.errors import NonFiniteError
 
 
-class NonFiniteError(SfumatoError):
-    """A layer gave NaN or infinity. `layer` is its name as in the weights' file."""
-
-    code = "not_finite"
-
-    def __init__(self, layer: str, dtype: torch.dtype):
-        kind = str(dtype).removeprefix("torch.")
-        super().__init__(
-            f"{layer} of the autoencoder gives NaN or infinity in {kind}; its weights are damaged, or not of this model"
-        )
-        self.layer = layer
+def not_finite(layer: str, dtype: torch.dtype) -> NonFiniteError:
+    """What to raise where a layer of the autoencoder, by its name as in the weights' file, gives NaN or infinity."""
+    kind = str(dtype).removeprefix("torch.")
+    return NonFiniteError(
+        f"{layer} of the autoencoder gives NaN or infinity in {kind}; its weights are damaged, or not of this model",
+        layer,
+    )
 
 
 class Moments:

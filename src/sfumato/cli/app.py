@@ -6,7 +6,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
 
 import typer
 
@@ -30,7 +32,7 @@ from sfumato.cli import (
     train,
     usage,
 )
-from sfumato.errors import Cancelled, SfumatoError
+from sfumato.errors import Cancelled, InputError, SfumatoError
 
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
@@ -76,17 +78,18 @@ def build() -> typer.Typer:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; every failure becomes one line on standard error."""
     try:
+        _refuse_empty_paths(arguments)
         command = typer.main.get_command(build())
         code = command.main(args=list(arguments) or ["--help"], prog_name="sfumato", standalone_mode=False)
         code = code if isinstance(code, int) else 0
         if code == Cancelled.exit_code:
-            _complain("stopped")
+            _say("stopped")
         return code
     except SfumatoError as error:
         _complain(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped")
+        _say("stopped")
         return Cancelled.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own usage errors
@@ -98,10 +101,48 @@ def run(arguments: Sequence[str]) -> int:
         return 1
 
 
+def _refuse_empty_paths(arguments: Sequence[str]) -> None:
+    """`InputError` for the empty text where a path is wanted: pathlib would take it for the folder one is in."""
+    if not arguments or arguments[0] not in VERBS:
+        return
+    empty = [
+        before if text == "" else text.removesuffix("=")
+        for before, text in pairwise(arguments)
+        if text == "" or (text.startswith("--") and text.endswith("="))
+    ]
+    if not empty:
+        return
+    options, takes_paths = _paths(VERBS[arguments[0]][0])
+    for before in empty:
+        if before in options or (takes_paths and not before.startswith("-")):
+            what = before if before in options else "a path"
+            raise InputError(f"{what} is empty; give a file or a folder", argument=options.get(before))
+
+
+def _paths(verb: Callable[..., None]) -> tuple[dict[str, str], bool]:
+    """A verb's options that take a path, as they are written, to their parameters; whether its arguments are paths."""
+    options: dict[str, str] = {}
+    positional = False
+    for name, hint in get_type_hints(verb, include_extras=True).items():
+        kind, *more = get_args(hint) or (None,)
+        if not ({Path, list[Path]} & {kind, *get_args(kind)}):
+            continue
+        told = more[0]
+        if isinstance(told, typer.models.ArgumentInfo):
+            positional = True
+        else:
+            options |= {text: name for text in (f"--{name.replace('_', '-')}", *(told.param_decls or ()))}
+    return options, positional
+
+
 def _complain(message: str) -> None:
+    _say("error: " + message)
+
+
+def _say(message: str) -> None:
     line = " ".join(message.split())
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    sys.stderr.write("error: " + line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def _version(wanted: bool) -> None:

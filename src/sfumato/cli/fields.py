@@ -72,6 +72,23 @@ def given(context: Context, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
         if field in without or value is None or left_open(context, name) or _dropped(field, value):
             continue
         found[field] = read(option, value)
+    return _labels(found)
+
+
+def _labels(found: dict[str, Any]) -> dict[str, Any]:
+    """With our names of a sampler and a schedule that are written as web UIs label them: "DPM++ 2M Karras".
+
+    What nobody knows stays as it is, for who checks it to say so.
+    """
+    from sfumato.receipts.webui import sampler_named, schedule_named
+
+    if (sampler := found.get("sampler")) is not None:
+        own, schedule = sampler_named(sampler)
+        found["sampler"] = own or sampler
+        if schedule is not None and "schedule" not in found:
+            found["schedule"] = schedule
+    if (given := found.get("schedule")) is not None:
+        found["schedule"] = schedule_named(given) or given
     return found
 
 

@@ -466,7 +466,7 @@ Ray = Annotated[
     Option(
         metavar="ADDRESS",
         rich_help_panel=MANY,
-        help="Have it done by a Ray cluster: its address, or local (pip install 'sfumato[cluster]').",
+        help="Have it done by a Ray cluster: its address, or local (pip install 'sfumato\\[cluster]').",
     ),
 ]
 Replicas = Annotated[

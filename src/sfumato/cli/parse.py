@@ -153,6 +153,8 @@ def micro(pairs: list[str]) -> dict[str, Any]:
 def refiner(text: str) -> tuple[str, float | None]:
     """`MODEL`, or `MODEL:SHARE`, to the model's name and the share, if one is given; what exists is a name."""
     name, colon, share = text.rpartition(":")
+    if not text or (colon and not name):
+        raise InputError("refiner is empty; name a model, perhaps with :SHARE", argument="refiner")
     if not colon or os.path.exists(text):
         return text, None
     return name, number("refiner", share)

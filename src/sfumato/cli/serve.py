@@ -54,7 +54,7 @@ def serve(
         Option(
             metavar="ADDRESS",
             rich_help_panel=MODELS,
-            help="Draw on a Ray cluster: its address, or local (pip install 'sfumato[cluster]').",
+            help="Draw on a Ray cluster: its address, or local (pip install 'sfumato\\[cluster]').",
         ),
     ] = None,
     replicas: Annotated[

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sfumato.checks import meant
 from sfumato.diffusion.path import FLOW, VE, Path
 from sfumato.errors import InputError
 
@@ -321,7 +322,8 @@ def sigmas_for(name: str, steps: int, levels: NoiseLevels, tokens: int | None = 
     """
     if name not in SCHEDULES:
         raise InputError(
-            f"schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}", argument="schedule"
+            f"schedule {name!r} is unknown{meant(name, SCHEDULES)}; use one of {', '.join(SCHEDULES)}",
+            argument="schedule",
         )
     if steps < 1:
         raise InputError(f"steps must be at least 1, not {steps}", argument="steps")

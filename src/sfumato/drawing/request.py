@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -136,10 +137,18 @@ def enlarged_size(size: tuple[int, int], scale: float, multiple: int) -> tuple[i
     if any(abs(a - b) > 1e-6 * b for a, b in zip(wanted, nearest, strict=True)):
         raise InputError(
             f"hires.scale {scale:g} makes {wanted[0]:g}x{wanted[1]:g} of {by(size)}, not a multiple of {multiple} "
-            f"pixels; the nearest legal size is {by(nearest)}",
+            f"pixels; {_nearest_scale(size, scale, multiple)}",
             argument="hires.scale",
         )
     return nearest
+
+
+def _nearest_scale(size: tuple[int, int], scale: float, multiple: int) -> str:
+    """The scale next to `scale` that makes of both sides multiples of `multiple`, and the size that it makes."""
+    step = multiple / math.gcd(*size)  # of scales: size · k · step is one of whole multiples
+    best = max(math.ceil(1 / step - 1e-9), round(scale / step)) * step
+    made = (round(size[0] * best), round(size[1] * best))
+    return f"the nearest legal size is {by(made)}, of scale {best:.9g}"
 
 
 def eta_samplers() -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.drawing.finite import watched
 from sfumato.drawing.request import enlarged_size, levels_of
 from sfumato.drawing.script import Script, script
 from sfumato.sampling import SeededNoise, Step, sampler_named
@@ -83,7 +84,8 @@ def sample(
     for drawer, told, first, last in _legs(model, cond, request, sigmas, done):
         channels = _inpaint_channels(drawer, origin, height, width)
         asked = replace(request if drawer is model else for_refiner(request), refine_at=None)
-        denoise = drawer.denoiser(told, asked, channels)
+        make = functools.partial(drawer.denoiser, told, asked, channels)
+        denoise = watched(drawer, make, told, asked, sigmas)
         cells = None
         if origin is not None and origin.mask is not None and channels is None:
             cells = cells_to_paint(origin.mask, *shape[-2:])

@@ -67,7 +67,7 @@ def model_folder(directory: Path) -> Path:
     for place in (directory, directory / "model"):
         if (place / CARD).is_file():
             return place
-    raise CheckpointError(f"{directory} is not a model folder: it holds no {CARD}")
+    raise CheckpointError(f"{directory} is not a model folder: it holds neither {CARD} nor model_index.json")
 
 
 def family_of(directory: Path) -> ModuleType:
@@ -108,6 +108,8 @@ def open_model(
 
 def located(model: str | Path, variant: str | None = None) -> Path:
     """Where what a user names lies: the folder of a packaged model, a path, or what is fetched of the Hub."""
+    if model == "":
+        raise InputError("the model's name is empty; name a model, a folder or a file", argument="model")
     path = PACKAGED.get(str(model), Path(model))
     if not path.exists():
         from sfumato.checkpoint.hub import fetch, is_hub_id
@@ -133,6 +135,23 @@ def system_module(family: Family) -> ModuleType:
     return importlib.import_module(f"sfumato.families.{family.name}.system")
 
 
+def _stranger(name: str, value: Any, path: Path, kind: str) -> InputError:
+    """What to say of an option that the family of a checkpoint does not know: what a user calls it, and whose it is."""
+    option = f"--{name.replace('_', '-')}"
+    if name == "without":
+        option = " and ".join(f"--no-{part.replace('_', '-')}" for part in value)
+    knowing = [
+        family
+        for family in checkpoint_families()
+        if name in inspect.signature(system_module(family).build).parameters
+    ]
+    kinds = " or ".join(f"{family.name} ({', '.join(family.systems)})" for family in knowing)
+    return InputError(
+        f"{option} is for checkpoints of the family {kinds}; {str(path)!r} is of {kind}: leave it out",
+        argument=name,
+    )
+
+
 def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype, asked: dict[str, Any]) -> Any:
     """By the `build` of the family that it is of."""
     from sfumato.families.published.system import opened
@@ -145,8 +164,5 @@ def _open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype, asked
     known = inspect.signature(build).parameters
     for name in asked:
         if name not in known:
-            raise InputError(
-                f"{name} is for checkpoints of another family than {str(path)!r}, which is of {found.kind}",
-                argument=name,
-            )
+            raise _stranger(name, asked[name], path, found.kind)
     return build(found, str(path), device, dtype, families, **asked)

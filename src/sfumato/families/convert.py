@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from sfumato.errors import InputError
+from sfumato.errors import CheckpointError, InputError
 from sfumato.families import checkpoint_families
 from sfumato.families.published.checkpoint import open_checkpoint
 from sfumato.families.published.convert import Written, write_file, write_folder
@@ -16,6 +17,21 @@ from sfumato.families.published.loras import with_loras
 
 LAYOUTS = ("single", "folder")
 SUFFIX = ".safetensors"
+FILES = {
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".gguf",
+    ".onnx",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".json",
+    ".zip",
+    ".tar",
+}
 Merge = tuple[str | os.PathLike[str], float, Mapping[str, float]]
 
 
@@ -48,6 +64,12 @@ def convert(
     if (target.suffix == SUFFIX) != (layout == "single"):
         right = f"must end in {SUFFIX}" if layout == "single" else f"is a folder and must not end in {SUFFIX}"
         raise InputError(f"the target {str(target)!r} {right}", argument="target")
+    if layout == "folder" and (ending := _file_ending(target)):
+        raise InputError(
+            f"the target {str(target)!r} ends in {ending}; a file must end in {SUFFIX}, and a folder in nothing of the "
+            "kind",
+            argument="target",
+        )
     if os.path.lexists(target):
         raise InputError(
             f"the target {str(target)!r} exists; give another name, or remove it first", argument="target"
@@ -60,4 +82,14 @@ def convert(
         for report in reports:
             on_report(report)
     write = write_file if layout == "single" else write_folder
-    return write(checkpoint, target, dtype=dtype, on_progress=on_progress)
+    try:
+        return write(checkpoint, target, dtype=dtype, on_progress=on_progress)
+    except CheckpointError as error:
+        told = str(error)
+        raise CheckpointError(told if str(source) in told else f"{source}: {told}") from None
+
+
+def _file_ending(target: Path) -> str:
+    """The ending that makes a folder's name look like a file's, such as .ckpt or a misspelt .safetensor; else ""."""
+    ending = target.suffix.lower()
+    return ending if ending in FILES or difflib.get_close_matches(ending, [SUFFIX], cutoff=0.7) else ""

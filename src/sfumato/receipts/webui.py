@@ -299,7 +299,7 @@ def sampling(
     skip: "sampler" or "schedule", not to be looked at. schedules: ours; None looks them up, which needs torch.
     """
     found: dict[str, str] = {}
-    own, suffix = (None, None) if sampler is None else _sampler(sampler)
+    own, suffix = (None, None) if sampler is None else sampler_named(sampler)
     if sampler is not None and "sampler" not in skip:
         if own is None:
             raise InputError(
@@ -314,7 +314,7 @@ def sampling(
         return found | ({"schedule": "normal"} if own else {})
     if _key(wanted) == "automatic":
         return found | {"schedule": _AUTOMATIC.get(own or "", "normal")}
-    name = _schedule(wanted, schedules)
+    name = schedule_named(wanted, schedules)
     if name is None:
         raise InputError(
             f"it was drawn with the schedule {wanted!r}, which is not here; choose another",
@@ -323,7 +323,7 @@ def sampling(
     return found | {"schedule": name}
 
 
-def _sampler(text: str) -> tuple[str | None, str | None]:
+def sampler_named(text: str) -> tuple[str | None, str | None]:
     """(our name or None, the schedule named behind it or None): `DPM++ 2M Karras`, `euler_ancestral_karras`."""
     known = {_key(label): name for name, label in SAMPLERS.items()}
     known |= {_key(name): name for name in SAMPLERS} | {_key(k): v for k, v in _SAMPLER_ALIASES.items()}
@@ -338,7 +338,8 @@ def _sampler(text: str) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _schedule(text: str, ours: Collection[str] | None = None) -> str | None:
+def schedule_named(text: str, ours: Collection[str] | None = None) -> str | None:
+    """Our name of a schedule, or None. ours: the names; None looks them up, which needs torch."""
     if ours is None:
         from sfumato.diffusion.schedules import SCHEDULES as OURS
 

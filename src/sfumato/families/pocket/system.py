@@ -234,6 +234,10 @@ class System(DrawingSystem):
             return self.video.animator.answer(x, time, cond)
         return self.denoiser.dit(x, time, cond, skip_layers, control)
 
+    def answers(self, frames: int) -> Any:
+        clips = frames > 1 and self.video is not None
+        return self.video.animator if clips else self.denoiser  # type: ignore[union-attr]
+
     @property
     def controls(self) -> tuple[str, ...]:
         """Names of its ControlNets: those in its folder, and those given."""

@@ -159,7 +159,9 @@ def _config_of(checkpoint: Checkpoint, name: str) -> Any:
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """What the writer of a single file noted of the model; hashes of its tensors no longer hold."""
-    return {key: text for key, text in checkpoint.metadata.items() if "hash" not in key}
+    kept = {key: text for key, text in checkpoint.metadata.items() if "hash" not in key}
+    notes = {} if checkpoint.family is None or not checkpoint.draws else checkpoint.family.notes(checkpoint)
+    return {**kept, **notes}
 
 
 def _check_shapes(checkpoint: Checkpoint) -> None:

@@ -71,6 +71,7 @@ class Family:
     naming: what its denoiser is called in adapters' files; None of one that takes none.
     vae_file_map(config, names): the autoencoder's names in a single file to ours, prefixes and all, where they are not
         those of `keys.vae_map` under one prefix.
+    notes(checkpoint): what a single file's header says of it that no tensor can.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Family:
     same_tensors: Mapping[str, str]
     naming: Naming | None
     vae_file_map: Callable[[KLConfig, Collection[str] | None], KeyMap] | None = None
+    notes: Callable[[Checkpoint], Mapping[str, str]] = lambda found: {}
 
     def prefixes(self, kind: Kind, names: Iterable[str] | None = None) -> dict[str, str]:
         """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""

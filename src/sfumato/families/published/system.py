@@ -223,6 +223,10 @@ class PublishedSystem(DrawingSystem):
         return self.networks["denoiser"]
 
     @property
+    def called(self) -> str:  # type: ignore[override]
+        return self.family.called.removeprefix("a ")
+
+    @property
     def kept(self) -> torch.dtype:
         """In which all works that is not in eight bits."""
         return kept_dtype(self.device, self.dtype)
@@ -370,7 +374,11 @@ def ready(found: Checkpoint, name: str, texts: Iterable[str], vae: Place | None,
         raise CheckpointError(
             f"{name} holds no {' and no '.join(lacking)}; give a whole checkpoint"
             + (", or the autoencoder with --vae" if lacking == ["vae"] else "")
-            + (", or one to take them from with --parts" if found.alone else "")
+            + (
+                ", or one to take them from with --parts"
+                if found.family and set(found.parts) == {found.family.denoiser}
+                else ""
+            )
         )
     parts = dict(found.parts)
     said: Mapping[str, Any] = found.configs.get("vae", {})

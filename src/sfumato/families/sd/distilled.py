@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.errors import InputError
-from sfumato.families.sd.checkpoint import Checkpoint
+from sfumato.families.published.checkpoint import Checkpoint
 
 # what a request gets that leaves it open. Guidance 1 is none: it went into the weights.
 DRAWN: dict[str, dict[str, Any]] = {

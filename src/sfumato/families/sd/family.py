@@ -15,10 +15,17 @@ from sfumato.families.published.kinds import Family
 from sfumato.families.sd import folder, keys
 from sfumato.families.sd.adapters import NAMING
 from sfumato.families.sd.condition import plan_of
+from sfumato.families.sd.distilled import preset_named
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.signatures import predicts_v, signatures
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' words to ours
+
+TAGS = "modelspec.tags"
+SCHEDULERS = {  # what a folder's says of a model that was distilled so
+    "lcm": {"_class_name": "LCMScheduler"},
+    "turbo": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+}
 
 
 def settled(found: Checkpoint, source: str) -> Checkpoint:
@@ -54,15 +61,29 @@ def markers(found: Checkpoint) -> dict[str, Tensor]:
     return {name: torch.zeros(0) for name in names}
 
 
+def notes(found: Checkpoint) -> dict[str, str]:
+    """The word by which a reader knows again what a folder's scheduler says of how it is drawn."""
+    how, guess = preset_named(found)
+    return {} if how == "plain" or guess else {TAGS: how}
+
+
+def _tagged(found: Checkpoint) -> str:
+    """The word that `notes` has put into a single file, "" where there is none."""
+    word = preset_named(found)[0]
+    return word if found.metadata.get(TAGS) == word else ""
+
+
 def denoiser_config(found: Checkpoint) -> dict[str, Any]:
     system = found.system
     v_of_sd2 = found.kind == "sd2" and found.prediction == "v"
-    size = 512 if found.kind == "sd2" and not v_of_sd2 else system.size
+    small = (found.kind == "sd2" and not v_of_sd2) or _tagged(found) == "turbo"
+    size = 512 if small else system.size
     return folder.unet_config(system.unet, size // system.vae.factor, upcast=v_of_sd2)
 
 
 def scheduler_config(found: Checkpoint) -> dict[str, Any]:
-    return folder.scheduler_config(found.kind, found.prediction, found.zero_snr)
+    usual = folder.scheduler_config(found.kind, found.prediction, found.zero_snr)
+    return usual | SCHEDULERS.get(_tagged(found), {})
 
 
 def model_index(found: Checkpoint, scheduler: str) -> dict[str, Any]:
@@ -91,4 +112,5 @@ FAMILY = Family(
     pads=pads,
     same_tensors={},
     naming=NAMING,
+    notes=notes,
 )
