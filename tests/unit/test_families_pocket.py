@@ -115,7 +115,7 @@ def test_a_folder_without_a_card_is_no_model(folder):
     (folder / "model.json").unlink()
     with pytest.raises(CheckpointError, match=r"model\.json does not exist"):
         open_folder(folder, CPU)
-    with pytest.raises(CheckpointError, match=r"holds no model\.json"):
+    with pytest.raises(CheckpointError, match=r"holds neither model\.json nor model_index\.json"):
         family_of(folder)
     with pytest.raises(CheckpointError, match="there is no model"):
         family_of(folder / "nothing")

@@ -345,7 +345,7 @@ def test_one_condition_serves_as_many_pictures_as_wished(model):
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="there is no model"):
         load(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match=r"holds no model\.json"):
+    with pytest.raises(CheckpointError, match=r"holds neither model\.json nor model_index\.json"):
         load(tmp_path)
     with pytest.raises(InputError, match="device"):
         load(tmp_path, "abacus")

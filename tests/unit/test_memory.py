@@ -114,12 +114,11 @@ def test_a_trace_counts_what_is_alive():
     assert torch.ones(2).sum() == 2  # tensors are real again
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype, apart", [*((t, False) for t in TYPES), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize(
     "heads, queries, keys, width",
-    [(4, 2048, 2048, 40), (8, 1024, 77, 80), (2, 64, 64, 64), (8, 800, 800, 64), (4, 8192, 20, 160)],
+    [(4, 2048, 2048, 40), (8, 1024, 77, 80), (2, 64, 64, 64), (8, 600, 600, 64), (4, 8192, 16, 160)],
 )
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.usefixtures("one_thread")
 def test_attention_allocates_what_it_says(dtype, apart, heads, queries, keys, width):
     q, k, v = (

@@ -63,7 +63,8 @@ def stack(weights, words):
     def make(readers=READERS, **options):
         sources = {reader.part: f"the file ({reader.part})" for reader in READERS}
         openers = text_openers(readers, CONFIGS, weights, sources, torch.float32, CPU, **options)
-        tokenizers = tokenizers_of(readers, None, "the file", given=words, vocabulary=DEEP.vocabulary)
+        given = words if T5 in readers else None
+        tokenizers = tokenizers_of(readers, None, "the file", given=given, vocabulary=DEEP.vocabulary)
         return TextStack(Opened(openers), tokenizers, SHAPE)
 
     return make

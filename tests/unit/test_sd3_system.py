@@ -123,7 +123,7 @@ def test_what_it_is_asked_that_it_does_not_know(small, places, capsys):
     assert "is of sd3-medium, which predicts flow, not v" in line
     other = write_other("sd1", Path("other"))
     line = refused(capsys, "generate", "a", "-m", other, "--no-t5")
-    assert "without is for checkpoints of another family" in line
+    assert "--no-t5 is for checkpoints of the family sd3" in line and "'other' is of sd1" in line
     line = refused(capsys, "generate", "a", "-m", place, "--no-t5", "--tokenizer", "gone.json")
     assert "gone.json is for T5, which is left out here; leave out the tokenizer too" in line
     vae = hollow(blank(KLConfig()).state_dict(), Path("vae.safetensors"))

@@ -135,8 +135,9 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             scores += added[some]
         shift = scores.amax(-1, keepdim=True).neg_()
         del scores
-        weights = product(shift if added is None else shift + added[some]).softmax(-1)
-        torch.bmm(weights, values[some], out=out[some])
+        if added is not None:
+            shift = shift + added[some]
+        torch.bmm(product(shift).softmax(-1), values[some], out=out[some])
     return q.new_empty(B, N, K, D).transpose(1, 2).copy_(out.view(B, K, N, D))
 
 
