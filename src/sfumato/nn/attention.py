@@ -46,7 +46,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
             return _plain(q, k, v, bias)
         if bias is None:
             return _blocked(q, k, v)
-    if _is_plain(q, k):
+    if _fits_whole(q, k):
         scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias
@@ -71,7 +71,7 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         # of each head at work: keys in tiles, answers, and a block of weights, made beside the last one
         head = 2 * (N + several * M) * width + 2 * (1 + several) * rows * M
         return laid + max(_copied(k), result + lanes * head)
-    if _is_plain(q, k):
+    if _fits_whole(q, k):
         return 10 * B * K * N * M + result  # scores; scores and their softmax in float32
     return result
 
@@ -91,8 +91,8 @@ def _scores(q: Tensor, k: Tensor) -> int:
     return q.shape[-2] * k.shape[-2]
 
 
-def _is_plain(q: Tensor, k: Tensor) -> bool:
-    """Whether two plain products are the route for short sequences, of all heads at once."""
+def _fits_whole(q: Tensor, k: Tensor) -> bool:
+    """Whether the scores of all heads may be held together: the route with gradients, and without native bfloat16."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and _scores(q, k) <= 512 * 512
 
 
