@@ -146,7 +146,7 @@ def first_fitting(plans: Iterator[MemoryPlan]) -> MemoryPlan:
     """The first of the plans that fits, or else the one that needs least."""
     seen = []
     for found in plans:
-        if found.fits:
+        if found.fits or found.allowed <= found.base:  # by no other way either
             return found
         seen.append(found)
     return min(seen, key=lambda found: found.peak)
@@ -155,6 +155,27 @@ def first_fitting(plans: Iterator[MemoryPlan]) -> MemoryPlan:
 def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
     """What to say of a plan that does not fit, with what would: a narrower type, or a smaller size."""
     request = model.complete(request)
+    assert request.size is not None
+    if found.allowed <= found.base:
+        remedy = f"the program alone, before it has read a model, takes {shown(found.base)}: allow more"
+    else:
+        ways = _ways(model, request, found)
+        remedy = (
+            f"what fits: {' or '.join(ways)}" if ways else "no smaller size or type fits: a smaller model may"
+        )
+    whose = "--memory allows" if found.allowed == found.limit else "are there"
+    what = f"{request.count} of {by(request.size)}"
+    if request.moves:
+        what = f"{request.frames} frames of {by(request.size)}"
+    return InputError(
+        f"drawing {what} needs {shown(found.peak)} of memory with --offload "
+        f"{found.offload}, and {shown(found.allowed)} {whose}; " + remedy,
+        argument="memory",
+    )
+
+
+def _ways(model: Model, request: Request, found: MemoryPlan) -> list[str]:
+    """Options with which a complete request fits, each with what it needs."""
     assert request.size is not None
     ways = []
     possible = levels(model)
@@ -179,23 +200,7 @@ def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
         fewer = replace(request, frames=max(2, request.frames // 2), count=1)
         if (least := plan(model, fewer, found.offload, found.limit)).fits:
             ways.append(f"--frames {fewer.frames} ({shown(least.peak)})")
-    whose = "--memory allows" if found.allowed == found.limit else "are there"
-    what = f"{request.count} of {by(request.size)}"
-    if request.moves:
-        what = f"{request.frames} frames of {by(request.size)}"
-    return InputError(
-        f"drawing {what} needs {shown(found.peak)} of memory with --offload "
-        f"{found.offload}, and {shown(found.allowed)} {whose}; "
-        + (f"what fits: {' or '.join(ways)}" if ways else nothing_fits(found)),
-        argument="memory",
-    )
-
-
-def nothing_fits(found: MemoryPlan) -> str:
-    """What to say where no other way to draw fits."""
-    if found.allowed <= found.base:
-        return f"the program alone, before it has read a model, takes {shown(found.base)}: allow more"
-    return "no smaller size or type fits: a smaller model may"
+    return ways
 
 
 def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputError:
