@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.checkpoint.layer import finite
 from sfumato.diffusion.parameterization import Denoise
 from sfumato.drawing.script import Script
 from sfumato.errors import NonFiniteError
@@ -111,7 +112,7 @@ def first_not_finite(network: Any, call: Callable[[], object]) -> tuple[str, boo
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return not tensor.is_floating_point() or finite(tensor)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -165,9 +165,7 @@ class JointAttention(nn.Module):
         q = self._heads(self.to_q(x), self.norm_q)  # each (B, K, N, D/K)
         k = self._heads(self.to_k(x), self.norm_k)
         v = self._heads(self.to_v(x))
-        if (
-            text is not None
-        ):  # each (B, K, N + M, D/K), with heads apart in memory as `attention` lays them out
+        if text is not None:  # each (B, K, N + M, D/K), laid out in memory as `attention` wants heads
             if self.answers:
                 q = torch.cat([q, self._heads(self.add_q_proj(text), self.norm_added_q)], dim=2)
             k = torch.cat([k, self._heads(self.add_k_proj(text), self.norm_added_k)], dim=2)

@@ -235,8 +235,7 @@ class System(DrawingSystem):
         return self.denoiser.dit(x, time, cond, skip_layers, control)
 
     def answers(self, frames: int) -> Any:
-        clips = frames > 1 and self.video is not None
-        return self.video.animator if clips else self.denoiser  # type: ignore[union-attr]
+        return self.denoiser if frames == 1 or self.video is None else self.video.animator
 
     @property
     def controls(self) -> tuple[str, ...]:
