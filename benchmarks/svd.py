@@ -3,6 +3,7 @@ takes.
 
 Targets: 1.25 times as fast as the faster of diffusers' float32 and bfloat16, and 70 % of its memory at the peak.
 Weights are random. "offloaded" is `--offload sequential`: each layer is read from its file, of 3 GB, when it is called.
+"partly offloaded" keeps some of them in memory, as `--memory` does.
 Memory is that of a process of its own which builds the network and makes one call: in all, and beside what it held
 before the call.
 """
@@ -35,6 +36,7 @@ KINDS = (
     "diffusers bfloat16",
     "diffusers bfloat16, channels last",
     "ours bfloat16",
+    "ours bfloat16, partly offloaded",
     "ours bfloat16, offloaded",
 )
 
@@ -76,12 +78,14 @@ def theirs(dtype: torch.dtype, last: bool = False) -> nn.Module:
     return network
 
 
-def ours(dtype: torch.dtype, file: Path | None = None) -> nn.Module:
-    """Our network, filled layer by layer and packed, as it is when it draws; or reading `file` as it goes."""
+def ours(dtype: torch.dtype, file: Path | None = None, keep: int = 0) -> nn.Module:
+    """Our network, filled layer by layer and packed, as it is when it draws; or reading `file` as it goes, but for
+    `keep` bytes of layers.
+    """
     with torch.device("meta"):
         network = SpaceTimeUNet(CONFIG).eval()
     weights = Drawn() if file is None else open_weights(file)
-    fill_layers(network, weights, "random weights", dtype, pack=True, stream=file is not None)
+    fill_layers(network, weights, "random weights", dtype, pack=True, keep=keep if file else None)
     return network.requires_grad_(False)
 
 
@@ -94,7 +98,8 @@ def call_of(kind: str, args: Any) -> Callable[[], Tensor]:
     context, time = torch.randn(rows, 1, CONFIG.context).to(dtype), torch.tensor(0.3)
     told = torch.tensor([[6.0, 127.0, 0.02]] * rows)
     if kind.startswith("ours"):
-        network = ours(dtype, args.file if "offloaded" in kind else None)
+        keep = int(args.keep * 2**30) if "partly" in kind else 0
+        network = ours(dtype, args.file if "offloaded" in kind else None, keep)
         return torch.inference_mode()(lambda: network(x, time, context, told))
     network = theirs(dtype, "last" in kind)
     frames_first = x.movedim(2, 1).contiguous()
@@ -113,6 +118,8 @@ def taken(kind: str, args: Any) -> dict[str, int]:
         str(args.height),
         "--width",
         str(args.width),
+        "--keep",
+        str(args.keep),
         *(("--file", str(args.file)) if args.file else ()),
     ]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
@@ -142,6 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", action="store_true", help="their memory too, each in a process of its own"
     )
+    parser.add_argument("--keep", type=float, default=1.8, help="GiB that partly offloaded layers keep")
     parser.add_argument("--place", type=Path, help="where the file of 3 GB is made for the while")
     parser.add_argument("--alone", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)

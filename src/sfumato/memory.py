@@ -61,6 +61,7 @@ class MemoryPlan:
 
     offload: one of `OFFLOADS`. base: what the process holds before anything is opened, libraries and all; 0 of a GPU.
     available: what the machine has left for the process, `base` included. limit: what the user allows it, if less.
+    kept: of "sequential", bytes of the denoiser's layers that stay in memory all the same.
     """
 
     device: str
@@ -70,6 +71,7 @@ class MemoryPlan:
     stages: tuple[Stage, ...]
     available: int
     limit: int | None = None
+    kept: int = 0
 
     @property
     def peak(self) -> int:
@@ -89,6 +91,7 @@ class MemoryPlan:
             "device": self.device,
             "dtype": self.dtype,
             "offload": self.offload,
+            "kept": self.kept,
             "fits": self.fits,
             "peak": self.peak,
             "base": self.base,

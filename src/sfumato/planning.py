@@ -16,6 +16,9 @@ from sfumato.receipts.work import remember
 from sfumato.tasks.canvas import by, nearest_size
 from sfumato.types import Request
 
+FILLED = 0.95  # of the memory that is allowed: plans and peaks were at most that far apart (docs/memory.md)
+ATTEMPTS = 3  # to fill it: layers laid out for the processor are a little larger than in their files
+
 
 def plan(model: Model, request: Request, offload: str | None = None, limit: int | None = None) -> MemoryPlan:
     """The plan of drawing a request: the first level of offload that fits, or the one named, whether it fits or not.
@@ -25,6 +28,26 @@ def plan(model: Model, request: Request, offload: str | None = None, limit: int 
     """
     plans = (one(model, request, level, limit) for level in ([offload] if offload else levels(model)))
     return first_fitting(plans)
+
+
+def filled(model: Model, request: Request, found: MemoryPlan) -> MemoryPlan:
+    """The plan with as many of the denoiser's layers in memory as fit, if it is one of "sequential" that fits.
+
+    It leaves no room for a larger request. Beside a refiner nothing is kept.
+    """
+    if found.offload != "sequential" or not found.fits or model.refiner is not None:
+        return found
+    room = int(found.allowed * FILLED)
+    working = [stage.bytes for stage in found.stages if stage.name in ("load", "denoise")]
+    keep = room - found.base - max(working)
+    for _ in range(ATTEMPTS):
+        if keep <= 0:
+            break
+        fuller = one(model, request, "sequential", found.limit, keep)
+        if fuller.peak <= max(room, found.peak):
+            return fuller
+        keep -= fuller.peak - room
+    return found
 
 
 def tells(model: Model) -> bool:
@@ -84,12 +107,12 @@ def levels(model: Model) -> tuple[str, ...]:
 
 def follow(model: Model, plan: MemoryPlan) -> Model:
     """The model with its networks kept as the plan says; of "none" all of them are opened now."""
-    return offloaded(model, plan.offload)
+    return offloaded(model, plan.offload, plan.kept)
 
 
-def offloaded(model: Model, offload: str) -> Model:
-    """The model, and its refiner, with another way to keep their networks."""
-    return _changed(model, lambda system: system.offloaded(offload))
+def offloaded(model: Model, offload: str, keep: int = 0) -> Model:
+    """The model, and its refiner, with another way to keep their networks; keep: as of `MemoryPlan.kept`."""
+    return _changed(model, lambda system: system.offloaded(offload, keep))
 
 
 def _changed(model: Model, change: Callable[[Any], Any]) -> Model:
@@ -102,8 +125,8 @@ def _changed(model: Model, change: Callable[[Any], Any]) -> Model:
     return changed
 
 
-def one(model: Model, request: Request, offload: str, limit: int | None) -> MemoryPlan:
-    """The plan of one level of offload."""
+def one(model: Model, request: Request, offload: str, limit: int | None, keep: int = 0) -> MemoryPlan:
+    """The plan of one level of offload; keep: as of `MemoryPlan.kept`."""
     check_offload(offload)
     request = model.complete(request)
     size = _largest(model, request)
@@ -111,7 +134,7 @@ def one(model: Model, request: Request, offload: str, limit: int | None) -> Memo
     encodes = not request.moves and (request.image is not None or request.hires is not None)
     encodes = encodes or request.clip is not None
     batch = 1 if request.moves else min(request.count, BATCH)
-    stages = model.system.trace(request, size, batch, encodes=encodes, offload=offload)
+    stages = model.system.trace(request, size, batch, encodes=encodes, offload=offload, keep=keep)
     remember(model, request, size, stages, batch)
     if model.refiner is not None:
         second = model.refiner.system.trace(request, size, batch, encodes=False, offload=offload)
@@ -125,6 +148,7 @@ def one(model: Model, request: Request, offload: str, limit: int | None) -> Memo
         stages=stages,
         available=available(place),
         limit=limit,
+        kept=keep,
     )
 
 
@@ -180,7 +204,7 @@ def _ways(model: Model, request: Request, found: MemoryPlan) -> list[str]:
     ways = []
     possible = levels(model)
     for level in possible[possible.index(found.offload) + 1 :]:
-        if (less := plan(model, request, level, found.limit)).fits:
+        if (less := one(model, request, level, found.limit)).fits:
             ways.append(f"--offload {level} ({shown(less.peak)})")
             break
     if model.dtype == torch.float32:

@@ -16,6 +16,7 @@ import torch
 
 from sfumato import load, planning
 from sfumato.autoencoder.kl import AutoencoderKL
+from sfumato.checkpoint.fill import Streamed
 from sfumato.checkpoint.rules import shapes
 from sfumato.cli.app import run
 from sfumato.cli.parse import size_in_bytes
@@ -288,6 +289,25 @@ def test_the_first_level_that_fits_is_taken(file):
     )
 
 
+def test_as_many_layers_stay_in_memory_as_fit(file, monkeypatch):
+    monkeypatch.setattr(planning, "FILLED", 1.0)  # the networks are small beside the program
+    monkeypatch.setattr(planning, "resident", lambda: 0)
+    model = opened(file, offload="model")
+    streamed = planning.plan(model, REQUEST, "sequential")
+    limit = (streamed.peak + planning.plan(model, REQUEST, "model").peak) // 2
+    found = planning.filled(model, REQUEST, replace(streamed, limit=limit))
+    weights = {
+        plan: {stage.name: stage.weights for stage in plan.stages}["denoise"] for plan in (streamed, found)
+    }
+    assert found.offload == "sequential" and found.kept > 0 and found.fits
+    assert weights[found] - weights[streamed] == pytest.approx(found.kept, rel=0.2)
+    followed = planning.follow(model, found)
+    assert any(isinstance(module, Streamed) for module in followed.system.denoiser.modules())
+    assert followed.generate(REQUEST).images[0].tobytes() == model.generate(REQUEST).images[0].tobytes()
+    none_to_spare = replace(streamed, limit=streamed.peak)
+    assert planning.filled(model, REQUEST, none_to_spare) is none_to_spare
+
+
 @pytest.mark.full
 def test_a_refiner_is_counted(tmp_path, monkeypatch):
     """Everything is kept, so while one model works the other's networks are beside it; and no stage is forgotten."""
@@ -382,15 +402,18 @@ def test_a_model_of_our_own_tells_no_plan(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peaks are read from Linux's /proc")
-@pytest.mark.parametrize("offload", OFFLOADS)
-def test_a_drawing_takes_what_was_planned(published, tmp_path, offload):
+@pytest.mark.parametrize(
+    "kept", [*(["--offload", level] for level in OFFLOADS), ["--memory", "1500MB"]], ids=" ".join
+)
+def test_a_drawing_takes_what_was_planned(published, tmp_path, kept):
     """The published size in a process of its own, within 10 %."""
     if not products_are_fast(torch.empty(0, dtype=torch.bfloat16)):
         pytest.skip("needs a CPU with native bfloat16 to be done in minutes")
     code = "import sys; from sfumato.cli.app import run; sys.exit(run(sys.argv[1:]))"
     words = ["generate", "a fox", "-m", str(published), "--size", "256", "--steps", "1", "--dtype", "bf16"]
-    words += ["--device", "cpu", "--offload", offload, "--json", "-o", str(tmp_path / "out.png")]
+    words += ["--device", "cpu", *kept, "--json", "-o", str(tmp_path / "out.png")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     memory = json.loads(done.stdout)["memory"]
     assert memory["planned"] == pytest.approx(memory["peak"], rel=0.1)
+    assert "--memory" not in kept or memory["peak"] <= 1.5e9

@@ -120,7 +120,7 @@ def test_however_a_network_comes_to_its_loras_it_is_the_same(file):
     )  # the rest reads text that is 48 wide, or is padded
     attached = answer(network)
     assert torch.equal(attached, answer(opened(one)[1])) and not torch.equal(attached, bare)
-    streamed = opened(one, stream=True)[1]
+    streamed = opened(one, keep=0)[1]
     assert any(isinstance(module, Streamed) for module in streamed.modules())
     assert torch.equal(attached, answer(streamed))
     assert switch(part, network, both) == 0  # what is not the base's is made anew

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -70,29 +71,35 @@ def fill_layers(
     device: torch.device | str | None = None,
     *,
     pack: bool = False,
-    stream: bool = False,
+    keep: int | None = None,
     twin: Callable[[nn.Module], nn.Module | None] | None = None,
 ) -> Report:
     """`fill`, one layer after the other, so that beside the network no more than a layer and a window are in memory.
 
     Weights are copied to memory of their own, those of convolutions channels-last. pack: replace each layer by its
-    packed twin (`nn/packed.py`) where it has one. stream: check products and convolutions and keep none: their weights
-    are read from the file again whenever the layer is called. It then computes the same, to the bit. twin: makes what
-    to keep of a layer in its place, or None to keep the layer; not together with the other two.
+    packed twin (`nn/packed.py`) where it has one. keep: bytes of products and convolutions to keep in memory, the
+    first that fit in; the others are checked, and read from the file again whenever they are called. The network then
+    computes the same, to the bit. None keeps all. twin: makes what to keep of a layer in its place, or None to keep the
+    layer; not together with the other two.
     """
-    if twin is not None and (pack or stream):
-        raise ValueError("a layer has one twin: leave out pack and stream")
+    if twin is not None and (pack or keep is not None):
+        raise ValueError("a layer has one twin: leave out pack and keep")
     replaced = packed if pack else twin
     state = network.state_dict(keep_vars=True)
     report = compare(state, tensors)
     report.require(where)
     problems: list[str] = []
-    room = Room() if (pack or stream) and torch.device(device or "cpu").type == "cpu" else None
+    on_cpu = torch.device(device or "cpu").type == "cpu"
+    room = Room() if (pack or keep is not None) and on_cpu else None
+    left = math.inf if keep is None else keep
     for path, parent, name in list(layers(network)):
         layer = getattr(parent, name)
         if room is not None:
             room.clear()
-        product = product_apart(layer, tensors, path, dtype) if pack and not stream else None
+        size = 0 if isinstance(layer, ALWAYS_KEPT) else _size(layer, dtype)
+        streams = size > left
+        left -= 0 if streams else size
+        product = product_apart(layer, tensors, path, dtype) if pack and not streams else None
         if product is not None:
             setattr(parent, name, packed_layer(layer, tensors, path, where, dtype, device, room, product))
             own(getattr(parent, name))
@@ -105,7 +112,7 @@ def fill_layers(
                 problems.append(f"{shown(f'{path}.{inner}')} {problem}")
         if problems or not ready:
             continue
-        if stream and not isinstance(layer, ALWAYS_KEPT):
+        if streams:
             setattr(parent, name, Streamed(layer, tensors, path, where, dtype, device, pack))
             continue
         layer.load_state_dict(ready, assign=True)
@@ -144,6 +151,11 @@ class Streamed(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         return self.read()(*inputs)
+
+
+def _size(layer: nn.Module, dtype: torch.dtype | None) -> int:
+    """Bytes of a layer's tensors in `dtype`, or in their own."""
+    return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in layer.state_dict().values())
 
 
 def _require_all(module: nn.Module, where: str) -> None:

@@ -44,6 +44,8 @@ def planned(
     found = planning.plan(model, request, offload, limit)
     if not found.fits:
         raise planning.refusal(model, request, found)
+    if offload is None or limit is not None:
+        found = planning.filled(model, request, found)
     if told:
         return model, found
     if found.offload != "none":  # memory is short
@@ -65,8 +67,8 @@ def show_plan(plan: MemoryPlan | None, request: Request, as_json: bool) -> None:
     ]
     whose = "of --memory" if plan.allowed == plan.limit else "free"
     show.table(
-        f"{shown(plan.peak)} at most, of {shown(plan.allowed)} {whose}: it fits with --offload {plan.offload}, "
-        f"in {plan.dtype} on {plan.device}",
+        f"{shown(plan.peak)} at most, of {shown(plan.allowed)} {whose}: it fits with --offload {plan.offload}"
+        f"{f' and {shown(plan.kept)} of layers kept' if plan.kept else ''}, in {plan.dtype} on {plan.device}",
         ["", "weights", "beside them", "in all"],
         rows,
     )

@@ -265,9 +265,18 @@ class DrawingSystem:
         return False
 
     def trace(
-        self, request: Request, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+        self,
+        request: Request,
+        size: tuple[int, int],
+        batch: int,
+        *,
+        encodes: bool,
+        offload: str,
+        keep: int = 0,
     ) -> tuple[Stage, ...]:
-        """The memory and FLOPs of each stage of drawing, of a system that `traces` (`planning.py`)."""
+        """The memory and FLOPs of each stage of drawing, of a system that `traces` (`planning.py`). keep: as of
+        `offloaded`.
+        """
         raise InputError("this model does not tell what drawing takes", argument="model")
 
     @property
@@ -280,8 +289,11 @@ class DrawingSystem:
         """The ways to keep its networks that it can."""
         return ("none",)
 
-    def offloaded(self, offload: str) -> Any:
-        """The same system with its networks kept in another way. `InputError` unless it is one of `offloads`."""
+    def offloaded(self, offload: str, keep: int = 0) -> Any:
+        """The same system with its networks kept in another way. `InputError` unless it is one of `offloads`.
+
+        keep: bytes of the denoiser's layers that "sequential" keeps in memory all the same.
+        """
         raise InputError(f"this model is kept in memory whole, without offload {offload}", argument="offload")
 
     def pixel_twin(self) -> Any:

@@ -43,10 +43,10 @@ class ControlFile:
     source: str
     beside: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def network(self, device: torch.device, dtype: torch.dtype, *, stream: bool = False) -> Any:
-        """The network, laid out as the denoiser beside it: packed for a CPU, in eight bits, or streamed."""
+    def network(self, device: torch.device, dtype: torch.dtype, *, keep: int | None = None) -> Any:
+        """The network, laid out as the denoiser beside it: packed for a CPU, in eight bits, or read as it is called."""
         tensors = Joined(("", self.tensors), ("", self.beside)) if self.beside else self.tensors
-        return denoiser(self.config, tensors, self.source, device, dtype, stream=stream)
+        return denoiser(self.config, tensors, self.source, device, dtype, keep=keep)
 
     def with_tensors(self, stand: Stand) -> ControlFile:
         """The same with what stands for its tensors."""
@@ -72,7 +72,9 @@ class Controls:
         with self._lock:
             if name in self._held:
                 return self._held[name]
-            made = self.files[name].network(self.device, self.dtype, stream=self.offload == "sequential")
+            made = self.files[name].network(
+                self.device, self.dtype, keep=0 if self.offload == "sequential" else None
+            )
             if self.offload == "none":
                 self._held[name] = made
             return made

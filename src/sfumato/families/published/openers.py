@@ -87,18 +87,19 @@ def denoiser(
     dtype: torch.dtype,
     engine: str = "torch",
     *,
-    stream: bool = False,
+    keep: int | None = None,
 ) -> Any:
     """The network that draws with these weights, or a ControlNet, laid out for what runs it. `where` stands for the
     weights in errors.
 
-    stream: its layers are read whenever they are called, which `offloads` must allow.
+    keep: bytes of its layers that stay in memory, the others being read whenever they are called, which `offloads` must
+    allow; None keeps all.
     """
     eight_bits = dtype == torch.int8
 
     def network(device: torch.device, dtype: torch.dtype, pack: bool) -> Any:
         made = blank(config)
-        fill_layers(made, tensors, where, dtype, device, pack=pack, stream=stream)
+        fill_layers(made, tensors, where, dtype, device, pack=pack, keep=keep)
         return made.eval().requires_grad_(False)
 
     if engine != "torch":

@@ -97,11 +97,12 @@ class PublishedSystem(DrawingSystem):
 
     @abstractmethod
     def openers(
-        self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+        self, parts: Mapping[str, Mapping[str, Tensor]], *, keep: int | None
     ) -> dict[str, Callable[[], Any]]:
         """How each network is made from the tensors of its part, in the order in which drawing needs them.
 
-        stream: the layers of the largest are read whenever they are called.
+        keep: bytes of the denoiser's layers that stay in memory, the others being read whenever they are called, as
+        those of other large networks are; None keeps all.
         """
 
     @property
@@ -195,7 +196,7 @@ class PublishedSystem(DrawingSystem):
         return self.control(name, self.controlnets[name], shown)
 
     def control_openers(
-        self, names: Iterable[str], stand: Stand, *, stream: bool
+        self, names: Iterable[str], stand: Stand, *, keep: int | None
     ) -> dict[str, Callable[[], Callable[[Tensor], Controller]]]:
         """How each ControlNet of these names is opened: to what it adds, given a tensor of the form of `shown`.
 
@@ -204,7 +205,7 @@ class PublishedSystem(DrawingSystem):
 
         def opener(name: str) -> Callable[[], Callable[[Tensor], Controller]]:
             ghost = self.controlnets.files[name].with_tensors(stand)
-            return lambda: partial(self.control, name, ghost.network(self.device, self.dtype, stream=stream))
+            return lambda: partial(self.control, name, ghost.network(self.device, self.dtype, keep=keep))
 
         return {name: opener(name) for name in names if name in self.controlnets.files}
 
@@ -257,24 +258,27 @@ class PublishedSystem(DrawingSystem):
         """The ways to keep its networks, of `memory.OFFLOADS`."""
         return offloads(self.engine, self.dtype)
 
-    def offloaded(self, offload: str) -> Self:
-        """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`."""
+    def offloaded(self, offload: str, keep: int = 0) -> Self:
+        """The same system with another way to keep its networks. `InputError` unless it is one of `offloads`.
+
+        keep: bytes of the denoiser's layers that "sequential" keeps in memory all the same.
+        """
         require_offload(offload, self.engine, self.dtype)
         held: list[Networks] = []
         loras = self.adapters.moved(lambda touched: held[0].renew(touched) if held else None)
-        make = self.openers(loras.parts, stream=offload == "sequential")
+        make = self.openers(loras.parts, keep=keep if offload == "sequential" else None)
         held.append(Networks(make, offload, self.renewers(loras.parts)))
         held[0].open_all()
         controlnets = replace(self.controlnets, offload=offload)
         return replace(self, networks=held[0], loras=loras, controlnets=controlnets)
 
     def trace(
-        self, request: Any, size: tuple[int, int], batch: int, *, encodes: bool, offload: str
+        self, request: Any, size: tuple[int, int], batch: int, *, encodes: bool, offload: str, keep: int = 0
     ) -> tuple[Stage, ...]:
         """The memory that each stage of drawing takes; see `trace.trace`."""
         from sfumato.families.published.trace import trace  # which needs this module
 
-        return trace(self, request, size, batch, encodes=encodes, offload=offload)
+        return trace(self, request, size, batch, encodes=encodes, offload=offload, keep=keep)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's tensors as the files have them, whatever precision they are drawn in."""

@@ -55,7 +55,7 @@ def open_t5(
     with torch.device("meta"):
         encoder = T5Encoder(config)
     kept, twin = t5_form(dtype)
-    fill_layers(encoder, tensors, where, kept, device, stream=stream, twin=twin)
+    fill_layers(encoder, tensors, where, kept, device, keep=0 if stream else None, twin=twin)
     encoder.device = device
     return encoder.eval().requires_grad_(False)
 

@@ -89,28 +89,31 @@ def trace(
     *,
     encodes: bool,
     offload: str,
+    keep: int = 0,
 ) -> tuple[Stage, ...]:
     """The stages of drawing `batch` pictures of a complete request, at `size`, its largest; `encodes`: from a picture.
+
+    keep: bytes of the denoiser's layers that "sequential" keeps in memory.
 
     The prompts are read and the U-Net is called as they are when drawing. The sampler's own latents are not counted.
     """
     require_offload(offload, system.engine, system.dtype)
     system = replace(system, engine="torch")  # of another engine the work is the same, its memory not known
     parts = {name: Numberless(part) for name, part in system.drawn_from.items()}
-    cpu, keeps = system.device.type == "cpu", offload == "none"
+    cpu, keeps, streams = system.device.type == "cpu", offload == "none", offload == "sequential"
     window = max(getattr(part.weights, "window", 0) for part in system.parts.values()) if cpu else 0
     scale = 1.0 if system.told_guidance else request.guidance or 1.0
     halves: Whole = lambda *rows: (0, 0, lambda: scale != 1)  # noqa: E731
     with tracing({**WHOLE, same_halves: halves}) as tracer:
         networks, weights, loading = {}, {}, []
-        for name, opener in system.openers(parts, stream=offload == "sequential").items():
+        for name, opener in system.openers(parts, keep=keep if streams else None).items():
             before = tracer.now
             networks[name], most = tracer.worst(opener)
             weights[name] = tracer.now - before
             loading.append(Stage("load", before if keeps else 0, most + window))
         controls, together = {}, 0
         names = sorted({control.name for control in request.controls or ()})
-        for name, show in system.control_openers(names, Numberless, stream=offload == "sequential").items():
+        for name, show in system.control_openers(names, Numberless, keep=0 if streams else None).items():
             before = tracer.now
             controls[name], most = tracer.worst(show)
             together += tracer.now - before
@@ -149,7 +152,7 @@ def trace(
         Stage(
             "denoise",
             resident["denoiser"],
-            denoise + (window if offload == "sequential" else 0),
+            denoise + (window if streams else 0),
             flops["denoise"],
         ),
         Stage(

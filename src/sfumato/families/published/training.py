@@ -54,7 +54,7 @@ def trainee(
     denoiser: of `frozen`. encoders: the text encoders that are trained too, by part. opened: networks of the system, by
     their names in it, that are there already. reader(system, captions): as of `Trainee`; the other arguments too.
     """
-    make: dict[str, Callable[[], Any]] = system.openers(system.parts, stream=False)
+    make: dict[str, Callable[[], Any]] = system.openers(system.parts, keep=None)
     make |= {name: lambda network=network: network for name, network in opened.items()}
     make |= {"denoiser": lambda: denoiser}
     # what is trained stays, whatever else is let go

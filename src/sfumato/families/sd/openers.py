@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def openers(
-    system: System, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+    system: System, parts: Mapping[str, Mapping[str, Tensor]], *, keep: int | None
 ) -> dict[str, Callable[[], Any]]:
     """How each network of a system is made from the tensors of its part, in the order in which drawing needs them.
 
-    stream: the U-Net's layers are read whenever they are called.
+    keep: bytes of the U-Net's layers that stay in memory; the others are read whenever they are called. None keeps all.
     """
     shapes, sources, form = system.shapes, system.sources, (system.kept, system.device)
 
@@ -35,7 +35,7 @@ def openers(
     of = (system.device, system.dtype, system.engine)
     return {
         "text": text,
-        "denoiser": lambda: denoiser(shapes.unet, parts["unet"], sources["unet"], *of, stream=stream),
+        "denoiser": lambda: denoiser(shapes.unet, parts["unet"], sources["unet"], *of, keep=keep),
         "autoencoder": lambda: autoencoder(shapes.vae, parts["vae"], sources["vae"], *form),
     }
 

@@ -78,9 +78,9 @@ class System(PublishedSystem):
     texts = ("text",)
 
     def openers(
-        self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+        self, parts: Mapping[str, Mapping[str, Tensor]], *, keep: int | None
     ) -> dict[str, Callable[[], Any]]:
-        return openers(self, parts, stream=stream)
+        return openers(self, parts, keep=keep)
 
     @property
     def text(self) -> TextStack:

@@ -51,7 +51,7 @@ def trainee(system: System, text: bool) -> Trainee:
     unet = frozen(system, "a LoRA")
     opened: dict[str, Any] = {}
     if text:
-        opened["text"] = system.openers(system.parts, stream=False)["text"]()
+        opened["text"] = system.openers(system.parts, keep=None)["text"]()
     parts = [part.name for part in system.shapes.text]
     v = system.config.prediction == "v"
     notes = NOTES["sd2-v" if kind == "sd2" and v else kind] | {

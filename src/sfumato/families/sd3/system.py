@@ -101,7 +101,7 @@ class System(PublishedSystem):
         return {part.name: part.config for part in self.shapes.text}
 
     def openers(
-        self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+        self, parts: Mapping[str, Mapping[str, Tensor]], *, keep: int | None
     ) -> dict[str, Callable[[], Any]]:
         shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
         texts = text_openers(
@@ -111,12 +111,12 @@ class System(PublishedSystem):
             sources,
             *form,
             text_dtype=self.text_dtype,
-            stream=stream and self.text_dtype != torch.int8,
+            stream=keep is not None and self.text_dtype != torch.int8,
         )
         of = (self.device, self.dtype, self.engine)
         weights, where = parts["transformer"], sources["transformer"]
         return texts | {
-            "denoiser": lambda: denoiser(shapes.transformer, weights, where, *of, stream=stream),
+            "denoiser": lambda: denoiser(shapes.transformer, weights, where, *of, keep=keep),
             "autoencoder": lambda: autoencoder(shapes.vae, parts["vae"], sources["vae"], *form),
         }
 

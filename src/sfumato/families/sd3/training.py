@@ -33,7 +33,7 @@ def trainee(system: System, text: bool) -> Trainee:
     *clips, _ = READERS
     opened = {}
     if text:
-        make = system.openers(system.parts, stream=False)
+        make = system.openers(system.parts, keep=None)
         opened = {clip.part: make[clip.part]() for clip in clips if clip in system.readers}
     notes = {
         "modelspec.architecture": f"stable-diffusion-3-{ARCHITECTURES[system.config.kind]}/lora",

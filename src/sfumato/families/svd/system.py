@@ -66,7 +66,7 @@ class System(PublishedSystem):
     reads = frozenset(["frames", "fps", "guidance_first", "motion", "clip"])
 
     def openers(
-        self, parts: Mapping[str, Mapping[str, Tensor]], *, stream: bool
+        self, parts: Mapping[str, Mapping[str, Tensor]], *, keep: int | None
     ) -> dict[str, Callable[[], Any]]:
         shapes, sources, form = self.shapes, self.sources, (self.kept, self.device)
         [reader] = shapes.text
@@ -76,7 +76,7 @@ class System(PublishedSystem):
             reader.name: lambda: picture_encoder(
                 reader.config, parts[reader.name], sources[reader.name], *form
             ),
-            "denoiser": lambda: denoiser(shapes.unet, weights, where, *of, stream=stream),
+            "denoiser": lambda: denoiser(shapes.unet, weights, where, *of, keep=keep),
             "autoencoder": lambda: autoencoder(shapes.vae, parts["vae"], sources["vae"], *form),
         }
 
