@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfumato.checkpoint.cast import Room
-from sfumato.checkpoint.fill import fill, fill_layers
+from sfumato.checkpoint.fill import Streamed, fill, fill_layers
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.report import Report, compare
 from sfumato.checkpoint.source import open_weights
@@ -340,3 +340,32 @@ def test_layers_that_are_cast_take_the_memory_of_one(stream, monkeypatch):
     weights = {name: torch.randn(t.shape).half() for name, t in net.state_dict().items()}
     fill_layers(net, weights, "weights", torch.float32, pack=not stream, keep=0 if stream else None)
     assert len(made) == 24 and max(made) <= 2 * 4 * (64 * 64 + 64)
+
+
+class Scaled(nn.Module):
+    """A norm that PyTorch does not have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Placed(nn.Module):
+    """A layer with the table that it looks places up in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(width, width, 2)
+        self.register_buffer("table", torch.zeros(1, 9, width))
+
+
+def test_vectors_and_tables_are_never_read_anew():
+    def network() -> nn.ModuleDict:
+        parts = {"norm": nn.GroupNorm(2, 8), "scaled": Scaled(8), "placed": Placed(8), "silu": nn.SiLU()}
+        return nn.ModuleDict({**parts, "line": nn.Linear(8, 8), "words": nn.Embedding(8, 8)})
+
+    weights = network().state_dict()
+    with torch.device("meta"):
+        made = network()
+    fill_layers(made, weights, "weights", keep=0)
+    assert {name for name, layer in made.items() if isinstance(layer, Streamed)} == {"line", "words"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, interpolate
 
-from sfumato.nn.packed import can_pack, pack, shared_kernel
+from sfumato.nn.packed import can_pack, layers, pack, shared_kernel
 from sfumato.nn.spatial import GEGLU
 from sfumato.nn.unet import UNet, UNetConfig, Upsample
 
@@ -115,3 +115,21 @@ def test_a_packed_u_net_answers_as_before(dtype, linear, size):
         one = [t[row : row + 1] for t in inputs]
         alone = network(*one, time_cond=torch.ones(1, 8))
         assert distance(alone, packed[row : row + 1]) < 2 * GRAIN[dtype]
+
+
+class Gained(nn.Module):
+    """Layers with a parameter beside them, as a block's gain, or with a table."""
+
+    def __init__(self, *, table: bool):
+        super().__init__()
+        self.proj, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+        gain = torch.ones(4)
+        if table:
+            self.register_buffer("gain", gain)
+        else:
+            self.gain = nn.Parameter(gain)
+
+
+def test_a_table_beside_layers_makes_one_of_them_and_a_parameter_does_not():
+    network = nn.ModuleDict({"block": Gained(table=False), "place": Gained(table=True)})
+    assert [path for path, _, _ in layers(network)] == ["block.proj", "block.out", "place"]

@@ -14,17 +14,7 @@ from sfumato.checkpoint.cast import Room
 from sfumato.checkpoint.header import shown
 from sfumato.checkpoint.layer import fitting, given, own, packed_layer, product_apart, read_layer, refuse
 from sfumato.checkpoint.report import SHOWN, Report, compare
-from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.packed import layers, packed
-from sfumato.nn.temporal import Mixer
-
-ALWAYS_KEPT = (
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    PatchEmbed,
-    Mixer,
-)  # never streamed: small, or a table to look up
 
 
 def fill(
@@ -96,7 +86,7 @@ def fill_layers(
         layer = getattr(parent, name)
         if room is not None:
             room.clear()
-        size = 0 if isinstance(layer, ALWAYS_KEPT) else _size(layer, dtype)
+        size = 0 if _stays(layer) else _size(layer, dtype)
         streams = size > left
         left -= 0 if streams else size
         product = product_apart(layer, tensors, path, dtype) if pack and not streams else None
@@ -151,6 +141,11 @@ class Streamed(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         return self.read()(*inputs)
+
+
+def _stays(layer: nn.Module) -> bool:
+    """Whether it is never streamed: small, since it has nothing but vectors; or with a table to look up."""
+    return any(True for _ in layer.buffers()) or all(weight.ndim < 2 for weight in layer.parameters())
 
 
 def _size(layer: nn.Module, dtype: torch.dtype | None) -> int:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.nn.attention import products_are_fast
-from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.spatial import GEGLU, TanhGELU
 from sfumato.nn.temporal import TemporalConv
 from sfumato.nn.tiles import add_product, tiles_of
@@ -22,7 +21,7 @@ from sfumato.nn.unet import Upsample
 
 ROWS = 2048  # tokens, and
 CELLS = 32  # cells per side, for which oneDNN picks its tiles; any other number gives the same answers
-WHOLE = (GEGLU, TanhGELU, Upsample, PatchEmbed)  # modules that are one layer although they have children
+WHOLE = (GEGLU, TanhGELU, Upsample)  # modules that are one layer although they have children
 SLICE = 128  # input channels of a kernel that are worked on at a time
 
 
@@ -54,8 +53,10 @@ def layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether it is packed as one: a module without children, or one whose few layers go together."""
-    return isinstance(module, WHOLE) or not any(True for _ in module.children())
+    """Whether it is packed as one: a module without children, one whose few layers go together, or one that has a
+    table of its own beside its layers."""
+    table = any(True for _ in module.buffers(recurse=False))
+    return isinstance(module, WHOLE) or table or not any(True for _ in module.children())
 
 
 def packed(layer: nn.Module) -> nn.Module | None:
