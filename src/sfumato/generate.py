@@ -139,8 +139,8 @@ class Model:
             ours, theirs = (model.system.latent_space for model in (self, refiner))
             if ours is None or ours != theirs:
                 raise InputError(
-                    f"the refiner {refiner.name!r} does not draw in the latents of {name!r}; give one of the same "
-                    "family, such as SDXL's for SDXL",
+                    f"the refiner {refiner.name!r} does not draw in the latents of {name!r}; give one that was "
+                    "trained on the same latents",
                     argument="refiner",
                 )
         self.dtype = system.dtype or dtype or drawing_dtype(device)

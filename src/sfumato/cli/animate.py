@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sfumato.generate import Model
     from sfumato.types import Clip, Request
 
-EXAMPLE = "sfumato animate --image photo.png -m svd.safetensors -o out.mp4 --seed 7"
+EXAMPLE = "sfumato animate --image photo.png -m model.safetensors -o out.mp4 --seed 7"
 CLIP = "The clip"
 
 Output = Annotated[

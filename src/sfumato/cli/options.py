@@ -16,9 +16,9 @@ PICTURE, MASK, CONTROL, LARGER, FASTER, PROMPT, TUNING, WEIGHTS = (
     "Drawing after a control picture",
     "Drawing it larger",
     "Drawing faster, not quite the same picture",
-    "How Stable Diffusion reads a prompt",
+    "How a checkpoint reads a prompt",
     "For those who know",
-    "Opening a Stable Diffusion checkpoint",
+    "Opening a checkpoint",
 )
 MANY = "Many pictures"
 
@@ -38,7 +38,8 @@ Negative = Annotated[
     str | None,
     Option(
         metavar="TEXT",
-        help="What to stay away from. `--negative ''` is the empty text, which SDXL tells from no --negative at all.",
+        help="What to stay away from. `--negative ''` is the empty text, which some models tell from no --negative "
+        "at all.",
     ),
 ]
 Model = Annotated[
@@ -210,7 +211,7 @@ GuidanceInterval = Annotated[
         metavar="LOW:HIGH",
         rich_help_panel=FASTER,
         help="Guide only where LOW < sigma <= HIGH; elsewhere a step costs half. Sigma goes to 0, from 1 in flow "
-        "models and from 14.6 in Stable Diffusion. `none` takes it out of --like.",
+        "models and from 14 or more in others. `none` takes it out of --like.",
     ),
 ]
 Variation = Annotated[
@@ -259,7 +260,8 @@ TextLength = Annotated[
     Option(
         metavar="N",
         rich_help_panel=PROMPT,
-        help="Tokens that T5 reads at least, up to 512; 256 by default. A longer prompt is read whole.",
+        help="Tokens that a text encoder without windows reads at least, up to 512; 256 by default. A longer "
+        "prompt is read whole.",
     ),
 ]
 SkipLayers = Annotated[
@@ -267,8 +269,8 @@ SkipLayers = Annotated[
     Option(
         metavar="N,N…",
         rich_help_panel=TUNING,
-        help="Guide away from what the network draws without these layers, counted from 0: 7,8,9 for Stable Diffusion "
-        "3.5 Medium. `none` takes it out of --like.",
+        help="Guide away from what the network draws without these layers, counted from 0; the model's "
+        "card says which, such as 7,8,9. `none` takes it out of --like.",
     ),
 ]
 SkipScale = Annotated[
@@ -287,8 +289,8 @@ Micro = Annotated[
     Option(
         metavar="NAME=VALUE",
         rich_help_panel=PROMPT,
-        help="What SDXL is told of sizes: original=4096x4096, crop=LEFT,TOP, target=1024x1024, aesthetic=6 (the "
-        "refiner), each also as negative-…; may be repeated. `none` takes it out of --like.",
+        help="What a model that reads sizes is told: original=4096x4096, crop=LEFT,TOP, target=1024x1024, aesthetic=6 "
+        "(a refiner), each also as negative-…; may be repeated. `none` takes it out of --like.",
     ),
 ]
 Embedding = Annotated[
@@ -322,8 +324,8 @@ Refiner = Annotated[
     Option(
         metavar="MODEL[:X]",
         rich_help_panel=WEIGHTS,
-        help="A second model that finishes the picture, such as SDXL's refiner, after this share of the noise levels; "
-        "0.8 by default. `none` takes it out of --like.",
+        help="A second model that finishes the picture, after this share of the noise levels; 0.8 by default. "
+        "`none` takes it out of --like.",
     ),
 ]
 Parts = Annotated[
@@ -365,14 +367,14 @@ TextDtype = Annotated[
     Option(
         metavar="NAME",
         rich_help_panel=WEIGHTS,
-        help="Of T5's weights: fp32, bf16 or int8, half of bf16's memory; as --dtype by default.",
+        help="Of the largest text encoder's weights: fp32, bf16 or int8, half of bf16's memory; as --dtype by default.",
     ),
 ]
 Tokenizer = Annotated[
     Path | None,
     Option(
         rich_help_panel=WEIGHTS,
-        help="T5's tokenizer.json or spiece.model, where the checkpoint has none beside it.",
+        help="The largest text encoder's tokenizer.json or spiece.model, where the checkpoint has none beside it.",
     ),
 ]
 Engine = Annotated[
