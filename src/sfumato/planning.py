@@ -220,8 +220,8 @@ def _ways(model: Model, request: Request, found: MemoryPlan) -> list[str]:
             if smaller.fits:
                 ways.append(f"--size {by(size)} ({shown(smaller.peak)})")
                 break
-    if request.moves and request.frames is not None:
-        fewer = replace(request, frames=max(2, request.frames // 2), count=1)
+    if request.moves:
+        fewer = replace(request, frames=_half(model, request), count=1)
         if (least := plan(model, fewer, found.offload, found.limit)).fits:
             ways.append(f"--frames {fewer.frames} ({shown(least.peak)})")
     return ways
@@ -230,13 +230,10 @@ def _ways(model: Model, request: Request, found: MemoryPlan) -> list[str]:
 def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputError:
     """What to say of a clip's plan that does not fit, with what would: a smaller size, or fewer frames."""
     request = model.complete(request)
-    assert request.size is not None and request.frames is not None
+    assert request.size is not None
     ways = []
     half = nearest_size((request.size[0] // 2, request.size[1] // 2), model.system.config.multiple)
-    smaller, fewer = (
-        replace(request, size=half),
-        replace(request, frames=1 + 4 * max(1, (request.frames - 1) // 8)),
-    )
+    smaller, fewer = replace(request, size=half), replace(request, frames=_half(model, request))
     for option, other in ((f"--size {by(half)}", smaller), (f"--frames {fewer.frames}", fewer)):
         if other != request and (least := plan_clip(model, other, found.limit)).fits:
             ways.append(f"{option} ({shown(least.peak)})")
@@ -247,6 +244,14 @@ def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputE
         + (f"what fits: {' or '.join(ways)}" if ways else "no shorter or smaller clip fits"),
         argument="memory",
     )
+
+
+def _half(model: Model, request: Request) -> int:
+    """Frames of half of the latents of a complete request for a clip; of two at least, or it would be a picture."""
+    assert request.size is not None and request.frames is not None
+    width, height = request.size
+    latents = model.system.latent_shape(request.frames, height, width)[1]
+    return model.system.frames_of(max(2, (latents + 1) // 2))
 
 
 def shown(count: int) -> str:

@@ -109,6 +109,14 @@ def test_the_plan_of_a_clip_is_what_it_allocates(folder):
     assert set(stages) == {"denoise", "decode"}
 
 
+@pytest.mark.parametrize("frames, fewer", [(17, 9), (13, 5), (9, 5)])
+def test_a_refused_clip_is_told_how_many_frames_fit(folder, frames, fewer):
+    model = load(folder)
+    request = model.complete(Request("a red cube", frames=frames))
+    said = str(planning.refusal_of_clip(model, request, planning.plan_clip(model, request)))
+    assert f"drawing {frames} frames of" in said and f" or --frames {fewer} (" in said
+
+
 def test_animate_plans_and_keeps_within_memory(folder, capsys):
     given = ["animate", "a red cube", "-m", str(folder)]
     short, long = (told(capsys, *given, "--plan", "--frames", n) for n in ("5", "33"))

@@ -88,3 +88,10 @@ def test_inspect_tells_the_published_one(published, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["family"] == "svd" and set(told["parts"]) == {"unet", "vae", IMAGE_ENCODER, "other"}
     assert told["parts"]["unet"]["parameters"] == 1_524_623_082
+
+
+def test_a_refused_clip_is_told_how_many_frames_fit(place):
+    model = opened(place)
+    request = model.complete(replace(REQUEST, frames=5))
+    said = str(planning.refusal(model, request, planning.plan(model, request, "none")))
+    assert "drawing 5 frames of" in said and " or --frames 3 (" in said

@@ -216,7 +216,8 @@ def _denoise_bytes(
 
     def network(x: Tensor, level: Tensor, given: Conditioning) -> Tensor:
         if ghost.inpaint_channels is not None:
-            x = torch.cat([x, x.new_empty(len(x), 5, *x.shape[2:])], 1)
+            more_channels = ghost.shapes.denoiser.in_channels - shape[0]
+            x = torch.cat([x, x.new_empty(len(x), more_channels, *x.shape[2:])], 1)
         control: tuple[Tensor, ...] = ()
         for adds in shown:
             added = adds(x, level, given, False)
