@@ -22,10 +22,6 @@ from sfumato.types import MAX_CLIP_PIXELS, MAX_SIDE, HiRes, Request
 if TYPE_CHECKING:
     from sfumato.generate import Model
 
-REFINE_AT = (
-    0.8  # of the noise levels; SDXL's refiner was trained on the last fifth (Podell et al. 2023, sec. 2.5)
-)
-
 
 def complete(model: Model, request: Request) -> Request:
     """Validate, fill what is open from the picture and the preset, and check what only the model knows: names,
@@ -65,7 +61,7 @@ def complete(model: Model, request: Request) -> Request:
     if model.refiner is None and request.refine_at is not None:
         raise InputError("refine_at needs a refiner; open the model with one", argument="refine_at")
     if model.refiner is not None and request.refine_at is None:
-        request = replace(request, refine_at=REFINE_AT)
+        request = replace(request, refine_at=model.refiner.system.config.preset.refine_at)
     return request
 
 

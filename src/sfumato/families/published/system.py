@@ -52,7 +52,8 @@ Embeddings = Iterable[Place] | Mapping[str, Place]  # files of textual inversion
 @dataclass(frozen=True)
 class Preset:
     """What a request that leaves things open gets. interval: of sigma, where guidance acts. frames: more than 1 of a
-    model of clips; fps, guidance_first: of those, and `guidance` is then that of the last frame.
+    model of clips; fps, guidance_first: of those, and `guidance` is then that of the last frame. refine_at: where a
+    refiner takes over.
     """
 
     steps: int
@@ -65,6 +66,9 @@ class Preset:
     frames: int = 1
     fps: float | None = None
     guidance_first: float | None = None
+    refine_at: float = (
+        0.8  # of the noise levels: a refiner's share is the last fifth (Podell et al. 2023, sec. 2.5)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
