@@ -86,7 +86,7 @@ def test_a_folder_that_is_no_model(tmp_path, capsys):
 
 def test_options_of_another_family(turbo, capsys):
     said = refused(capsys, "generate", "x", "-m", turbo, "--no-t5", "--no-clip-g")
-    assert "error: --no-t5 and --no-clip-g is for checkpoints of the family sd3 (" in said
+    assert "error: --without t5 and --without clip_g is for checkpoints of the family sd3 (" in said
     assert said.endswith("is of sd1: leave it out")
     said = refused(capsys, "generate", "x", "-m", turbo, "--text-dtype", "bf16")
     assert "error: --text-dtype is for checkpoints of the family sd3 (" in said

@@ -106,11 +106,12 @@ def test_who_reads_is_settled_by_what_is_there_and_what_is_left_out():
     assert readers_of({*parts, "text_encoder_3"}, [], "m") == READERS
     assert readers_of(parts, ["t5"], "m") == (L, G)
     with pytest.raises(
-        CheckpointError, match=r"m holds no T5; give its file by --parts, or draw without by --no-t5$"
+        CheckpointError, match=r"m holds no T5; give its file by --parts, or leave out by --without t5$"
     ):
         readers_of(parts, [], "m")
     with pytest.raises(
-        CheckpointError, match=r"no CLIP-L and no CLIP-G; give their files .* --no-clip-l --no-clip-g$"
+        CheckpointError,
+        match=r"no CLIP-L and no CLIP-G; give their files .* --without clip_l --without clip_g$",
     ):
         readers_of({"text_encoder_3"}, [], "m")
     with pytest.raises(InputError, match=r"no text encoder 't6' to leave out; it has clip_l, clip_g, t5"):
@@ -296,7 +297,7 @@ def test_without_a_tokenizer_the_error_says_what_to_do(tmp_path, monkeypatch):
         tokenizers_of(READERS, None, "sd3.safetensors", file=tmp_path / "sd3.safetensors")
     message = str(caught.value)
     assert "\n" not in message
-    for part in (str(tmp_path / "tokenizer_3"), "tokenizer.json", "--tokenizer", "--no-t5"):
+    for part in (str(tmp_path / "tokenizer_3"), "tokenizer.json", "--tokenizer", "--without t5"):
         assert part in message
     assert tokenizers_of((L, G), None, "sd3.safetensors").keys() == {L.part, G.part}
 

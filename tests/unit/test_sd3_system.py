@@ -88,6 +88,9 @@ def test_a_folder_and_its_single_file_draw_the_same(small, places, capsys):
     assert "tokenizer" in refused(capsys, "generate", "a", "-m", "model.safetensors", *LIGHT)
     assert run(["generate", "a red cube", "-m", "model.safetensors", *LIGHT, "--no-t5", "-o", "c.png"]) == 0
     assert (np.asarray(Image.open("c.png")) != one).any() and read_recipe("c.png")["without"] == ["t5"]
+    left = ["--without", "t5", "--no-clip-l"]
+    assert run(["generate", "a red cube", "-m", "model.safetensors", *LIGHT, *left, "-o", "d.png"]) == 0
+    assert read_recipe("d.png")["without"] == ["t5", "clip_l"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,9 @@ def test_what_it_is_asked_that_it_does_not_know(small, places, capsys):
     assert "is of sd3-medium, which predicts flow, not v" in line
     other = write_other("sd1", Path("other"))
     line = refused(capsys, "generate", "a", "-m", other, "--no-t5")
-    assert "--no-t5 is for checkpoints of the family sd3" in line and "'other' is of sd1" in line
+    assert "--without t5 is for checkpoints of the family sd3" in line and "'other' is of sd1" in line
+    line = refused(capsys, "generate", "a", "-m", place, "--without", "t6", "--no-t5")
+    assert "no text encoder 't6' to leave out; it has clip_l, clip_g, t5" in line
     line = refused(capsys, "generate", "a", "-m", place, "--no-t5", "--tokenizer", "gone.json")
     assert "gone.json is for T5, which is left out here; leave out the tokenizer too" in line
     vae = hollow(blank(KLConfig()).state_dict(), Path("vae.safetensors"))
@@ -143,7 +148,7 @@ def test_a_transformer_alone_takes_what_it_lacks_from_others(small, places, tmp_
     # of a folder with no encoders but one, the others are left out
     some = write("sd3.5-medium", tmp_path / "some", without=("text_encoder", "text_encoder_3"))
     line = refused(capsys, "generate", "a", "-m", some)
-    assert "holds no CLIP-L and no T5" in line and "--no-clip-l --no-t5" in line
+    assert "holds no CLIP-L and no T5" in line and "--without clip_l --without t5" in line
     model = load(some, without=("clip_l", "t5"), dtype=torch.float32)
     assert model.generate(replace(REQUEST, size=(32, 32))).images[0].tobytes() != whole
 

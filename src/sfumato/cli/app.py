@@ -6,9 +6,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -33,6 +33,7 @@ from sfumato.cli import (
     usage,
 )
 from sfumato.errors import Cancelled, InputError, SfumatoError
+from sfumato.families import ALIASES
 
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
@@ -61,12 +62,23 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {
 }
 
 
+class Verb(typer.core.TyperCommand):
+    """A verb, some of whose options have a shorter name as well."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The rest of the command line, once its options are read."""
+        options = {text for parameter in self.params for text in parameter.opts}
+        end = args.index("--") if "--" in args else len(args)
+        told = [ALIASES[word] if ALIASES.get(word, ("",))[0] in options else (word,) for word in args[:end]]
+        return super().parse_args(ctx, [*chain.from_iterable(told), *args[end:]])
+
+
 def build() -> typer.Typer:
     """The whole command tree, made afresh; nothing heavy is imported before a verb runs."""
     app = typer.Typer(name="sfumato", add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_top)
     for name, (function, example) in VERBS.items():
-        app.command(name, epilog=f"Example: {example}")(function)
+        app.command(name, cls=Verb, epilog=f"Example: {example}")(function)
     for group, (about, verbs) in GROUPS.items():
         inner = typer.Typer(help=about, no_args_is_help=True)
         for name, (verb, example) in verbs.items():

@@ -73,9 +73,7 @@ def generate(
     vae: options.Vae = None,
     dtype: options.Dtype = None,
     text_dtype: options.TextDtype = None,
-    no_t5: options.NoT5 = False,
-    no_clip_l: options.NoClipL = False,
-    no_clip_g: options.NoClipG = False,
+    without: options.Without = None,
     tokenizer: options.Tokenizer = None,
     engine: options.Engine = None,
     prediction: options.Prediction = None,
@@ -156,7 +154,6 @@ def generate(
     if model is None:
         # a stranger's picture may name any file or place; only a name that we know is followed
         model = said.model if said is not None and said.model in MODELS else DEFAULT_MODEL
-    left_out = {"t5": no_t5, "clip_l": no_clip_l, "clip_g": no_clip_g}
     limit = None if memory is None else parse.size_in_bytes("memory", memory)
     opening: dict[str, Any] = {
         "device": device,
@@ -170,7 +167,7 @@ def generate(
         "refiner": second,
         "offload": "auto",
         "preset": preset,
-        "without": [name for name, asked in left_out.items() if asked],
+        "without": without or (),
         "text_dtype": None if text_dtype is None else parse.dtype(text_dtype, parse.READ, "text-dtype"),
         "tokenizer": tokenizer,
         "controlnets": networks,

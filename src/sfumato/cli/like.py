@@ -59,7 +59,7 @@ def differences(like: Path, said: Like, loaded: Model, request: Request) -> list
         more = [f"with {name}" for name in sorted(ours - theirs)]
         notes.append(
             f"{like} was drawn {' and '.join([*more, *(f'without {name}' for name in sorted(theirs - ours))])}; "
-            "which text encoders are read is said by --no-t5, --no-clip-l and --no-clip-g"
+            "text encoders are left out by --without NAME"
         )
     for name in said.embeddings.keys() - loaded.embeddings.keys():
         notes.append(f"{like} was drawn with the embedding {name!r}; give its file by --embedding")

@@ -348,19 +348,14 @@ Dtype = Annotated[
         help="Of a checkpoint's weights: fp32, bf16, fp16, or on a CPU int8.",
     ),
 ]
-NoT5 = Annotated[
-    bool,
+Without = Annotated[
+    list[str] | None,
     Option(
-        "--no-t5",
+        metavar="NAME",
         rich_help_panel=WEIGHTS,
-        help="Leave out T5, the largest text encoder of Stable Diffusion 3.",
+        help="A text encoder to leave out, of a checkpoint that reads prompts with several; may be repeated. A wrong "
+        "name is answered by those there are.",
     ),
-]
-NoClipL = Annotated[
-    bool, Option("--no-clip-l", rich_help_panel=WEIGHTS, help="Leave out its text encoder CLIP-L.")
-]
-NoClipG = Annotated[
-    bool, Option("--no-clip-g", rich_help_panel=WEIGHTS, help="Leave out its text encoder CLIP-G.")
 ]
 TextDtype = Annotated[
     str | None,

@@ -46,6 +46,11 @@ DEFAULT_FAMILY = "pocket"  # of a recipe that names none
 CARD = "model.json"
 UNUSED = ("safety_checker", "feature_extractor")  # parts of a Hub's folder that nothing here reads
 CHECKPOINTS = ("sd", "sd3", "svd")
+ALIASES = {  # options of the command line that have a shorter name, for one family's text encoders
+    "--no-t5": ("--without", "t5"),
+    "--no-clip-l": ("--without", "clip_l"),
+    "--no-clip-g": ("--without", "clip_g"),
+}
 
 
 def family_named(name: str) -> ModuleType:
@@ -139,7 +144,7 @@ def _stranger(name: str, value: Any, path: Path, kind: str) -> InputError:
     """What to say of an option that the family of a checkpoint does not know: what a user calls it, and whose it is."""
     option = f"--{name.replace('_', '-')}"
     if name == "without":
-        option = " and ".join(f"--no-{part.replace('_', '-')}" for part in value)
+        option = " and ".join(f"--without {part}" for part in value)
     knowing = [
         family
         for family in checkpoint_families()

@@ -119,12 +119,3 @@ def _row(sections: Sections, tokenizer: T5Tokenizer, most: int) -> tuple[list[in
         )
     ids = [*(i for i, _ in tokens), tokenizer.eos]
     return ids, [*(weights[place] if place < len(weights) else 1.0 for _, place in tokens), 1.0]
-
-
-def describe_missing(name: str, places: Iterable[Path]) -> str:
-    """What to do where there is no tokenizer, in one line. places: where one was looked for."""
-    where = " or ".join(str(place) for place in places)
-    return (
-        f"{name} has T5 but no tokenizer for it: put T5's tokenizer.json (tokenizer_3/ of any Stable Diffusion 3 "
-        f"repository) into {where}, name the file by --tokenizer, or leave T5 out by --no-t5"
-    )

@@ -123,10 +123,10 @@ def readers_of(there: Collection[str], without: Iterable[str], name: str) -> tup
         raise InputError("all text encoders are left out; leave one in", argument="without")
     missing = [reader for reader in wanted if reader.part not in there]
     if missing:
-        flags = " ".join(f"--no-{reader.name.replace('_', '-')}" for reader in missing)
+        flags = " ".join(f"--without {reader.name}" for reader in missing)
         raise CheckpointError(
             f"{name} holds no {' and no '.join(reader.title for reader in missing)}; give "
-            f"{'its file' if len(missing) == 1 else 'their files'} by --parts, or draw without by {flags}"
+            f"{'its file' if len(missing) == 1 else 'their files'} by --parts, or leave out by {flags}"
         )
     return wanted
 

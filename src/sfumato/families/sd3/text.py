@@ -20,7 +20,7 @@ from sfumato.families.published.text import open_clip, open_t5, t5_dtype, t5_for
 from sfumato.families.sd3.condition import READERS, Reader
 from sfumato.text.clip_tokens import ClipTokenizer
 from sfumato.text.t5 import T5_XXL, T5Config
-from sfumato.text.t5_tokens import T5Tokenizer, describe_missing, find, open_file
+from sfumato.text.t5_tokens import T5Tokenizer, find, open_file
 
 CACHED = (  # repositories whose copy in the Hub's cache has T5's tokenizer
     ("stabilityai/stable-diffusion-3.5-medium", "tokenizer_3/tokenizer.json"),
@@ -130,7 +130,10 @@ def _t5_tokenizer(
         places = beside if place is None else [place]
         path = find([*places, *_cached()])
         if path is None:
-            raise CheckpointError(describe_missing(name, places[:1]))
+            raise CheckpointError(
+                f"{name} has T5 but no tokenizer for it: put T5's tokenizer.json (tokenizer_3/ of any Stable Diffusion "
+                f"3 repository) into {places[0]}, name the file by --tokenizer, or leave T5 out by --without t5"
+            )
     tokenizer = open_file(path)
     if len(tokenizer) > vocabulary:
         raise CheckpointError(f"{path} has {len(tokenizer)} ids; T5's encoder here reads {vocabulary}")
