@@ -27,6 +27,7 @@ TITLES = {
     "pocket": "pocket",
 }
 CONTEXTS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}  # width of a cross-attention's text
+BOTH = "sdxl"  # reads prompts with two encoders that textual inversions are made for
 JOINT = {1536: "3 or 3.5 Medium", 2432: "3.5 Large"}  # widths of Stable Diffusion 3's transformers
 MARKS = (  # of names, first match first
     (re.compile(r"single_transformer_blocks|double_blocks"), "flux"),

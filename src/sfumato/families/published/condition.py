@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.lora import CONTEXTS, TITLES
+from sfumato.families.lora import BOTH, CONTEXTS, TITLES
 from sfumato.text.inversion import LABELS, UNLABELLED, Inversion
 from sfumato.text.syntax import rule_named
 from sfumato.text.weighting import weighting_named
@@ -101,5 +101,5 @@ def fit_inversion(
 
 def _made_for(found: Mapping[str, Inversion]) -> str:
     if set(found) == set(LABELS):
-        return TITLES["sdxl"]
+        return TITLES[BOTH]
     return TITLES.get(CONTEXTS.get(next(iter(found.values())).width, ""), "")

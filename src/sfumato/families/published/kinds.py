@@ -11,19 +11,15 @@ from sfumato.checkpoint.detect import Signature
 from sfumato.checkpoint.rules import Drop, KeyMap, within
 from sfumato.families.published import keys
 from sfumato.families.published.adapters import Naming
-from sfumato.nn.mmdit import MMDiTConfig
-from sfumato.nn.spacetime import SpaceTimeConfig
-from sfumato.nn.unet import UNetConfig
 from sfumato.text.clip import ClipConfig
 from sfumato.text.t5 import T5Config
 from sfumato.text.vision import ClipVisionConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from sfumato.families.published.checkpoint import Checkpoint
 
-DenoiserConfig = UNetConfig | MMDiTConfig | SpaceTimeConfig
 TextConfig = ClipConfig | T5Config | ClipVisionConfig  # of what reads the prompt, or the picture in its place
 
 
@@ -40,11 +36,21 @@ class TextPart:
     open_clip: bool = False
 
 
+@dataclass(frozen=True)
+class Network:
+    """How a network is made. build(config): with fresh weights. kept: parts of names of layers that stay as they are
+    where the others are in eight bits.
+    """
+
+    build: Callable[[Any], nn.Module]
+    kept: tuple[str, ...] = ()
+
+
 class Kind(Protocol):
     """A kind of checkpoint: its networks, and the pixels per side that it was trained on."""
 
     @property
-    def denoiser(self) -> DenoiserConfig: ...
+    def denoiser(self) -> Any: ...  # its class is one of `Family.networks`
     @property
     def vae(self) -> KLConfig: ...
     @property
@@ -59,6 +65,7 @@ class Family:
 
     name: of its folder here. denoiser: the part's and the folder's name of the network that draws; called: that
     network in messages. systems: kind to its networks. predictions: what the network may answer, the usual first.
+    networks: of its denoisers and ControlNets, by the classes of their configurations.
 
     signatures(systems): the marks of its denoisers, alone and in whole files.
     denoiser_map(config): the denoiser's original names to ours. extras: what single files hold beside their networks.
@@ -79,6 +86,7 @@ class Family:
     called: str
     systems: Mapping[str, Any]
     predictions: tuple[str, ...]
+    networks: Mapping[type, Network]
     signatures: Callable[[Mapping[str, Any]], Sequence[Signature]]
     denoiser_map: Callable[[Any], KeyMap]
     extras: tuple[Drop, ...]

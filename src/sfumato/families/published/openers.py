@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,47 +14,42 @@ from sfumato.autoencoder.kl import KLConfig
 from sfumato.checkpoint.fill import fill, fill_layers
 from sfumato.checkpoint.refill import add_products, refill_layers
 from sfumato.errors import InputError
+from sfumato.families import checkpoint_families
+from sfumato.families.published.kinds import Network
 from sfumato.families.published.networks import part_hash
 from sfumato.memory import OFFLOADS, check_offload
-from sfumato.nn import mmdit, quantized, spacetime
-from sfumato.nn.controlnet import ControlNet, ControlNetConfig
-from sfumato.nn.mmdit import MMDiT, MMDiTConfig
-from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
 from sfumato.nn.openvino import OpenVINONetwork, plugin, require_nncf
 from sfumato.nn.quantized import quantize, require_eight_bits, stand_in, units
-from sfumato.nn.spacetime import SpaceTimeConfig, SpaceTimeUNet
-from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.runtime import fast_dtype
 from sfumato.text.clip import ClipConfig, ClipTextEncoder
 from sfumato.text.t5 import T5Config, T5Encoder
 from sfumato.text.vision import ClipVisionConfig, ClipVisionEncoder
 
-NETWORKS: Mapping[
-    type, Callable[[Any], nn.Module]
-] = {  # a configuration's class to the network of that shape
-    UNetConfig: UNet,
-    MMDiTConfig: MMDiT,
-    ControlNetConfig: ControlNet,
-    MMDiTControlConfig: MMDiTControl,
-    SpaceTimeConfig: SpaceTimeUNet,
-    KLConfig: temporal.build,
-    ClipConfig: ClipTextEncoder,
-    ClipVisionConfig: ClipVisionEncoder,
-    T5Config: T5Encoder,
+SHARED: Mapping[type, Network] = {  # networks that several families have, by the class of their configuration
+    KLConfig: Network(temporal.build),
+    ClipConfig: Network(ClipTextEncoder),
+    ClipVisionConfig: Network(ClipVisionEncoder),
+    T5Config: Network(T5Encoder),
 }
-NOT_EIGHT_BITS = {
-    UNetConfig: quantized.KEPT,
-    MMDiTConfig: mmdit.KEPT,
-    ControlNetConfig: quantized.KEPT,
-    MMDiTControlConfig: CONTROL_KEPT,
-    SpaceTimeConfig: spacetime.KEPT,
-}  # parts of names of layers that stay as they are
+
+
+def network_of(config: Any) -> Network:
+    """How the network of a configuration is made, as the class of that tells, over all families together."""
+    return _networks()[type(config)]
+
+
+@lru_cache(maxsize=1)
+def _networks() -> Mapping[type, Network]:
+    return {
+        **SHARED,
+        **{of: made for family in checkpoint_families() for of, made in family.networks.items()},
+    }
 
 
 def blank(config: Any) -> nn.Module:
     """The network of that shape without numbers, on the meta device."""
     with torch.device("meta"):
-        return NETWORKS[type(config)](config)
+        return network_of(config).build(config)
 
 
 def autoencoder(
@@ -107,7 +102,7 @@ def denoiser(
         return OpenVINONetwork(config, exact, part_hash(tensors), dtype, plugin(engine))
     made = network(device, kept_dtype(device, dtype), pack=not eight_bits)
     if eight_bits:
-        quantize(made, NOT_EIGHT_BITS[type(config)])
+        quantize(made, network_of(config).kept)
     return made
 
 
@@ -127,7 +122,7 @@ def renewed(
         return False  # it is compiled as a whole
     ways: dict[str, Any] = {"pack": True}
     if dtype == torch.int8:
-        ways = {"units": units, "twin": partial(stand_in, kept=NOT_EIGHT_BITS[type(config)])}
+        ways = {"units": units, "twin": partial(stand_in, kept=network_of(config).kept)}
     else:
         names = frozenset(names) - add_products(network, tensors, names)
     if names:

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from sfumato.errors import CheckpointError
 from sfumato.families.published.checkpoint import Checkpoint
-from sfumato.families.published.kinds import Family
+from sfumato.families.published.kinds import Family, Network
 from sfumato.families.sd import folder, keys
 from sfumato.families.sd.adapters import NAMING
 from sfumato.families.sd.condition import plan_of
 from sfumato.families.sd.distilled import preset_named
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.signatures import predicts_v, signatures
+from sfumato.nn.controlnet import ControlNet, ControlNetConfig
+from sfumato.nn.quantized import KEPT
+from sfumato.nn.unet import UNet, UNetConfig
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' words to ours
 
@@ -100,6 +103,7 @@ FAMILY = Family(
     called="a U-Net",
     systems=SYSTEMS,
     predictions=("epsilon", "v"),
+    networks={UNetConfig: Network(UNet, KEPT), ControlNetConfig: Network(ControlNet, KEPT)},
     signatures=signatures,
     denoiser_map=keys.unet_map,
     extras=keys.EXTRAS,

@@ -11,12 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.families.published.checkpoint import Checkpoint
-from sfumato.families.published.kinds import Family
+from sfumato.families.published.kinds import Family, Network
 from sfumato.families.sd3 import folder, keys
 from sfumato.families.sd3.adapters import NAMING
 from sfumato.families.sd3.condition import READERS
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
 from sfumato.families.sd3.signatures import signatures
+from sfumato.nn.mmdit import KEPT, MMDiT, MMDiTConfig
+from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
 from sfumato.text.clip import ClipConfig
 
 TURBO = re.compile(r"(?<![a-z])turbo(?![a-z])", re.IGNORECASE)
@@ -72,6 +74,7 @@ FAMILY = Family(
     called="a transformer",
     systems=SYSTEMS,
     predictions=("flow",),
+    networks={MMDiTConfig: Network(MMDiT, KEPT), MMDiTControlConfig: Network(MMDiTControl, CONTROL_KEPT)},
     signatures=signatures,
     denoiser_map=keys.transformer_map,
     extras=keys.EXTRAS,

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from sfumato.errors import CheckpointError
 from sfumato.families.published.checkpoint import Checkpoint
-from sfumato.families.published.kinds import Family
+from sfumato.families.published.kinds import Family, Network
 from sfumato.families.svd import folder, keys
 from sfumato.families.svd.first_stage import FirstStage
 from sfumato.families.svd.shapes import SAME_TENSORS, SYSTEMS
 from sfumato.families.svd.signatures import signatures
+from sfumato.nn.spacetime import KEPT, SpaceTimeConfig, SpaceTimeUNet
 
 LONG = re.compile(r"(?<![a-z])xt(?![a-z])", re.IGNORECASE)
 NOTES = ("modelspec.title", "modelspec.architecture")
@@ -100,6 +101,7 @@ FAMILY = Family(
     called="a U-Net",
     systems=SYSTEMS,
     predictions=("v",),
+    networks={SpaceTimeConfig: Network(SpaceTimeUNet, KEPT)},
     signatures=signatures,
     denoiser_map=keys.unet_map,
     extras=keys.EXTRAS,
