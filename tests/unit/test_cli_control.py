@@ -152,15 +152,15 @@ def test_controlnets_of_other_families_are_told_by_name(capsys):
     save_file({"blocks.0.weight": torch.ones(1)}, "ours.safetensors", metadata=card)
     assert "is a ControlNet for pocket; this" in refused(capsys, "--controlnet", "canny=ours.safetensors")
     with pytest.raises(InputError, match=r"for Stable Diffusion 1.*this model is pocket"):
-        require_control(Path("canny.safetensors"), "pocket")
+        require_control(Path("canny.safetensors"), "pocket", "pocket")
     Path("folder").mkdir()
     Path("canny.safetensors").rename("folder/diffusion_pytorch_model.safetensors")
     with pytest.raises(InputError, match=r"folder is a ControlNet for Stable Diffusion 1.*is pocket"):
-        require_control(Path("folder"), "pocket")
+        require_control(Path("folder"), "pocket", "pocket")
     key = "lora_unet_mid_block_attentions_0_proj_in"
     save_file({f"{key}.lora_up.weight": torch.ones(2, 1)}, "ink.safetensors")
     with pytest.raises(CheckpointError, match="is a LoRA, not a ControlNet"):
-        require_control(Path("ink.safetensors"), "pocket")
+        require_control(Path("ink.safetensors"), "pocket", "pocket")
 
 
 def test_a_tensor_that_is_missing_is_named(capsys):

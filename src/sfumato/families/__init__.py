@@ -5,6 +5,7 @@ A family of our own is a module with these functions:
     open_folder(directory, device) -> System      the packaged or trained model in a folder
     open_autoencoder(directory, device)           its autoencoder alone
     save_folder(system, directory, extra)         write it so that `open_folder` reads it back
+    control_title(shapes, metadata)               as of `published.kinds.Family`
 
 and, where it can be trained from a recipe, with these too:
 

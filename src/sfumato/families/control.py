@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sfumato.checkpoint.header import read_header, strict_json
+from sfumato.checkpoint.header import read_header
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.lora import CONTEXTS, TITLES, describe
-
-UNET = "Stable Diffusion 1, 2 or XL"
-UNET_HINTS = ("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight")
-SD3_HINT = "pos_embed_input.proj.weight"
-KEYS = "attn2.to_k.weight"
-OURS = "control"  # in the metadata of pocket's, which say their format there
+from sfumato.families import FAMILIES, checkpoint_families, family_named
+from sfumato.families.lora import describe
 
 
-def require_control(path: Path, family: str) -> None:
+def require_control(path: Path, family: str, title: str) -> None:
     """`InputError` that says whose a ControlNet is, if it plainly is not for this family; `CheckpointError` for a LoRA.
 
-    family: a key of `TITLES`. Only a header is read; what cannot be read or told is left to those who open it.
+    family: by its name. title: what the model is called. Only a header is read; what cannot be read or told is left to
+    those who open it.
     """
     file = _file_of(path)
     if file is None:
@@ -31,33 +27,20 @@ def require_control(path: Path, family: str) -> None:
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
     if describe(shapes, {}) is not None:
         raise CheckpointError(f"{path} is a LoRA, not a ControlNet; give it by --lora")
-    theirs = _whose(shapes, header.metadata)
-    ours = UNET if family in CONTEXTS.values() else TITLES[family]
-    if theirs in ("", ours) or (ours == UNET and theirs in map(TITLES.get, CONTEXTS.values())):
-        return
-    raise InputError(
-        f"{path} is a ControlNet for {theirs}; this model is {TITLES[family]}", argument="controlnet"
-    )
+    theirs, name = _whose(shapes, header.metadata)
+    if theirs not in ("", family):
+        raise InputError(f"{path} is a ControlNet for {name}; this model is {title}", argument="controlnet")
 
 
-def _whose(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> str:
-    """The title of its family, "" where nothing tells."""
-    if OURS in metadata and _is_ours(metadata[OURS]):
-        return TITLES["pocket"]
-    if SD3_HINT in shapes and "controlnet_blocks.0.weight" in shapes:
-        return TITLES["sd3"]
-    if any(name.endswith(UNET_HINTS) for name in shapes):
-        width = next((shape[1] for name, shape in shapes.items() if name.endswith(KEYS)), 0)
-        return TITLES[CONTEXTS[width]] if width in CONTEXTS else UNET
-    return ""
-
-
-def _is_ours(text: str) -> bool:
-    try:
-        said = strict_json(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(said, dict) and "format" in said
+def _whose(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Its family, and what the models that it is for are called; empty where nothing tells."""
+    for name in FAMILIES:  # before the others, which then need not be imported
+        if title := family_named(name).control_title(shapes, metadata):
+            return name, title
+    for family in checkpoint_families():
+        if title := family.control_title(shapes, metadata):
+            return family.name, title
+    return "", ""
 
 
 def _file_of(path: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Pocket: a small latent diffusion model of our own: KL autoencoder, word-and-byte text encoder, single-stream DiT."""
 
 from sfumato.families.pocket.config import DenoiserConfig, PocketConfig, Preset, configure, pixel_twin
+from sfumato.families.pocket.control import control_title
 from sfumato.families.pocket.system import (
     System,
     TextDenoiser,
@@ -23,6 +24,7 @@ __all__ = [
     "build",
     "configure",
     "continued_video",
+    "control_title",
     "fresh_video",
     "open_autoencoder",
     "open_folder",

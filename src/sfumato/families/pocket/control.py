@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from sfumato.types import Conditioning
 FORMAT = "sfumato control 1"
 CARD = "control"  # the one entry of a file's metadata, since the library writes several in no fixed order
 HEAD = "control-"
+TITLE = "pocket"  # what its models are called
 Controller = Callable[[Tensor, Tensor, Conditioning, bool], tuple[Tensor, ...]]
 
 
@@ -40,11 +41,20 @@ def save(control: DiTControl, path: Path) -> Path:
     return path
 
 
+def control_title(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> str:
+    """What the models are called that a ControlNet is for; "" of a file that `save` did not write."""
+    try:
+        said = strict_json(metadata.get(CARD, "{}"))
+    except (ValueError, RecursionError):
+        return ""
+    return TITLE if isinstance(said, dict) and "format" in said else ""
+
+
 def open_file(path: Path, base: DiT, device: torch.device) -> DiTControl:
     """The ControlNet in a file that `save` wrote, for this base. `CheckpointError` when it is none, or damaged;
     `InputError` when it is for another shape of model.
     """
-    require_control(path, "pocket")
+    require_control(path, "pocket", TITLE)
     if path.is_dir():
         raise InputError(
             f"{path} is a folder; ControlNets of pocket are .safetensors files, such as {HEAD}depth.safetensors",

@@ -79,6 +79,8 @@ class Family:
     vae_file_map(config, names): the autoencoder's names in a single file to ours, prefixes and all, where they are not
         those of `keys.vae_map` under one prefix.
     notes(checkpoint): what a single file's header says of it that no tensor can.
+    control_title(shapes, metadata): what the models are called that a ControlNet is for, by its file's header; "" where
+        it is none of the family's.
     """
 
     name: str
@@ -101,6 +103,9 @@ class Family:
     naming: Naming | None
     vae_file_map: Callable[[KLConfig, Collection[str] | None], KeyMap] | None = None
     notes: Callable[[Checkpoint], Mapping[str, str]] = lambda found: {}
+    control_title: Callable[[Mapping[str, Sequence[int]], Mapping[str, str]], str] = lambda shapes, metadata: (
+        ""
+    )
 
     def prefixes(self, kind: Kind, names: Iterable[str] | None = None) -> dict[str, str]:
         """Part to its prefix in a single file: of those that `names` hold; without names, of all as we write them."""

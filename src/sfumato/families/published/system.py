@@ -26,7 +26,7 @@ from sfumato.diffusion.guidance import ALWAYS
 from sfumato.diffusion.schedules import NoiseLevels
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.control import require_control
-from sfumato.families.lora import mark_of
+from sfumato.families.lora import TITLES, mark_of
 from sfumato.families.published.adapters import adapters_of
 from sfumato.families.published.checkpoint import (
     Checkpoint,
@@ -178,7 +178,7 @@ class PublishedSystem(DrawingSystem):
             )
         if self.family.naming is not None:
             for path in files.values():
-                require_control(Path(path), mark_of(self.config.kind))
+                require_control(Path(path), self.family.name, TITLES[mark_of(self.config.kind)])
         found = {name: self.control_file(path, systems) for name, path in files.items()}
         known = Controls({**self.controlnets.files, **found}, self.device, self.dtype, self.offload)
         return replace(self, controlnets=known)

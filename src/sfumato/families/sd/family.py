@@ -17,7 +17,7 @@ from sfumato.families.sd.adapters import NAMING
 from sfumato.families.sd.condition import plan_of
 from sfumato.families.sd.distilled import preset_named
 from sfumato.families.sd.shapes import SYSTEMS
-from sfumato.families.sd.signatures import predicts_v, signatures
+from sfumato.families.sd.signatures import control_title, predicts_v, signatures
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.quantized import KEPT
 from sfumato.nn.unet import UNet, UNetConfig
@@ -105,6 +105,7 @@ FAMILY = Family(
     predictions=("epsilon", "v"),
     networks={UNetConfig: Network(UNet, KEPT), ControlNetConfig: Network(ControlNet, KEPT)},
     signatures=signatures,
+    control_title=control_title,
     denoiser_map=keys.unet_map,
     extras=keys.EXTRAS,
     settled=settled,

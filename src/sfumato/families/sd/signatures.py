@@ -5,12 +5,13 @@ Whether an SD 2 predicts noise or v no name or shape tells; it is guessed from i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from sfumato.checkpoint.detect import Shape, Signature
+from sfumato.families.lora import CONTEXTS, TITLES
 from sfumato.families.published.signatures import refused
 from sfumato.families.sd.keys import UNET_PREFIX
 from sfumato.families.sd.shapes import SYSTEMS, System
@@ -23,6 +24,10 @@ MARKERS: dict[tuple[str, ...], dict[str, Any]] = {
     ("v_pred",): {"prediction": "v"},
     ("v_pred", "ztsnr"): {"prediction": "v", "zero_snr": True},
 }
+HINTS = (
+    "input_hint_block.0.weight",
+    "controlnet_cond_embedding.conv_in.weight",
+)  # of ControlNets, in either naming
 COND = "time_embedding.cond_proj.weight"  # of a U-Net that is told the guidance scale
 V_DEVIATION = 0.09
 
@@ -148,3 +153,11 @@ def _neighbours() -> list[Signature]:
 def signatures(systems: Mapping[str, System] = SYSTEMS) -> tuple[Signature, ...]:
     """All of them: U-Nets that we read, alone and in whole files, in both layouts; and those that we refuse."""
     return (*_unets(systems), *_neighbours())
+
+
+def control_title(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> str:
+    """What the models are called that a ControlNet is for; "" of a file that is none of theirs."""
+    if not any(name.endswith(HINTS) for name in shapes):
+        return ""
+    width = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), 0)
+    return TITLES[CONTEXTS[width]] if width in CONTEXTS else "Stable Diffusion 1, 2 or XL"

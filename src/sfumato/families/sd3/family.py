@@ -16,7 +16,7 @@ from sfumato.families.sd3 import folder, keys
 from sfumato.families.sd3.adapters import NAMING
 from sfumato.families.sd3.condition import READERS
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS
-from sfumato.families.sd3.signatures import signatures
+from sfumato.families.sd3.signatures import control_title, signatures
 from sfumato.nn.mmdit import KEPT, MMDiT, MMDiTConfig
 from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
 from sfumato.text.clip import ClipConfig
@@ -76,6 +76,7 @@ FAMILY = Family(
     predictions=("flow",),
     networks={MMDiTConfig: Network(MMDiT, KEPT), MMDiTControlConfig: Network(MMDiTControl, CONTROL_KEPT)},
     signatures=signatures,
+    control_title=control_title,
     denoiser_map=keys.transformer_map,
     extras=keys.EXTRAS,
     settled=settled,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sfumato.checkpoint.detect import Shape, Signature
+from sfumato.families.lora import TITLES
 from sfumato.families.published.keys import DENOISER_PREFIX
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS, System
 from sfumato.nn.mmdit import MMDiTConfig
@@ -68,3 +69,9 @@ def signatures(systems: Mapping[str, System] = SYSTEMS) -> tuple[Signature, ...]
             forbidden = tuple(prefix + name for name in absent)
             found.append(Signature(kind, part, layout, required, forbidden, prefix))
     return tuple(found)
+
+
+def control_title(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> str:
+    """What the models are called that a ControlNet is for; "" of a file that is none of theirs."""
+    theirs = {"pos_embed_input.proj.weight", "controlnet_blocks.0.weight"} <= shapes.keys()
+    return TITLES["sd3"] if theirs else ""
