@@ -133,10 +133,6 @@ def neighbours() -> list[Signature]:
             without=(f"{DENOISER_PREFIX}*",),
         ),
         *refused(
-            "an SD3 ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one",
-            {"controlnet_blocks.0.weight": None, "pos_embed_input.proj.weight": None},
-        ),
-        *refused(
             "a FLUX checkpoint, not supported",
             {"single_transformer_blocks.0.attn.to_q.weight": None, "context_embedder.weight": None},
             f"{DENOISER_PREFIX}double_blocks.0.img_attn.norm.key_norm.scale",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from sfumato.checkpoint.detect import Shape, Signature
 from sfumato.families.lora import TITLES
 from sfumato.families.published.keys import DENOISER_PREFIX
+from sfumato.families.published.signatures import refused
 from sfumato.families.sd3.shapes import SAME_TENSORS, SYSTEMS, System
 from sfumato.nn.mmdit import MMDiTConfig
 
@@ -16,6 +17,7 @@ QKV, NORM = (
     ("x_block.attn.ln_q.weight", "attn.norm_q.weight"),
 )
 SECOND = ("x_block.attn2.proj.weight", "attn2.to_out.0.weight")
+CONTROL = ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")  # of a ControlNet
 TEXT = ("context_block.adaLN_modulation.1.weight", "norm1_context.linear.weight")
 
 
@@ -54,7 +56,7 @@ def _marks(config: MMDiTConfig, original: bool) -> tuple[dict[str, Shape], list[
 
 
 def signatures(systems: Mapping[str, System] = SYSTEMS) -> tuple[Signature, ...]:
-    """All of them: transformers that we read, alone and in whole files, in both layouts."""
+    """All of them: transformers that we read, alone and in whole files, in both layouts; and ControlNets alone."""
     found = []
     for kind, system in systems.items():
         if kind in SAME_TENSORS:
@@ -68,10 +70,10 @@ def signatures(systems: Mapping[str, System] = SYSTEMS) -> tuple[Signature, ...]
             required = {prefix + name: shape for name, shape in marks.items()}
             forbidden = tuple(prefix + name for name in absent)
             found.append(Signature(kind, part, layout, required, forbidden, prefix))
-    return tuple(found)
+    alone = "an SD3 ControlNet; it belongs on a model (--controlnet KIND=FILE), and is not one"
+    return (*found, *refused(alone, dict.fromkeys(CONTROL)))
 
 
 def control_title(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> str:
     """What the models are called that a ControlNet is for; "" of a file that is none of theirs."""
-    theirs = {"pos_embed_input.proj.weight", "controlnet_blocks.0.weight"} <= shapes.keys()
-    return TITLES["sd3"] if theirs else ""
+    return TITLES["sd3"] if shapes.keys() >= set(CONTROL) else ""
