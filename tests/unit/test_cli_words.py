@@ -27,7 +27,8 @@ def tiny(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def turbo(tmp_path_factory) -> str:
     """A Stable Diffusion whose scheduler says that it is a Turbo."""
-    return str(small_sd.write("sd1", tmp_path_factory.mktemp("sd") / "m", timestep_spacing="trailing"))
+    said = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+    return str(small_sd.write("sd1", tmp_path_factory.mktemp("sd") / "m", **said))
 
 
 @pytest.fixture(autouse=True)
