@@ -312,7 +312,7 @@ def test_refiners_that_cannot_take_over_are_refused(places, capsys):
         model.generate_pixels(["a"], [0], size=(32, 32), steps=1)
     assert parse.refiner("a/b.safetensors:0.7") == ("a/b.safetensors", 0.7)
     assert parse.refiner("org/name") == ("org/name", None)
-    with pytest.raises(InputError, match="refiner must be a number"):
+    with pytest.raises(InputError, match="refiner must be MODEL or MODEL:SHARE"):
         parse.refiner("a:b")
 
 
