@@ -51,7 +51,6 @@ NAMED = re.compile(  # sd begins names of a foreign format, and svd is linear al
 NAMES_ALLOWED = {
     "generate.py": {"pocket"},  # lists the packaged models
     "receipts/webui.py": {"sdxl"},  # keys of a foreign format
-    "diffusion/schedules.py": {"sdxl"},  # a published schedule's models
 }
 NETWORKS = re.compile(r"sfumato\.nn\.(unet|mmdit\w*|spacetime|dit\w*)(\.|$)")
 NAME_NO_NETWORK = {"checkpoint", "drawing", "planning", "cli", "serve", "receipts"}
