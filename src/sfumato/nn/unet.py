@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.nn.embed import Embedding, sinusoid
-from sfumato.nn.plain import check_whole, from_plain
+from sfumato.nn.plain import from_plain
 from sfumato.nn.spatial import SpatialTransformer, same_halves
 
 EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its own
@@ -49,9 +50,9 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "context", "resnets", "groups", "mid_depth"):
-            check_whole(name, getattr(self, name), 1)
+            checks.whole(name, getattr(self, name), 1)
         for name in ("vector", "time_cond"):
-            check_whole(name, getattr(self, name), 0)
+            checks.whole(name, getattr(self, name), 0)
         if not isinstance(self.linear, bool):
             raise InputError(f"linear must be true or false, not {self.linear!r}", argument="linear")
         check_levels(self)
@@ -92,7 +93,7 @@ def check_levels(config: Any) -> None:
                 argument=name,
             )
         for value in values:
-            check_whole(name, value, least)
+            checks.whole(name, value, least)
     attends = [*config.depths[:-1], config.mid_depth]
     for width, heads, depth in zip(config.channels, config.heads, attends, strict=True):
         if width % config.groups:
