@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sfumato.flops import count_flops, module_size
 from sfumato.nn.openvino import converted, eight_bits, settings
 from sfumato.nn.packed import pack
-from sfumato.nn.quantized import KEPT, quantize
+from sfumato.nn.quantized import quantize
 from sfumato.nn.spatial import AsOne, same_halves
 
 LAST = torch.channels_last
@@ -48,7 +48,7 @@ class Subject:
     inputs: Inputs
     ask: Callable[[nn.Module, Inputs], Tensor]
     maps: bool
-    kept: tuple[str, ...] = KEPT
+    kept: tuple[str, ...]
 
 
 def installed(name: str) -> bool:

@@ -27,6 +27,15 @@ EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its 
 SHALLOW = (
     2  # skips that a call with deep features makes anew: conv_in's and the first block's, as in DeepCache
 )
+KEPT = (  # parts of names whose layers stay as they are in eight bits: what enters and leaves, times, texts
+    "conv_in",
+    "conv_out",
+    "time_embedding",
+    "add_embedding",
+    "time_emb_proj",
+    "attn2.to_k",
+    "attn2.to_v",
+)
 
 
 @dataclass(frozen=True)

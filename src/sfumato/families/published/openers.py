@@ -16,7 +16,7 @@ from sfumato.checkpoint.refill import add_products, refill_layers
 from sfumato.errors import InputError
 from sfumato.families.published.networks import part_hash
 from sfumato.memory import OFFLOADS, check_offload
-from sfumato.nn import mmdit, quantized, spacetime
+from sfumato.nn import mmdit, spacetime, unet
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.mmdit import MMDiT, MMDiTConfig
 from sfumato.nn.mmdit_control import CONTROL_KEPT, MMDiTControl, MMDiTControlConfig
@@ -43,9 +43,9 @@ NETWORKS: Mapping[
     T5Config: T5Encoder,
 }
 NOT_EIGHT_BITS = {
-    UNetConfig: quantized.KEPT,
+    UNetConfig: unet.KEPT,
     MMDiTConfig: mmdit.KEPT,
-    ControlNetConfig: quantized.KEPT,
+    ControlNetConfig: unet.KEPT,
     MMDiTControlConfig: CONTROL_KEPT,
     SpaceTimeConfig: spacetime.KEPT,
 }  # parts of names of layers that stay as they are
