@@ -26,9 +26,11 @@ from sfumato.nn.quantized import (
     picture_codes,
     quantize,
     quantized,
+    stand_in,
     token_codes,
 )
 from sfumato.nn.spatial import GEGLU, CrossAttention
+from sfumato.nn.temporal import FrameAttention
 from sfumato.nn.unet import KEPT, UNet, UNetConfig
 
 TYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if can_quantize(torch.empty(0, dtype=dtype))]
@@ -201,6 +203,10 @@ def test_a_u_net_in_eight_bits(dtype, linear, size):
 def test_names_of_what_is_kept_are_the_network_s(network, kept):
     paths = [f".{path}." for path, _ in network.named_modules()]
     assert [name for name in kept if not any(f".{name}." in path for path in paths)] == []
+
+
+def test_attention_over_frames_has_no_eight_bit_twin_of_attention_over_cells():
+    assert stand_in("attn1", FrameAttention(64, 2), ()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
