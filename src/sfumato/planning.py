@@ -179,7 +179,6 @@ def first_fitting(plans: Iterator[MemoryPlan]) -> MemoryPlan:
 def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
     """What to say of a plan that does not fit, with what would: a narrower type, or a smaller size."""
     request = model.complete(request)
-    assert request.size is not None
     if found.allowed <= found.base:
         remedy = f"the program alone, before it has read a model, takes {shown(found.base)}: allow more"
     else:
@@ -187,13 +186,17 @@ def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
         remedy = (
             f"what fits: {' or '.join(ways)}" if ways else "no smaller size or type fits: a smaller model may"
         )
-    whose = "--memory allows" if found.allowed == found.limit else "are there"
-    what = f"{request.count} of {by(request.size)}"
-    if request.moves:
-        what = f"{request.frames} frames of {by(request.size)}"
+    return _refused(request, found, f" with --offload {found.offload}", remedy)
+
+
+def _refused(request: Request, found: MemoryPlan, how: str, remedy: str) -> InputError:
+    """The sentence of both refusals. how: of what the plan is, besides the request."""
+    assert request.size is not None
+    many = f"{request.frames} frames" if request.moves else request.count
+    whose = "--memory allows" if found.limited else "are there"
     return InputError(
-        f"drawing {what} needs {shown(found.peak)} of memory with --offload "
-        f"{found.offload}, and {shown(found.allowed)} {whose}; " + remedy,
+        f"drawing {many} of {by(request.size)} needs {shown(found.peak)} of memory{how}, and "
+        f"{shown(found.allowed)} {whose}; {remedy}",
         argument="memory",
     )
 
@@ -240,13 +243,8 @@ def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputE
     for option, other in ((f"--size {by(half)}", smaller), (f"--frames {fewer.frames}", fewer)):
         if other != request and (least := plan_clip(model, other, found.limit)).fits:
             ways.append(f"{option} ({shown(least.peak)})")
-    whose = "--memory allows" if found.allowed == found.limit else "are there"
-    return InputError(
-        f"drawing {request.frames} frames of {by(request.size)} needs {shown(found.peak)} of memory, and "
-        f"{shown(found.allowed)} {whose}; "
-        + (f"what fits: {' or '.join(ways)}" if ways else "no shorter or smaller clip fits"),
-        argument="memory",
-    )
+    remedy = f"what fits: {' or '.join(ways)}" if ways else "no shorter or smaller clip fits"
+    return _refused(request, found, "", remedy)
 
 
 def shown(count: int) -> str:
