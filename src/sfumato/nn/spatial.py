@@ -112,15 +112,15 @@ class TransformerBlock(nn.Module):
         return self.ff(self.norm3(x)).add_(x)
 
 
-def read_context(x: Tensor, norm: nn.Module, attention: nn.Module, context: Tensor) -> Tensor:
-    """x + attention(norm(x), context) for tokens x: (B·T, N, D), of which T rows go with one of context (B, M, C).
+def read_context(x: Tensor, norm: nn.Module, attend: nn.Module, context: Tensor) -> Tensor:
+    """x + attend(norm(x), context) for tokens x: (B·T, N, D), of which T rows go with one of context (B, M, C).
 
     The weights over a context of one token are 1, whoever asks: what is added is then the same for all.
     """
     rows = x.view(len(context), -1, x.shape[-1])  # (B, T·N, D)
     if context.shape[1] == 1:
-        return (rows + attention.to_out[0](attention.to_v(context))).view(x.shape)
-    return attention(norm(rows), context).add_(rows).view(x.shape)
+        return (rows + attend.to_out[0](attend.to_v(context))).view(x.shape)
+    return attend(norm(rows), context).add_(rows).view(x.shape)
 
 
 class SpatialTransformer(nn.Module):
