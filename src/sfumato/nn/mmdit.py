@@ -135,6 +135,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed · (1 + scale) + shift, of tokens (B, N, D) by shift and scale (B, 1, D)."""
     return torch.addcmul(shift, normed, 1 + scale)
 
 

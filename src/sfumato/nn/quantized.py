@@ -160,6 +160,8 @@ def unsigned(x: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
+    """(…, I) → (…, O) in the type of x; weight: (O, I), bias: (O,) or None. Each token has a scale of its own."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         codes, self.scale = channel_codes(weight)
@@ -181,7 +183,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedGEGLU(nn.Module):
-    """Value and gate as two products of the same codes."""
+    """(…, D) → (…, hidden): `GEGLU`, value and gate as two products of the same codes."""
 
     def __init__(self, layer: GEGLU):
         super().__init__()
@@ -196,6 +198,8 @@ class QuantizedGEGLU(nn.Module):
 
 
 class QuantizedTanhGELU(QuantizedLinear):
+    """(…, D) → (…, hidden): `TanhGELU`; what follows the product is not rounded to codes."""
+
     def __init__(self, layer: TanhGELU):
         super().__init__(layer.proj.weight, layer.proj.bias)
 
@@ -204,7 +208,9 @@ class QuantizedTanhGELU(QuantizedLinear):
 
 
 class QuantizedAttention(nn.Module):
-    """Queries, keys and values of tokens that attend to themselves as one product. Scores are not rounded to codes."""
+    """(B, N, D) → (B, N, D): tokens that attend to themselves, their queries, keys and values as one product. Scores
+    are not rounded to codes.
+    """
 
     def __init__(self, layer: CrossAttention):
         super().__init__()
@@ -221,7 +227,7 @@ class QuantizedAttention(nn.Module):
 
 
 class QuantizedPointwise(QuantizedLinear):
-    """A 1×1 convolution: a linear layer of each cell."""
+    """(B, C, H, W) → (B, O, H, W): a 1×1 convolution, which is a linear layer of each cell, with a scale for each."""
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__(layer.weight.flatten(1), layer.bias)
@@ -231,6 +237,10 @@ class QuantizedPointwise(QuantizedLinear):
 
 
 class QuantizedConv2d(nn.Module):
+    """(B, C, H, W) → (B, O, H', W') in the type of x, H' and W' by the layer's kernel, stride and padding. Each picture
+    has a scale and a zero of its own, and goes alone.
+    """
+
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
         self.border: tuple[int, int] = layer.padding  # type: ignore[assignment]
@@ -248,6 +258,7 @@ class QuantizedConv2d(nn.Module):
         return torch.cat([self.one(picture) for picture in x.split(1)])
 
     def one(self, x: Tensor) -> Tensor:
+        """`forward` of one picture, (1, C, H, W)."""
         codes, scale, zero = picture_codes(x, self.border)
         bias = torch.add(self.bias, self.sums, alpha=-scale * zero)
         return torch.ops.onednn.qconv_pointwise(

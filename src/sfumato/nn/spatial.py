@@ -32,6 +32,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x: (B, N, D); context: (B, M, context width). Returns (B, N, D)."""
         source = x if context is None else context
         q, k, v = (
             tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -41,7 +42,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """value ⊙ gelu(gate), both from one matrix (Shazeer 2020, eq. 6)."""
+    """(…, D) → (…, hidden): value ⊙ gelu(gate), both from one matrix (Shazeer 2020, eq. 6)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -53,7 +54,9 @@ class GEGLU(nn.Module):
 
 
 class TanhGELU(nn.Module):
-    """gelu(proj(x)), by the approximation with a hyperbolic tangent (Hendrycks & Gimpel 2016, sec. 2)."""
+    """(…, D) → (…, hidden): gelu(proj(x)), by the approximation with a hyperbolic tangent (Hendrycks & Gimpel 2016,
+    sec. 2).
+    """
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
