@@ -1,6 +1,8 @@
 """What `unet.py` and `mmdit.py` share: one pass of a network by ours, by diffusers and by OpenVINO, interleaved.
 
 All engines share one network of random weights. Each line also says how far its answer is from diffusers' in float32.
+With --memory it says what a process of its own holds that has nothing but this network and makes one pass: at the most,
+and of that beside what it held before.
 """
 
 from __future__ import annotations
@@ -8,10 +10,15 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +26,12 @@ from common import interleaved, keep, probe, show
 from torch import Tensor, nn
 
 from sfumato.flops import count_flops, module_size
+from sfumato.memory import peak_resident, resident
 from sfumato.nn.openvino import converted, eight_bits, settings
 from sfumato.nn.packed import pack
 from sfumato.nn.quantized import quantize
 from sfumato.nn.spatial import AsOne, same_halves
+from sfumato.runtime import give_back
 
 LAST = torch.channels_last
 LARGE = {  # these hold the weights in float32 once more, and NNCF takes minutes
@@ -63,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser, size: int) -> None:
     parser.add_argument("--batch", type=int, default=2, help="rows; 2 is one guided picture (default 2)")
     parser.add_argument("--only", metavar="PARTS", help="contenders whose name holds one of these, by comma")
     parser.add_argument("--all", action="store_true", help=f"also {' and '.join(sorted(LARGE))}")
+    parser.add_argument("--memory", action="store_true", help="also what each holds, in a process of its own")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--compile", action="store_true", help="also diffusers under torch.compile (minutes)")
 
 
@@ -158,7 +169,9 @@ def contenders(subject: Subject, args: Any) -> tuple[dict[str, Callable[[], Tens
     known["ours int8"] = lambda: passes(
         changed(lambda made: quantize(made, subject.kept), rough), rough, subject.maps
     )
-    if args.only:
+    if args.alone:
+        known = {args.alone: known[args.alone]}
+    elif args.only:
         wanted = [part.strip() for part in args.only.split(",")]
         known = {name: make for name, make in known.items() if any(part in name for part in wanted)}
     elif not args.all:
@@ -166,8 +179,31 @@ def contenders(subject: Subject, args: Any) -> tuple[dict[str, Callable[[], Tens
     return {name: make() for name, make in known.items()}, ours
 
 
+def held(subject: Subject, args: Any) -> dict[str, int]:
+    """Bytes of this process with one contender and nothing else: before a pass, and at most during it."""
+    calls, network = contenders(subject, args)
+    del network
+    gc.collect()
+    give_back()
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the most it ever held counts from here
+    calls[args.alone]()
+    return {"before": before, "peak": peak_resident()}
+
+
+def taken(name: str) -> dict[str, int]:
+    """What `held` says in a process of its own."""
+    done = subprocess.run([sys.executable, *sys.argv, "--alone", name], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure(subject: Subject, args: Any, facts: dict[str, Any]) -> None:
     """Print the table, and keep the numbers with the `facts` if --json asks for them."""
+    if args.alone:
+        print(json.dumps(held(subject, args)))
+        return
     calls, network = contenders(subject, args)
     with torch.device("meta"):
         counted = subject.ours()
@@ -186,11 +222,20 @@ def measure(subject: Subject, args: Any, facts: dict[str, Any]) -> None:
     before = probe()
     times = interleaved(calls, args.rounds)
     after = probe()
+    names = list(calls)
+    calls.clear()  # the memory is the others' now
+    memory = {name: taken(name) for name in names} if args.memory else {}
     size = module_size(network)
 
     def rate(name: str, seconds: float) -> float:
         """GFLOP/s of what that one computes."""
         return (own if name.startswith("ours") else flops) / seconds / 1e9
+
+    def told(memory: dict[str, int] | None) -> str:
+        if memory is None:
+            return ""
+        peak, before = memory["peak"] / 2**30, memory["before"] / 2**30
+        return f", {peak:.2f} GiB, {peak - before:.2f} of it beside its weights"
 
     def share(name: str, seconds: float) -> float:
         kind = "float32" if "float32" in name else "bfloat16"
@@ -205,7 +250,7 @@ def measure(subject: Subject, args: Any, facts: dict[str, Any]) -> None:
                 name,
                 f"{seconds:.3f} s",
                 f"{rate(name, seconds):4.0f} GFLOP/s, {share(name, seconds):4.0%} of the probe, "
-                f"error {errors[name]:.1e}",
+                f"error {errors[name]:.1e}" + told(memory.get(name)),
             )
             for name, seconds in times.items()
         ]
@@ -225,6 +270,7 @@ def measure(subject: Subject, args: Any, facts: dict[str, Any]) -> None:
             "probe_after": after,
             "seconds": times,
             "error": errors,
+            "memory": memory,
             "share_of_probe": {name: share(name, seconds) for name, seconds in times.items()},
         },
     )

@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from sfumato.diffusion.exact import TwoPeaks
 from sfumato.diffusion.path import VE
 from sfumato.diffusion.schedules import SCHEDULES, beta_levels, beta_table, flow_levels, sigmas_for
 from sfumato.errors import InputError
+from sfumato.families.sd.levels import ALIGNED
 from sfumato.receipts import webui
 from sfumato.sampling import SAMPLERS, SeededNoise
 
@@ -50,12 +52,9 @@ def sampler_table() -> str:
 
 def schedule_table() -> str:
     rows = []
+    of_sd = replace(beta_levels(beta_table()), aligned=ALIGNED)
     for name, schedule in SCHEDULES.items():
-        where = [
-            kind
-            for kind, levels in (("VE", beta_levels(beta_table())), ("FLOW", flow_levels()))
-            if works(name, levels)
-        ]
+        where = [kind for kind, levels in (("VE", of_sd), ("FLOW", flow_levels())) if works(name, levels)]
         label = webui.SCHEDULES.get(name, "–")
         rows.append((f"`{name}`", label, ", ".join(where), said(schedule)))
     return table(("name", "web UIs", "for", "what it is"), rows)

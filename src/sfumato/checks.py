@@ -71,7 +71,9 @@ def interval(name: str, value: object) -> None:
     for end, bound in zip(("low", "high"), value, strict=True):
         number(f"{name}.{end}", bound, 0.0, MAX_LEVEL)
     if value[0] > value[1]:
-        raise InputError(f"{name} must go from low to high, not {shown(value)}", argument=name)
+        raise InputError(
+            f"{name} must go from low to high, not from {value[0]:g} to {value[1]:g}", argument=name
+        )
 
 
 def picture(name: str, value: object) -> None:

@@ -195,7 +195,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> BinaryIO:
     path = Path(path)
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path} does not exist or is not a file")
+            raise CheckpointError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
         if path.suffix.lower() in PICKLED:
             raise CheckpointError(f"{path} is {_PICKLE_ADVICE}")
         return open(path, "rb")

@@ -15,6 +15,7 @@ from sfumato.diffusion.exact import TwoPeaks  # noqa: E402
 from sfumato.diffusion.parameterization import Parameterization, consistency  # noqa: E402
 from sfumato.diffusion.path import VE, VP  # noqa: E402
 from sfumato.diffusion.schedules import SCHEDULES  # noqa: E402
+from sfumato.families.sd.system import guidance_waves  # noqa: E402
 
 
 @pytest.fixture
@@ -86,3 +87,13 @@ def test_turbo_models_on_their_grid(scheduler, steps):
     ours = our_steps("euler_a", VE, data.denoiser(VE), x, sigmas, noise)
     for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(a, b, **CLOSE, msg=lambda m, k=k: f"step {k}: {m}")
+
+
+@pytest.mark.parametrize("width", [32, 256])
+@pytest.mark.parametrize("scale", [1.0, 1.5, 8.0, 14.0])
+def test_the_guidance_as_a_network_is_told_it(agrees, width, scale):
+    theirs = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None, torch.tensor([scale - 1]), width
+    )
+    ours, reference = guidance_waves(scale, width), "diffusers LatentConsistencyModelPipeline"
+    agrees("guidance as an LCM is told it", f"width {width}", ours, theirs, 1e-5, reference)

@@ -43,7 +43,6 @@ diffusers = pytest.importorskip("diffusers")
 from sfumato.diffusion.exact import TwoPeaks  # noqa: E402
 from sfumato.diffusion.path import FLOW, VE, VP  # noqa: E402
 from sfumato.diffusion.schedules import (  # noqa: E402
-    AYS,
     SCHEDULES,
     NoiseLevels,
     beta_levels,
@@ -53,6 +52,8 @@ from sfumato.diffusion.schedules import (  # noqa: E402
     shift_sigma,
     zero_terminal_snr,
 )
+from sfumato.families.sd import levels as sd  # noqa: E402
+from sfumato.families.svd import system as svd  # noqa: E402
 from sfumato.sampling.sde import brownian_share  # noqa: E402
 
 FLOW_CONFIG = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -370,8 +371,8 @@ def test_tables(scheduler):
     torch.testing.assert_close(SCHEDULES["trailing"](STEPS, levels), made.sigmas, rtol=1e-6, atol=1e-8)
     tables = diffusers.schedulers.AysSchedules
     for ours, theirs in [
-        ("sd", "StableDiffusion"),
-        ("sdxl", "StableDiffusionXL"),
-        ("svd", "StableDiffusionVideo"),
+        (sd.ALIGNED, "StableDiffusion"),
+        (sd.ALIGNED_XL, "StableDiffusionXL"),
+        (svd.ALIGNED, "StableDiffusionVideo"),
     ]:
-        assert list(AYS[ours][:10]) == tables[f"{theirs}Sigmas"][:10]
+        assert list(ours[:10]) == tables[f"{theirs}Sigmas"][:10]

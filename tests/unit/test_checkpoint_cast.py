@@ -15,7 +15,7 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16]
 ODD = torch.tensor([0.0, -0.0, 65504.0, 1e-7, 5.96e-8, torch.inf, -torch.inf, 1 / 3])
 
 
-@pytest.mark.parametrize(("given", "wanted"), itertools.product(TYPES, TYPES))
+@pytest.mark.parametrize(("given", "wanted"), [*itertools.product(TYPES, TYPES)])
 def test_a_cast_is_that_of_pytorch(given, wanted, monkeypatch):
     monkeypatch.setattr(casting, "CHUNK", 50)  # several, the last one short
     numbers = torch.cat([ODD, torch.randn(113, generator=torch.Generator().manual_seed(0)) * 100]).to(given)

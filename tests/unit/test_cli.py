@@ -188,7 +188,10 @@ REFUSED = {
     "reuse 0": (["generate", "a", "--reuse", "0"], "reuse must be between 1 and 10, not 0"),
     "guidance interval": (["generate", "a", "--guidance-interval", "0.5"], "must be like LOW:HIGH"),
     "guidance interval x": (["generate", "a", "--guidance-interval", "a:b"], "must be a number, not 'a'"),
-    "guidance interval back": (["generate", "a", "--guidance-interval", "1:0"], "must go from low to high"),
+    "guidance interval back": (
+        ["generate", "a", "--guidance-interval", "1:0"],
+        "must go from low to high, not from 1 to 0",
+    ),
     "device": (["generate", "a", "--device", "toaster"], "toaster"),
     "output without extension": (["generate", "a", "-o", "out"], "must end in .png"),
     "output in no folder": (["generate", "a", "-o", "no/where/out.png"], "does not exist"),

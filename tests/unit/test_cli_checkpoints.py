@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from sfumato import load
 from sfumato.cli import parse
 from sfumato.cli.app import run
+from sfumato.diffusion.schedules import beta_levels, beta_table, sigmas_for
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.convert import write_file
 from sfumato.families.sd import folder
@@ -310,7 +312,7 @@ def test_refiners_that_cannot_take_over_are_refused(places, capsys):
         model.generate_pixels(["a"], [0], size=(32, 32), steps=1)
     assert parse.refiner("a/b.safetensors:0.7") == ("a/b.safetensors", 0.7)
     assert parse.refiner("org/name") == ("org/name", None)
-    with pytest.raises(InputError, match="refiner must be a number"):
+    with pytest.raises(InputError, match="refiner must be MODEL or MODEL:SHARE"):
         parse.refiner("a:b")
 
 
@@ -389,8 +391,31 @@ def test_how_distilled_models_draw_when_nothing_is_said(tmp_path):
     assert turbo.preset == {
         "steps": 1, "guidance": 1.0, "sampler": "euler_a", "schedule": "trailing", "size": (64, 64),
     }  # fmt: skip
+    assert preset("turbo2", "sd2", timestep_spacing="trailing").preset["steps"] == 1
+    lightning = preset("lightning", "sdxl", timestep_spacing="trailing")
+    assert lightning.preset["steps"] == 4 and lightning.preset["sampler"] == "euler"
+    assert lightning.system.config.guessed == "timestep_spacing: trailing"
     plain = preset("plain", "sd1")
     assert plain.preset["steps"] == 25 and plain.system.parameterization.boundary is None
+    for name, kind, prediction in (
+        ("v", "sdxl", "v_prediction"),
+        ("v2", "sd2", "v_prediction"),
+        ("one", "sd1", "epsilon"),
+    ):
+        other = preset(name, kind, timestep_spacing="trailing", prediction_type=prediction)
+        assert other.preset["steps"] == 25 and other.preset["guidance"] > 1
+
+
+def test_each_kind_has_its_own_aligned_steps(tmp_path):
+    firsts = {"sd1": 6.475, "sdxl": 6.315}
+    for kind, second in firsts.items():
+        levels = load(write(kind, tmp_path / kind)).system.levels
+        assert float(sigmas_for("ays", 10, levels)[1]) == pytest.approx(second)
+    levels = load(
+        write("sdxl", tmp_path / "zero", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    ).system.levels
+    with pytest.raises(InputError, match="use karras"):
+        sigmas_for("ays", 10, levels)
 
 
 def single(place: Path | str, to: Path, **metadata: str) -> str:
@@ -418,7 +443,7 @@ def test_a_file_is_drawn_as_its_notes_call_it(places, tmp_path, capsys):
         (tmp_path / "plain.safetensors").unlink()
     file = str(tmp_path / "lcm.safetensors")
     draw(file)
-    assert "drawn as lcm, for its file calls it 'Some Model (LCM merged)'" in capsys.readouterr().err
+    assert "drawn as lcm, guessed from 'Some Model (LCM merged)'" in capsys.readouterr().err
     draw(file, "--preset", "plain")
     assert capsys.readouterr().err == ""
 
@@ -468,3 +493,21 @@ def test_an_lcm_is_told_the_guidance_it_is_asked_for(places):
     weak, strong = draw(model, "--guidance", "2"), draw(model, "--guidance", "9")
     assert (weak != strong).any() and (again(model) == strong).all()
     assert json.loads(json.dumps(read_recipe("out.png")["request"]))["schedule"] == "lcm"
+
+
+def test_the_noise_levels_are_those_that_the_scheduler_says(tmp_path, capsys):
+    place = write("sd1", tmp_path / "own", beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    model = load(place)
+    assert torch.equal(model.system.levels.sigmas, beta_levels(beta_table("linear", 0.0001, 0.02)).sigmas)
+    assert model.system.levels.aligned == ()
+    assert run(["convert", str(place), str(tmp_path / "one.safetensors")]) == 2
+    assert "its scheduler has betas of its own" in capsys.readouterr().err
+    for name, value, message in (
+        ("beta_start", "x", "beta_start and beta_end must rise between 0 and 1, not 'x' and 0.012"),
+        ("beta_end", 0.0001, "not 0.00085 and 0.0001"),
+        ("beta_schedule", "sigmoid", "the beta_schedule 'sigmoid'; known are scaled_linear, linear"),
+        ("trained_betas", [0.1, 0.2], "has trained_betas of its own"),
+        ("num_train_timesteps", 50, "num_train_timesteps must be 1000, not 50"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            load(write("sd1", tmp_path / name, **{name: value}))

@@ -27,7 +27,8 @@ def tiny(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def turbo(tmp_path_factory) -> str:
     """A Stable Diffusion whose scheduler says that it is a Turbo."""
-    return str(small_sd.write("sd1", tmp_path_factory.mktemp("sd") / "m", timestep_spacing="trailing"))
+    said = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+    return str(small_sd.write("sd1", tmp_path_factory.mktemp("sd") / "m", **said))
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +134,11 @@ def test_conversion_names_the_file_that_is_damaged(turbo, capsys):
     tensors["model.diffusion_model.out.2.bias"][0] = torch.nan
     save_file(tensors, "nan.safetensors")
     capsys.readouterr()
-    assert "error: nan.safetensors: tensor " in refused(capsys, "convert", "nan.safetensors", "folder")
+    name = "model.diffusion_model.out.2.bias"  # the file's own
+    said = refused(capsys, "convert", "nan.safetensors", "folder")
+    assert f"error: nan.safetensors: tensor '{name}' holds NaN" in said
+    said = refused(capsys, "generate", "x", "-m", "nan.safetensors", "--size", "32")
+    assert f"error: nan.safetensors (unet): {name} holds NaN" in said
 
 
 def test_help_shows_what_to_install(capsys):

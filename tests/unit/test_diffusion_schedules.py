@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from sfumato.diffusion import schedules
 from sfumato.diffusion.path import FLOW, VE, VP
 from sfumato.diffusion.schedules import (
-    AYS,
     SCHEDULES,
     NoiseLevels,
     beta_levels,
@@ -22,8 +22,9 @@ from sfumato.diffusion.schedules import (
     zero_terminal_snr,
 )
 from sfumato.errors import InputError
+from sfumato.families.sd.levels import ALIGNED
 
-SD = beta_levels(beta_table())
+SD = replace(beta_levels(beta_table()), aligned=ALIGNED)
 FLOWS = flow_levels()
 
 
@@ -31,7 +32,7 @@ FLOWS = flow_levels()
 @pytest.mark.parametrize("levels", [SD, FLOWS, flow_levels(3.0)], ids=["sd", "flow", "flow3"])
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_every_schedule_descends_to_zero(name, levels, steps):
-    if (name == "ays" and levels.path is FLOW) or (name.startswith("flow_") and levels.path is VE):
+    if (name == "ays" and not levels.aligned) or (name.startswith("flow_") and levels.path is VE):
         with pytest.raises(InputError, match=name):
             sigmas_for(name, steps, levels, tokens=1024)
         return
@@ -93,14 +94,14 @@ def test_flow_grids():
     torch.testing.assert_close(lam[1:-1].diff(), lam[1:-1].diff()[:1].expand(4))
 
 
-@pytest.mark.parametrize("table", sorted(AYS))
-def test_ays_gives_its_ten_steps_and_interpolates_in_log(table):
-    assert schedules.ays(10, SD, table=table)[:-1].tolist() == pytest.approx(list(AYS[table][:10]))
-    twenty = schedules.ays(20, SD, table=table)
-    assert twenty[:-1:2].tolist() == pytest.approx(list(AYS[table][:10]))
-    assert float(twenty[1]) == pytest.approx(math.sqrt(AYS[table][0] * AYS[table][1]))
-    with pytest.raises(InputError, match="sd, sdxl, svd"):
-        schedules.ays(10, SD, table="flux")
+def test_ays_gives_its_ten_steps_and_interpolates_in_log():
+    assert schedules.ays(10, SD)[:-1].tolist() == pytest.approx(list(ALIGNED[:10]))
+    twenty = schedules.ays(20, SD)
+    assert twenty[:-1:2].tolist() == pytest.approx(list(ALIGNED[:10]))
+    assert float(twenty[1]) == pytest.approx(math.sqrt(ALIGNED[0] * ALIGNED[1]))
+    for levels, other in ((beta_levels(beta_table()), "karras"), (FLOWS, "flow_shift")):
+        with pytest.raises(InputError, match=f"none for this one; use {other}"):
+            schedules.ays(10, levels)
 
 
 @given(st.floats(0, 999), st.booleans())

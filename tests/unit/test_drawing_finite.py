@@ -12,7 +12,8 @@ import small_sd3
 import small_svd
 from sfumato import load
 from sfumato.cli.app import run
-from sfumato.drawing.finite import first_not_finite
+from sfumato.drawing.finite import first_not_finite, watched
+from sfumato.drawing.request import levels_of
 from sfumato.errors import NonFiniteError
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd3.system import open_system
@@ -127,6 +128,21 @@ def test_what_the_network_is_told(loud_unet):
         NonFiniteError, match=r"^the text encoder gives NaN or infinity in float32, at step 1 of 2"
     ):
         model.generate(Request("a cat", steps=2, size=(32, 32)))
+
+
+def test_a_sampler_that_makes_no_numbers(loud_unet, monkeypatch):
+    model = load(loud_unet, "cpu", dtype=torch.float32)
+    shape = model.latent_shape(32, 32)
+    request = model.complete(Request("a cat", steps=2, size=(32, 32)))
+    sigmas = levels_of(model, request)
+    cond = model.system.condition(["a cat", None], request)
+    denoise = watched(model, lambda: model.denoiser(cond, request), cond, request, sigmas)
+    assert denoise(torch.zeros(1, *shape), sigmas[0]).isfinite().all()
+    with pytest.raises(
+        NonFiniteError,
+        match=r"^the sampler's step gives NaN or infinity in float32, at step 1 of 2; use another sampler",
+    ):
+        denoise(torch.full((1, *shape), torch.nan), sigmas[0])
 
 
 def test_the_innermost_layer_is_named_and_ears_are_taken_off():

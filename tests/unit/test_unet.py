@@ -225,11 +225,12 @@ def test_gradients_are_those_of_the_function():
 
 def test_a_long_feed_forward_in_parts_is_the_whole():
     torch.manual_seed(0)
-    layer, x = FeedForward(64), torch.randn(2, 13_001, 64)
-    assert x.shape[:-1].numel() * layer.widest > spatial.HELD
-    whole = layer(x).detach()
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), whole, atol=1e-5, rtol=1e-5)
+    layer = FeedForward(64)
+    for x in (torch.randn(2, 13_001, 64), torch.randn(13_001, 2, 64).transpose(0, 1)):
+        assert x.shape[:-1].numel() * layer.widest > spatial.HELD
+        whole = layer(x).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor
 from sfumato.adapters.delta import Change, LowRank, folded, product
 from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
-from sfumato.checkpoint.rules import info, shapes
+from sfumato.checkpoint.rules import info, origin, shapes
 from sfumato.errors import InputError, SfumatoError
 from sfumato.types import LoraUse
 
@@ -90,6 +90,10 @@ class Folded(Mapping[str, Tensor]):
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         dtype, shape = info(self.base, name)
         return (torch.float32 if name in self.changes else dtype), shape
+
+    def origin(self, name: str) -> str:
+        """As of `View`."""
+        return origin(self.base, name)
 
 
 class Adapters:

@@ -17,10 +17,10 @@ from sfumato.errors import InputError, NonFiniteError
 def not_finite(layer: str, dtype: torch.dtype) -> NonFiniteError:
     """What to raise where a layer of the autoencoder, by its name as in the weights' file, gives NaN or infinity."""
     kind = str(dtype).removeprefix("torch.")
-    return NonFiniteError(
-        f"{layer} of the autoencoder gives NaN or infinity in {kind}; its weights are damaged, or not of this model",
-        layer,
-    )
+    why = "its weights are damaged, or not of this model"
+    if dtype == torch.float16:
+        why = "float16 ends at 65504, so compute in bfloat16 or float32"
+    return NonFiniteError(f"{layer} of the autoencoder gives NaN or infinity in {kind}; {why}", layer)
 
 
 class Moments:

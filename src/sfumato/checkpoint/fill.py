@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoint.cast import Room
-from sfumato.checkpoint.header import shown
-from sfumato.checkpoint.layer import fitting, given, own, packed_layer, product_apart, read_layer, refuse
+from sfumato.checkpoint.layer import (
+    called,
+    fitting,
+    given,
+    own,
+    packed_layer,
+    product_apart,
+    read_layer,
+    refuse,
+)
 from sfumato.checkpoint.report import SHOWN, Report, compare
 from sfumato.nn.mmdit import PatchEmbed
 from sfumato.nn.packed import layers, packed
@@ -54,7 +62,7 @@ def fill(
         ready[name] = tensor
         del tensor  # before the next: a mapped one holds a window of its file
         if problem is not None:
-            problems.append(f"{shown(name)} {problem}")
+            problems.append(f"{called(tensors, name)} {problem}")
         if problems:
             ready.clear()
     refuse(problems, where)
@@ -109,7 +117,7 @@ def fill_layers(
             tensor = given(tensors, f"{path}.{inner}", dtype)
             ready[inner], problem = fitting(tensor, expected, dtype, device, own=True, room=room)
             if problem is not None:
-                problems.append(f"{shown(f'{path}.{inner}')} {problem}")
+                problems.append(f"{called(tensors, f'{path}.{inner}')} {problem}")
         if problems or not ready:
             continue
         if streams:

@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from sfumato.checkpoint.cast import Room, cast
 from sfumato.checkpoint.header import shown
 from sfumato.checkpoint.report import SHOWN
+from sfumato.checkpoint.rules import origin
 from sfumato.errors import CheckpointError
 from sfumato.nn.packed import matrix_of, packed
 
@@ -35,7 +36,7 @@ def read_layer(
     for name, expected in layer.state_dict(keep_vars=True).items():
         tensor = given(tensors, f"{path}.{name}", dtype)
         ready[name], problem = fitting(tensor, expected, dtype, device, own=True, room=room)
-        refuse([f"{shown(f'{path}.{name}')} {problem}"] if problem else [], where)
+        refuse([f"{called(tensors, f'{path}.{name}')} {problem}"] if problem else [], where)
     layer.load_state_dict(ready, assign=True)
     return layer.eval().requires_grad_(False)
 
@@ -111,6 +112,11 @@ def given(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -
     """A tensor for who wants it in `dtype`: made so by the mapping's `cast`, if it has one."""
     made = getattr(tensors, "cast", None)
     return tensors[name] if made is None else made(name, dtype)
+
+
+def called(tensors: Mapping[str, Tensor], name: str) -> str:
+    """A tensor in an error: by its name in the file."""
+    return shown(origin(tensors, name))
 
 
 def fitting(

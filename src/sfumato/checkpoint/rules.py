@@ -382,6 +382,10 @@ class View(Mapping[str, "Tensor"]):
         tensor = self._apply(name, empty)
         return tensor.dtype, tuple(tensor.shape)
 
+    def origin(self, name: str) -> str:
+        """The name in the file of a tensor, or of the first that it is made of."""
+        return origin(self.weights, _tuple(self.entries[name][0].theirs)[0])
+
     def under(self, prefix: str) -> View:
         """The tensors whose names begin with `prefix`, named without it."""
         cut = {name.removeprefix(prefix): e for name, e in self.entries.items() if name.startswith(prefix)}
@@ -419,6 +423,15 @@ class Joined(Mapping[str, "Tensor"]):
 
     def info(self, name: str) -> Info:
         return info(*self.places[name])
+
+    def origin(self, name: str) -> str:
+        return origin(*self.places[name])
+
+
+def origin(weights: Mapping[str, Tensor], name: str) -> str:
+    """What a tensor is called in its file: what `weights.origin` says where there is one, else `name`."""
+    told: Callable[[str], str] | None = getattr(weights, "origin", None)
+    return name if told is None or name not in weights else told(name)
 
 
 def info(weights: Mapping[str, Tensor], name: str) -> Info:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoint.layer import finite
-from sfumato.checkpoint.rules import info
+from sfumato.checkpoint.rules import info, origin
 from sfumato.checkpoint.source import DTYPES
 from sfumato.errors import CheckpointError, InputError
 from sfumato.storage import HEADER_LIMIT, atomic_file
@@ -65,7 +65,7 @@ def write_tensors(
         stream.write(text)
         for name in order:
             kind, shape = plan[name]
-            tensor = _cast(name, weights[name], kind)
+            tensor = _cast(origin(weights, name), weights[name], kind)
             if tuple(tensor.shape) != shape:
                 raise CheckpointError(
                     f"tensor {name!r} is {tuple(tensor.shape)}, but was announced as {shape}"

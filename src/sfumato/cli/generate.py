@@ -256,8 +256,9 @@ def _note_size(loaded: Model, request: Request) -> None:
 
 
 def _note_guess(loaded: Model) -> None:
-    """Say what a distilled model is drawn as, if that was guessed from what somebody wrote into its file."""
+    """Say what a distilled model is drawn as, if that was guessed from what stands in or on its files."""
     config = loaded.system.config
     if getattr(config, "guessed", ""):
-        calls = f"its file calls it {config.guessed[:80]!r}"
-        show.note(f"drawn as {config.distilled}, for {calls}; --preset plain if it is none")
+        show.note(
+            f"drawn as {config.distilled}, guessed from {config.guessed[:80]!r}; --preset plain if it is none"
+        )

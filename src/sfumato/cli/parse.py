@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
@@ -157,7 +158,16 @@ def refiner(text: str) -> tuple[str, float | None]:
         raise InputError("refiner is empty; name a model, perhaps with :SHARE", argument="refiner")
     if not colon or os.path.exists(text):
         return text, None
-    return name, number("refiner", share)
+    try:
+        value = float(share)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise InputError(
+            f"refiner must be MODEL or MODEL:SHARE, with a share of the noise levels from 0 to 1, not {_quoted(text)}",
+            argument="refiner",
+        )
+    return name, value
 
 
 def embeddings(texts: list[str]) -> dict[str, Path]:

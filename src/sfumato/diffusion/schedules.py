@@ -25,7 +25,8 @@ class NoiseLevels:
 
     sigmas: (N,) float64, increasing. path: where they lie. offset: the time step of sigmas[0], 1 on FLOW.
     log: interpolate between time steps in log sigma (k-diffusion) or in sigma (diffusers). shift: by which levels of
-    FLOW that are spaced evenly were moved to be these.
+    FLOW that are spaced evenly were moved to be these. aligned: the eleven levels of ten steps that were published for
+    the model (`ays`), if they were.
     """
 
     sigmas: Tensor
@@ -33,6 +34,7 @@ class NoiseLevels:
     offset: int = 0
     log: bool = field(default=True)
     shift: float = 1.0
+    aligned: tuple[float, ...] = ()
 
     @property
     def sigma_min(self) -> float:
@@ -253,23 +255,16 @@ def _flow_only(name: str, levels: NoiseLevels) -> None:
         raise InputError(f"schedule {name} needs a flow model; use karras or normal", argument="schedule")
 
 
-AYS = {  # Sabour et al. 2024, Align Your Steps: the authors' published levels for ten steps
-    "sd": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
-    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
-    "svd": (700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
-}
-
-
-def ays(steps: int, levels: NoiseLevels, table: str = "sd") -> Tensor:
-    """Align Your Steps (2404.14507): the authors' ten-step levels of sd, sdxl or svd; other counts by linear
-    interpolation of log sigma over the step's share, as the authors advise. VE only."""
-    if table not in AYS:
-        raise InputError(f"ays table {table!r} is unknown; use one of {', '.join(AYS)}", argument="schedule")
-    if levels.path is not VE:
+def ays(steps: int, levels: NoiseLevels) -> Tensor:
+    """Align Your Steps (Sabour et al. 2024, 2404.14507): the ten-step levels that its authors published for the model;
+    other counts by linear interpolation of log sigma over the step's share, as they advise. VE only."""
+    if not levels.aligned:
+        other = "flow_shift" if levels.path is FLOW else "karras"
         raise InputError(
-            "schedule ays is published for SD, SDXL and SVD only; use flow_shift", argument="schedule"
+            f"schedule ays has levels for the models of its authors, and none for this one; use {other}",
+            argument="schedule",
         )
-    known = torch.tensor(AYS[table], dtype=torch.float64).log()
+    known = torch.tensor(levels.aligned, dtype=torch.float64).log()
     place = torch.linspace(0, len(known) - 1, steps + 1, dtype=torch.float64)[:-1]
     low = place.floor().long().clamp(max=len(known) - 2)
     return _ending((known[low] + (place - low) * (known[low + 1] - known[low])).exp())

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sfumato.generate import Model
 
 NARROW = (torch.float16, torch.int8)  # types in which sound weights may overflow
+SAMPLER = "the sampler's step gives"
 
 
 def watched(
@@ -47,7 +48,9 @@ def watched(
         what, layer = _culprit(model, make(), told, request, x, sigma)
         dtype = str(model.dtype).removeprefix("torch.")
         better = "draw with --dtype bf16 or fp32"
-        if model.dtype not in NARROW:
+        if what == SAMPLER:
+            better = "use another sampler or schedule"
+        elif model.dtype not in NARROW:
             whose = "its weights, or a LoRA's," if request.loras else "its weights"
             better = f"{whose} are damaged, or not of this model"
         raise NonFiniteError(
@@ -62,6 +65,8 @@ def _culprit(
 ) -> tuple[str, str]:
     """(who gives it, as a sentence begins; the layer, "" where it is not known) of a call that is made again."""
     system = model.system
+    if not _finite(x):
+        return SAMPLER, ""
     if not all(map(_finite, _tensors(told))):
         return "the text encoder gives", ""
     layer, fed = first_not_finite(system.answers(request.frames or 1), lambda: denoise(x, sigma))
@@ -76,7 +81,7 @@ def first_not_finite(network: Any, call: Callable[[], object]) -> tuple[str, boo
     """The innermost layer of a network that is the first to make NaN or infinity of finite numbers during a call, ""
     where none is seen to; and whether the network itself was given finite ones.
 
-    The name is that of `named_modules`, the weights' own. Calls by other threads are not heard.
+    The name is that of the layer as it runs, where a packed one may hold several weights. Other threads are not heard.
     """
     if not isinstance(network, nn.Module):  # run by another engine
         return "", True

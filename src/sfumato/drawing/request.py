@@ -38,6 +38,7 @@ def complete(model: Model, request: Request) -> Request:
     assert request.size and request.sampler and request.schedule and request.steps
     check_size(request.size, model.system.config.multiple)
     _check_clip(model, request)
+    model.latent_shape(request.size[1], request.size[0], request.frames or 1)
     sampler_named(request.sampler)
     if request.eta is not None and request.sampler not in eta_samplers():
         raise InputError(
@@ -103,7 +104,6 @@ def _check_clip(model: Model, request: Request) -> None:
                 f"{MAX_CLIP_PIXELS:,}; ask for fewer frames, or a smaller size",
                 argument="frames",
             )
-        model.latent_shape(height, width, frames)
 
 
 def _loras(model: Model, request: Request) -> dict[str, Any]:
@@ -204,6 +204,7 @@ def _check_hires(model: Model, request: Request, hires: HiRes) -> None:
             f"hires.scale {hires.scale:g} makes {by(size)}; at most {MAX_SIDE} pixels on a side are drawn",
             argument="hires.scale",
         )
+    model.latent_shape(size[1], size[0])
     steps = hires.steps or request.steps
     levels_of(model, replace(request, size=size, steps=steps))
     steps_to_run(steps, hires.strength, "hires.strength")

@@ -294,11 +294,11 @@ class MMDiT(nn.Module):
 
 def check_inputs(config: MMDiTConfig, x: Tensor, context: Tensor, vector: Tensor | None) -> Tensor:
     """The vector, once all shapes are those of the config."""
-    B = len(x)
     if x.ndim != 4 or x.shape[1] != config.channels:
         raise InputError(
             f"x must have shape (B, {config.channels}, H, W), not {tuple(x.shape)}", argument="x"
         )
+    B = len(x)
     check_cells(config, *x.shape[-2:])
     if context.ndim != 3 or context.shape[::2] != (B, config.context):
         raise InputError(

@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
         if torch.is_grad_enabled() or x.device.type != "cpu" or parts == 1:
             return self.net[2](self.net[0](x))
         rows = -(-tokens // parts)
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # of which `flatten` is a view
         for part, answer in zip(x.flatten(0, 1).split(rows), out.flatten(0, 1).split(rows), strict=True):
             answer.copy_(self.net[2](self.net[0](part)))
         return out

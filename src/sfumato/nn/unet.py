@@ -253,11 +253,12 @@ class WayDown(nn.Module):
         time_cond: Tensor | None,
     ) -> None:
         """`InputError` where a shape is not the config's."""
-        config, B = self.config, len(x)
+        config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise InputError(
                 f"x must have shape (B, {config.in_channels}, H, W), not {tuple(x.shape)}", argument="x"
             )
+        B = len(x)
         if time.shape not in ((), (1,), (B,)):
             raise InputError(
                 f"time must be one number or have shape ({B},), not {tuple(time.shape)}", argument="time"

@@ -36,14 +36,21 @@ def check_preset(name: str | None) -> None:
 
 
 def preset_named(found: Checkpoint) -> tuple[str, str]:
-    """(one of `PRESETS`; the words that it was guessed from, "" where names, shapes or the scheduler say it)."""
+    """(one of `PRESETS`; the words that it was guessed from, "" where names, shapes or the scheduler say it).
+
+    Steps are `trailing` in the folders of SD-Turbo, of SDXL-Turbo, whose Euler is ancestral, and of SDXL-Lightning,
+    which no other word tells from a parent that somebody set so. With v prediction they are the parents' own custom.
+    """
     said = found.configs.get("scheduler", {})
     if found.kind.endswith("-lcm") or said.get("_class_name") == "LCMScheduler":
         return "lcm", ""
     if found.zero_snr:
         return "plain", ""
-    if said.get("timestep_spacing") == "trailing":
-        return "turbo", ""
+    if said.get("timestep_spacing") == "trailing" and found.prediction == "epsilon":
+        if "Ancestral" in said.get("_class_name", "") or found.kind == "sd2":
+            return "turbo", ""
+        if found.kind == "sdxl":
+            return "lightning", "timestep_spacing: trailing"
     return ("plain", "") if said else _noted(found.metadata)
 
 

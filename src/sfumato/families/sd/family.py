@@ -16,6 +16,7 @@ from sfumato.families.sd import folder, keys
 from sfumato.families.sd.adapters import NAMING
 from sfumato.families.sd.condition import plan_of
 from sfumato.families.sd.distilled import preset_named
+from sfumato.families.sd.levels import has_usual_levels
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.signatures import predicts_v, signatures
 
@@ -25,6 +26,7 @@ TAGS = "modelspec.tags"
 SCHEDULERS = {  # what a folder's says of a model that was distilled so
     "lcm": {"_class_name": "LCMScheduler"},
     "turbo": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+    "lightning": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
 }
 
 
@@ -50,6 +52,8 @@ def unsayable(found: Checkpoint) -> str:
         return (
             "its U-Net is told the guidance scale, for which single files have no name; keep it as a folder"
         )
+    if not has_usual_levels(found):
+        return "its scheduler has betas of its own, for which single files have no name; keep it as a folder"
     return ""
 
 
@@ -63,8 +67,8 @@ def markers(found: Checkpoint) -> dict[str, Tensor]:
 
 def notes(found: Checkpoint) -> dict[str, str]:
     """The word by which a reader knows again what a folder's scheduler says of how it is drawn."""
-    how, guess = preset_named(found)
-    return {} if how == "plain" or guess else {TAGS: how}
+    how = preset_named(found)[0]
+    return {TAGS: how} if how != "plain" and found.configs.get("scheduler") else {}
 
 
 def _tagged(found: Checkpoint) -> str:

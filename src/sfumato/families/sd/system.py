@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from torch import Tensor
 from sfumato.adapters.fold import Touched
 from sfumato.diffusion.parameterization import Parameterization, consistency
 from sfumato.diffusion.path import VE
-from sfumato.diffusion.schedules import beta_levels, beta_table, zero_terminal_snr
 from sfumato.families.published.checkpoint import Checkpoint, Families
 from sfumato.families.published.condition import TextFeatures, TextOptions
 from sfumato.families.published.controls import ControlFile, Controller
@@ -33,11 +33,11 @@ from sfumato.families.sd.condition import (
 from sfumato.families.sd.controlnet import check, controller, open_control
 from sfumato.families.sd.distilled import check_preset, drawn, preset_named
 from sfumato.families.sd.family import FAMILY
+from sfumato.families.sd.levels import noise_levels
 from sfumato.families.sd.openers import openers, renewers
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.shapes import System as Kind
 from sfumato.families.trainee import Trainee
-from sfumato.nn.embed import sinusoid
 from sfumato.nn.unet import UNet
 from sfumato.sampling.reuse import Split
 from sfumato.text.clip_tokens import ClipTokenizer
@@ -222,9 +222,10 @@ def guidance_waves(scale: float, width: int) -> Tensor:
 
     Luo et al. 2023 (2310.04378), sec. 4.3; diffusers, `get_guidance_scale_embedding`.
     """
-    waves = sinusoid(torch.tensor([1000.0 * (scale - 1)]), width)
-    cosines, sines = waves.chunk(2, dim=-1)
-    return torch.cat([sines, cosines], dim=-1)
+    half = width // 2  # unlike that of times, the slowest wave is reached: 1 / 10,000
+    waves = torch.exp(torch.arange(half) * (-math.log(10_000) / (half - 1)))
+    angles = 1000.0 * (scale - 1) * waves
+    return torch.cat([angles.sin(), angles.cos()])[None]
 
 
 def open_system(
@@ -286,14 +287,12 @@ def build(
     check_preset(preset)
     check_engine(engine, device, dtype)
     require_offload(offload, engine, dtype)
-    text = found.system.text
+    text, levels = found.system.text, noise_levels(found, name)
     made = ready(found, name, [part.name for part in text], vae, families)
     inversions = tuple(read_inversions(embeddings).values())  # before gigabytes, should one be no such file
     plan = plan_of(found.kind)
     tokenizers = tuple(tokenizer_of(found.folder, reader.part, reader.pad) for reader in plan.readers)
     fit(plan, [part.config for part in text], tokenizers, inversions)
-    betas = beta_table()
-    levels = beta_levels(zero_terminal_snr(betas) if found.zero_snr else betas)
     how, guess = preset_named(found) if preset is None else (preset, "")
     like, factor = preset_of(found, how), found.system.vae.factor
     unopened = System(

@@ -183,8 +183,15 @@ class System(PublishedSystem):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """(C, T, H/f, W/f) of a picture in pixels. `InputError` for one larger than the transformer has places for."""
+        config = self.shapes.transformer
+        largest = config.positions * config.patch * self.shapes.vae.factor
+        if max(height, width) > largest:
+            raise InputError(
+                f"{width}x{height} is more than the {largest} pixels on a side that this transformer has places for",
+                argument="size",
+            )
         shape = super().latent_shape(frames, height, width)
-        check_cells(self.shapes.transformer, *shape[-2:])
+        check_cells(config, *shape[-2:])
         return shape
 
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
