@@ -29,7 +29,7 @@ from sfumato.flops import count_flops, module_size
 from sfumato.memory import peak_resident, resident
 from sfumato.nn.openvino import converted, eight_bits, settings
 from sfumato.nn.packed import pack
-from sfumato.nn.quantized import KEPT, quantize
+from sfumato.nn.quantized import quantize
 from sfumato.nn.spatial import AsOne, same_halves
 from sfumato.runtime import give_back
 
@@ -57,7 +57,7 @@ class Subject:
     inputs: Inputs
     ask: Callable[[nn.Module, Inputs], Tensor]
     maps: bool
-    kept: tuple[str, ...] = KEPT
+    kept: tuple[str, ...]
 
 
 def installed(name: str) -> bool:

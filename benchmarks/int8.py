@@ -22,7 +22,8 @@ from common import arguments, keep, probe, show
 
 from sfumato.data.scenes import SceneSource
 from sfumato.generate import Model, load
-from sfumato.nn.quantized import KEPT, quantize
+from sfumato.nn.dit import KEPT
+from sfumato.nn.quantized import quantize
 from sfumato.types import Request
 
 
@@ -38,7 +39,7 @@ def with_denoiser(model: Model, change: str) -> Model:
     if change == "bfloat16":
         in_bfloat16(denoiser.dit)
     elif change == "int8":
-        quantize(denoiser.dit)
+        quantize(denoiser.dit, KEPT)
     elif change == "int8, nothing kept":
         quantize(denoiser.dit, kept=())
     return Model(replace(model.system, denoiser=denoiser), model.device, model.name, torch.float32)

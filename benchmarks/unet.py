@@ -11,7 +11,7 @@ from common import arguments
 from denoiser import Inputs, Subject, add_arguments, installed, measure
 from torch import Tensor, nn
 
-from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.nn.unet import KEPT, UNet, UNetConfig
 
 CONTEXT, TOKENS = 768, 77
 
@@ -62,7 +62,7 @@ def main() -> None:
         "context": torch.randn(args.batch, TOKENS, CONTEXT),
     }
     theirs = (lambda: diffusers_network(config)) if installed("diffusers") else None
-    subject = Subject("U-Net", lambda: UNet(config), theirs, inputs, ask, maps=True)
+    subject = Subject("U-Net", lambda: UNet(config), theirs, inputs, ask, maps=True, kept=KEPT)
     measure(subject, args, {"channels": args.channels})
 
 

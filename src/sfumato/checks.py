@@ -45,6 +45,14 @@ def integer(name: str, value: object, low: int, high: int, argument: str | None 
         raise InputError(f"{name} must be between {low} and {high}, not {shown(value)}", argument=argument)
 
 
+def whole(name: str, value: object, least: int) -> None:
+    """A whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(
+            f"{name} must be a whole number of at least {least}, not {shown(value)}", argument=name
+        )
+
+
 def number(name: str, value: object, low: float, high: float, argument: str | None = None) -> None:
     """A number from low to high, so none that is not one."""
     argument = argument or name

@@ -281,8 +281,8 @@ class Model:
 
         cond holds 2B rows, B wanted ones and then B to stay away from, or 2 rows that serve any B; or a script.
         guidance: its scale, or a request, whose `guidance_interval` and `reuse` count too, as do the steps and schedule
-        that a script is for. With `reuse` the answer
-        depends on the calls before: take a new denoiser for each run of a sampler.
+        that a script is for. With `reuse` the answer depends on the calls before: take a new denoiser for each run of a
+        sampler.
         channels: (1, E, T, H, W), more input for the network beside each sample.
         """
         if not isinstance(guidance, Request) and not isinstance(cond, Conditioning):

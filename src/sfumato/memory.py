@@ -82,6 +82,11 @@ class MemoryPlan:
         return self.available if self.limit is None else min(self.limit, self.available)
 
     @property
+    def limited(self) -> bool:
+        """Whether it is the user who allows no more, rather than the machine."""
+        return self.limit is not None and self.limit <= self.available
+
+    @property
     def fits(self) -> bool:
         return self.peak <= self.allowed
 

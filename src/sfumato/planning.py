@@ -26,7 +26,7 @@ def plan(model: Model, request: Request, offload: str | None = None, limit: int 
     limit: bytes that the user allows; the machine's memory limits in any case. The model must be one that `tells`.
     If it was opened with an offload, nothing is read but headers. A refiner counts, with the networks of its own.
     """
-    plans = (one(model, request, level, limit) for level in ([offload] if offload else levels(model)))
+    plans = (plan_of(model, request, level, limit) for level in ([offload] if offload else offloads(model)))
     return first_fitting(plans)
 
 
@@ -43,7 +43,7 @@ def filled(model: Model, request: Request, found: MemoryPlan) -> MemoryPlan:
     for _ in range(ATTEMPTS):
         if keep <= 0:
             break
-        fuller = one(model, request, "sequential", found.limit, keep)
+        fuller = plan_of(model, request, "sequential", found.limit, keep)
         if fuller.peak <= max(room, found.peak):
             return fuller
         keep -= fuller.peak - room
@@ -52,7 +52,7 @@ def filled(model: Model, request: Request, found: MemoryPlan) -> MemoryPlan:
 
 def tells(model: Model) -> bool:
     """Whether what drawing takes can be told before it is done: of a checkpoint that PyTorch runs."""
-    return all(each.system.traces and each.system.engine == "torch" for each in models(model))
+    return all(each.system.traces and each.system.engine == "torch" for each in with_refiner(model))
 
 
 def tells_clips(model: Model) -> bool:
@@ -95,14 +95,16 @@ def _largest(model: Model, request: Request) -> tuple[int, int]:
     return enlarged_size(request.size, request.hires.scale, model.system.config.multiple)
 
 
-def models(model: Model) -> list[Model]:
+def with_refiner(model: Model) -> list[Model]:
     """The model and its refiner, if it has one."""
     return [model] if model.refiner is None else [model, model.refiner]
 
 
-def levels(model: Model) -> tuple[str, ...]:
+def offloads(model: Model) -> tuple[str, ...]:
     """The levels of offload that the model and its refiner can be kept in."""
-    return tuple(name for name in OFFLOADS if all(name in each.system.offloads for each in models(model)))
+    return tuple(
+        name for name in OFFLOADS if all(name in each.system.offloads for each in with_refiner(model))
+    )
 
 
 def follow(model: Model, plan: MemoryPlan) -> Model:
@@ -125,7 +127,7 @@ def _changed(model: Model, change: Callable[[Any], Any]) -> Model:
     return changed
 
 
-def one(model: Model, request: Request, offload: str, limit: int | None, keep: int = 0) -> MemoryPlan:
+def plan_of(model: Model, request: Request, offload: str, limit: int | None, keep: int = 0) -> MemoryPlan:
     """The plan of one level of offload; keep: as of `MemoryPlan.kept`."""
     check_offload(offload)
     request = model.complete(request)
@@ -179,7 +181,6 @@ def first_fitting(plans: Iterator[MemoryPlan]) -> MemoryPlan:
 def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
     """What to say of a plan that does not fit, with what would: a narrower type, or a smaller size."""
     request = model.complete(request)
-    assert request.size is not None
     if found.allowed <= found.base:
         remedy = f"the program alone, before it has read a model, takes {shown(found.base)}: allow more"
     else:
@@ -187,13 +188,17 @@ def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
         remedy = (
             f"what fits: {' or '.join(ways)}" if ways else "no smaller size or type fits: a smaller model may"
         )
-    whose = "--memory allows" if found.allowed == found.limit else "are there"
-    what = f"{request.count} of {by(request.size)}"
-    if request.moves:
-        what = f"{request.frames} frames of {by(request.size)}"
+    return _refused(request, found, f" with --offload {found.offload}", remedy)
+
+
+def _refused(request: Request, found: MemoryPlan, how: str, remedy: str) -> InputError:
+    """The sentence of both refusals. how: of what the plan is, besides the request."""
+    assert request.size is not None
+    many = f"{request.frames} frames" if request.moves else request.count
+    whose = "--memory allows" if found.limited else "are there"
     return InputError(
-        f"drawing {what} needs {shown(found.peak)} of memory with --offload "
-        f"{found.offload}, and {shown(found.allowed)} {whose}; " + remedy,
+        f"drawing {many} of {by(request.size)} needs {shown(found.peak)} of memory{how}, and "
+        f"{shown(found.allowed)} {whose}; {remedy}",
         argument="memory",
     )
 
@@ -202,9 +207,9 @@ def _ways(model: Model, request: Request, found: MemoryPlan) -> list[str]:
     """Options with which a complete request fits, each with what it needs."""
     assert request.size is not None
     ways = []
-    possible = levels(model)
+    possible = offloads(model)
     for level in possible[possible.index(found.offload) + 1 :]:
-        if (less := one(model, request, level, found.limit)).fits:
+        if (less := plan_of(model, request, level, found.limit)).fits:
             ways.append(f"--offload {level} ({shown(less.peak)})")
             break
     if model.dtype == torch.float32:
@@ -237,13 +242,8 @@ def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputE
     for option, other in ((f"--size {by(half)}", smaller), (f"--frames {fewer.frames}", fewer)):
         if other != request and (least := plan_clip(model, other, found.limit)).fits:
             ways.append(f"{option} ({shown(least.peak)})")
-    whose = "--memory allows" if found.allowed == found.limit else "are there"
-    return InputError(
-        f"drawing {request.frames} frames of {by(request.size)} needs {shown(found.peak)} of memory, and "
-        f"{shown(found.allowed)} {whose}; "
-        + (f"what fits: {' or '.join(ways)}" if ways else "no shorter or smaller clip fits"),
-        argument="memory",
-    )
+    remedy = f"what fits: {' or '.join(ways)}" if ways else "no shorter or smaller clip fits"
+    return _refused(request, found, "", remedy)
 
 
 def _half(model: Model, request: Request) -> int:

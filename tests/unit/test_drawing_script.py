@@ -10,7 +10,7 @@ import torch
 from sfumato import Request, load
 from sfumato.diffusion.guidance import composed_batched
 from sfumato.diffusion.schedules import sigmas_for
-from sfumato.drawing.script import check_texts
+from sfumato.drawing.script import check_texts, step_at
 from sfumato.errors import InputError
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.sampling import SAMPLERS, SeededNoise
@@ -47,6 +47,13 @@ def by_hand(model, prompts: list[str], negatives: list[str | None] | None = None
                 denoise, x, sigmas[step : step + 2], path=model.system.parameterization.path, noise=noise
             )
     return x
+
+
+def test_a_level_belongs_to_the_step_that_begins_at_or_above_it():
+    sigmas = torch.tensor([8.0, 4.0, 2.0, 0.0])
+    for level, step in ((9.0, 1), (8.0, 1), (4.001, 1), (4.0, 2), (2.1, 2), (2.0, 3), (0.1, 3), (0.0, 3)):
+        assert step_at(sigmas, torch.tensor(level)) == step, level
+    assert step_at(sigmas, torch.tensor([0.1, 4.0])) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is true of the KL autoencoder whatever its weights; above all that bands of rows give the plain numbers."""
 
+import math
 import threading
 import weakref
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sfumato.autoencoder.banded import decode_banded, encode_banded
+from sfumato.autoencoder.banded import check_finite, decode_banded, encode_banded
 from sfumato.autoencoder.kl import AutoencoderKL, KLConfig, Upsample
 from sfumato.autoencoder.memory import BAND, LEAST_BAND, band_for, peak_bytes
 from sfumato.autoencoder.safe import decode_safe, encode_safe
@@ -395,6 +396,12 @@ def test_input_that_is_not_finite_is_the_callers_fault(value):
         decode_safe(kl, latent)
     with pytest.raises(InputError, match="pixels must be finite"):
         encode_safe(kl, pixels)
+
+
+def test_numbers_whose_sum_is_too_large_are_finite_all_the_same():
+    check_finite(torch.full((4, 4), 3e38), "latent")
+    with pytest.raises(InputError, match="latent must be finite"):
+        check_finite(torch.tensor([3e38, 3e38, math.inf, -math.inf]), "latent")
 
 
 @pytest.mark.parametrize("bad", [{"band": 0}, {"band": 1.5}, {"band": True}, {"dtype": torch.int8}])

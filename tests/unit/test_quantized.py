@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfumato.errors import InputError
+from sfumato.nn import dit
+from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.nn.packed import PackedConv2d, PackedLinear
 from sfumato.nn.quantized import (
     LEVELS,
@@ -24,10 +26,12 @@ from sfumato.nn.quantized import (
     picture_codes,
     quantize,
     quantized,
+    stand_in,
     token_codes,
 )
 from sfumato.nn.spatial import GEGLU, CrossAttention
-from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.nn.temporal import FrameAttention
+from sfumato.nn.unet import KEPT, UNet, UNetConfig
 
 TYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if can_quantize(torch.empty(0, dtype=dtype))]
 every_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -175,7 +179,7 @@ def test_a_u_net_in_eight_bits(dtype, linear, size):
     network = UNet(config).to(dtype)
     inputs = torch.randn(2, 4, *size), torch.tensor([3.0, 700.0]), torch.randn(2, 9, 24), torch.randn(2, 20)
     exact = copy.deepcopy(network).double()(*(t.double() for t in inputs))
-    assert quantize(network) > 80
+    assert quantize(network, KEPT) > 80
     assert isinstance(network.conv_in, PackedConv2d) and isinstance(network.conv_out, PackedConv2d)
     assert isinstance(network.time_embedding.linear_1, PackedLinear)
     block = network.mid_block.attentions[0].transformer_blocks[0]
@@ -188,7 +192,24 @@ def test_a_u_net_in_eight_bits(dtype, linear, size):
     assert distance(alone, answer[1:]) < 2e-2
 
 
+@pytest.mark.parametrize(
+    ("network", "kept"),
+    [
+        (UNet(UNetConfig(channels=(32,), depths=(1,), heads=(2,), context=24, vector=20)), KEPT),
+        (DiT(DiTConfig(4, width=32, heads=1, depth=1, text_width=8, label_classes=(2,))), dit.KEPT),
+    ],
+    ids=["U-Net", "DiT"],
+)
+def test_names_of_what_is_kept_are_the_network_s(network, kept):
+    paths = [f".{path}." for path, _ in network.named_modules()]
+    assert [name for name in kept if not any(f".{name}." in path for path in paths)] == []
+
+
+def test_attention_over_frames_has_no_eight_bit_twin_of_attention_over_cells():
+    assert stand_in("attn1", FrameAttention(64, 2), ()) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_other_types_are_refused(dtype):
     with pytest.raises(InputError, match=r"float32 or bfloat16; these are float\d+ on cpu"):
-        quantize(nn.Linear(8, 8).to(dtype))
+        quantize(nn.Linear(8, 8).to(dtype), kept=())

@@ -20,7 +20,7 @@ from sfumato.families.sd3.shapes import SYSTEMS
 from sfumato.families.sd3.system import open_system
 from sfumato.generate import Model
 from sfumato.nn.quantized import can_quantize
-from sfumato.planning import one
+from sfumato.planning import plan_of
 from sfumato.storage import save_tensors
 from sfumato.types import Control, Request
 from small_sd3 import SIDE, SMALL, TRANSFORMERS, write
@@ -208,7 +208,7 @@ def test_the_plan_of_memory_counts_it(tmp_path, systems, kind):
     network = small.network(config)
     weights = 4 * sum(t.numel() for t in (*network.parameters(), *network.buffers()))
     for offload in ("none", "model"):
-        plans = [one(model, request, offload, None).stages for request in (bare, shown)]
+        plans = [plan_of(model, request, offload, None).stages for request in (bare, shown)]
         without, having = (next(s for s in stages if s.name == "denoise") for stages in plans)
         assert having.weights - without.weights == pytest.approx(weights, rel=0.05)
         assert having.activations > without.activations

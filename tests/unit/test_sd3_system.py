@@ -225,7 +225,7 @@ def test_sd_3_medium_fits_where_it_should(published, without, limit):
     """1024², in bfloat16, with a network at a time."""
     model = load(published, dtype=torch.bfloat16, offload="model", without=without)
     request = Request("a red cube", size=(1024, 1024))
-    found = planning.one(model, request, "model", limit * 2**30)
+    found = planning.plan_of(model, request, "model", limit * 2**30)
     assert found.peak < limit * 2**30
     weights = {stage.name: stage.weights for stage in found.stages}
     assert weights["denoise"] == pytest.approx(2 * (2_028_328_000 + 56_623_104), rel=0.01)
@@ -234,7 +234,7 @@ def test_sd_3_medium_fits_where_it_should(published, without, limit):
 
 def test_t5_in_eight_bits_takes_half(published):
     model = load(published, dtype=torch.bfloat16, offload="model", text_dtype=torch.int8)
-    stages = planning.one(model, Request("a red cube", size=(512, 512)), "model", None).stages
+    stages = planning.plan_of(model, Request("a red cube", size=(512, 512)), "model", None).stages
     text = next(stage.weights for stage in stages if stage.name == "text")
     assert 0.5 < text / (2 * TEXT) < 0.53  # of bfloat16, as above
 

@@ -16,7 +16,7 @@ from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
-from sfumato.planning import one
+from sfumato.planning import plan_of
 from sfumato.storage import save_tensors
 from sfumato.types import Control, Request
 from small_sd import SMALL, write
@@ -179,7 +179,7 @@ def test_the_plan_of_memory_counts_it(tmp_path, system):
     weights = 4 * sum(p.numel() for p in small.network("sd1").parameters())
     for offload in ("none", "model"):
         without, having = (
-            next(s for s in one(model, request, offload, None).stages if s.name == "denoise")
+            next(s for s in plan_of(model, request, offload, None).stages if s.name == "denoise")
             for request in (bare, shown)
         )
         assert having.weights - without.weights == pytest.approx(weights, rel=0.05)

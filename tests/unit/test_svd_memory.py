@@ -74,12 +74,12 @@ def test_the_published_one_fits_where_it_should(published):
     """14 frames of 576×1024 in bfloat16 with a network at a time, in 8 GiB; and less of what is smaller."""
     model = load(published, dtype=torch.bfloat16, offload="model")
     request = Request(image=picture())
-    found = planning.one(model, request, "model", 8 * 2**30)
+    found = planning.plan_of(model, request, "model", 8 * 2**30)
     assert found.fits and model.complete(request).size == (1024, 576)
     weights = {stage.name: stage.weights for stage in found.stages}
     assert weights["denoise"] == pytest.approx(2 * 1_524_623_082, rel=0.05)
     assert weights["text"] == pytest.approx(2 * 632_076_800, rel=0.01)
-    short = planning.one(model, replace(request, frames=7, size=(512, 288)), "model", None)
+    short = planning.plan_of(model, replace(request, frames=7, size=(512, 288)), "model", None)
     assert short.peak < found.peak
 
 

@@ -134,14 +134,12 @@ def test_halves_that_only_the_text_tells_apart_begin_as_one():
     """Guidance asks of each picture twice: the same answers, and the first block is computed once for both."""
     unet, given = network(), inputs(B=4)
     twice = {n: rows if n == "context" else torch.cat([rows[:2], rows[:2]]) for n, rows in given.items()}
-    with torch.no_grad():
-        answer = unet(**twice)
-        alone = [unet(**{name: rows[i : i + 1] for name, rows in twice.items()}) for i in range(4)]
-        once, both = count_flops(unet, **twice), count_flops(unet, **given)
+    answer = unet(**twice)
+    alone = [unet(**{name: rows[i : i + 1] for name, rows in twice.items()}) for i in range(4)]
+    once, both = count_flops(unet, **twice), count_flops(unet, **given)
     torch.testing.assert_close(answer, torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert once < both
-    with torch.no_grad():  # another time is another beginning
-        assert count_flops(unet, **{**twice, "time": given["time"]}) == both
+    assert count_flops(unet, **{**twice, "time": given["time"]}) == both  # another time is another beginning
 
 
 def test_the_order_of_text_tokens_is_the_encoders_affair():

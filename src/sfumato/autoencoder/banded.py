@@ -50,7 +50,7 @@ from sfumato.autoencoder.memory import (
     rows_of,
 )
 from sfumato.autoencoder.model import PIXEL_CHANNELS, Posterior
-from sfumato.autoencoder.statistics import Moments, normalise, not_finite
+from sfumato.autoencoder.statistics import Moments, normalise, not_finite, settled
 from sfumato.errors import InputError, NonFiniteError
 from sfumato.nn.attention import attention
 from sfumato.nn.packed import CELLS, PackedConv2d, can_pack
@@ -98,7 +98,10 @@ def encode_banded(
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    if (~torch.isfinite(x)).any():
+    """`InputError` if a pass is given NaN or infinity. name: what the error calls x."""
+    if (
+        not torch.isfinite(x.sum()) and not torch.isfinite(x).all()
+    ):  # a sum is less to hold than an answer for each
         raise InputError(f"{name} must be finite, but holds NaN or infinity", argument=name)
 
 
@@ -125,19 +128,10 @@ class Pass:
     def __init__(
         self, model: AutoencoderKL, device: torch.device, dtype: torch.dtype | None, band: int, numbers: int
     ):
-        if isinstance(band, bool) or not isinstance(band, int) or band < 1:
-            raise InputError(
-                f"band must be a whole number of bytes, at least 1, not {band!r}", argument="band"
-            )
-        self.model = model
-        self.dtype = model.dtype if dtype is None else dtype
-        if not self.dtype.is_floating_point:
-            raise InputError(f"dtype must be a floating-point type, not {self.dtype}", argument="dtype")
-        self.wide = torch.promote_types(self.dtype, torch.float32)  # of statistics
-        self.device, self.band = device, band
+        self.model, self.device, self.band = model, device, band
+        self.dtype, self.wide, self.names = settled(model, band, dtype)
         self.block = torch.empty(numbers, dtype=self.dtype, device=device)
         self.scratch = torch.empty(0, dtype=torch.uint8, device=device)  # one window, then its statistics
-        self.names = {module: name for name, module in model.named_modules()}
 
     def decode(self, latent: Tensor, out: Tensor) -> None:
         """latent: (1, C, H/f, W/f); out: (1, 3, H, W), written."""

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato import checks
 from sfumato.autoencoder.model import ChannelNorm, ResidualBlock, from_frames, to_frames
 from sfumato.errors import InputError
-from sfumato.nn.plain import check_whole, from_plain
+from sfumato.nn.plain import from_plain
 from sfumato.types import MAX_FRAMES
 
 STRIDE = 4  # frames for each latent after the first
@@ -40,7 +41,7 @@ class CausalConfig:
 
     def __post_init__(self) -> None:
         for name in ("channels", "width", "encoder_blocks", "decoder_blocks"):
-            check_whole(name, getattr(self, name), 1)
+            checks.whole(name, getattr(self, name), 1)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CausalConfig:

@@ -32,9 +32,8 @@ from sfumato.autoencoder.kl import Upsample, norm_silu
 from sfumato.autoencoder.memory import BAND, rows_of
 from sfumato.autoencoder.model import PIXEL_CHANNELS
 from sfumato.autoencoder.safe import rescued
-from sfumato.autoencoder.statistics import Moments, normalise, not_finite
+from sfumato.autoencoder.statistics import Moments, normalise, not_finite, settled
 from sfumato.autoencoder.temporal import SpaceTimeResnet, TemporalAutoencoderKL
-from sfumato.errors import InputError
 from sfumato.nn.temporal import Mixer, TemporalResnet, as_clips, as_frames
 
 
@@ -84,16 +83,8 @@ class Pass:
     """Takes clips through the decoder, one at a time."""
 
     def __init__(self, model: TemporalAutoencoderKL, band: int, dtype: torch.dtype | None):
-        if isinstance(band, bool) or not isinstance(band, int) or band < 1:
-            raise InputError(
-                f"band must be a whole number of bytes, at least 1, not {band!r}", argument="band"
-            )
         self.model, self.band = model, band
-        self.dtype = model.dtype if dtype is None else dtype
-        if not self.dtype.is_floating_point:
-            raise InputError(f"dtype must be a floating-point type, not {self.dtype}", argument="dtype")
-        self.wide = torch.promote_types(self.dtype, torch.float32)  # of statistics
-        self.names = {module: name for name, module in model.named_modules()}
+        self.dtype, self.wide, self.names = settled(model, band, dtype)
 
     def decode(self, latent: Tensor, out: Tensor) -> None:
         """latent: (C, T, H/f, W/f); out: (3, T, H, W), written."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato import checks
 from sfumato.autoencoder.model import LOGVAR_RANGE, PIXEL_CHANNELS, Posterior, check_size, from_frames
 from sfumato.errors import InputError
 from sfumato.nn.attention import attention
@@ -50,11 +51,11 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         for name in ("resnets", "latent_channels", "groups"):
-            check_count(name, getattr(self, name))
+            checks.whole(name, getattr(self, name), 1)
         if not isinstance(self.widths, tuple) or not self.widths:
             raise InputError("widths must list the channels of at least one level", argument="widths")
         for width in self.widths:
-            check_count("widths", width)
+            checks.whole("widths", width, 1)
             if width % self.groups:
                 raise InputError(
                     f"widths must be multiples of the {self.groups} groups, not {width}", argument="widths"
@@ -151,11 +152,6 @@ DIFFUSERS = {  # field of config.json: ours, and diffusers' default
     "mid_block_add_attention": ("mid_attention", True),
     "force_upcast": ("force_upcast", True),
 }
-
-
-def check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, not {value!r}", argument=name)
 
 
 def is_number(value: object, positive: bool = False) -> bool:

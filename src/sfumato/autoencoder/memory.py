@@ -197,8 +197,8 @@ def plain_bytes(layer: Layer, itemsize: int) -> int:
 
 
 def attention_bytes(layer: Layer, itemsize: int) -> int:
-    """Bytes that attention holds beside queries, keys and values: its result, or in a narrow type what a CPU's blocks
-    take (`nn.attention`): keys in float32 while they are centred, and a block of scores.
+    """Bytes allowed for attention beside queries, keys and values: its result, or in a narrow type room for what the
+    blocks of a CPU take at the published width; `nn.attention.attention_bytes` counts that, and it is less.
     """
     tokens = layer.height * layer.width
     numbers = tokens * layer.channels

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato import checks
 from sfumato.errors import InputError
 
 FACTORS = (1, 2, 4, 8, 16, 32)
@@ -46,11 +47,7 @@ class AutoencoderConfig:
         if self.factor not in FACTORS:
             raise InputError(f"factor must be one of {FACTORS}, not {self.factor!r}", argument="factor")
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(
-                    f"{f.name} must be a whole number of at least 1, not {value!r}", argument=f.name
-                )
+            checks.whole(f.name, getattr(self, f.name), 1)
         for name in ("stem", "head"):
             if getattr(self, name) not in FACTORS:
                 raise InputError(f"{name} must be one of {FACTORS}, not {getattr(self, name)}", argument=name)

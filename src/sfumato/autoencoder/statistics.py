@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import NonFiniteError
+from sfumato import checks
+from sfumato.autoencoder.kl import AutoencoderKL
+from sfumato.errors import InputError, NonFiniteError
 
 
 def not_finite(layer: str, dtype: torch.dtype) -> NonFiniteError:
@@ -62,3 +64,18 @@ def normalise(x: Tensor, norm: nn.GroupNorm, moments: Moments, wide: torch.dtype
     torch.native_batch_norm(
         x, weight, bias, mean, variance, False, 0.0, norm.eps, out=(x, unused, unused.clone())
     )
+
+
+def settled(
+    model: AutoencoderKL, band: int, dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype, dict[nn.Module, str]]:
+    """What a pass by bands computes in, what its statistics are taken in, and its layers' names.
+
+    dtype: the weights' by default. `InputError` for a band of no bytes, and a type without fractions.
+    """
+    checks.whole("band", band, 1)
+    dtype = model.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype must be a floating-point type, not {dtype}", argument="dtype")
+    names = {module: name for name, module in model.named_modules()}
+    return dtype, torch.promote_types(dtype, torch.float32), names

@@ -47,12 +47,9 @@ class Signature:
         return f"{self.kind}{part} ({self.layout} names)"
 
 
-Match = Signature  # what a file turned out to be
-
-
 def identify(
     shapes: Mapping[str, Sequence[int]], signatures: Iterable[Signature], source: str = "the file"
-) -> Match:
+) -> Signature:
     """The one signature that a file with these tensors (name to shape) bears.
 
     `CheckpointError` when it is of a kind that is refused, or of none: it names the nearest kind and the first

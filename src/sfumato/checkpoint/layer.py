@@ -154,6 +154,7 @@ def _order(tensor: Tensor) -> torch.memory_format:
 
 
 def refuse(problems: list[str], where: str) -> None:
+    """`CheckpointError` with the first of what is wrong with the tensors of `where`, if anything is."""
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise CheckpointError(f"{where}: {'; '.join(problems[:SHOWN])}{more}")

@@ -19,12 +19,12 @@ def refill(module: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str
     The old ones are let go, not written over: who holds them keeps what they were. Errors as `fill`.
     """
     for name in names:
-        path, _, own = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        old = getattr(owner, own)
+        old = getattr(owner, leaf)
         tensor, problem = fitting(given(tensors, name, old.dtype), old, old.dtype, old.device)
         refuse([f"{called(tensors, name)} {problem}"] if problem else [], where)
-        setattr(owner, own, nn.Parameter(tensor, requires_grad=False))
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def refill_layers(

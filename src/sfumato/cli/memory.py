@@ -65,7 +65,7 @@ def show_plan(plan: MemoryPlan | None, request: Request, as_json: bool) -> None:
         [stage.name, shown(stage.weights), shown(stage.activations), shown(plan.base + stage.bytes)]
         for stage in plan.stages
     ]
-    whose = "of --memory" if plan.allowed == plan.limit else "free"
+    whose = "of --memory" if plan.limited else "free"
     show.table(
         f"{shown(plan.peak)} at most, of {shown(plan.allowed)} {whose}: it fits with --offload {plan.offload}"
         f"{f' and {shown(plan.kept)} of layers kept' if plan.kept else ''}, in {plan.dtype} on {plan.device}",

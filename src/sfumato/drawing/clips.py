@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sfumato.drawing.sample import noise_of, sample
+from sfumato.drawing.sample import Noise, noise_of, sample
 from sfumato.drawing.script import Script
 from sfumato.errors import InputError
 from sfumato.runtime import Clock
@@ -73,7 +73,7 @@ def draw_clips(
 class Stretch:
     """The part of a film's noise that belongs to the latents `start` … `stop − 1`."""
 
-    whole: Any
+    whole: Noise
     start: int
     stop: int
 

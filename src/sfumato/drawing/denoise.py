@@ -86,8 +86,8 @@ def _network(
     skip_layers: tuple[int, ...] = (),
 ) -> Network:
     """network(x, time, told): the model's, told 2 rows that serve any batch, or as many rows as x. With `reuse` it
-    remembers its own calls; with `skip_layers` it leaves these out. halves: the rows
-    are a wanted and an unwanted half."""
+    remembers its own calls; with `skip_layers` it leaves these out. halves: the rows are a wanted and an unwanted half.
+    """
     system = model.system
     answer = system.network
     if skip_layers:

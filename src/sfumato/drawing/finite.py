@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfumato.checkpoint.layer import finite
 from sfumato.diffusion.parameterization import Denoise
-from sfumato.drawing.script import Script
+from sfumato.drawing.script import Script, step_at
 from sfumato.errors import NonFiniteError
 from sfumato.types import Conditioning, Request
 
@@ -39,14 +39,12 @@ def watched(
     told: what it is told. request: complete. sigmas: (S + 1,), the schedule by which a level's step is known.
     """
     denoise = make()
-    begins = sigmas[:-1].double()
 
     def checked(x: Tensor, sigma: Tensor) -> Tensor:
         estimate = denoise(x, sigma)
         if _finite(estimate):
             return estimate
-        level = float(torch.as_tensor(sigma).max())
-        step = max(int((begins >= level * (1 - 1e-9)).sum()), 1)
+        step = step_at(sigmas, sigma)
         what, layer = _culprit(model, make(), told, request, x, sigma)
         dtype = str(model.dtype).removeprefix("torch.")
         better = "draw with --dtype bf16 or fp32"
@@ -56,7 +54,7 @@ def watched(
             whose = "its weights, or a LoRA's," if request.loras else "its weights"
             better = f"{whose} are damaged, or not of this model"
         raise NonFiniteError(
-            f"{what} NaN or infinity in {dtype}, at step {step} of {len(begins)}; {better}", layer
+            f"{what} NaN or infinity in {dtype}, at step {step} of {len(sigmas) - 1}; {better}", layer
         )
 
     return checked

@@ -138,9 +138,7 @@ def origin_of(model: Model, canvas: Canvas, request: Request) -> Origin:
     return Origin(latent, request.strength, pixels, mask.to(model.device))
 
 
-def noise_of(
-    model: Model, seeds: Sequence[int], shape: Sequence[int], request: Request
-) -> SeededNoise | SharedNoise | VariedNoise:
+def noise_of(model: Model, seeds: Sequence[int], shape: Sequence[int], request: Request) -> Noise:
     """The noise of each picture's seed, or between that and another's; shape: (C, T, H, W) of one. A clip's frames have
     so much of it in common as the model was trained with.
     """

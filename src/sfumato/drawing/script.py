@@ -89,22 +89,29 @@ def _at(stages: Sequence[tuple[int, T]], step: int) -> T:
     return next((held for end, held in stages if step <= end), stages[-1][1])
 
 
+def step_at(sigmas: Tensor, sigma: Tensor) -> int:
+    """The step of the schedule `sigmas`, (S + 1,), that a level of noise belongs to, counted from 1.
+
+    sigma: () or (B,), of which the largest counts. A step's levels are its first and those below it, above the first of
+    the next; what lies above the schedule is the first step's.
+    """
+    level = float(torch.as_tensor(sigma).max())
+    return max(1, int((sigmas[:-1].double() >= level * (1 - 1e-9)).sum()))
+
+
 def changing(
     stages: Sequence[tuple[int, Conditioning]], make: Callable[[Conditioning], Denoise], sigmas: Tensor
 ) -> Denoise:
     """A denoiser that is told at each level what holds at its step of the schedule `sigmas`, (S + 1,).
 
-    A step's levels are its first and those below it, above the first of the next. So what is told is a function of the
-    level alone, as a sampler needs it, and a picture begun with has what its levels would have had from noise.
+    What is told is a function of the level alone (`step_at`), as a sampler needs it, and a picture begun with has what
+    its levels would have had from noise.
     """
     made = [(end, make(told)) for end, told in stages]
     if len(made) == 1:
         return made[0][1]
-    begins = sigmas[:-1].double()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        level = float(torch.as_tensor(sigma).max())
-        step = int((begins >= level * (1 - 1e-9)).sum())
-        return _at(made, max(step, 1))(x, sigma)
+        return _at(made, step_at(sigmas, sigma))(x, sigma)
 
     return denoise

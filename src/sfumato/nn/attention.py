@@ -31,8 +31,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     PyTorch's fused CPU kernel does not use the matrix unit of a CPU with native bfloat16. There attention without
     gradients takes plain products of some heads at a time where sequences are short, and goes block by block where they
-    are long. With gradients short ones take plain products too, which cost N·M scores of memory for each head. Long
-    ones with a mask or gradients, and every other device and precision, keep the fused kernel.
+    are long and nothing is masked. bfloat16 on a CPU that does neither, for its gradients, a mask or want of native
+    products, takes plain ones of all heads together up to 512² scores of each, which are all held in memory. Longer
+    sequences, and every other device and precision, keep the fused kernel.
     """
     if has_torch_function((q, k, v)):  # a mode that counts operations sees this one whole
         return handle_torch_function(attention, (q, k, v), q, k, v, mask)

@@ -16,6 +16,17 @@ from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, sinusoi
 from sfumato.nn.transformer import Block, rms_norm
 from sfumato.types import Conditioning
 
+KEPT = (  # parts of names whose layers stay as they are in eight bits: what enters and leaves, times, modulations
+    "latent_in",
+    "latent_out",
+    "text_in",
+    "time_in",
+    "pooled_in",
+    "modulation",
+    "final_modulation",
+    "label_out",
+)
+
 
 @dataclass(frozen=True)
 class DiTConfig:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.nn.dit import DiT, to_patches
 from sfumato.nn.transformer import Block, rms_norm
@@ -32,8 +33,7 @@ class DiTControlConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
-                raise InputError(f"{name} must be a whole number from 1 on, not {value!r}", argument=name)
+            checks.integer(name, value, 1, 100_000)
         if self.width % self.heads:
             raise InputError(f"width {self.width} is no multiple of heads {self.heads}", argument="heads")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.nn.attention import attention
 from sfumato.nn.embed import Embedding, sinusoid
@@ -54,9 +55,7 @@ class MMDiTConfig:
 
     def __post_init__(self) -> None:
         for name in ("channels", "patch", "layers", "heads", "head_width", "context", "pooled", "positions"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}", argument=name)
+            checks.whole(name, getattr(self, name), 1)
         if not isinstance(self.qk_norm, bool):
             raise InputError(f"qk_norm must be true or false, not {self.qk_norm!r}", argument="qk_norm")
         known = isinstance(self.dual, tuple) and all(
@@ -136,6 +135,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed · (1 + scale) + shift, of tokens (B, N, D) by shift and scale (B, 1, D)."""
     return torch.addcmul(shift, normed, 1 + scale)
 
 

@@ -25,9 +25,3 @@ def from_plain(cls: type[C], values: dict[str, Any], what: str) -> C:
 def as_tuple(value: Any) -> Any:
     """Lists, also nested ones, as tuples; anything else as it is."""
     return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """`InputError` unless a field is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}", argument=name)

@@ -15,7 +15,7 @@ Source: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), sec. 2, for row- an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,6 @@ from sfumato.nn.attention import attention
 from sfumato.nn.packed import CELLS, ROWS, can_pack, is_layer, packed
 from sfumato.nn.spatial import GEGLU, CrossAttention, TanhGELU, TransformerBlock
 
-KEPT = (  # parts of names whose layers stay in the network's type: what enters and leaves, times, texts
-    "conv_in",
-    "conv_out",
-    "time_embedding",
-    "add_embedding",
-    "time_emb_proj",
-    "attn2.to_k",
-    "attn2.to_v",
-    "latent_in",
-    "latent_out",
-    "text_in",
-    "time_in",
-    "pooled_in",
-    "modulation",
-    "final_modulation",
-    "label_out",
-)
 LEVELS = 127  # the largest code of a weight and of a token's number, either side of zero
 MIDDLE = 128  # added to a token's codes, which makes them unsigned
 LEAST = 1e-30  # a scale, where every number is zero
@@ -56,10 +39,11 @@ def can_quantize(weight: Tensor) -> bool:
     return can_pack(weight) and torch.cpu._is_vnni_supported()
 
 
-def quantize(network: nn.Module, kept: tuple[str, ...] = KEPT) -> int:
+def quantize(network: nn.Module, kept: Collection[str]) -> int:
     """Replace the linear layers and convolutions of `network` by eight-bit twins, in place; returns how many.
 
-    Layers with one of `kept` in their names, and those with no eight-bit twin, are packed as `nn.packed.pack` does.
+    kept: parts of names, such as a network's own `KEPT`. Layers with one of them in their names, and those with no
+    eight-bit twin, are packed as `nn.packed.pack` does.
     Raises `InputError` where the CPU has no eight-bit products, or the network is not on a CPU. As after packing, the
     network can only be run, and without gradients.
     """
@@ -83,7 +67,7 @@ def units(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
             yield from units(child, f"{path}.")
 
 
-def stand_in(path: str, layer: nn.Module, kept: tuple[str, ...] = KEPT) -> nn.Module | None:
+def stand_in(path: str, layer: nn.Module, kept: Collection[str]) -> nn.Module | None:
     """What `quantize` puts in the place of one of `units`: an eight-bit twin, a packed one, or None."""
     if isinstance(layer, CrossAttention):
         return QuantizedAttention(layer)
@@ -176,6 +160,8 @@ def unsigned(x: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
+    """(…, I) → (…, O) in the type of x; weight: (O, I), bias: (O,) or None. Each token has a scale of its own."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         codes, self.scale = channel_codes(weight)
@@ -197,7 +183,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedGEGLU(nn.Module):
-    """Value and gate as two products of the same codes."""
+    """(…, D) → (…, hidden): `GEGLU`, value and gate as two products of the same codes."""
 
     def __init__(self, layer: GEGLU):
         super().__init__()
@@ -212,6 +198,8 @@ class QuantizedGEGLU(nn.Module):
 
 
 class QuantizedTanhGELU(QuantizedLinear):
+    """(…, D) → (…, hidden): `TanhGELU`; what follows the product is not rounded to codes."""
+
     def __init__(self, layer: TanhGELU):
         super().__init__(layer.proj.weight, layer.proj.bias)
 
@@ -220,7 +208,9 @@ class QuantizedTanhGELU(QuantizedLinear):
 
 
 class QuantizedAttention(nn.Module):
-    """Queries, keys and values of tokens that attend to themselves as one product. Scores are not rounded to codes."""
+    """(B, N, D) → (B, N, D): tokens that attend to themselves, their queries, keys and values as one product. Scores
+    are not rounded to codes.
+    """
 
     def __init__(self, layer: CrossAttention):
         super().__init__()
@@ -237,7 +227,7 @@ class QuantizedAttention(nn.Module):
 
 
 class QuantizedPointwise(QuantizedLinear):
-    """A 1×1 convolution: a linear layer of each cell."""
+    """(B, C, H, W) → (B, O, H, W): a 1×1 convolution, which is a linear layer of each cell, with a scale for each."""
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__(layer.weight.flatten(1), layer.bias)
@@ -247,6 +237,10 @@ class QuantizedPointwise(QuantizedLinear):
 
 
 class QuantizedConv2d(nn.Module):
+    """(B, C, H, W) → (B, O, H', W') in the type of x, H' and W' by the layer's kernel, stride and padding. Each picture
+    has a scale and a zero of its own, and goes alone.
+    """
+
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
         self.border: tuple[int, int] = layer.padding  # type: ignore[assignment]
@@ -264,6 +258,7 @@ class QuantizedConv2d(nn.Module):
         return torch.cat([self.one(picture) for picture in x.split(1)])
 
     def one(self, x: Tensor) -> Tensor:
+        """`forward` of one picture, (1, C, H, W)."""
         codes, scale, zero = picture_codes(x, self.border)
         bias = torch.add(self.bias, self.sums, alpha=-scale * zero)
         return torch.ops.onednn.qconv_pointwise(

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.nn.embed import Embedding, sinusoid
-from sfumato.nn.plain import check_whole, from_plain
+from sfumato.nn.plain import from_plain
 from sfumato.nn.spatial import MAP_EPS, TransformerBlock, to_map, to_tokens
 from sfumato.nn.temporal import Mixer, TemporalBlock, TemporalResnet
 from sfumato.nn.unet import EPS, Downsample, Resnet, Upsample, check_levels
@@ -63,7 +64,7 @@ class SpaceTimeConfig:
             *("in_channels", "out_channels", "context", "told"),
             *("waves", "resnets", "groups", "mid_depth"),
         ):
-            check_whole(name, getattr(self, name), 1)
+            checks.whole(name, getattr(self, name), 1)
         check_levels(self)
 
     @property

@@ -32,6 +32,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x: (B, N, D); context: (B, M, context width). Returns (B, N, D)."""
         source = x if context is None else context
         q, k, v = (
             tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -41,7 +42,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """value ⊙ gelu(gate), both from one matrix (Shazeer 2020, eq. 6)."""
+    """(…, D) → (…, hidden): value ⊙ gelu(gate), both from one matrix (Shazeer 2020, eq. 6)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -53,7 +54,9 @@ class GEGLU(nn.Module):
 
 
 class TanhGELU(nn.Module):
-    """gelu(proj(x)), by the approximation with a hyperbolic tangent (Hendrycks & Gimpel 2016, sec. 2)."""
+    """(…, D) → (…, hidden): gelu(proj(x)), by the approximation with a hyperbolic tangent (Hendrycks & Gimpel 2016,
+    sec. 2).
+    """
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -112,15 +115,15 @@ class TransformerBlock(nn.Module):
         return self.ff(self.norm3(x)).add_(x)
 
 
-def read_context(x: Tensor, norm: nn.Module, attention: nn.Module, context: Tensor) -> Tensor:
-    """x + attention(norm(x), context) for tokens x: (B·T, N, D), of which T rows go with one of context (B, M, C).
+def read_context(x: Tensor, norm: nn.Module, attend: nn.Module, context: Tensor) -> Tensor:
+    """x + attend(norm(x), context) for tokens x: (B·T, N, D), of which T rows go with one of context (B, M, C).
 
     The weights over a context of one token are 1, whoever asks: what is added is then the same for all.
     """
     rows = x.view(len(context), -1, x.shape[-1])  # (B, T·N, D)
     if context.shape[1] == 1:
-        return (rows + attention.to_out[0](attention.to_v(context))).view(x.shape)
-    return attention(norm(rows), context).add_(rows).view(x.shape)
+        return (rows + attend.to_out[0](attend.to_v(context))).view(x.shape)
+    return attend(norm(rows), context).add_(rows).view(x.shape)
 
 
 class SpatialTransformer(nn.Module):

@@ -95,13 +95,21 @@ class TemporalResnet(nn.Module):
         return as_frames(h, *x.shape[-2:])
 
 
-class FrameAttention(CrossAttention):
+class FrameAttention(nn.Module):
     """Attention of each cell to the same cell of the other frames: x (B·T, N, D), those of a clip one after the other.
 
     The sequences are as short as a clip, and there is one for each cell and head: what counts is how many.
     """
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:  # type: ignore[override]
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
         q, k, v = (  # (B·T, N, D) → (B, N, K, T, D/K) each
             project(x).unflatten(0, (-1, frames)).unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1, 4)
             for project in (self.to_q, self.to_k, self.to_v)
@@ -119,7 +127,7 @@ class TemporalBlock(nn.Module):
         self.norm_in = nn.LayerNorm(width, TOKEN_EPS)
         self.ff_in = FeedForward(width)
         self.norm1 = nn.LayerNorm(width, TOKEN_EPS)
-        self.attn1 = FrameAttention(width, heads, width)
+        self.attn1 = FrameAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, TOKEN_EPS)
         self.attn2 = CrossAttention(width, heads, context)
         self.norm3 = nn.LayerNorm(width, TOKEN_EPS)

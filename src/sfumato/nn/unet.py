@@ -17,14 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.nn.embed import Embedding, sinusoid
-from sfumato.nn.plain import check_whole, from_plain
+from sfumato.nn.plain import from_plain
 from sfumato.nn.spatial import SpatialTransformer, same_halves
 
 EPS = 1e-5  # of the GroupNorms here; that before a spatial transformer has its own
 SHALLOW = (
     2  # skips that a call with deep features makes anew: conv_in's and the first block's, as in DeepCache
+)
+KEPT = (  # parts of names whose layers stay as they are in eight bits: what enters and leaves, times, texts
+    "conv_in",
+    "conv_out",
+    "time_embedding",
+    "add_embedding",
+    "time_emb_proj",
+    "attn2.to_k",
+    "attn2.to_v",
 )
 
 
@@ -49,9 +59,9 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "context", "resnets", "groups", "mid_depth"):
-            check_whole(name, getattr(self, name), 1)
+            checks.whole(name, getattr(self, name), 1)
         for name in ("vector", "time_cond"):
-            check_whole(name, getattr(self, name), 0)
+            checks.whole(name, getattr(self, name), 0)
         if not isinstance(self.linear, bool):
             raise InputError(f"linear must be true or false, not {self.linear!r}", argument="linear")
         check_levels(self)
@@ -92,7 +102,7 @@ def check_levels(config: Any) -> None:
                 argument=name,
             )
         for value in values:
-            check_whole(name, value, least)
+            checks.whole(name, value, least)
     attends = [*config.depths[:-1], config.mid_depth]
     for width, heads, depth in zip(config.channels, config.heads, attends, strict=True):
         if width % config.groups:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato import checks
 from sfumato.errors import CheckpointError, InputError
 from sfumato.text.windows import LENGTH
 
@@ -34,13 +35,10 @@ class ClipConfig:
     vocabulary: int = 49_408  # token ids
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "projection", "inner", "vocabulary"):
-            value = getattr(self, name)
-            least = 0 if name in ("projection", "inner") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(
-                    f"{name} must be a whole number of at least {least}, not {value!r}", argument=name
-                )
+        for name in ("width", "layers", "heads", "vocabulary"):
+            checks.whole(name, getattr(self, name), 1)
+        for name in ("projection", "inner"):
+            checks.whole(name, getattr(self, name), 0)
         if self.width % self.heads:
             raise InputError(f"width {self.width} does not divide into {self.heads} heads", argument="heads")
         if self.activation not in ACTIVATIONS:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfumato import checks
 from sfumato.errors import CheckpointError, InputError, SfumatoError
 
 _NAMES = {  # ours to those of a folder's config.json
@@ -48,9 +49,7 @@ class T5Config:
 
     def __post_init__(self) -> None:
         for name in _NAMES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}", argument=name)
+            checks.whole(name, getattr(self, name), 1)
         if self.buckets < 4 or self.buckets % 2 or self.distance <= self.buckets // 4:
             raise InputError(
                 f"{self.buckets} buckets do not serve distances up to {self.distance}; T5 has 32 for 128",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfumato import checks
 from sfumato.errors import CheckpointError, InputError
 from sfumato.text.clip import ACTIVATIONS
 
@@ -47,11 +48,8 @@ class ClipVisionConfig:
 
     def __post_init__(self) -> None:
         for name in _NAMES:
-            value = getattr(self, name)
-            if name == "activation":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}", argument=name)
+            if name != "activation":
+                checks.whole(name, getattr(self, name), 1)
         if self.width % self.heads:
             raise InputError(f"width {self.width} does not divide into {self.heads} heads", argument="heads")
         if self.size % self.patch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from sfumato import checks
 from sfumato.autoencoder import AutoencoderConfig
 from sfumato.diffusion.schedules import flow_levels, sigmas_for
 from sfumato.errors import CheckpointError, InputError
@@ -62,7 +63,7 @@ class DenoiserConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "patch", "text_width", "text_depth", "max_tokens"):
-            _whole(name, getattr(self, name), MOST.get(name, MOST_OTHERWISE))
+            checks.integer(name, getattr(self, name), 1, MOST.get(name, MOST_OTHERWISE))
         for name, heads in (("width", self.heads), ("text_width", self.text_heads)):
             if getattr(self, name) % (2 * heads):
                 raise InputError(
@@ -79,7 +80,7 @@ class DenoiserConfig:
                 f"label_classes must be a list, not {self.label_classes!r}", argument="label_classes"
             )
         for count in self.label_classes:
-            _whole("label_classes", count, MOST_OTHERWISE)
+            checks.integer("label_classes", count, 1, MOST_OTHERWISE)
 
     @property
     def text_heads(self) -> int:
@@ -154,8 +155,3 @@ def _plain(kind: type, where: str, values: Any) -> Any:
     if unknown:
         raise TypeError(f"{where} has no field {min(unknown)!r}")
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def _whole(name: str, value: object, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InputError(f"{name} must be a whole number from 1 to {most:,}, not {value!r}", argument=name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato import checks
 from sfumato.autoencoder import Autoencoder
 from sfumato.autoencoder.causal import STRIDE, Cache, Causal, CausalConfig, latents_of
 from sfumato.errors import InputError
@@ -38,9 +39,7 @@ class VideoConfig:
 
     def __post_init__(self) -> None:
         for name in ("frames", "window", "context"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"video.{name} must be a whole number above 0, not {value!r}", argument=name)
+            checks.whole(f"video.{name}", getattr(self, name), 1)
         if latents_of(self.frames) < 2 or not self.context < self.window:
             raise InputError(
                 "video.frames must be 5 or more and video.context less than video.window", argument="video"

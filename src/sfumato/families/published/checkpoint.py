@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoint.detect import Match, Signature, identify
+from sfumato.checkpoint.detect import Signature, identify
 from sfumato.checkpoint.layout import Layout, find_parts
 from sfumato.checkpoint.rules import KeyMap, View, shapes
 from sfumato.checkpoint.source import Weights, open_folder, open_weights
@@ -172,7 +172,7 @@ def _from_folder(folder: Path, variant: str | None, families: Families) -> Check
 
 def _denoiser_of(
     layout: Layout, folder: Path, families: Families, weights_of: Any
-) -> tuple[Family, Weights, Match]:
+) -> tuple[Family, Weights, Signature]:
     """The family of a diffusers folder, with the tensors of the network that draws and what they are."""
     there = [family for family in families if family.denoiser in layout.parts]
     if not there:
@@ -189,7 +189,7 @@ def _denoiser_of(
     return family, weights, match
 
 
-def _network(weights: Weights, match: Match, source: str, family: Family | None) -> Checkpoint:
+def _network(weights: Weights, match: Signature, source: str, family: Family | None) -> Checkpoint:
     """One network alone, in either layout."""
     original = match.layout == "original"
     system, drops = None, ()

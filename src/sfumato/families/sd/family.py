@@ -20,8 +20,7 @@ from sfumato.families.sd.levels import has_usual_levels
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.signatures import control_title, predicts_v, signatures
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
-from sfumato.nn.quantized import KEPT
-from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.nn.unet import KEPT, UNet, UNetConfig
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' words to ours
 
