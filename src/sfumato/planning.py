@@ -195,10 +195,11 @@ def _refused(request: Request, found: MemoryPlan, how: str, remedy: str) -> Inpu
     """The sentence of both refusals. how: of what the plan is, besides the request."""
     assert request.size is not None
     many = f"{request.frames} frames" if request.moves else request.count
-    whose = "--memory allows" if found.limited else "are there"
+    bound = (
+        f"--memory allows {shown(found.allowed)}" if found.limited else f"{shown(found.allowed)} are there"
+    )
     return InputError(
-        f"drawing {many} of {by(request.size)} needs {shown(found.peak)} of memory{how}, and "
-        f"{shown(found.allowed)} {whose}; {remedy}",
+        f"drawing {many} of {by(request.size)} needs {shown(found.peak)} of memory{how}, and {bound}; {remedy}",
         argument="memory",
     )
 

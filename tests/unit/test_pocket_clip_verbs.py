@@ -178,7 +178,7 @@ def test_deterministic_clips_are_equal_files(folder, capsys):
 
 
 def test_loras_and_controlnets_are_refused_in_one_line(folder, capsys):
-    for option in ("lora", "controlnet"):
+    for option in ("lora", "controlnet", "control"):
         capsys.readouterr()
         assert run(["animate", "a cube", "-m", str(folder), f"--{option}", "x.safetensors"]) == 2
         (line,) = capsys.readouterr().err.splitlines()

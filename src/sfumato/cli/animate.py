@@ -127,12 +127,13 @@ def animate(
     as_json: options.AsJson = False,
     lora: Annotated[list[str] | None, Option(hidden=True)] = None,
     controlnet: Annotated[list[str] | None, Option(hidden=True)] = None,
+    control: Annotated[list[str] | None, Option(hidden=True)] = None,
 ) -> None:
     """Draw clips: set a picture in motion, or draw from a prompt. Each file carries its recipe."""
     from sfumato.receipts.clips import check_output
     from sfumato.types import Request
 
-    for name, value in (("lora", lora), ("controlnet", controlnet)):
+    for name, value in (("lora", lora), ("controlnet", controlnet), ("control", control)):
         if value:
             raise InputError(
                 f"--{name} is for pictures (sfumato generate): no model of clips takes one; leave it out",
