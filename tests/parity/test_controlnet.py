@@ -139,9 +139,10 @@ def test_names_and_shapes_of_the_published_networks(name):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", FULL)
 @torch.no_grad()
-def test_the_published_size_answers_alike(agrees):
-    config = ControlNetConfig(FULL["sd1"])
+def test_the_published_size_answers_alike(agrees, name):
+    config = ControlNetConfig(FULL[name])
     ours, theirs = pair(config, assign=True)
     mine, yours = question(config, 1, 64, 64, tokens=77)
-    agrees("ControlNet", "sd1, 512×512", asked(ours, mine), theirs_asked(theirs, yours), CLOSE, THEIRS)
+    agrees("ControlNet", f"{name}, 512×512", asked(ours, mine), theirs_asked(theirs, yours), CLOSE, THEIRS)

@@ -151,7 +151,7 @@ def test_a_clip_of_the_published_size(agrees, monkeypatch):
     preset = preset_of(Checkpoint("svd", system, {}))
     ours_ = System(
         config=Config("svd", preset), shapes=system, levels=noise_levels(*folder.SIGMAS), dtype=torch.float32,
-        device=CPU, parts={}, sources={},
+        device=CPU, parts={name: network.state_dict() for name, network in networks.items()}, sources={},
         networks=Networks({
             IMAGE_ENCODER: lambda: networks[IMAGE_ENCODER], "denoiser": lambda: networks["unet"],
             "autoencoder": lambda: networks["vae"],
