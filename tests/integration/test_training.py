@@ -192,6 +192,7 @@ def test_two_processes_train_the_same_model(
         assert torch.allclose(value.float(), found[name].float(), atol=2e-2, rtol=2e-2), name
 
 
+@pytest.mark.full
 def test_two_processes_share_scenes(tmp_path: Path) -> None:
     """Rank 0 renders, measures and encodes while the other waits: both must meet at the same points."""
     out = tmp_path / "run"

@@ -185,7 +185,7 @@ def test_diffusers_loads_the_file(agrees, kind, layout, dora, tmp_path):
            "diffusers load_lora_weights, peft")  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.full)])
 def test_the_loss_falls_on_a_fixed_batch(kind, tmp_path):
     trainee = opened(kind, tmp_path / "model", text=True)
     subject, batch, lora = subject_of(trainee), a_batch(), lora_beside(trainee, "all")

@@ -295,6 +295,7 @@ def test_some_of_a_fused_layer(places, tmp_path):
         check_spelled(shares, True)
 
 
+@pytest.mark.full
 def test_the_loss_falls_on_a_fixed_batch(places):
     trainee = opened(places["sd3.5-medium"], text=True)
     subject, batch, lora = subject_of(trainee), a_batch(), lora_beside(trainee, "all")

@@ -72,6 +72,7 @@ def test_hostile_files(sound, capsys, case, option):
     assert "bad.safetensors" in refused(capsys, *model, option, "bad.safetensors")
 
 
+@pytest.mark.full
 def test_a_hundred_thousand_tensors(sound, capsys):
     Path("many.safetensors").write_bytes(file_of({f"t{i}": entry([0], 0, 0) for i in range(100_000)}))
     assert "many.safetensors is of no known kind" in refused(capsys, "-m", "many.safetensors")

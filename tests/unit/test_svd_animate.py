@@ -138,6 +138,7 @@ def test_convert_there_and_back(small, place, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_an_interrupt_leaves_nothing(small, place):
     """Ctrl-C while it draws: exit code 130, one line, no file."""
     code = (
