@@ -302,9 +302,8 @@ def test_refiners_that_cannot_take_over_are_refused(places, capsys):
     line = refused(capsys, "a", "-m", places("sd1"), "--refiner", places("sdxl-refiner"))
     assert "does not draw in the latents" in line
     assert "does not draw in the latents" in refused(capsys, "a", "--refiner", places("sd1"))
-    assert "refine_at must be between 0 and 1" in refused(
-        capsys, "a", "-m", places("sdxl"), "--refiner", places("sdxl-refiner") + ":1.5"
-    )
+    line = refused(capsys, "a", "-m", places("sdxl"), "--refiner", places("sdxl-refiner") + ":1.5")
+    assert "with a share of the noise levels from 0 to 1, not '1.5'" in line
     with pytest.raises(InputError, match="needs a refiner"):
         load(places("sdxl")).complete(Request(refine_at=0.8))
     model = load(places("sdxl"), refiner=places("sdxl-refiner"))

@@ -89,24 +89,21 @@ def test_pickles_are_refused_with_what_to_do(sound, capsys, name):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("name", "ours"),
+    "name",
     [
-        (f"{UNET}input_blocks.1.0.in_layers.2.weight", "down_blocks.0.resnets.0.conv1.weight"),
-        ("first_stage_model.decoder.conv_in.bias", "decoder.conv_in.bias"),
-        (
-            "cond_stage_model.transformer.text_model.final_layer_norm.bias",
-            "text_model.final_layer_norm.bias",
-        ),
+        f"{UNET}input_blocks.1.0.in_layers.2.weight",
+        "first_stage_model.decoder.conv_in.bias",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
     ],
 )
 @pytest.mark.parametrize("offload", ["none", "sequential"])
-def test_a_number_that_is_none_is_named_with_its_tensor(sound, capsys, value, name, ours, offload):
+def test_a_number_that_is_none_is_named_with_its_tensor(sound, capsys, value, name, offload):
     tensors = load_file(sound / "model.safetensors")
     tensors[name] = tensors[name].clone()
     tensors[name].view(-1)[-1] = value
     save_file(tensors, "bad.safetensors")
     line = refused(capsys, "-m", "bad.safetensors", "--offload", offload)
-    assert ours in line and ("NaN" in line or "infinite" in line or "infinity" in line)
+    assert f": {name} " in line and ("NaN" in line or "infinite" in line or "infinity" in line)
 
 
 def test_missing_keys_are_listed_to_the_tenth(sound, capsys):

@@ -90,6 +90,7 @@ def test_inspect_tells_the_published_one(published, capsys):
     assert told["parts"]["unet"]["parameters"] == 1_524_623_082
 
 
+@pytest.mark.full  # many plans
 def test_a_refused_clip_is_told_how_many_frames_fit(place):
     model = opened(place)
     request = model.complete(replace(REQUEST, frames=5))

@@ -383,8 +383,9 @@ class View(Mapping[str, "Tensor"]):
         return tensor.dtype, tuple(tensor.shape)
 
     def origin(self, name: str) -> str:
-        """The name in the file of a tensor, or of the first that it is made of."""
-        return origin(self.weights, _tuple(self.entries[name][0].theirs)[0])
+        """The name in the file of a tensor, or of the first that it is made of; its own if that is none."""
+        sources = _tuple(self.entries[name][0].theirs)
+        return origin(self.weights, sources[0]) if sources else name
 
     def under(self, prefix: str) -> View:
         """The tensors whose names begin with `prefix`, named without it."""

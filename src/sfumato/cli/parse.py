@@ -164,7 +164,8 @@ def refiner(text: str) -> tuple[str, float | None]:
         value = math.nan
     if not 0 <= value <= 1:
         raise InputError(
-            f"refiner must be MODEL or MODEL:SHARE, with a share of the noise levels from 0 to 1, not {_quoted(text)}",
+            "refiner must be MODEL or MODEL:SHARE, with a share of the noise levels from 0 to 1, not "
+            f"{_quoted(share)}",
             argument="refiner",
         )
     return name, value
