@@ -59,7 +59,7 @@ class Stage:
 class MemoryPlan:
     """What a drawing will need, in bytes. It is in the memory of `device`: of a GPU, or of the process.
 
-    offload: one of `OFFLOADS`. base: what the process holds before anything is opened, libraries and all; 0 of a GPU.
+    offload: one of `OFFLOADS`. base: what the process holds besides, libraries and what they will keep; 0 of a GPU.
     available: what the machine has left for the process, `base` included. limit: what the user allows it, if less.
     kept: of "sequential", bytes of the denoiser's layers that stay in memory all the same.
     """
