@@ -291,6 +291,16 @@ def file_hash(path: str | os.PathLike[str], told: Callable[[int], None] | None =
     return digest.hexdigest()
 
 
+def short_hash(path: str | os.PathLike[str]) -> str:
+    """Eight digits by which communities know a large file at once ("AutoV1"), "" of a small one: of the SHA-256 of
+    64 KiB that follow the first MiB (A1111, `model_hash`). Two files may have the same.
+    """
+    with open(path, "rb") as stream:
+        stream.seek(2**20)
+        part = stream.read(2**16)
+    return hashlib.sha256(part).hexdigest()[:8] if part else ""
+
+
 def data_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a safetensors file's bytes after its header, as hex: what other programs know the small files beside a
     checkpoint by, since notes in the header do not change it (sd-scripts, `addnet_hash_safetensors`; "AutoV3")."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -87,6 +88,7 @@ def test_a_checkpoint_of_seven_gigabytes_is_told_without_reading_it(tmp_path, ca
     assert read_so_far() - before < 2**20
     assert (told["family"], told["layout"], told["bytes"]) == ("sdxl", "original", size)
     assert told["metadata"] == {"modelspec.title": "XL"}
+    assert told["autov1"] == hashlib.sha256(bytes(2**16)).hexdigest()[:8]
     unet = [shape for name, shape in shapes.items() if name.startswith("model.diffusion_model.")]
     assert told["parts"] == {
         "unet": counted(unet),

@@ -1,4 +1,4 @@
-"""`sfumato inspect`: what a file or folder of weights is, from its headers alone."""
+"""`sfumato inspect`: what a file or folder of weights is, from its headers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ def inspect(
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which of a folder's files, such as fp16.")
     ] = None,
-    with_hash: Annotated[bool, typer.Option("--hash", help="Also SHA-256; reads the files whole.")] = False,
+    with_hash: Annotated[
+        bool, typer.Option("--hash", help="Also SHA-256, which reads the files whole.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
-    """Say what a checkpoint is: family, parts, parameters, precision, metadata. No tensor is read."""
+    """Say what a checkpoint is: family, parts, parameters, precision, hash, metadata. Headers are read, and 64 KiB."""
+    from sfumato.storage import short_hash
+
     report, files = _folder(path, variant) if path.is_dir() else _file(path)
+    if path.is_file() and (known := short_hash(path)):
+        report["autov1"] = known
     if with_hash:
         report["sha256"] = _hashes(files)
     if as_json:
@@ -178,6 +184,7 @@ def _print(path: Path, report: dict[str, Any]) -> None:
         rows += [("unknown", f"{len(strange)} tensors, such as {shown(strange[0])}")]
     rows += [("absent", ", ".join(report["absent"]))] if "absent" in report else []
     rows += [("bytes", f"{report['bytes']:,}")]
+    rows += [("hash", f"{report['autov1']} (AutoV1)")] if "autov1" in report else []
     rows += [("sha256", f"{digest}  {shown(name)}") for name, digest in report.get("sha256", {}).items()]
     for label, text in rows:
         show.line(f"{label:<10}{text}")
