@@ -123,10 +123,24 @@ def describe(scene: Scene, seed: int, style: str = "mixed") -> tuple[str, Statem
     random = Random(f"describe {seed}")
     statement = _state(scene, random, style)
     text = phrase(statement, seed)
-    while len(text.split()) > MAX_WORDS and statement.relations:
-        statement = replace(statement, relations=statement.relations[:-1])
-        text = phrase(statement, seed)
+    while len(text.split()) > MAX_WORDS and (less := _less(statement)) is not None:
+        statement, text = less, phrase(less, seed)
     return text, statement
+
+
+def _less(statement: Statement) -> Statement | None:
+    """The statement without what is missed least, which is as true; None where only objects are left."""
+    if statement.relations:
+        return replace(statement, relations=statement.relations[:-1])
+    if statement.camera is not None:
+        return replace(statement, camera=None)
+    for told in (("speed", "manner"), ("motion",)):
+        for k, claim in reversed([*enumerate(statement.objects)]):
+            if any(getattr(claim, name) is not None for name in told):
+                shorter = replace(claim, **dict.fromkeys(told))
+                objects = (*statement.objects[:k], shorter, *statement.objects[k + 1 :])
+                return replace(statement, objects=objects)
+    return None
 
 
 def _state(scene: Scene, random: Random, style: str) -> Statement:
