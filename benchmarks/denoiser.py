@@ -13,7 +13,6 @@ import functools
 import gc
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, keep, probe, show
+from common import in_own_process, interleaved, keep, probe, show
 from torch import Tensor, nn
 
 from sfumato.flops import count_flops, module_size
@@ -191,14 +190,6 @@ def held(subject: Subject, args: Any) -> dict[str, int]:
     return {"before": before, "peak": peak_resident()}
 
 
-def taken(name: str) -> dict[str, int]:
-    """What `held` says in a process of its own."""
-    done = subprocess.run([sys.executable, *sys.argv, "--alone", name], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(subject: Subject, args: Any, facts: dict[str, Any]) -> None:
     """Print the table, and keep the numbers with the `facts` if --json asks for them."""
     if args.alone:
@@ -224,7 +215,7 @@ def measure(subject: Subject, args: Any, facts: dict[str, Any]) -> None:
     after = probe()
     names = list(calls)
     calls.clear()  # the memory is the others' now
-    memory = {name: taken(name) for name in names} if args.memory else {}
+    memory = {name: in_own_process(*sys.argv[1:], "--alone", name) for name in names} if args.memory else {}
     size = module_size(network)
 
     def rate(name: str, seconds: float) -> float:

@@ -13,15 +13,13 @@ import ctypes
 import gc
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, interleaved, keep, probe, show
+from common import arguments, in_own_process, interleaved, keep, probe, show
 from torch import nn
 
 from sfumato.autoencoder.banded import BAND, decode_banded
@@ -172,18 +170,8 @@ def main() -> None:
     ]
     peaks = {}
     for name in names:
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            name,
-            "--size",
-            str(args.size),
-            "--band",
-            str(args.band),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[name] = json.loads(done.stdout.splitlines()[-1])["peak"]
+        words = "--child", name, "--size", str(args.size), "--band", str(args.band)
+        peaks[name] = in_own_process(*words)["peak"]
     before = probe()
     weights = reference_weights(KLConfig())
     with torch.inference_mode():

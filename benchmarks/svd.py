@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, interleaved, keep, probe, show
+from common import arguments, in_own_process, interleaved, keep, probe, show
 from torch import Tensor, nn
 
 from sfumato.checkpoint.fill import fill_layers
@@ -122,10 +120,7 @@ def taken(kind: str, args: Any) -> dict[str, int]:
         str(args.keep),
         *(("--file", str(args.file)) if args.file else ()),
     ]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_own_process(*words)
 
 
 def alone(kind: str, args: Any) -> None:

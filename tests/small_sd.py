@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,4 +66,16 @@ def write(kind: str, place: Path, prediction: str = "epsilon", seed: int = 5, **
     config = folder.scheduler_config(kind, prediction) | scheduler
     write_json(place / folder.SCHEDULER, config)
     write_json(place / folder.INDEX, folder.model_index(kind, system, config["_class_name"]))
+    return place
+
+
+def places_in(make: Callable[[str], Path]) -> Callable[..., str]:
+    """kind, seed → the folder of a small model with random weights, written once. make: gives a folder for a name."""
+    known: dict[tuple[str, int], Path] = {}
+
+    def place(kind: str, seed: int = 5) -> str:
+        if (kind, seed) not in known:
+            known[kind, seed] = write(kind, make(kind) / "model", seed=seed)
+        return str(known[kind, seed])
+
     return place

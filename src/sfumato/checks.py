@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 from sfumato.errors import InputError
@@ -51,6 +52,11 @@ def whole(name: str, value: object, least: int) -> None:
         raise InputError(
             f"{name} must be a whole number of at least {least}, not {shown(value)}", argument=name
         )
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(name: str, value: object, low: float, high: float, argument: str | None = None) -> None:

@@ -6,13 +6,13 @@ Sources: huggingface/peft src/peft/tuners/lora/config.py; diffusers loaders/lora
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato import checks
 from sfumato.checkpoint.header import strict_json
 from sfumato.errors import CheckpointError
 from sfumato.storage import read_json
@@ -91,7 +91,7 @@ def _config(told: Mapping[str, Any], where: str) -> PeftConfig:
     return PeftConfig(alphas, patterns, stabilised)
 
 
-def _finite(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _finite(value: Any, what: str) -> float:
+    if not checks.is_number(value):
         raise CheckpointError(f"{what} is {value!r}, where a number is right")
     return float(value)

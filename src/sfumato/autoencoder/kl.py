@@ -9,7 +9,6 @@ network in a fraction of the memory.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,10 +153,8 @@ DIFFUSERS = {  # field of config.json: ours, and diffusers' default
 }
 
 
-def is_number(value: object, positive: bool = False) -> bool:
-    """Finite, and not a bool."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return number and (not positive or value > 0)
+def is_number(value: Any, positive: bool = False) -> bool:
+    return checks.is_number(value) and (not positive or value > 0)
 
 
 def is_row(values: object, length: int, positive: bool = False) -> bool:

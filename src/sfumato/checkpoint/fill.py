@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -89,14 +88,14 @@ def fill_layers(
     problems: list[str] = []
     on_cpu = torch.device(device or "cpu").type == "cpu"
     room = Room() if (pack or keep is not None) and on_cpu else None
-    left = math.inf if keep is None else keep
+    left = keep or 0
     for path, parent, name in list(layers(network)):
         layer = getattr(parent, name)
         if room is not None:
             room.clear()
-        size = 0 if _stays(layer) else _size(layer, dtype)
-        streams = size > left
-        left -= 0 if streams else size
+        streams = keep is not None and not _stays(layer)
+        if streams and (size := _size(layer, dtype)) <= left:
+            streams, left = False, left - size
         product = product_apart(layer, tensors, path, dtype) if pack and not streams else None
         if product is not None:
             setattr(parent, name, packed_layer(layer, tensors, path, where, dtype, device, room, product))

@@ -153,11 +153,6 @@ class Weights(Mapping[str, Tensor]):
         """Name of file to SHA-256 of its bytes. Reads the files whole."""
         return {file.path.name: file_hash(file.path) for file in self._files}
 
-    def let_go(self) -> None:
-        """Give back the windows that no tensor needs. What is read next is mapped anew."""
-        for file in self._files:
-            file.let_go()
-
     def close(self) -> None:
         """Give the files back. Tensors that were read stay; no other can be."""
         for file in self._files:
@@ -231,9 +226,6 @@ class _File:
             self._windows[place] = weakref.ref(window)
         self._latest = window
         return window, origin
-
-    def let_go(self) -> None:
-        self._latest = None
 
     def close(self) -> None:
         self._finalizer()

@@ -45,8 +45,6 @@ class DrawingSystem:
     """What its weights are in and its networks work in; None works under autocast, in what the model is opened for."""
     engine: str = "torch"
     """What runs its denoiser."""
-    called: str = "denoiser"
-    """Its denoiser in messages."""
     without: tuple[str, ...] = ()
     """Text encoders that were left out."""
     text_dtype: torch.dtype | None = None
@@ -84,6 +82,11 @@ class DrawingSystem:
     @abstractmethod
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """(C, T, H/f, W/f) of so many frames of so many pixels. `InputError` for what it cannot draw."""
+
+    @property
+    def called(self) -> str:
+        """Its denoiser in messages."""
+        return "denoiser"
 
     def answers(self, frames: int) -> Any:
         """The network that `network` calls for pictures, or for clips, by whose layers errors are named."""

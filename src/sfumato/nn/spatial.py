@@ -20,8 +20,8 @@ TOKEN_EPS = 1e-5  # of the LayerNorms over tokens
 HELD = 3 * 2**22  # numbers of the feed-forward's widest activation made at a time: 24 MiB of bfloat16
 
 
-class CrossAttention(nn.Module):
-    """Attention of tokens (B, N, D) to a context (B, M, context width), or to themselves without one."""
+class Projections(nn.Module):
+    """Layers of an attention of `width` channels: queries of tokens, keys and values of a context, and the way out."""
 
     def __init__(self, width: int, heads: int, context: int):
         super().__init__()
@@ -30,6 +30,10 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context, width, bias=False)
         self.to_v = nn.Linear(context, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+
+class CrossAttention(Projections):
+    """Attention of tokens (B, N, D) to a context (B, M, context width), or to themselves without one."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x: (B, N, D); context: (B, M, context width). Returns (B, N, D)."""

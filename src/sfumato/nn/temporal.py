@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfumato.nn.attention import attention
-from sfumato.nn.spatial import TOKEN_EPS, CrossAttention, FeedForward, read_context
+from sfumato.nn.spatial import TOKEN_EPS, CrossAttention, FeedForward, Projections, read_context
 
 
 def as_clips(x: Tensor, frames: int) -> Tensor:
@@ -95,19 +95,14 @@ class TemporalResnet(nn.Module):
         return as_frames(h, *x.shape[-2:])
 
 
-class FrameAttention(nn.Module):
+class FrameAttention(Projections):
     """Attention of each cell to the same cell of the other frames: x (B·T, N, D), those of a clip one after the other.
 
     The sequences are as short as a clip, and there is one for each cell and head: what counts is how many.
     """
 
     def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-        self.to_v = nn.Linear(width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        super().__init__(width, heads, width)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         q, k, v = (  # (B·T, N, D) → (B, N, K, T, D/K) each

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sfumato.adapters.fold import Folded, Touched
 from sfumato.checkpoint.rules import View
-from sfumato.checkpoint.source import Weights
 from sfumato.memory import check_offload
 from sfumato.runtime import give_back
 from sfumato.storage import tensors_hash
@@ -27,8 +26,7 @@ class Networks:
     and the U-Net's layers are read from the file at every call. A network that somebody still works with lives until
     the work is done, and one that is gone is opened again when it is asked for: what is kept changes no number.
 
-    renewers: how a network in memory takes over tensors of its parts that have changed, and whether it can. read: what
-    to do when files have been read, such as to let go of them.
+    renewers: how a network in memory takes over tensors of its parts that have changed, and whether it can.
     """
 
     def __init__(
@@ -36,11 +34,9 @@ class Networks:
         openers: Mapping[str, Callable[[], Any]],
         offload: str = "none",
         renewers: Mapping[str, Callable[[Any, Touched], bool]] | None = None,
-        read: Callable[[], None] = lambda: None,
     ):
         check_offload(offload)
         self.openers, self.offload, self.renewers = openers, offload, renewers or {}
-        self._read = read
         self._held: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -49,9 +45,9 @@ class Networks:
             if name not in self._held:
                 if self.offload != "none" and self._held:
                     self._held.clear()
-                    self._done_reading()
+                    give_back()
                 self._held[name] = self.openers[name]()
-                self._done_reading()
+                give_back()  # opening leaves holes as large as layers
             return self._held[name]
 
     def held(self) -> tuple[str, ...]:
@@ -72,12 +68,8 @@ class Networks:
                     if not done:
                         del self._held[name]
                         give_back()
-            self._done_reading()
+            give_back()
         self.open_all()
-
-    def _done_reading(self) -> None:
-        self._read()
-        give_back()  # opening leaves holes as large as layers
 
     def open_all(self) -> None:
         """Open what "none" keeps; of the other levels nothing."""
@@ -97,12 +89,4 @@ def part_hash(part: Mapping[str, Tensor]) -> str:
     key = (identity, *part)
     if key not in _HASHES:  # threads that come at once do the same work, and all get its answer
         _HASHES[key] = tensors_hash(part)
-        let_go(part)
     return _HASHES[key]
-
-
-def let_go(part: Mapping[str, Tensor]) -> None:
-    """Give back what reading a part keeps of its files in memory, beside its tensors."""
-    files = part.weights if isinstance(part, View) else part
-    if isinstance(files, Weights):
-        files.let_go()

@@ -37,7 +37,7 @@ from sfumato.families.published.checkpoint import (
 )
 from sfumato.families.published.controls import ControlFile, Controller, Controls, Stand
 from sfumato.families.published.kinds import Family
-from sfumato.families.published.networks import Networks, let_go, part_hash
+from sfumato.families.published.networks import Networks, part_hash
 from sfumato.families.published.openers import kept_dtype, offloads, require_offload
 from sfumato.families.published.signatures import VAES
 from sfumato.families.system import DrawingSystem
@@ -228,7 +228,7 @@ class PublishedSystem(DrawingSystem):
         return self.networks["denoiser"]
 
     @property
-    def called(self) -> str:  # type: ignore[override]
+    def called(self) -> str:
         return self.family.called.removeprefix("a ")
 
     @property
@@ -271,14 +271,10 @@ class PublishedSystem(DrawingSystem):
         held: list[Networks] = []
         loras = self.adapters.moved(lambda touched: held[0].renew(touched) if held else None)
         make = self.openers(loras.parts, keep=keep if offload == "sequential" else None)
-        held.append(Networks(make, offload, self.renewers(loras.parts), self._let_go_of_files))
+        held.append(Networks(make, offload, self.renewers(loras.parts)))
         held[0].open_all()
         controlnets = replace(self.controlnets, offload=offload)
         return replace(self, networks=held[0], loras=loras, controlnets=controlnets)
-
-    def _let_go_of_files(self) -> None:
-        for part in self.parts.values():
-            let_go(part)
 
     def trace(
         self, request: Any, size: tuple[int, int], batch: int, *, encodes: bool, offload: str, keep: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sfumato import checks
 from sfumato.diffusion.schedules import NoiseLevels, beta_levels, beta_table, zero_terminal_snr
 from sfumato.errors import CheckpointError
 from sfumato.families.published.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ def noise_levels(found: Checkpoint, source: str) -> NoiseLevels:
         raise CheckpointError(f"{where} has trained_betas of its own; betas by a beta_schedule are known")
     if kind not in TABLES:
         raise CheckpointError(f"{where} asks for the beta_schedule {kind!r}; known are {', '.join(TABLES)}")
-    if not (_number(start) and _number(end) and 0 < start < end < 1):
+    if not (checks.is_number(start) and checks.is_number(end) and 0 < start < end < 1):
         raise CheckpointError(
             f"{where}: beta_start and beta_end must rise between 0 and 1, not {start!r} and {end!r}"
         )
@@ -57,7 +58,3 @@ def has_usual_levels(found: Checkpoint) -> bool:
 
 def _said(found: Checkpoint) -> Mapping[str, Any]:
     return {**BETAS, **found.configs.get("scheduler", {})}
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sfumato import checks
 from sfumato.errors import CheckpointError
 from sfumato.families.published.checkpoint import Checkpoint
 from sfumato.families.published.kinds import Family, Network
@@ -53,8 +54,7 @@ def levels_of(found: Checkpoint, source: str) -> tuple[float, float]:
     low, high = (
         said.get(name) or usual for name, usual in zip(("sigma_min", "sigma_max"), folder.SIGMAS, strict=True)
     )
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high))
-    if not numbers or not 0 < low < high < 1e6:
+    if not (checks.is_number(low) and checks.is_number(high)) or not 0 < low < high < 1e6:
         raise CheckpointError(
             f"{source}: the scheduler's sigma_min and sigma_max must be numbers, the first smaller, not {low!r} and "
             f"{high!r}"
