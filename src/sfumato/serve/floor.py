@@ -380,6 +380,7 @@ class Floor:
                 await asyncio.sleep(AGAIN)
         live.record = replace(live.record, state=state, ended=ended, error=error, **changes)
         self.live.pop(live.id, None)
+        self._begin(self._forget(live))
         live.ended.set()
         live.publish("state", {"state": state})
         self.metrics.jobs.labels(live.record.model, state).inc()
@@ -387,6 +388,12 @@ class Floor:
         self._count()
         self._wake.set()
         return True
+
+    async def _forget(self, live: Live) -> None:
+        """Drop the files that came with a job, but for those that an open one names."""
+        held = {name for other in self.live.values() for name in other.files}
+        with contextlib.suppress(LedgerError, OSError):  # then they are swept
+            await self.books.drop(*(name for name in live.forget if name not in held))
 
     async def _ticking(self) -> None:
         """Deadlines: of what waits, and of workers that do not stop."""

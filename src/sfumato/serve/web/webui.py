@@ -23,7 +23,7 @@ from sfumato.serve.keys import Key
 from sfumato.serve.ledger import CANCELLED, Record
 from sfumato.serve.refusals import Refused, bad
 from sfumato.serve.web.answers import Answer, ended, succeeded
-from sfumato.serve.web.body import json_body, keep_picture
+from sfumato.serve.web.body import json_body, look_at_picture
 from sfumato.serve.web.schema import described
 from sfumato.serve.web.webui_body import Body, facts_of
 from sfumato.serve.web.webui_schema import GREY, OPTIONS, fields
@@ -162,17 +162,17 @@ async def _drawn(desk: Desk, request: Request, model: str, *, pictures: bool) ->
     sends = body.get("send_images", True) is not False
     translated = Body(desk.facts, body, model)
     wanted, model = translated.request(pictures)
-    files = {
-        name: (await keep_picture(desk.books, key, data, name)).id
-        for name, data in translated.pictures.items()
-    }
+    files, brought = {}, {}
+    for name, data in translated.pictures.items():
+        upload = await look_at_picture(desk.books, key, data, name)
+        files[name], brought[upload.id] = upload.id, (upload, data)
     wanted |= {name: file for name, file in files.items() if name in ("image", "mask")}
     if translated.controls:
         wanted["controls"] = [
             {**values, "image": files[f"control {number}"]}
             for number, values in enumerate(translated.controls)
         ]
-    ask = Ask(model, wanted, digest, looks=4, keep=False, via=VIA)
+    ask = Ask(model, wanted, digest, looks=4, keep=False, via=VIA, brought=brought, forget=True)
     record, live = await desk.submit(key, ask)
     record = await ended(request, desk.floor, record, live)
     if record.state == CANCELLED:  # as there: an interrupted job answers with what there is
