@@ -23,7 +23,7 @@ from sfumato.serve.keys import Key
 from sfumato.serve.ledger import CANCELLED, Record
 from sfumato.serve.refusals import Refused, bad
 from sfumato.serve.web.answers import Answer, ended, succeeded
-from sfumato.serve.web.body import json_body, look_at_picture
+from sfumato.serve.web.body import idempotency_of, json_body, look_at_picture
 from sfumato.serve.web.schema import described
 from sfumato.serve.web.webui_body import Body, facts_of
 from sfumato.serve.web.webui_schema import GREY, OPTIONS, fields
@@ -172,7 +172,18 @@ async def _drawn(desk: Desk, request: Request, model: str, *, pictures: bool) ->
             {**values, "image": files[f"control {number}"]}
             for number, values in enumerate(translated.controls)
         ]
-    ask = Ask(model, wanted, digest, looks=4, keep=False, via=VIA, brought=brought, forget=True)
+    idempotency = idempotency_of(request)
+    ask = Ask(
+        model,
+        wanted,
+        digest,
+        looks=4,
+        idempotency=idempotency,
+        keep=idempotency is not None,
+        via=VIA,
+        brought=brought,
+        forget=True,
+    )
     record, live = await desk.submit(key, ask)
     record = await ended(request, desk.floor, record, live)
     if record.state == CANCELLED:  # as there: an interrupted job answers with what there is
