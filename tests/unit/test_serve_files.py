@@ -101,3 +101,19 @@ def test_a_key_finds_its_files_by_pages(desk):
     assert asked(app, "GET", f"/v1/files?before={new_id('file')}")[0] == 404
     assert asked(app, "DELETE", f"/v1/files/{sent[0]['id']}")[0] == 200
     assert len(json.loads(asked(app, "GET", "/v1/files")[2])["data"]) == 2 == len(kept(desk))
+
+
+@pytest.mark.parametrize(
+    "request_, field",
+    [
+        ({"mask": "file_x", "image": None}, "mask"),
+        ({"clip": "file_x"}, "clip"),
+        ({"controls": [{"name": "depth", "image": "file_x"}]}, "controls"),
+        ({"image": "file_x"}, "image"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_by_its_field(desk, request_, field):
+    status, _, body = asked(
+        build(desk), "POST", "/v1/jobs", json.dumps({"request": request_}).encode(), **JSON
+    )
+    assert status == 400 and json.loads(body)["error"]["param"] == field

@@ -244,16 +244,16 @@ class Desk:
 
     async def files(self, key: Key, ask: Ask) -> tuple[list[str], list[bytes]]:
         """The files that a request names, by id, and their bytes."""
-        names = files_of(ask.request)
+        places = files_of(ask.request)
         parts = []
-        for name in names:
+        for name, place in places.items():
             if name in ask.brought:
                 parts.append(ask.brought[name][1])
                 continue
             if await self.books.write(self.ledger.upload, key.id, name) is None:
-                raise bad(f"there is no file {name[:80]!r}; send files to /v1/files", "image")
-            parts.append(await self.floor.bytes_of(name))
-        return names, parts
+                raise bad(f"there is no file {name[:80]!r}; send files to /v1/files", place)
+            parts.append(await self.floor.bytes_of(name, place))
+        return list(places), parts
 
     async def answered(self, record: Record) -> None:
         """A job's client has what was drawn: who says that he tries again means another one."""

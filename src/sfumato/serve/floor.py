@@ -235,11 +235,11 @@ class Floor:
                 device.cancel(live.id)
         live.publish("state", {"state": RUNNING})
 
-    async def bytes_of(self, name: str) -> bytes:
-        """An upload; `Refused` if it is not there any more."""
+    async def bytes_of(self, name: str, field: str | None = None) -> bytes:
+        """An upload, of a request's field; `Refused` if it is not there any more."""
         data = await self.books.work(self.books.store.get, name)
         if data is None:
-            raise bad(f"the file {name!r} is not kept any more; send it again", "image")
+            raise bad(f"the file {name!r} is not kept any more; send it again", field)
         return data
 
     def _back(self, live: Live) -> None:
