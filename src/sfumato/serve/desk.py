@@ -25,6 +25,7 @@ from sfumato.serve.store import new_id
 from sfumato.serve.wire import Broken
 
 CANCELLING = 2.0  # seconds that an answer to a cancellation waits for the job's end
+ASKS = 600  # estimates and preflights of a key in a minute
 RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined onto its job
 Brought = Mapping[str, tuple[Upload, bytes]]
 
@@ -167,6 +168,11 @@ class Desk:
         if (seconds := self.rates.look(key.id, key.rate)) > 0:
             return self._no("rate_limited", f"this key may submit {key.rate} jobs in a minute", seconds)
         return None
+
+    def check_asking(self, key: Key) -> None:
+        """`Refused` for who asks more often what something would take than anybody at a page does."""
+        if (seconds := self.rates.take(f"{key.id} asks", ASKS)) > 0:
+            raise self._no("rate_limited", f"a key may ask {ASKS} times in a minute what it takes", seconds)
 
     def _no(self, code: str, message: str, after: float) -> Refused:
         self.metrics.refused.labels(code).inc()

@@ -89,6 +89,7 @@ def add(
 
     @router.post(family.estimate, summary=f"What {outputs} would cost and take", openapi_extra=body)
     async def estimate(request: Request) -> Response:
+        desk.check_asking(key_of(request))
         ask = asked(desk, family, request, *await read(request))
         files, parts = await desk.files(key_of(request), ask)
         expected = (await desk.expected(ask, files, parts))["expected"]

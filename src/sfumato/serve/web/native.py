@@ -76,6 +76,7 @@ def routes(desk: Desk) -> APIRouter:
     @router.post("/preflight", summary="What of a request will not survive",
                  openapi_extra=described(PICTURES.schema, PICTURES.example))  # fmt: skip
     async def preflight(request: Request) -> Response:
+        desk.check_asking(key_of(request))
         ask = asked(desk, PICTURES, request, *await jobs.json_of(request))
         files, parts = await desk.files(key_of(request), ask)
         return Answer(await desk.preflight(ask, files, parts))

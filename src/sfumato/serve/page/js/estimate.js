@@ -35,7 +35,7 @@ export async function look() {
       if (error.name !== "AbortError") throw error;
       return;
     }
-    if (error.status === 503) again = setTimeout(look, 1000 * (error.after ?? 5));
+    if (error.status === 503 || error.status === 429) again = setTimeout(look, 1000 * (error.after ?? 5));
     else if (error.code !== UNREACHABLE) refused(error);
   }
 }
