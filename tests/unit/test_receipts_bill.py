@@ -241,3 +241,10 @@ def test_a_checkpoint_is_counted_as_it_is_planned(tmp_path, monkeypatch, picture
     told = by_stage(work_of(ready, request))
     done = count_flops(lambda: ready.generate(request))
     assert sum(told.values()) == pytest.approx(done, rel=0.02)
+
+
+def test_what_is_enlarged_is_called_so_and_nothing_is_kept_without_a_price(model, capsys):
+    assert run(["cost", "-m", model.name, "--size", "32x32", "--hires", "2", "--steps", "2"]) == 0
+    assert "1 of 32x32 enlarged to 64x64" in " ".join(capsys.readouterr().out.split())
+    assert run(["cost", "-m", model.name, "--keep"]) == 2
+    assert "give one by --per-hour" in capsys.readouterr().err and not machine_file().exists()
