@@ -124,6 +124,7 @@ def read_lora(
         raise CheckpointError(
             f"{file} gives the same part of a module twice: {', '.join(map(shown, again[:SHOWN]))}"
         )
+    config.require_used(file, modules)
     left = {
         key: f"{kind} is not read here" if (kind := refused(key)) else "no part of a LoRA" for key in unknown
     }
@@ -201,8 +202,7 @@ def _changes(
 ) -> Iterator[tuple[str, str, Delta]]:
     """(part, tensor of ours, change) of one module. `ValueError` with the reason where it does not fit."""
     found = {role: weights[key] for role, key in spelled.tensors.items()}
-    alpha = config.alpha(spelled.module)
-    kernel, bias = delta_of(found, alpha, config.rank_stabilised)
+    kernel, bias = delta_of(found, *config.scaling(spelled.module))
     if kernel is None and bias is None:
         raise ValueError("a number without what it scales")
     for delta, ending in ((kernel, WEIGHT), (bias, BIAS)):

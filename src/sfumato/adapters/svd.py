@@ -115,6 +115,7 @@ def resize(
         raise CheckpointError(
             f"{file} is no LoRA that is read here: {shown(first)} {f'is of {kind}' if kind else 'is no part of one'}"
         )
+    config.require_used(file, modules)
     _check_apart(file, modules)
     tensors: dict[str, Tensor] = {}
     kept = whole = 0.0
@@ -122,7 +123,7 @@ def resize(
         found = {role: weights[key] for role, key in spelled.tensors.items()}
         check_numbers(file, spelled, weights)
         try:
-            kernel, bias = delta_of(found, config.alpha(spelled.module), config.rank_stabilised)
+            kernel, bias = delta_of(found, *config.scaling(spelled.module))
         except ValueError as error:
             raise CheckpointError(f"{file}: {shown(spelled.module)}: {error}") from None
         tensors |= {
