@@ -247,6 +247,13 @@ class Adapters:
                     argument="loras",
                 )
 
+    def idle(self, use: LoraUse) -> list[str]:
+        """The blocks of a use, of an open LoRA, in which that changes nothing."""
+        deltas = self.opened[use.name].deltas
+        paths = [f"{part}.{tensor}" for part, tensors in deltas.items() for tensor in tensors]
+        starts = {block: self._names().places(block) for block, _ in use.blocks}
+        return [b for b, own in starts.items() if not any(_within(path, s) for path in paths for s in own)]
+
     # --- folded -----------------------------------------------------------------------------------------------------
 
     @contextmanager

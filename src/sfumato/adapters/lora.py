@@ -25,7 +25,7 @@ from sfumato.adapters.delta import (
     rows_of,
 )
 from sfumato.adapters.names import BIAS, WEIGHT, Names, Target
-from sfumato.adapters.roles import Spelled, group, refused
+from sfumato.adapters.roles import BUNDLED, Spelled, group, refused
 from sfumato.checkpoint.header import shown
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.source import Weights, open_weights
@@ -125,9 +125,7 @@ def read_lora(
             f"{file} gives the same part of a module twice: {', '.join(map(shown, again[:SHOWN]))}"
         )
     config.require_used(file, modules)
-    left = {
-        key: f"{kind} is not read here" if (kind := refused(key)) else "no part of a LoRA" for key in unknown
-    }
+    left = {key: _foreign(key) for key in unknown}
     deltas: dict[str, dict[str, Delta]] = {}
     sources: dict[tuple[str, str], str] = {}
     matched: list[str] = []
@@ -173,6 +171,13 @@ def read_lora(
     )
     size = file.stat().st_size
     return Lora(name or name_of(path), file, data_hash(file), deltas, report, weights.metadata, size)
+
+
+def _foreign(key: str) -> str:
+    """Why a tensor is not used."""
+    if key.startswith(BUNDLED):
+        return "a textual inversion, which is given as a file of its own by --embedding"
+    return f"{kind} is not read here" if (kind := refused(key)) else "no part of a LoRA"
 
 
 def check_numbers(file: Path, spelled: Spelled, weights: Weights) -> None:

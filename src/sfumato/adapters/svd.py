@@ -119,6 +119,7 @@ def resize(
     _check_apart(file, modules)
     tensors: dict[str, Tensor] = {}
     kept = whole = 0.0
+    most = 0
     for number, spelled in enumerate(modules.values(), 1):
         found = {role: weights[key] for role, key in spelled.tensors.items()}
         check_numbers(file, spelled, weights)
@@ -131,7 +132,7 @@ def resize(
         }
         if kernel is not None and "diff" not in found:
             new, size, before = _resized(kernel, rank)
-            kept, whole = kept + size, whole + before
+            kept, whole, most = kept + size, whole + before, max(most, new.rank)
             tensors |= _named(spelled, new)
         if bias is not None and "up_bias" in found:
             tensors[spelled.tensors["up_bias"]] = bias.full(bias.shape)
@@ -143,7 +144,7 @@ def resize(
         for key, text in weights.metadata.items()
         if "hash" not in key and key != "lora_adapter_metadata"
     }
-    notes |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)} if "ss_network_dim" in notes else {}
+    notes |= {"ss_network_dim": str(most), "ss_network_alpha": str(most)} if "ss_network_dim" in notes else {}
     size = write_tensors(written, tensors, dtype=kind, metadata=notes)
     return Kept(len(modules), kept / whole if whole else 1.0, {}, size)
 
