@@ -260,7 +260,11 @@ def test_clips_of_a_folder(folder):
     assert "latin.txt is not UTF-8 (byte 3)" in reasons and "blank.txt is empty" in reasons
 
 
-def test_a_folder_without_clips_is_refused(tmp_path):
+def test_a_folder_without_clips_is_refused(recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no clips"):
+        run(recipe, data=tmp_path / "empty", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="holds no clips"):
         ClipFolder(tmp_path, 32, 9)
     with pytest.raises(DataError, match="no folder"):

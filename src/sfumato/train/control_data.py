@@ -13,7 +13,7 @@ from sfumato.data.buckets import fit as cover
 from sfumato.data.folder import FolderSource
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Size
-from sfumato.errors import DataError, InputError
+from sfumato.errors import DataError
 from sfumato.pictures import BLACK, decode, read_file
 
 BATCH = 32  # scenes rendered at a time
@@ -58,11 +58,6 @@ class Folder:
 
     def __init__(self, source: FolderSource, controls: Path):
         self.source = source
-        if not controls.is_dir():
-            raise InputError(
-                f"there is no folder of control pictures {str(controls)!r}; name one as control.pictures",
-                argument="control.pictures",
-            )
         self._files: list[Path] = []
         whose: dict[Path, str] = {}
         for index in range(len(source)):
