@@ -30,7 +30,7 @@ from sfumato.nn.openvino import converted, eight_bits, settings
 from sfumato.nn.packed import pack
 from sfumato.nn.quantized import quantize
 from sfumato.nn.spatial import AsOne, same_halves
-from sfumato.runtime import give_back
+from sfumato.runtime import fast_dtype, give_back
 
 LAST = torch.channels_last
 LARGE = {  # these hold the weights in float32 once more, and NNCF takes minutes
@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser, size: int) -> None:
         "--size", type=int, default=size, help=f"pixels per side; 8 to a latent cell (default {size})"
     )
     parser.add_argument("--batch", type=int, default=2, help="rows; 2 is one guided picture (default 2)")
-    parser.add_argument("--only", metavar="PARTS", help="contenders whose name holds one of these, by comma")
+    parser.add_argument(
+        "--only", metavar="PARTS", help="contenders of these names, or whose name holds one, by comma"
+    )
     parser.add_argument("--all", action="store_true", help=f"also {' and '.join(sorted(LARGE))}")
     parser.add_argument("--memory", action="store_true", help="also what each holds, in a process of its own")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -165,14 +167,19 @@ def contenders(subject: Subject, args: Any) -> tuple[dict[str, Callable[[], Tens
     known["ours float32, packed"] = lambda: passes(changed(pack, exact), exact, subject.maps)
     known["ours bfloat16"] = lambda: passes(ours_with(best(rough)), rough, subject.maps)
     known["ours bfloat16, packed"] = lambda: passes(changed(pack, rough), rough, subject.maps)
+    beside = fast_dtype(torch.device("cpu"))  # of what is not in eight bits
     known["ours int8"] = lambda: passes(
-        changed(lambda made: quantize(made, subject.kept), rough), rough, subject.maps
+        changed(lambda made: quantize(made, subject.kept), beside), beside, subject.maps
     )
     if args.alone:
         known = {args.alone: known[args.alone]}
     elif args.only:
         wanted = [part.strip() for part in args.only.split(",")]
-        known = {name: make for name, make in known.items() if any(part in name for part in wanted)}
+        known = {
+            name: make
+            for name, make in known.items()
+            if any(part == name or (part not in known and part in name) for part in wanted)
+        }
     elif not args.all:
         known = {name: make for name, make in known.items() if name not in LARGE}
     return {name: make() for name, make in known.items()}, ours

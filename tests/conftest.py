@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato.nn import products
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -48,3 +50,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 goes the way of CPUs that are fast in it, whether or not this one is."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU has no products of bfloat16")
+    monkeypatch.setattr(products, "bfloat16_is_fast", lambda: True)
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 goes the way of CPUs that are slow in it."""
+    monkeypatch.setattr(products, "bfloat16_is_fast", lambda: False)
+
+
+@pytest.fixture(params=["native", "widened"])
+def either(request: pytest.FixtureRequest) -> str:
+    """bfloat16 goes one way, and the other; which."""
+    request.getfixturevalue(request.param)
+    return request.param

@@ -77,7 +77,7 @@ def plan_pictures(model: Model, request: Request) -> MemoryPlan:
     encodes = request.image is not None or request.hires is not None
     with model.precision():
         stages = model.system.trace_pictures(
-            request, _largest(model, request), min(request.count, BATCH), encodes=encodes
+            request, final_size(model, request), min(request.count, BATCH), encodes=encodes
         )
     return _all_in_memory(model, stages, None)
 
@@ -90,7 +90,7 @@ def _all_in_memory(model: Model, stages: tuple[Stage, ...], limit: int | None) -
     return MemoryPlan(place.type, dtype, "none", held, stages, available(place), limit)
 
 
-def _largest(model: Model, request: Request) -> tuple[int, int]:
+def final_size(model: Model, request: Request) -> tuple[int, int]:
     """The size of a complete request's last pass."""
     assert request.size is not None
     if request.hires is None:
@@ -134,7 +134,7 @@ def plan_of(model: Model, request: Request, offload: str, limit: int | None, kee
     """The plan of one level of offload; keep: as of `MemoryPlan.kept`."""
     check_offload(offload)
     request = model.complete(request)
-    size = _largest(model, request)
+    size = final_size(model, request)
     # a clip's first picture is encoded when it is told to the network, and clips are drawn one by one
     encodes = not request.moves and (request.image is not None or request.hires is not None)
     encodes = encodes or request.clip is not None

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.nn.attention import REACH, SCORES, attention, products_are_fast
+from sfumato.nn.attention import REACH, SCORES, attention
 
 BF16 = torch.bfloat16
+pytestmark = pytest.mark.usefixtures("either")
 
 
 def heads(B: int, K: int, N: int, D: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -87,8 +88,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.skipif(not products_are_fast(torch.empty(0, dtype=BF16)), reason="no bfloat16 unit")
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "native")
 def test_memory_does_not_grow_with_the_square_of_the_length():
     q = heads(1, 1, 6000, 16)
     with Largest() as seen:
@@ -110,7 +110,7 @@ def test_heads_side_by_side_are_heads_one_after_another(one_thread, shape, keeps
         both.add_(1)  # it is the caller's, as any other result
 
 
-def test_an_error_in_one_head_is_the_callers(one_thread):
+def test_an_error_in_one_head_is_the_callers(one_thread, native):
     torch.set_num_threads(2)
     q = heads(1, 2, 1300, 16)
     with pytest.raises(RuntimeError):

@@ -79,11 +79,29 @@ def test_pictures_it_began_with_are_found_by_their_pixels(model, capsys):
     draw(model, "--image", "start.png", "--strength", "0.5", "-o", "out.png")
     capsys.readouterr()
     assert run(["replay", "out.png", "-m", str(model), "--picture", "other.png"]) == 2
+    assert "none that --picture gives is the recipe's" in capsys.readouterr().err
+    assert run(["replay", "out.png", "-m", str(model)]) == 2
     assert "give the picture itself by --picture" in capsys.readouterr().err
     told = again(
         "out.png", "-m", str(model), "--picture", "other.png", "--picture", "start.png", capsys=capsys
     )
     assert told["verdict"] == "identical"
+
+
+@pytest.mark.parametrize("option", ["lora", "embedding", "controlnet", "annotator"])
+def test_a_file_that_the_recipe_does_not_name_is_refused(model, capsys, option):
+    draw(model, "-o", "out.png")
+    Path("nope.safetensors").touch()
+    told = f"--{option}", "nope=nope.safetensors"
+    assert run(["replay", "out.png", "-m", str(model), "--verify", *told]) == 2
+    assert f"the recipe has no {option} 'nope': it has none" in capsys.readouterr().err
+
+
+def test_the_picture_that_is_replayed_is_not_written_over(model, capsys):
+    draw(model, "-o", "out.png")
+    before = Path("out.png").read_bytes()
+    assert run(["replay", "out.png", "-m", str(model), "-o", "./out.png"]) == 2
+    assert "is what is replayed" in capsys.readouterr().err and Path("out.png").read_bytes() == before
 
 
 def test_a_lora_must_be_given(model, capsys):

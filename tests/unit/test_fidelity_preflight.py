@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from html.parser import HTMLParser
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from sfumato.drawing.request import check_size
 from sfumato.fidelity import room, store, targets
 from sfumato.fidelity.chart import Chart
 from sfumato.fidelity.heldout import KINDS, held_out
@@ -24,6 +26,7 @@ from sfumato.fidelity.regions.region import shared
 from sfumato.fidelity.report import folder_page, picture_page, prompt_page
 from sfumato.fidelity.validate import composed, judge, seen
 from sfumato.fidelity.words import font
+from sfumato.generate import load
 
 IDENTITY = Instrument("identity", 8, 3, lambda x: x, "", torch.device("cpu"))
 
@@ -181,6 +184,18 @@ def test_a_reader_says_what_is_text(pocket):
     assert (said.findings[0].before, said.findings[0].after) == ("readable words", "readable words")
     none = preflight(shown, instrument, chart, reader=Reader("unsure", lambda line: ("x", 0.1)))
     assert none.findings[0].region.kind == "detail" and none.findings[0].before is None
+
+
+def test_the_sizes_that_would_help_can_be_drawn(pocket):
+    instrument, chart = pocket
+    wishes = [wish for words in ("Grand opening", "fifty birds", "a tiny bird", "a newspaper")
+              for wish in examine(f'"{words}"' if words[0].isupper() else words, (128, 128), chart)]  # fmt: skip
+    report = preflight(page([("small print", "regular", 12)], 128), instrument, chart)
+    told = " ".join(text for each in (*wishes, *report.findings) for text in each.helps)
+    sizes = [tuple(map(int, pair)) for pair in re.findall(r"at (\d+)x(\d+)", told)]
+    assert len(sizes) > 2
+    for size in sizes:
+        check_size(size, load("pocket", "cpu").system.config.multiple)
 
 
 class Tags(HTMLParser):

@@ -328,7 +328,9 @@ def peak(task: str, band: int | None, pictures: int = 1, dtype: torch.dtype = to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("task", ["decode", "encode"])
 @pytest.mark.parametrize("band", [None, 100_000, 1_000_000])
-def test_the_plan_is_what_is_allocated(task, band, dtype):
+def test_the_plan_is_what_is_allocated(request, task, band, dtype):
+    if dtype == torch.bfloat16:
+        request.getfixturevalue("native")  # where it is widened attention takes less at this size
     planned = peak_bytes(KLConfig(**MIDDLE), task, *SIZE, dtype, band=band)
     assert 0.9 < peak(task, band, dtype=dtype) / planned < 1.05
 

@@ -28,8 +28,9 @@ from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.families.sd.system import open_system
 from sfumato.generate import Model
 from sfumato.memory import OFFLOADS, LiveBytes, MemoryPlan, Stage, available, peak_resident, resident, tracing
-from sfumato.nn.attention import attention, attention_bytes, products_are_fast
+from sfumato.nn.attention import attention, attention_bytes
 from sfumato.nn.packed import can_pack
+from sfumato.nn.products import products_are_fast
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.storage import load_tensors, save_tensors
 from sfumato.text.clip import ClipConfig, ClipTextEncoder

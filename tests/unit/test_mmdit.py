@@ -15,7 +15,7 @@ from sfumato.checkpoint.fill import Streamed, fill_layers
 from sfumato.errors import InputError
 from sfumato.nn.mmdit import KEPT, MMDiT, MMDiTConfig
 from sfumato.nn.openvino import OpenVINONetwork
-from sfumato.nn.packed import PackedLinear, can_pack, pack
+from sfumato.nn.packed import PackedLinear, pack
 from sfumato.nn.quantized import QuantizedLinear, can_quantize, quantize
 from sfumato.runtime import fast_dtype
 
@@ -103,9 +103,7 @@ def test_layers_left_out_are_not_run(network):
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
-def test_packed_layers_answer_as_plain_ones(network, dtype, bound):
-    if not can_pack(torch.empty(0, dtype=dtype)):
-        pytest.skip("this CPU does not multiply it natively")
+def test_packed_layers_answer_as_plain_ones(network, dtype, bound, either):
     packed = copy.deepcopy(network).to(dtype)
     assert pack(packed) > 30
     block = packed.transformer_blocks[0]
@@ -134,7 +132,7 @@ def test_eight_bits(network):
     for layer in (block.norm1.linear, eight.context_embedder, eight.proj_out, eight.norm_out.linear):
         assert not isinstance(layer, QuantizedLinear)
     error = relative_error(answer(eight), answer(copy.deepcopy(network).double()))
-    assert 1e-3 < error < 6e-2
+    assert 1e-4 < error < 6e-2
 
 
 @pytest.mark.parametrize("pack_it", [False, True])

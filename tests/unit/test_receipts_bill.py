@@ -10,17 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import tiny_folder
+from helpers import noise, tiny_folder
 from sfumato import Request, load, planning
 from sfumato.cli.app import run
+from sfumato.drawing.clips import as_clip
 from sfumato.errors import InputError
 from sfumato.flops import count_flops
 from sfumato.memory import LiveBytes
 from sfumato.parts import HiRes
+from sfumato.receipts import work
 from sfumato.receipts.bill import calibrate, drawn, estimate
 from sfumato.receipts.machine import Machine, Price, key_of, machine_file, read_machine, write_machine
 from sfumato.receipts.provenance import read_recipe
-from sfumato.receipts.work import by_stage, calls, work_of
+from sfumato.receipts.work import _counted, by_stage, calls, work_of
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,17 @@ def test_the_flops_told_before_are_those_done(model, count):
     request = Request("a red cube", steps=3, count=count)
     told = by_stage(work_of(model, request))
     assert sum(told.values()) == count_flops(model.generate, request)
+
+
+@pytest.mark.parametrize("wanted", [{}, {"guidance": 1.0}, {"image": noise(96, 64)}, {"frames": 5}])
+def test_large_ones_are_counted_without_being_done(wanted, monkeypatch):
+    pocket = load("pocket", "cpu", dtype=torch.float32)
+    request = Request("a cube", **{"size": (96, 64), **wanted})
+    request = pocket.complete(as_clip(pocket, request) if "frames" in wanted else request)
+    done = _counted(pocket, request, request.size)
+    monkeypatch.setattr(work, "LARGE", 0)
+    monkeypatch.setattr(work, "count_flops", None)
+    assert _counted(pocket, request, request.size) == done
 
 
 def test_calls_are_those_of_the_sampler(model):
@@ -228,3 +241,10 @@ def test_a_checkpoint_is_counted_as_it_is_planned(tmp_path, monkeypatch, picture
     told = by_stage(work_of(ready, request))
     done = count_flops(lambda: ready.generate(request))
     assert sum(told.values()) == pytest.approx(done, rel=0.02)
+
+
+def test_what_is_enlarged_is_called_so_and_nothing_is_kept_without_a_price(model, capsys):
+    assert run(["cost", "-m", model.name, "--size", "32x32", "--hires", "2", "--steps", "2"]) == 0
+    assert "1 of 32x32 enlarged to 64x64" in " ".join(capsys.readouterr().out.split())
+    assert run(["cost", "-m", model.name, "--keep"]) == 2
+    assert "give one by --per-hour" in capsys.readouterr().err and not machine_file().exists()

@@ -97,7 +97,7 @@ def test_a_clip_in_a_request_is_an_uploaded_file():
     clip = Clip(tuple(small_svd.picture(seed=k) for k in range(4)), 5.0)
     name, data = "file_" + "0" * 32, encoded(clip, {"request": {}}, "webp")
     values = {"clip": name, "frames": 3, "strength": 0.5}
-    assert files_of(values) == [name]
+    assert files_of(values) == {name: "clip"}
     found = request_of(values, {name: data}).clip
     assert len(found.frames) == 3 and found.fps == pytest.approx(5)
     assert (np.asarray(found.frames[2]) == np.asarray(clip.frames[2])).all()

@@ -177,6 +177,18 @@ def test_the_same_once_more_is_joined_unless_it_gave_nothing(ledger):
     assert ledger.same("a", "d", NOW - 10) is None
 
 
+def test_what_a_client_was_given_is_not_joined_again(ledger):
+    job = ledger.accept(record())
+    ledger.start(job.id, NOW)
+    ledger.end(job, SUCCEEDED, NOW, charged=1)
+    assert ledger.same("a", "d", NOW - 10).id == job.id  # nobody was there to be answered
+    for _ in range(2):
+        ledger.answered(job.id)
+    assert ledger.same("a", "d", NOW - 10) is None
+    other = ledger.accept(record(made=NOW - 1))
+    assert ledger.same("a", "d", NOW - 10) == other
+
+
 def test_a_running_job_goes_back_into_the_queue(ledger):
     job = ledger.accept(record())
     assert not ledger.requeue(job.id)
@@ -200,6 +212,11 @@ def test_uploads_are_a_tenants_own(ledger):
     assert ledger.upload("a", upload.id) == upload
     assert ledger.upload("b", upload.id) is None
     assert ledger.old_uploads(NOW + 1) == [upload.id] and ledger.old_uploads(NOW) == []
+    later = [books.Upload(new_id("file"), "a", "png", 10, 8, 8, NOW + k) for k in (1, 2)]
+    for each in later:
+        ledger.add_upload(each)
+    assert ledger.uploads_of("a", 2) == [later[1], later[0]] and ledger.uploads_of("b", 2) == []
+    assert ledger.uploads_of("a", 9, after=later[0]) == [upload] == ledger.uploads_of("a", 9, before=NOW + 1)
     ledger.drop_upload(upload.id)
     assert ledger.upload("a", upload.id) is None
 

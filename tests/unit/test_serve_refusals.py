@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from asgi import asked, desk_of
+from sfumato.serve import desk as desk_module
 from sfumato.serve import keys
 from sfumato.serve.job import Live, now
 from sfumato.serve.ledger import Record
@@ -69,6 +70,16 @@ def test_a_refusal_is_counted_once_and_takes_nothing(desk, full):
     assert [desk.full(key) is None for _ in range(4)] == [False] * 4
     desk.floor.queue.clear()
     assert [desk.full(key) is None for _ in range(4)] == [True] * 4  # to be told so costs no turn
+
+
+def test_who_only_asks_is_held_to_a_rate_of_its_own(desk, monkeypatch):
+    monkeypatch.setattr(desk_module, "ASKS", 2)
+    app, paths = build(desk), ("/v1/estimate", "/v1/preflight", "/v1/videos/estimate")
+    assert [asked(app, "POST", path, b"{", **JSON)[0] for path in paths] == [400, 400, 429]
+    status, headers, body = asked(app, "POST", "/v1/preflight", None, **JSON)
+    assert status == 429 and int(headers["retry-after"]) >= 1
+    assert json.loads(body)["error"]["code"] == "rate_limited"
+    assert asked(app, "POST", "/v1/jobs", b"{", **JSON)[0] == 400
 
 
 def test_each_limit_has_its_word(desk):

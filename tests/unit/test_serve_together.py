@@ -286,6 +286,10 @@ def test_what_a_request_takes_is_counted_before(pocket):
     assert heun.runs[0].calls == 19 and heun.runs[0].steps == 10
     part = costs.expected(complete(Request("a", steps=10, image=noise(128, 128), strength=0.5)))
     assert part.runs[0].steps == 5
+    assert (
+        costs.expected(complete(Request("a", steps=1, size=(512, 512)))).flops["denoise"]
+        > one.flops["denoise"]
+    )
     large = costs.expected(complete(Request("a", steps=4, hires=HiRes(2.0, steps=6, strength=0.5))))
     assert [(run.size, run.steps) for run in large.runs] == [((128, 128), 4), ((256, 256), 3)]
     assert large.steps == 7 and costs.expected(complete(Request("a", steps=4, count=20))).steps == 12

@@ -10,7 +10,17 @@ from PIL import Image
 
 from helpers import array, noise, white
 from sfumato.errors import InputError
-from sfumato.tasks.canvas import around, canvas, extended, feather, fitted, nearest_size, painted, settle
+from sfumato.tasks.canvas import (
+    around,
+    canvas,
+    extended,
+    feather,
+    fitted,
+    in_image,
+    nearest_size,
+    painted,
+    settle,
+)
 from sfumato.types import Inpaint, Request
 
 
@@ -262,3 +272,29 @@ def test_extending_repeats_the_edge(sides):
     rows = np.clip(np.arange(made.shape[0]) - top, 0, 1)
     columns = np.clip(np.arange(made.shape[1]) - left, 0, 2)
     assert (made == array(picture)[rows][:, columns]).all()
+
+
+# --- back to the picture that was sent ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": (64, 64), "fit": "cover"},
+        {"size": (48, 96), "fit": "cover"},
+        {"size": (96, 32), "fit": "contain"},
+        {"size": (64, 32), "fit": "stretch"},
+        {"outpaint": (16, 8, 0, 8)},
+        {"size": (96, 96), "fit": "contain", "outpaint": (32, 0, 16, 8)},
+        {"mask": white(128, 96, 30, 20, 100, 70), "inpaint": Inpaint(padding=8), "size": (64, 64)},
+    ],
+)
+def test_a_place_on_the_canvas_is_found_in_the_picture(fields):
+    dot, at = Image.new("RGB", (128, 96)), (56, 40, 72, 56)
+    dot.paste("white", at)
+    request = settled(image=dot, **fields)
+    on = canvas(request)
+    seen = on.picture.convert("L").point(lambda value: 255 if value > 127 else 0).getbbox()
+    assert np.abs(np.subtract(in_image(request, on, seen), at)).max() <= 2
+    everything = in_image(request, on, (-9, -9, 999, 999))
+    assert min(everything) >= 0 and everything[2] <= 128 and everything[3] <= 96

@@ -10,14 +10,12 @@ from sfumato.adapters.delta import Decomposed, LowRank, folded
 from sfumato.adapters.fold import Folded
 from sfumato.checkpoint.fill import Streamed, fill_layers
 from sfumato.checkpoint.refill import add_products, refill_layers
-from sfumato.nn.attention import products_are_fast
 from sfumato.nn.packed import PackedLinear, packed
 from sfumato.nn.spatial import GEGLU
 from sfumato.nn.tiles import tiles_of
 from sfumato.nn.unet import UNet, UNetConfig
 
-FAST = products_are_fast(torch.empty(0, dtype=torch.bfloat16))
-pytestmark = pytest.mark.skipif(not FAST, reason="this CPU has no products of bfloat16")
+pytestmark = pytest.mark.usefixtures("native")
 CONFIG = UNetConfig(4, (64, 128), (1, 1), 1, (4, 4), context=48, linear=True)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoint.cast import cast
-from sfumato.nn.attention import products_are_fast
+from sfumato.nn.products import products_are_fast
 
 Shape = Sequence[int]
 HELD = 2**18  # numbers folded at a time, 1 MiB

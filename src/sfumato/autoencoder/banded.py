@@ -53,7 +53,7 @@ from sfumato.autoencoder.model import PIXEL_CHANNELS, Posterior
 from sfumato.autoencoder.statistics import Moments, normalise, not_finite, settled
 from sfumato.errors import InputError, NonFiniteError
 from sfumato.nn.attention import attention
-from sfumato.nn.packed import CELLS, PackedConv2d, can_pack
+from sfumato.nn.packed import CELLS, PackedConv2d, is_laid_out
 from sfumato.runtime import give_back
 
 
@@ -373,7 +373,7 @@ class Pass:
         padding: tuple[int, int] = (0, 0),
     ) -> Callable[[Tensor], Tensor]:
         """A convolution of many windows of that width, its weights laid out once where that helps."""
-        if can_pack(weight):
+        if is_laid_out(weight):
             return PackedConv2d(weight, bias, stride, padding, cells=(CELLS, width))
         return partial(F.conv2d, weight=weight, bias=bias, stride=stride, padding=padding)
 

@@ -198,11 +198,14 @@ def plain_bytes(layer: Layer, itemsize: int) -> int:
 
 def attention_bytes(layer: Layer, itemsize: int) -> int:
     """Bytes allowed for attention beside queries, keys and values: its result, or in a narrow type room for what the
-    blocks of a CPU take at the published width; `nn.attention.attention_bytes` counts that, and it is less.
+    blocks of a CPU take at the published width, or all four in float32; `nn.attention.attention_bytes` counts that, and
+    it is less.
     """
     tokens = layer.height * layer.width
     numbers = tokens * layer.channels
-    return numbers * itemsize if itemsize >= 4 else 14 * numbers + 2 * min(SCORES, tokens**2)
+    if itemsize >= 4:
+        return numbers * itemsize
+    return max(14 * numbers + 2 * min(SCORES, tokens**2), 16 * numbers)
 
 
 def band_bytes(layer: Layer, band: int, itemsize: int) -> tuple[int, int]:

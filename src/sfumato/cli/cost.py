@@ -84,6 +84,11 @@ def cost(
     }
     machine = with_price(read_machine(), **prices, currency=currency)
     if keep:
+        if not prices and currency is None:
+            raise InputError(
+                "keep keeps prices; give one by --per-hour, --per-megapixel-step, --watts or --currency",
+                argument="keep",
+            )
         write_machine(machine)
     from sfumato.generate import DEFAULT_MODEL, load
 
@@ -157,7 +162,9 @@ def _calibrated(model: Model, machine: Machine) -> Machine:
 
 
 def _show_estimate(model: Model, request: Request, machine: Machine, as_json: bool) -> None:
+    from sfumato.planning import final_size
     from sfumato.receipts.bill import estimate
+    from sfumato.tasks.canvas import by
 
     bill = estimate(model, request, machine)
     request = model.complete(request)
@@ -176,6 +183,8 @@ def _show_estimate(model: Model, request: Request, machine: Machine, as_json: bo
     rows.append(["in all", _flops(sum(bill["flops"].values())), _seconds(bill["total_seconds"])])
     width, height = request.size or (0, 0)
     what = f"{request.count} of {f'{request.frames} frames of ' if request.moves else ''}{width}x{height}"
+    if request.hires is not None:
+        what += f" enlarged to {by(final_size(model, request))}"
     show.table(f"{model.name}: {what}, {request.steps} steps", ["", "FLOPs", "s"], rows)
     if bill["peak_bytes"]:
         show.line(f"memory: {_mebibytes(bill['peak_bytes'])} at most")

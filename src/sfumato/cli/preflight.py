@@ -10,6 +10,7 @@ import typer
 from sfumato.cli import parse, show
 from sfumato.cli.chart import hearer
 from sfumato.errors import DataError, InputError
+from sfumato.parts import MAX_SIDE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 EXAMPLE = "sfumato preflight poster.png -m sd_xl_base_1.0.safetensors --require 60 --html poster.html"
 BELOW = 3  # the exit code when a score is below --require
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
+MOST_SIDE = 16_384  # pixels, of a picture that is looked at; drawn is less
 UNREAD = "cannot be read"  # in the place of a score
 LINES = 12  # regions shown without --json
 
@@ -75,8 +77,11 @@ def preflight(
     if least is not None and not 0 <= least <= 100:
         raise InputError(f"require must lie between 0 and 100, not {require}", argument="require")
     wanted = None if size is None else parse.size(size)
-    if wanted is not None and not all(16 <= side <= 16384 for side in wanted):
-        raise InputError(f"size must lie between 16 and 16384 pixels a side, not {size}", argument="size")
+    most = MOST_SIDE if prompt is None else MAX_SIDE
+    if wanted is not None and not all(16 <= side <= most for side in wanted):
+        raise InputError(f"size must lie between 16 and {most} pixels a side, not {size}", argument="size")
+    if foretell and prompt is not None:
+        raise InputError("foretell is for pictures; of a prompt everything is foretold", argument="foretell")
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"the report's name must end in .html, not {html.suffix!r}", argument="html")
     if mask is not None and (prompt is not None or (picture is not None and picture.is_dir())):

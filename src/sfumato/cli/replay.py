@@ -69,6 +69,8 @@ def replay(
     from sfumato.receipts.bill import drawn as draw
     from sfumato.receipts.replay import changed, difference_of_clips, edited
 
+    if output is not None and output.resolve() == file.resolve():
+        raise InputError(f"{output} is what is replayed; keep the new one elsewhere", argument="output")
     recipe, before = _read(file)
     request = _request(recipe, file, _pictures(picture or ()))
     adapters = loras.given(lora or [])
@@ -81,14 +83,21 @@ def replay(
         from sfumato.runtime import deterministic as ask
 
         ask()
+    by_name = {
+        "embeddings": parse.embeddings(embedding or []),
+        "controlnets": controls.files(controlnet or []),
+        "annotators": controls.files(annotator or [], "annotator"),
+    }
+    uses = request.loras or ()
+    _check_named(recipe, "loras", [one.name for one in adapters], [use.name for use in uses])
+    for group, given in by_name.items():
+        _check_named(recipe, group, list(given), [shown.name for shown in request.controls or ()])
     opened = _opened(
         recipe,
         file,
         model,
         refiner=refiner,
-        embeddings=parse.embeddings(embedding or []),
-        controlnets=controls.files(controlnet or []),
-        annotators=controls.files(annotator or [], "annotator"),
+        **by_name,
         parts=parts or None,
         vae=vae,
         variant=variant,
@@ -97,9 +106,8 @@ def replay(
         engine=engine,
         dtype=dtype,
     )
-    uses = request.loras or ()
     loras.requested(adapters, [use.to_json() for use in uses], file, False)  # says whose file is missing
-    loras.attach(opened, [one for one in adapters if one.name in {use.name for use in uses}], uses, True)
+    loras.attach(opened, adapters, uses, True)
     opened, _ = planned(opened, request, offload, None, told=False)
     with show.progress() as bar:
         task = bar.add_task("drawing", total=None)
@@ -161,8 +169,21 @@ def _request(recipe: dict[str, Any], file: Path, pictures: list[Image]) -> Reque
     try:
         return Request.from_dict(recipe.get("request", {}), pictures)
     except InputError as error:
-        more = " by --picture FILE" if "give the picture itself" in str(error) else ""
-        raise InputError(f"{file}: {error}{more}", argument=error.argument) from None
+        text = str(error)
+        if "give the picture itself" in text:
+            text += " by --picture FILE" if not pictures else ": none that --picture gives is the recipe's"
+        raise InputError(f"{file}: {text}", argument=error.argument) from None
+
+
+def _check_named(recipe: dict[str, Any], group: str, given: list[str], asked: list[str]) -> None:
+    """`InputError` for a file that has no place in the recipe. group: of it; asked: names in its request."""
+    said = recipe.get(group)
+    known = {*asked, *(said if isinstance(said, dict) else ())}
+    for name in given:
+        if name not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            option = group.removesuffix("s")
+            raise InputError(f"the recipe has no {option} {name!r}: {has}", argument=option)
 
 
 def _opened(recipe: dict[str, Any], file: Path, model: str | None, *, dtype: str | None, **given: Any) -> Any:

@@ -73,6 +73,6 @@ def helps(
 
 
 def up_to(side: float, factor: int) -> int:
-    """The next multiple of the cells."""
-    cell = max(factor, 8)
-    return int(np.ceil(side / cell) * cell)
+    """The next side that is drawn, whatever draws over the autoencoder: transformers take cells two by two."""
+    multiple = 2 * max(factor, 8)
+    return int(np.ceil(side / multiple) * multiple)

@@ -14,10 +14,9 @@ from PIL import Image
 
 Array = NDArray[np.floating]
 HEIGHT = 48  # pixels that engines want a line of text to have
-MISSING = (
-    "no OCR engine is installed, so words are read by matching the shapes of their letters alone; "
-    "`pip install 'sfumato[ocr]'` brings one"
-)
+ALONE = "words are read by matching the shapes of their letters alone; "
+MISSING = f"no OCR engine is installed, so {ALONE}`pip install 'sfumato[ocr]'` brings one"
+UNASKED = f"no OCR engine was asked, so {ALONE}`sfumato preflight` asks the one that is installed"
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,20 @@ class Reader:
 
 def find_reader() -> Reader | None:
     """RapidOCR, or else Tesseract, if installed. Nothing is fetched: their models come with them."""
+    engine = _engine()
+    return None if engine is None else engine()
+
+
+def without() -> str:
+    """What to say where no engine read."""
+    return MISSING if _engine() is None else UNASKED
+
+
+def _engine() -> Callable[[], Reader] | None:
     if importlib.util.find_spec("rapidocr") and importlib.util.find_spec("onnxruntime"):
-        return _rapidocr()
+        return _rapidocr
     if importlib.util.find_spec("pytesseract") and shutil.which("tesseract"):
-        return _tesseract()
+        return _tesseract
     return None
 
 

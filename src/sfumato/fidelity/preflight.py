@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sfumato.fidelity.advice import helps, reason
 from sfumato.fidelity.chart import Chart
 from sfumato.fidelity.instrument import Instrument, Picture
-from sfumato.fidelity.ocr import MISSING as NO_READER
-from sfumato.fidelity.ocr import Reader
+from sfumato.fidelity.ocr import Reader, without
 from sfumato.fidelity.predict import LOST, WORN, Transfer, Waves, measured, predict
 from sfumato.fidelity.regions import faces
 from sfumato.fidelity.regions.find import find
@@ -120,20 +120,26 @@ def preflight(
     run: bool = True,
     reader: Reader | None = None,
     others: Sequence[Chart] = (),
+    redrawn: NDArray[np.bool_] | None = None,
 ) -> Preflight:
     """Find the regions of a picture (H, W, 3) in [0, 1], foretell what each loses, and measure it.
 
     run: put the picture through the autoencoder too; without, losses are foretold alone. reader: an OCR engine, which
     also says whether what looks like text is. others: charts of other models that might keep more.
+    redrawn: (H, W), true where the picture is painted over; elsewhere it comes back as it was.
     """
     before = np.asarray(picture, np.float64)
     height, width = before.shape[:2]
     after = instrument.picture(np.asarray(picture, np.float32)).astype(np.float64) if run else None
+    if after is not None and redrawn is not None:
+        after = np.where(redrawn[..., None], after, before)
     transfer = Transfer.of(chart.sections)
     elsewhere = [(other.model, Transfer.of(other.sections)) for other in others]
     found = []
     for region in find(before):
         where = _where(region)
+        if redrawn is not None and not redrawn[where].any():
+            continue
         read_before = read_after = None
         if region.kind == "text" and reader is not None:
             read_before, sure = reader.read(before[where])
@@ -191,7 +197,7 @@ def _no_text(region: Region) -> Region:
 def _notes(reader: Reader | None) -> list[str]:
     notes = []
     if reader is None:
-        notes.append(NO_READER)
+        notes.append(without())
     if faces.cascade() is None:
         notes.append(faces.MISSING)
     return notes

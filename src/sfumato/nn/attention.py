@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
+from sfumato.nn.products import products_are_fast, products_are_widened
 from sfumato.runtime import workers
 
 SCORES = 2**21  # scores held at a time: 4 MiB of bfloat16, which stay in the last cache before memory
@@ -29,11 +30,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(q kᵀ / √D) v. q: (B, K, N, D); k, v: (B, K, M, D); mask: (B, M) bool, True for the keys that may be
     attended to. Returns (B, K, N, D).
 
-    PyTorch's fused CPU kernel does not use the matrix unit of a CPU with native bfloat16. There attention without
+    PyTorch's fused CPU kernel does not use the matrix unit of a CPU with fast bfloat16. There attention without
     gradients takes plain products of some heads at a time where sequences are short, and goes block by block where they
-    are long and nothing is masked. bfloat16 on a CPU that does neither, for its gradients, a mask or want of native
-    products, takes plain ones of all heads together up to 512² scores of each, which are all held in memory. Longer
-    sequences, and every other device and precision, keep the fused kernel.
+    are long and nothing is masked. 16 bits on other CPUs go through the fused kernel in float32. bfloat16 that does
+    none of these, for its gradients or a mask, takes plain products of all heads together up to 512² scores of each,
+    which are all held in memory. Longer sequences, and every other device and precision, keep the fused kernel.
     """
     if has_torch_function((q, k, v)):  # a mode that counts operations sees this one whole
         return handle_torch_function(attention, (q, k, v), q, k, v, mask)
@@ -47,6 +48,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
             return _plain(q, k, v, bias)
         if bias is None:
             return _blocked(q, k, v)
+    if products_are_widened(q) and not _needs_gradient(q, k, v):
+        bias = None if bias is None else bias.float()
+        wide = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias)
+        return wide.to(q.dtype)
     if _fits_whole(q, k):
         scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
         if bias is not None:
@@ -72,6 +77,8 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         # of each head at work: keys in tiles, answers, and a block of weights, made beside the last one
         head = 2 * (N + several * M) * width + 2 * (1 + several) * rows * M
         return laid + max(_copied(k), result + lanes * head)
+    if products_are_widened(q):
+        return 4 * (q.numel() + k.numel() + v.numel() + q.numel())  # in float32, the answer too
     if _fits_whole(q, k):
         return 10 * B * K * N * M + result  # scores; scores and their softmax in float32
     return result
@@ -95,17 +102,6 @@ def _scores(q: Tensor, k: Tensor) -> int:
 def _fits_whole(q: Tensor, k: Tensor) -> bool:
     """Whether the scores of all heads may be held together: the route with gradients, and without native bfloat16."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and _scores(q, k) <= 512 * 512
-
-
-def products_are_fast(x: Tensor) -> bool:
-    """Whether x is bfloat16 on a CPU that multiplies it natively, with oneDNN to do it."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and torch.cpu._is_avx512_bf16_supported()
-    )
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

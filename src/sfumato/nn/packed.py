@@ -4,16 +4,20 @@ oneDNN multiplies weights in tiles of its own. PyTorch's eager layers keep them 
 them into tiles first, which costs a third of a convolution's time where maps are small and channels many; and what
 follows a product is a pass of its own over memory. `pack` replaces a network's layers by twins that hold the tiles and
 do both at once. Each twin computes what its layer does, from the same weights, up to the rounding of their type.
+
+A CPU that is slow in the 16 bits of the weights has nothing to lay out: there the twin keeps them as they are, and
+makes a layer's numbers float32 when it is called: the memory of 16 bits, in little more than the time of float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn.attention import products_are_fast
+from sfumato.nn.products import NARROW, onednn_is_available, products_are_widened
 from sfumato.nn.spatial import GEGLU, TanhGELU
 from sfumato.nn.temporal import TemporalConv
 from sfumato.nn.tiles import add_product, tiles_of
@@ -28,9 +32,8 @@ SLICE = 128  # input channels of a kernel that are worked on at a time
 def pack(network: nn.Module) -> int:
     """Replace the layers of `network` that are on the CPU by packed twins, in place; returns how many.
 
-    Layers in float32 are packed, and in bfloat16 where the CPU multiplies it natively; others stay as they are. Packed
-    weights are no parameters: the network can be run, without gradients, and no longer be trained, moved, saved or
-    adapted.
+    Layers in float32 and in 16 bits that are on the CPU are packed; others stay as they are. Packed weights are no
+    parameters: the network can be run, without gradients, and no longer be trained, moved, saved or adapted.
     """
     count = 0
     for _, parent, name in list(layers(network)):
@@ -81,11 +84,14 @@ def packed(layer: nn.Module) -> nn.Module | None:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether a layer with that weight gains from packing."""
-    exact = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return products_are_fast(weight) or (
-        exact and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    )
+    """Whether a layer with that weight gains from packing: of float32 or 16 bits, on the CPU, with oneDNN."""
+    here = weight.device.type == "cpu" and weight.dtype in (torch.float32, *NARROW)
+    return here and onednn_is_available()
+
+
+def is_laid_out(weight: Tensor) -> bool:
+    """Whether packing puts the weight in tiles, and does not widen it at every call."""
+    return can_pack(weight) and not products_are_widened(weight)
 
 
 def matrix_of(layer: nn.Module) -> str | None:
@@ -95,24 +101,48 @@ def matrix_of(layer: nn.Module) -> str | None:
     return "weight" if isinstance(layer, nn.Linear) else None
 
 
-class PackedLinear(nn.Module):
+class _Product(nn.Module):
+    """A product with one weight, which `tiles` lays out; in 16 bits that the CPU is slow in, a copy, widened at every
+    call.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, tiles: Callable[[Tensor], Tensor]):
+        super().__init__()
+        weight = weight.detach()
+        self.widens = not is_laid_out(weight)
+        self.tiles = weight.clone() if self.widens else tiles(weight)
+        self.bias = None if bias is None else bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.widens:
+            return self.product(x, self.tiles, self.bias)
+        bias = None if self.bias is None else self.bias.float()
+        return self.product(x.float(), self.tiles.float(), bias).to(x.dtype)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class PackedLinear(_Product):
     """A linear layer and, if asked for, GELU on its float32 sums. form: of GELU, "none" is exact, or "tanh"."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = "none"):
-        super().__init__()
-        self.tiles = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
-        self.bias = None if bias is None else bias.detach().clone()
+        tiles = partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=ROWS)
+        super().__init__(weight.contiguous(), bias, tiles)
         self.activation = activation, form
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         activation, form = self.activation
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.tiles, self.bias, activation, [], form)
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, activation, [], form)
 
     def add(self, up: Tensor, down: Tensor) -> bool:
         """W += up·down in place, rounded once (`nn/tiles.py`); False, with nothing changed, for tiles of another form.
 
         up: (O, r), down: (r, I). Nobody may be calling the layer meanwhile.
         """
+        if self.widens:
+            self.tiles.copy_(torch.addmm(self.tiles.float(), up.float(), down.float()))
+            return True
         tiles = tiles_of(self.tiles)
         if tiles is not None:
             add_product(tiles, up, down)
@@ -137,7 +167,7 @@ class PackedGEGLU(nn.Module):
         return self.value.add(value, down) and self.gate.add(gate, down)
 
 
-class PackedConv2d(nn.Module):
+class PackedConv2d(_Product):
     """A convolution of maps in channels-last memory. cells: height and width for which the tiles are picked."""
 
     def __init__(
@@ -150,18 +180,21 @@ class PackedConv2d(nn.Module):
         groups: int = 1,
         cells: tuple[int, int] = (CELLS, CELLS),
     ):
-        super().__init__()
-        self.form = (list(padding), list(stride), list(dilation), groups)
+        form = (list(padding), list(stride), list(dilation), groups)
         shape = [1, weight.shape[1] * groups, *cells]
-        self.tiles = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.form, shape)
-        self.bias = None if bias is None else bias.detach().clone()
+        super().__init__(
+            weight.contiguous(memory_format=torch.channels_last),
+            bias,
+            lambda weight: torch.ops.mkldnn._reorder_convolution_weight(weight, *form, shape),
+        )
+        self.form = form
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise(x, self.tiles, self.bias, *self.form, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self.form, "none", [], "")
 
 
-class PackedUpsample(nn.Module):
+class PackedUpsample(_Product):
     """Nearest neighbour and a 3×3 convolution as one transposed 4×4 convolution of stride 2, of 4/9 the work.
 
     Doubling repeats each cell, so of the nine products of an output cell some share their input and add up to four.
@@ -169,22 +202,24 @@ class PackedUpsample(nn.Module):
     """
 
     def __init__(self, layer: Upsample):
-        super().__init__()
-        self.plain = layer
-        self.form = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, of the output, stride, dilation, groups
         weight = layer.conv.weight.detach()
+        form = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, of the output, stride, dilation, groups
         shape = [1, weight.shape[1], CELLS, CELLS]
-        self.tiles = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-            shared_kernel(weight), *self.form, shape
+        super().__init__(
+            shared_kernel(weight),
+            layer.conv.bias,
+            lambda weight: torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *form, shape),
         )
+        self.plain, self.form = layer, form
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # type: ignore[override]
         if tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):
             return self.plain(x, size)
+        return super().forward(x)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_transpose_pointwise(
-            x, self.tiles, self.plain.conv.bias, *self.form, "none", [], ""
-        )
+        return torch.ops.mkldnn._convolution_transpose_pointwise(x, weight, bias, *self.form, "none", [], "")
 
 
 def shared_kernel(weight: Tensor) -> Tensor:

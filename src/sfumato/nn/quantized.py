@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from sfumato.errors import InputError
 from sfumato.nn.attention import attention
-from sfumato.nn.packed import CELLS, ROWS, can_pack, is_layer, packed
+from sfumato.nn.packed import CELLS, ROWS, is_laid_out, is_layer, packed
 from sfumato.nn.spatial import GEGLU, CrossAttention, TanhGELU, TransformerBlock
 
 LEVELS = 127  # the largest code of a weight and of a token's number, either side of zero
@@ -36,7 +36,7 @@ def can_quantize(weight: Tensor) -> bool:
 
     Without VNNI sums of two products saturate in sixteen bits.
     """
-    return can_pack(weight) and torch.cpu._is_vnni_supported()
+    return is_laid_out(weight) and torch.cpu._is_vnni_supported()
 
 
 def quantize(network: nn.Module, kept: Collection[str]) -> int:

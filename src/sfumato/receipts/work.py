@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sfumato.diffusion.guidance import ALWAYS
 from sfumato.drawing.clips import drawn_together
+from sfumato.drawing.denoise import denoiser
 from sfumato.drawing.request import enlarged_size, levels_of
+from sfumato.families.published.trace import WHOLE
 from sfumato.flops import count_flops, with_flops
 from sfumato.generate import BATCH
+from sfumato.memory import tracing
 from sfumato.sampling import SeededNoise, sampler_named
 from sfumato.tasks.latent import steps_to_run
 from sfumato.types import Request
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
 WINDOW = 300  # characters that a window of 75 tokens reads, roughly
 KEPT = 64  # kinds of request that a model keeps the count of
+LARGE = 4  # times a small model's own pixels: from there on tracing is quicker than a call
 STAGES = ("text", "encode", "denoise", "decode")
 
 
@@ -84,7 +91,8 @@ def counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str, 
     """FLOPs of reading both prompts, of encoding where drawing begins with it, of one guided call of the network and of
     decoding, for one picture.
 
-    Of a model that tells what drawing takes, on tensors without numbers; else by doing each once. Kept with the model.
+    Of a model that tells what drawing takes, on tensors without numbers; of a small one by doing each once, unless that
+    would take long. Kept with the model.
     """
     key = _key(model, request, size)
     if key not in model.counted:
@@ -136,25 +144,44 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
         stages = model.system.trace(request, size, 1, encodes=_encodes(request), offload="none")
         return {stage.name: stage.flops for stage in stages if stage.name in STAGES}
     frames = request.frames or 1
-    x = torch.zeros(1, *model.latent_shape(size[1], size[0], frames), device=model.device)
-    stretches = drawn_together(model, x.shape[2])
+    shape = model.latent_shape(size[1], size[0], frames)
+    stretches = drawn_together(model, shape[1])
     plain = Request(request.prompt, request.negative, size=size, guidance=request.guidance)
     if request.moves:
         plain = replace(plain, image=request.image, frames=frames, fps=request.fps, fit=request.fit)
     level = torch.tensor(0.5, dtype=torch.float64)
     with torch.inference_mode(), model.precision():
         cond, text = with_flops(model.condition, plain)
-        denoise = model.denoiser(cond, plain)
-        steps = [count_flops(denoise, x[:, :, start:stop], level) for start, stop in stretches]
-        found = {
-            "text": text,
-            "denoise": sum(steps),
-            "decode": count_flops(model.decode_pixels, x),
-        }
-        if _encodes(request):
-            pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
-            found["encode"] = count_flops(model.system.encode, pixels)
+        denoise = denoiser(model, cond, replace(model.complete(plain), guidance_interval=ALWAYS))
+        with _counter(model, request, size) as count:
+            x = torch.zeros(1, *shape, device=model.device)
+            found = {
+                "text": text,
+                "denoise": sum(count(denoise, x[:, :, start:stop], level) for start, stop in stretches),
+                "decode": count(model.decode_pixels, x),
+            }
+            if _encodes(request):
+                pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
+                found["encode"] = count(model.system.encode, pixels)
         return found
+
+
+@contextmanager
+def _counter(model: Model, request: Request, size: tuple[int, int]) -> Iterator[Callable[..., int]]:
+    """What counts the FLOPs of a call: by doing it, or of a large one on tensors without numbers."""
+    own = math.prod(model.preset["size"]) * (model.clip_preset["frames"] if request.moves else 1)
+    traces = model.system.traces_clips if request.moves else model.system.traces_pictures
+    if not traces or math.prod(size) * (request.frames or 1) <= LARGE * own:
+        yield count_flops
+        return
+    with tracing(WHOLE) as tracer:
+
+        def count(call: Callable[..., Any], *args: Any) -> int:
+            before = tracer.flops
+            call(*args)
+            return tracer.flops - before
+
+        yield count
 
 
 def calls(model: Model, request: Request, strength: float | None = None) -> float:

@@ -16,13 +16,14 @@ MOST_FILES = 16  # of one request
 MOST_PIXELS = 100_000_000  # of the frames of a clip to begin with, together; three bytes each
 
 
-def files_of(request: Mapping[str, Any]) -> list[str]:
-    """The ids that a request names, each once. `InputError` for what is none where a picture belongs."""
+def files_of(request: Mapping[str, Any]) -> dict[str, str]:
+    """The ids that a request names, and the field where each stands first. `InputError` for what is none where a
+    picture belongs."""
     places = [(name, request.get(name)) for name in ("image", "mask", "clip")]
     controls = request.get("controls")
     if isinstance(controls, list):
         places += [("controls", each.get("image")) for each in controls if isinstance(each, dict)]
-    found: list[str] = []
+    found: dict[str, str] = {}
     for name, value in places:
         if value is None:
             continue
@@ -32,8 +33,7 @@ def files_of(request: Mapping[str, Any]) -> list[str]:
                 "to /v1/files",
                 argument=name,
             )
-        if value not in found:
-            found.append(value)
+        found.setdefault(value, name)
     if len(found) > MOST_FILES:
         raise InputError(f"a request names at most {MOST_FILES} files", argument="controls")
     return found

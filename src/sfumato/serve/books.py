@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from sfumato.serve.job import now
-from sfumato.serve.ledger import Ledger
+from sfumato.serve.ledger import Ledger, Upload
+from sfumato.serve.refusals import Refused
 from sfumato.serve.store import Store
 
+MOST_KEPT = 2 * 2**30  # bytes of uploads that a tenant may have
 T = TypeVar("T")
 
 
@@ -30,11 +32,30 @@ class Books:
         """Anything with files, or with pictures, that takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._files, lambda: call(*args, **kwargs))
 
-    async def sweep(self, keep: float) -> None:
-        """Remove files older than so many seconds."""
-        for name in await self.write(self.ledger.old_uploads, now() - keep):
+    async def keep(self, upload: Upload, data: bytes) -> None:
+        """Keep a tenant's file. `Refused` where there is no room."""
+        try:
+            await self.work(self.store.put, upload.id, data)
+        except OSError:
+            raise Refused(503, "storage_full", "the file cannot be kept now", retry_after=60) from None
+        if not await self.write(self.ledger.add_upload, upload, MOST_KEPT):
+            await self.work(self.store.drop, upload.id)
+            raise Refused(
+                413,
+                "storage_quota",
+                f"a key may keep {MOST_KEPT:,} bytes of files; GET /v1/files lists them, and DELETE /v1/files/ID "
+                "forgets one",
+            )
+
+    async def drop(self, *names: str) -> None:
+        """Forget files."""
+        for name in names:
             await self.write(self.ledger.drop_upload, name)
             await self.work(self.store.drop, name)
+
+    async def sweep(self, keep: float) -> None:
+        """Remove files older than so many seconds."""
+        await self.drop(*await self.write(self.ledger.old_uploads, now() - keep))
         await self.work(self.store.sweep, keep)
 
     def close(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sfumato.serve import process
@@ -16,7 +16,7 @@ from sfumato.serve.devices import Connect
 from sfumato.serve.floor import Floor
 from sfumato.serve.job import Live, now
 from sfumato.serve.keys import Key
-from sfumato.serve.ledger import OverBudget, Record
+from sfumato.serve.ledger import LedgerError, OverBudget, Record, Upload
 from sfumato.serve.money import shown, work_of
 from sfumato.serve.rates import Rates
 from sfumato.serve.refusals import Refused, bad, not_found
@@ -25,7 +25,9 @@ from sfumato.serve.store import new_id
 from sfumato.serve.wire import Broken
 
 CANCELLING = 2.0  # seconds that an answer to a cancellation waits for the job's end
+ASKS = 600  # estimates and preflights of a key in a minute
 RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined onto its job
+Brought = Mapping[str, tuple[Upload, bytes]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Ask:
     """What a client wants drawn. request: plain JSON with pictures by id. digest: of what was sent. retry: it says that
     it tries again. keep: the job goes on when the client is gone; else so many seconds of `grace`. looks: pictures of
     it forming, of `look_format`. via: the interface that it came by. kind: what is to be drawn, `job.PICTURE` or
-    `job.CLIP`.
+    `job.CLIP`. brought: files that came with it, by the ids that stand in the request; they are kept when it is
+    accepted. forget: until it has ended, as its client never hears of these ids.
     """
 
     model: str
@@ -49,6 +52,8 @@ class Ask:
     grace: float = 0.0
     via: str = "native"
     kind: str = PICTURE
+    brought: Brought = field(default_factory=dict)
+    forget: bool = False
 
 
 class Desk:
@@ -123,7 +128,8 @@ class Desk:
                 del self._coming[key.id]
 
     async def _before(self, key: Key, ask: Ask) -> tuple[Record, Live | None] | None:
-        """The job of the same idempotency key; or, of one who tries again, of the same body."""
+        """The job of the same idempotency key; or, of one who tries again, that of the same body which is open or was
+        never answered."""
         if ask.idempotency is not None:
             found = await self.books.write(self.ledger.keyed, key.id, ask.idempotency)
             return None if found is None else self._same(found, ask)
@@ -163,6 +169,11 @@ class Desk:
             return self._no("rate_limited", f"this key may submit {key.rate} jobs in a minute", seconds)
         return None
 
+    def check_asking(self, key: Key) -> None:
+        """`Refused` for who asks more often what something would take than anybody at a page does."""
+        if (seconds := self.rates.take(f"{key.id} asks", ASKS)) > 0:
+            raise self._no("rate_limited", f"a key may ask {ASKS} times in a minute what it takes", seconds)
+
     def _no(self, code: str, message: str, after: float) -> Refused:
         self.metrics.refused.labels(code).inc()
         return Refused(503 if code == "draining" else 429, code, message, retry_after=after)
@@ -174,7 +185,7 @@ class Desk:
         self.rates.take(key.id, key.rate)
 
     async def _accept(self, key: Key, ask: Ask) -> tuple[Record, Live | None]:
-        files, parts = await self.files(key, ask.request)
+        files, parts = await self.files(key, ask)
         checked = await self.expected(ask, files, parts)
         expected, made = checked["expected"], now()
         seconds = min(ask.deadline or self.settings.deadline, self.settings.longest)
@@ -204,6 +215,7 @@ class Desk:
                 "kind": ask.kind,
                 "keep": ask.keep,
                 "via": ask.via,
+                "forget": list(ask.brought) if ask.forget else [],
                 **{name: checked[name] for name in ("expected", "sampler_steps", "tune")},
             },
             digest=ask.digest,
@@ -213,8 +225,14 @@ class Desk:
             idempotency=ask.idempotency,
         )
         try:
+            for upload, data in ask.brought.values():
+                await self.books.keep(upload, data)
             written = await self.books.write(self.ledger.accept, record, key.budget)
+        except Refused:
+            await self.books.drop(*ask.brought)
+            raise
         except OverBudget as error:
+            await self.books.drop(*ask.brought)
             currency = self.prices.currency
             raise Refused(
                 402,
@@ -223,21 +241,30 @@ class Desk:
                 f"{shown(error.left, currency)} left this month",
             ) from None
         if written.id != record.id:
+            await self.books.drop(*ask.brought)
             return self._same(written, ask)
         live = Live(record, keep=ask.keep, grace=ask.grace)
         self.floor.add(live)
         self.metrics.accepted.labels(record.model).inc()
         return record, live
 
-    async def files(self, key: Key, request: dict[str, Any]) -> tuple[list[str], list[bytes]]:
+    async def files(self, key: Key, ask: Ask) -> tuple[list[str], list[bytes]]:
         """The files that a request names, by id, and their bytes."""
-        names = files_of(request)
+        places = files_of(ask.request)
         parts = []
-        for name in names:
+        for name, place in places.items():
+            if name in ask.brought:
+                parts.append(ask.brought[name][1])
+                continue
             if await self.books.write(self.ledger.upload, key.id, name) is None:
-                raise bad(f"there is no file {name[:80]!r}; send files to /v1/files", "image")
-            parts.append(await self.floor.bytes_of(name))
-        return names, parts
+                raise bad(f"there is no file {name[:80]!r}; send files to /v1/files", place)
+            parts.append(await self.floor.bytes_of(name, place))
+        return list(places), parts
+
+    async def answered(self, record: Record) -> None:
+        """A job's client has what was drawn: who says that he tries again means another one."""
+        with contextlib.suppress(LedgerError):
+            await self.books.write(self.ledger.answered, record.id)
 
     async def expected(self, ask: Ask, files: Sequence[str], parts: Sequence[bytes]) -> dict[str, Any]:
         """What a worker says that a request will take, memory planned; `Refused` if it cannot be drawn."""

@@ -235,11 +235,11 @@ class Floor:
                 device.cancel(live.id)
         live.publish("state", {"state": RUNNING})
 
-    async def bytes_of(self, name: str) -> bytes:
-        """An upload; `Refused` if it is not there any more."""
+    async def bytes_of(self, name: str, field: str | None = None) -> bytes:
+        """An upload, of a request's field; `Refused` if it is not there any more."""
         data = await self.books.work(self.books.store.get, name)
         if data is None:
-            raise bad(f"the file {name!r} is not kept any more; send it again", "image")
+            raise bad(f"the file {name!r} is not kept any more; send it again", field)
         return data
 
     def _back(self, live: Live) -> None:
@@ -380,6 +380,7 @@ class Floor:
                 await asyncio.sleep(AGAIN)
         live.record = replace(live.record, state=state, ended=ended, error=error, **changes)
         self.live.pop(live.id, None)
+        self._begin(self._forget(live))
         live.ended.set()
         live.publish("state", {"state": state})
         self.metrics.jobs.labels(live.record.model, state).inc()
@@ -387,6 +388,12 @@ class Floor:
         self._count()
         self._wake.set()
         return True
+
+    async def _forget(self, live: Live) -> None:
+        """Drop the files that came with a job, but for those that an open one names."""
+        held = {name for other in self.live.values() for name in other.files}
+        with contextlib.suppress(LedgerError, OSError):  # then they are swept
+            await self.books.drop(*(name for name in live.forget if name not in held))
 
     async def _ticking(self) -> None:
         """Deadlines: of what waits, and of workers that do not stop."""

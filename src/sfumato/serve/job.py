@@ -62,6 +62,11 @@ class Live:
         return list(options["files"] if "files" in options else options["pictures"])
 
     @property
+    def forget(self) -> list[str]:
+        """Of these, what goes with the job."""
+        return list(self.record.options.get("forget", ()))
+
+    @property
     def steps(self) -> int:
         """Steps until all is drawn."""
         return int(self.record.options["sampler_steps"])

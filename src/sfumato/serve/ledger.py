@@ -9,6 +9,7 @@ postgresql+psycopg://user@host/name. Both through SQLAlchemy's core. Calls block
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ class Ledger:
     def __init__(self, url: str, currency: str | None = None):
         self.meta, found = tables()
         self.jobs, self.entries, self.uploads = found["jobs"], found["entries"], found["uploads"]
-        self.about = found["about"]
+        self.answers, self.about = found["answers"], found["about"]
         try:
             self.engine = sql.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         except (SQLAlchemyError, ImportError) as error:
@@ -240,16 +241,7 @@ class Ledger:
         """A tenant's latest jobs, the newest first; before: only those made before; after: only those that come after
         this one in the list, of jobs made at once, too.
         """
-        c = self.jobs.c
-        query = (
-            sql.select(self.jobs).where(c.tenant == tenant).order_by(c.made.desc(), c.id.desc()).limit(limit)
-        )
-        if before is not None:
-            query = query.where(c.made < before)
-        if after is not None:
-            same = sql.and_(c.made == after.made, c.id < after.id)
-            query = query.where(sql.or_(c.made < after.made, same))
-        return self._all(query)
+        return self._all(_latest(self.jobs, tenant, limit, before, after))
 
     def open_jobs(self) -> list[Record]:
         """All that have not ended, the oldest first."""
@@ -257,12 +249,19 @@ class Ledger:
         return self._all(sql.select(self.jobs).where(c.state.in_(OPEN)).order_by(c.made, c.id))
 
     def same(self, tenant: str, digest: str, since: float) -> Record | None:
-        """The tenant's latest job made since then of which the same was sent, unless it failed or was cancelled."""
+        """The tenant's latest job made since then of which the same was sent: an open one, or one that succeeded and
+        whose client was not there to be answered."""
         c = self.jobs.c
+        waits = sql.and_(c.state == SUCCEEDED, c.id.not_in(sql.select(self.answers.c.job)))
         query = sql.select(self.jobs).where(
-            c.tenant == tenant, c.digest == digest, c.made >= since, c.state.in_((*OPEN, SUCCEEDED))
+            c.tenant == tenant, c.digest == digest, c.made >= since, sql.or_(c.state.in_(OPEN), waits)
         )
         return self._first(query.order_by(c.made.desc()).limit(1))
+
+    def answered(self, job: str) -> None:
+        """A client was given what the job drew."""
+        with contextlib.suppress(IntegrityError), self._transaction() as run:  # or more than one
+            run.execute(sql.insert(self.answers).values(job=job))
 
     def keyed(self, tenant: str, idempotency: str) -> Record | None:
         """The tenant's job of this idempotency key."""
@@ -331,6 +330,14 @@ class Ledger:
             )
         return None if row is None else Upload(**row)
 
+    def uploads_of(
+        self, tenant: str, limit: int, before: float | None = None, after: Upload | None = None
+    ) -> list[Upload]:
+        """A tenant's latest pictures and clips, as `jobs_of`."""
+        with self._transaction() as run:
+            rows = run.execute(_latest(self.uploads, tenant, limit, before, after)).mappings().all()
+        return [Upload(**row) for row in rows]
+
     def drop_upload(self, upload: str) -> None:
         with self._transaction() as run:
             run.execute(sql.delete(self.uploads).where(self.uploads.c.id == upload))
@@ -379,6 +386,20 @@ class Ledger:
         )
         held = sql.select(sql.func.sum(j.reserved)).where(j.tenant == tenant, j.state.in_(OPEN))
         return int(run.execute(spent).scalar() or 0) + int(run.execute(held).scalar() or 0)
+
+
+def _latest(
+    table: sql.Table, tenant: str, limit: int, before: float | None, after: Record | Upload | None
+) -> sql.Select[Any]:
+    """A tenant's rows, the newest first; see `Ledger.jobs_of`."""
+    c = table.c
+    query = sql.select(table).where(c.tenant == tenant).order_by(c.made.desc(), c.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(c.made < before)
+    if after is not None:
+        same = sql.and_(c.made == after.made, c.id < after.id)
+        query = query.where(sql.or_(c.made < after.made, same))
+    return query
 
 
 def open_existing(url: str) -> Ledger:

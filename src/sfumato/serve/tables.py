@@ -26,6 +26,7 @@ def tables() -> tuple[MetaData, dict[str, Table]]:
     entries     a reservation opens a job and one settlement or refund closes it; the constraint on (job, closes) is
                 what no job can be billed twice by
     uploads     pictures and clips that tenants sent
+    answers     jobs whose client was there to be given what was drawn
     about       version and currency
     """
     meta = MetaData()
@@ -82,7 +83,9 @@ def tables() -> tuple[MetaData, dict[str, Table]]:
         Column("made", Float(53), nullable=False),
         Index("uploads_of_tenant", "tenant", "made"),
     )
+    answers = Table("answers", meta, Column("job", String(64), primary_key=True))
     about = Table(
         "about", meta, Column("name", String(32), primary_key=True), Column("value", Text, nullable=False)
     )
-    return meta, {"jobs": jobs, "entries": entries, "uploads": uploads, "about": about}
+    found = (jobs, entries, uploads, answers, about)
+    return meta, {table.name: table for table in found}

@@ -212,6 +212,29 @@ def _surroundings(request: Request, inpaint: Inpaint) -> Canvas:
     return Canvas(picture, mask, request.image, box, weight)
 
 
+def in_image(request: Request, drawn_on: Canvas, box: Box) -> Box:
+    """Where a box of the canvas of a settled request lies in the picture that it begins with, as far as it does."""
+    assert request.image is not None
+    image, size = request.image.size, drawn_on.picture.size
+    if request.inpaint is not None and request.inpaint.padding is not None:
+        left, top, right, bottom = drawn_on.box
+        scales, start = ((right - left) / size[0], (bottom - top) / size[1]), (float(left), float(top))
+    else:
+        left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
+        inner = (size[0] - left - right, size[1] - top - bottom)
+        scales = (image[0] / inner[0], image[1] / inner[1])
+        if request.fit in ("cover", "contain"):
+            scales = ((min if request.fit == "cover" else max)(scales),) * 2
+        start = (
+            (image[0] - inner[0] * scales[0]) / 2 - left * scales[0],
+            (image[1] - inner[1] * scales[1]) / 2 - top * scales[1],
+        )
+    x0, y0, x1, y1 = (
+        min(max(round(start[k % 2] + at * scales[k % 2]), 0), image[k % 2]) for k, at in enumerate(box)
+    )
+    return x0, y0, x1, y1
+
+
 def around(mask: Image.Image, padding: int, size: Size) -> Box:
     """The box of the mask's white with `padding` pixels around, widened to the shape of `size` as far as the picture
     reaches."""

@@ -103,6 +103,17 @@ def test_what_will_not_survive_is_said_beside_the_button(visitor):
     note.wait_for(state="detached")
 
 
+def test_why_nothing_is_known_of_what_survives_is_said(visitor):
+    said = {"error": {"message": "the model has no chart", "code": "bad_input", "param": None}}
+    visitor.page.route("**/v1/preflight", lambda route: route.fulfill(status=400, json=said))
+    visitor.fill(prompt="a red cube")
+    note = visitor.page.locator("#preflight .note")
+    note.wait_for()
+    note.locator("summary").click()
+    assert "The model has no chart." in note.inner_text()
+    visitor.page.unroute("**/v1/preflight")
+
+
 def test_what_cannot_be_drawn_is_said_in_words_at_its_field(visitor, client):
     before = latest(client)["id"]
     visitor.fill(prompt="a red cube", width=130)

@@ -26,7 +26,6 @@ from sfumato.storage import strict_json
 from sfumato.video import formats
 from sfumato.video.read import decode_clip
 
-MOST_KEPT = 2 * 2**30  # bytes of uploads that a tenant may have
 RETRIES = "x-stainless-retry-count"  # of OpenAI's clients, which begin with 0
 FIELD = 2**20  # bytes of a form's text field
 
@@ -120,32 +119,24 @@ def unbase64(value: Any, param: str) -> bytes:
         raise bad(f"{param} must be a picture as base64; addresses are not followed", param) from None
 
 
-async def keep_picture(books: Books, key: Key, data: bytes, param: str = "image") -> Upload:
-    """Decode a picture, to know that it is one, and keep its bytes. `Refused` for what is none."""
-    return await _kept(books, key, data, param, _picture)
+async def look_at_picture(books: Books, key: Key, data: bytes, param: str = "image") -> Upload:
+    """What to keep a picture as, which is decoded to know that it is one. `Refused` for what is none."""
+    return await _looked(books, key, data, param, _picture)
 
 
-async def keep_file(books: Books, key: Key, data: bytes, param: str) -> Upload:
+async def look_at_file(books: Books, key: Key, data: bytes, param: str) -> Upload:
     """The same of a picture or a clip, of which only the beginning is decoded."""
-    return await _kept(books, key, data, param, _picture_or_clip)
+    return await _looked(books, key, data, param, _picture_or_clip)
 
 
-async def _kept(
+async def _looked(
     books: Books, key: Key, data: bytes, param: str, look: Callable[[bytes, str], pictures.Header]
 ) -> Upload:
     try:
         header = await books.work(look, data, param)
     except DataError as error:
         raise Refused(400, error.code, str(error), param=param) from None
-    upload = Upload(new_id("file"), key.id, header.format, len(data), header.width, header.height, now())
-    try:
-        await books.work(books.store.put, upload.id, data)
-    except OSError:
-        raise Refused(503, "storage_full", "the file cannot be kept now", retry_after=60) from None
-    if not await books.write(books.ledger.add_upload, upload, MOST_KEPT):
-        await books.work(books.store.drop, upload.id)
-        raise Refused(413, "storage_quota", f"a key may keep {MOST_KEPT:,} bytes of files; delete some")
-    return upload
+    return Upload(new_id("file"), key.id, header.format, len(data), header.width, header.height, now())
 
 
 def _picture(data: bytes, name: str) -> pictures.Header:

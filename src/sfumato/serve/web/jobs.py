@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response
 from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.serve.asked import CLIP
-from sfumato.serve.desk import Ask, Desk
+from sfumato.serve.desk import Ask, Brought, Desk
 from sfumato.serve.job import Live, job_json, kind_of
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import ENDED, SUCCEEDED, Record
@@ -24,13 +24,14 @@ from sfumato.serve.refusals import Refused, bad, not_found
 from sfumato.serve.store import SUFFIX, is_id
 from sfumato.serve.web import thumbs
 from sfumato.serve.web.answers import Answer, event, streamed
-from sfumato.serve.web.body import idempotency_of
+from sfumato.serve.web.body import idempotency_of, json_body
 from sfumato.serve.web.schema import described, request_schema, sends
 
 FIELDS = ("model", "request", "format", "previews", "deadline")
 MOST_PREVIEWS = 50
 MOST_LISTED = 100
-Read = Callable[[Request], Coroutine[Any, Any, tuple[dict[str, Any], str]]]
+Body = tuple[dict[str, Any], str, Brought]  # what a body says, the hash of what was sent, and files in it
+Read = Callable[[Request], Coroutine[Any, Any, Body]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Family:
 def add(
     router: APIRouter, desk: Desk, family: Family, read: Read, form: dict[str, Any] | None = None
 ) -> None:
-    """Add the routes of a family. read: the body of a submission, and the hash of what was sent. form: its schema and
+    """Add the routes of a family. read: the body of a submission. form: its schema and
     example as a form, where one is read.
     """
     one, outputs = f"{family.path}/{{job}}", family.outputs
@@ -88,8 +89,9 @@ def add(
 
     @router.post(family.estimate, summary=f"What {outputs} would cost and take", openapi_extra=body)
     async def estimate(request: Request) -> Response:
+        desk.check_asking(key_of(request))
         ask = asked(desk, family, request, *await read(request))
-        files, parts = await desk.files(key_of(request), ask.request)
+        files, parts = await desk.files(key_of(request), ask)
         expected = (await desk.expected(ask, files, parts))["expected"]
         most = desk.price(ask.model, expected)
         price = {"currency": desk.prices.currency, "most_micros": most, "headroom": HEADROOM}
@@ -166,7 +168,14 @@ def _file(path: Path | None, family: Family, media: str, name: str) -> Response:
     )
 
 
-def asked(desk: Desk, family: Family, request: Request, body: dict[str, Any], digest: str) -> Ask:
+async def json_of(request: Request) -> Body:
+    """A body that brings no files along."""
+    return (*await json_body(request), {})
+
+
+def asked(
+    desk: Desk, family: Family, request: Request, body: dict[str, Any], digest: str, brought: Brought
+) -> Ask:
     """What a body asks for, checked as far as it goes without the model."""
     for name in body:
         if name not in FIELDS:
@@ -197,6 +206,7 @@ def asked(desk: Desk, family: Family, request: Request, body: dict[str, Any], di
         deadline=deadline,
         idempotency=idempotency_of(request),
         kind=family.kind,
+        brought=brought,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,18 +12,20 @@ from sfumato.serve.asked import PICTURE
 from sfumato.serve.desk import Desk
 from sfumato.serve.job import now
 from sfumato.serve.keys import Key
-from sfumato.serve.ledger import check_days, day_of, month_of
+from sfumato.serve.ledger import Record, Upload, check_days, day_of, month_of
 from sfumato.serve.refusals import bad, not_found
 from sfumato.serve.store import MEDIA, UPLOADS, is_id
 from sfumato.serve.web import jobs
 from sfumato.serve.web.answers import Answer
-from sfumato.serve.web.body import file_of, form_body, json_body, keep_file
+from sfumato.serve.web.body import file_of, form_body, look_at_file
 from sfumato.serve.web.jobs import MOST_LISTED, Family, asked, key_of, told, whole
 from sfumato.serve.web.schema import BINARY, EXAMPLE, described, sends
 
 PICTURES = Family(
     PICTURE, "/jobs", "/estimate", "pictures", "picture", MEDIA, {"request": EXAMPLE, "previews": 4}
 )
+
+Find = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -43,9 +46,21 @@ def routes(desk: Desk) -> APIRouter:
             data = await file_of(await form_body(request), "file")
         if data is None:
             raise bad("the form has no file", "file")
-        upload = await keep_file(desk.books, key_of(request), data, "file")
-        answer = {name: getattr(upload, name) for name in ("id", "format", "bytes", "width", "height")}
-        return Answer({"object": "file", **answer, "created": round(upload.made, 3)}, 201)
+        upload = await look_at_file(desk.books, key_of(request), data, "file")
+        await desk.books.keep(upload, data)
+        return Answer(_file(upload), 201)
+
+    @router.get("/files", summary="The latest files of this key, the newest first")
+    async def files(request: Request, limit: str = "20", before: str | None = None) -> Response:
+        key = key_of(request)
+        return Answer(
+            await _page(
+                limit, before, "file",
+                lambda file: _upload(desk, key, file),
+                lambda *args, **place: desk.books.write(desk.ledger.uploads_of, key.id, *args, **place),
+                _file,
+            )
+        )  # fmt: skip
 
     @router.get("/files/{file}", summary="A file that was sent", **sends(*UPLOADS.values()))
     async def sent(request: Request, file: str) -> Response:
@@ -55,35 +70,37 @@ def routes(desk: Desk) -> APIRouter:
     @router.delete("/files/{file}", summary="Forget a file")
     async def forget(request: Request, file: str) -> Response:
         await _upload(desk, key_of(request), file)
-        await desk.books.write(desk.ledger.drop_upload, file)
-        await desk.books.work(desk.store.drop, file)
+        await desk.books.drop(file)
         return Answer({"object": "file", "id": file, "deleted": True})
 
     @router.post("/preflight", summary="What of a request will not survive",
                  openapi_extra=described(PICTURES.schema, PICTURES.example))  # fmt: skip
     async def preflight(request: Request) -> Response:
-        ask = asked(desk, PICTURES, request, *await json_body(request))
-        files, parts = await desk.files(key_of(request), ask.request)
+        desk.check_asking(key_of(request))
+        ask = asked(desk, PICTURES, request, *await jobs.json_of(request))
+        files, parts = await desk.files(key_of(request), ask)
         return Answer(await desk.preflight(ask, files, parts))
 
     @router.get("/jobs", summary="The latest jobs of this key, of pictures and of clips, the newest first")
     async def latest(request: Request, limit: str = "20", before: str | None = None) -> Response:
-        count = whole(limit, "limit", 1, MOST_LISTED)
-        tenant, place = key_of(request).id, dict[str, Any]()
-        if before is not None and is_id(before, "job"):
-            place["after"] = (await desk.find(tenant, before))[0]
-        elif before is not None:
-            place["before"] = _number(before, "before")
-        records = await desk.books.write(desk.ledger.jobs_of, tenant, count + 1, **place)
-        rest, records = records[count:], records[:count]
-        lives = [desk.floor.live.get(record.id) for record in records]
-        found = [
-            told(desk, live.record if live else record, live)
-            for record, live in zip(records, lives, strict=True)
-        ]
-        return Answer({"object": "list", "data": found, "has_more": bool(rest)})
+        tenant = key_of(request).id
 
-    jobs.add(router, desk, PICTURES, json_body)
+        async def find(job: str) -> Record:
+            return (await desk.find(tenant, job))[0]
+
+        def tell(record: Record) -> dict[str, Any]:
+            live = desk.floor.live.get(record.id)
+            return told(desk, live.record if live else record, live)
+
+        return Answer(
+            await _page(
+                limit, before, "job", find,
+                lambda *args, **place: desk.books.write(desk.ledger.jobs_of, tenant, *args, **place),
+                tell,
+            )
+        )  # fmt: skip
+
+    jobs.add(router, desk, PICTURES, jobs.json_of)
 
     @router.get("/usage", summary="What this key has used, by day")
     async def usage(request: Request, since: str | None = None, until: str | None = None) -> Response:
@@ -101,18 +118,41 @@ def routes(desk: Desk) -> APIRouter:
     return router
 
 
-async def _upload(desk: Desk, key: Key, file: str) -> Any:
+async def _page(
+    limit: str, before: str | None, kind: str, find: Find, read: Find, tell: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """Part of a list, the newest first. kind: of ids. find: what `before` names. read: so many, from a place on."""
+    count, place = whole(limit, "limit", 1, MOST_LISTED), dict[str, Any]()
+    if before is not None and is_id(before, kind):
+        place["after"] = await find(before)
+    elif before is not None:
+        place["before"] = _number(before, "before", kind)
+    found = await read(count + 1, **place)
+    return {
+        "object": "list",
+        "data": [tell(each) for each in found[:count]],
+        "has_more": len(found) > count,
+    }
+
+
+def _file(upload: Upload) -> dict[str, Any]:
+    """A file as the API tells it."""
+    told = {name: getattr(upload, name) for name in ("id", "format", "bytes", "width", "height")}
+    return {"object": "file", **told, "created": upload.made}
+
+
+async def _upload(desk: Desk, key: Key, file: str) -> Upload:
     upload = await desk.books.write(desk.ledger.upload, key.id, file) if is_id(file, "file") else None
     if upload is None:
         raise not_found("file", file)
     return upload
 
 
-def _number(text: str, name: str) -> float:
+def _number(text: str, name: str, kind: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
     if not 0 <= value < 1e12:
-        raise bad(f"{name} must be the id of a job, or a time in seconds", name)
+        raise bad(f"{name} must be the id of a {kind}, or a time in seconds", name)
     return value

@@ -11,7 +11,7 @@ import io
 import re
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +19,7 @@ from starlette.datastructures import FormData
 from starlette.responses import Response
 
 from sfumato import checks
-from sfumato.serve.desk import Ask, Desk
+from sfumato.serve.desk import Ask, Brought, Desk
 from sfumato.serve.job import Live
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import Record
@@ -33,7 +33,7 @@ from sfumato.serve.web.body import (
     idempotency_of,
     is_retry,
     json_body,
-    keep_picture,
+    look_at_picture,
     may_retry,
 )
 from sfumato.serve.web.schema import BINARY, described, sends
@@ -74,6 +74,7 @@ class Wanted:
     quality: str
     stream: bool
     partial: int
+    brought: Brought = field(default_factory=dict)
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -133,13 +134,14 @@ def routes(desk: Desk) -> APIRouter:
         digest = digest_of(text, image, mask or b"")
         key: Key = request.state.key
         hole = await desk.books.work(_hole, image, mask)
-        request_ = dict(wanted.request)
-        request_["image"] = (await keep_picture(desk.books, key, image)).id
-        if hole is not None:
-            request_["mask"] = (await keep_picture(desk.books, key, hole, "mask")).id
+        request_, brought = dict(wanted.request), {}
+        for name, data in (("image", image), ("mask", hole)):
+            if data is not None:
+                upload = await look_at_picture(desk.books, key, data, name)
+                request_[name], brought[upload.id] = upload.id, (upload, data)
         if "size" in request_:
             request_.setdefault("fit", "cover")
-        wanted = Wanted(**{**vars(wanted), "request": request_})
+        wanted = replace(wanted, request=request_, brought=brought)
         return await _drawn(desk, request, wanted, digest, "image_edit")
 
     return router
@@ -244,13 +246,18 @@ async def _drawn(desk: Desk, request: Request, wanted: Wanted, digest: str, kind
         keep=idempotency is not None,
         # a stream that is broken off is not taken up again by any client
         grace=desk.settings.grace if may_retry(request.headers) and not wanted.stream else 0.0,
+        brought=wanted.brought,
+        forget=True,
     )
     record, live = await desk.submit(key, ask)
     if wanted.stream:
         return streamed(_stream(desk, record, live, wanted, kind))
     record = succeeded(await ended(request, desk.floor, record, live))
     pictures = [{"b64_json": text} for text in await _base64(desk, record)]
-    return Answer({"created": int(record.made), "data": pictures, **_about(record), "usage": _usage(record)})
+    answer = {"created": int(record.made), "data": pictures, **_about(record), "usage": _usage(record)}
+    if not await request.is_disconnected():
+        await desk.answered(record)
+    return Answer(answer)
 
 
 async def _stream(
@@ -288,6 +295,7 @@ async def _stream(
             **_about(record, wanted),
             "usage": _usage(record),
         })  # fmt: skip
+    await desk.answered(record)
 
 
 async def _base64(desk: Desk, record: Record) -> list[str]:

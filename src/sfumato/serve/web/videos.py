@@ -13,7 +13,7 @@ from sfumato.serve.desk import Desk
 from sfumato.serve.refusals import bad
 from sfumato.serve.store import CLIPS
 from sfumato.serve.web import jobs
-from sfumato.serve.web.body import digest_of, file_of, form_body, json_body, json_of, keep_file, kind_of_body
+from sfumato.serve.web.body import digest_of, file_of, form_body, json_of, kind_of_body, look_at_file
 from sfumato.serve.web.jobs import FIELDS, Family, key_of
 from sfumato.serve.web.schema import BINARY
 
@@ -29,9 +29,9 @@ def routes(desk: Desk) -> APIRouter:
     """All of them, on one desk."""
     router = APIRouter(prefix="/v1", tags=["videos"])
 
-    async def read(request: Request) -> tuple[dict[str, Any], str]:
+    async def read(request: Request) -> jobs.Body:
         if kind_of_body(request) != "multipart/form-data":
-            return await json_body(request)
+            return await jobs.json_of(request)
         form = await form_body(request)
         body, digest = _texts(form), []
         files = {name: await file_of(form, name) for name in FILES}
@@ -43,10 +43,12 @@ def routes(desk: Desk) -> APIRouter:
                 raise bad(f"{name} is given twice, in the request and as a file", name)
             digest.append(data)
         found = digest_of({**body, "files": [name for name in FILES if files[name] is not None]}, *digest)
+        brought = {}
         for name, data in files.items():
             if data is not None:
-                wanted[name] = (await keep_file(desk.books, key_of(request), data, name)).id
-        return body, found
+                upload = await look_at_file(desk.books, key_of(request), data, name)
+                wanted[name], brought[upload.id] = upload.id, (upload, data)
+        return body, found, brought
 
     schema = FAMILY.schema
     binary = dict.fromkeys(FILES, BINARY)

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 import sfumato
 from sfumato import checks
+from sfumato.errors import InputError
 from sfumato.receipts import webui
 from sfumato.receipts.provenance import parameters, recipe_of
 from sfumato.serve.desk import Ask, Desk
@@ -23,9 +24,9 @@ from sfumato.serve.keys import Key
 from sfumato.serve.ledger import CANCELLED, Record
 from sfumato.serve.refusals import Refused, bad
 from sfumato.serve.web.answers import Answer, ended, succeeded
-from sfumato.serve.web.body import json_body, keep_picture
+from sfumato.serve.web.body import idempotency_of, json_body, look_at_picture
 from sfumato.serve.web.schema import described
-from sfumato.serve.web.webui_body import Body, facts_of
+from sfumato.serve.web.webui_body import Body, facts_of, in_their_words
 from sfumato.serve.web.webui_schema import GREY, OPTIONS, fields
 
 VIA = "webui"
@@ -96,9 +97,11 @@ def routes(desk: Desk) -> APIRouter:
         body, _ = await json_body(request)
         for name, value in body.items():
             if name == "sd_model_checkpoint":
-                chosen[request.state.key.id] = facts_of(desk.facts, value)["name"]
+                facts_of(desk.facts, value)
             elif name != "CLIP_stop_at_last_layers" or value != 1:
                 raise bad(f"the option {checks.shown(name)} cannot be set here", name)
+        if "sd_model_checkpoint" in body:
+            chosen[request.state.key.id] = body["sd_model_checkpoint"]
         return Answer(None)
 
     @router.get("/progress", summary="How far this key's job is")
@@ -156,23 +159,41 @@ def _stamp(when: float) -> str:
 
 
 async def _drawn(desk: Desk, request: Request, model: str, *, pictures: bool) -> Response:
-    """Translate, draw, and answer with pictures and `info`."""
+    """Translate, draw, and answer with pictures and `info`; errors in the web UI's words."""
+    try:
+        return await _translated(desk, request, model, pictures)
+    except (Refused, InputError) as error:
+        raise in_their_words(error) from None
+
+
+async def _translated(desk: Desk, request: Request, model: str, pictures: bool) -> Response:
     body, digest = await json_body(request)
     key: Key = request.state.key
     sends = body.get("send_images", True) is not False
     translated = Body(desk.facts, body, model)
     wanted, model = translated.request(pictures)
-    files = {
-        name: (await keep_picture(desk.books, key, data, name)).id
-        for name, data in translated.pictures.items()
-    }
+    files, brought = {}, {}
+    for name, data in translated.pictures.items():
+        upload = await look_at_picture(desk.books, key, data, name.partition(" ")[0])
+        files[name], brought[upload.id] = upload.id, (upload, data)
     wanted |= {name: file for name, file in files.items() if name in ("image", "mask")}
     if translated.controls:
         wanted["controls"] = [
             {**values, "image": files[f"control {number}"]}
             for number, values in enumerate(translated.controls)
         ]
-    ask = Ask(model, wanted, digest, looks=4, keep=False, via=VIA)
+    idempotency = idempotency_of(request)
+    ask = Ask(
+        model,
+        wanted,
+        digest,
+        looks=4,
+        idempotency=idempotency,
+        keep=idempotency is not None,
+        via=VIA,
+        brought=brought,
+        forget=True,
+    )
     record, live = await desk.submit(key, ask)
     record = await ended(request, desk.floor, record, live)
     if record.state == CANCELLED:  # as there: an interrupted job answers with what there is

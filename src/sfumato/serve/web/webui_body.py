@@ -18,8 +18,8 @@ from sfumato.serve.web.body import unbase64
 
 FREE = {  # may have any value: they are about files of that program's machine, or about its windows
     "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards", "force_task_id", "sampler_index",
-    "include_init_images", "image_cfg_scale", "save_images", "send_images", "comments", "s_tmax", "hr_scheduler",
-    "hr_sampler_name", "restore_faces_model",
+    "image_cfg_scale", "save_images", "send_images", "comments", "restore_faces_model",
+    "s_tmax",  # until which noise is churned, and s_churn must be 0
 }  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that ask for nothing
     "restore_faces": (False,), "tiling": (False,), "styles": ([],), "seed_resize_from_h": (0, -1),
@@ -29,9 +29,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that ask for nothing
     "hr_checkpoint_name": ("", "Use same checkpoint"), "refiner_checkpoint": ("", "None"),
     "refiner_switch_at": (0, 0.8),
     "disable_extra_networks": (False,), "initial_noise_multiplier": (1,), "inpainting_fill": (0, 1),
-    "mask_blur_x": (4,), "mask_blur_y": (4,), "mask_round": (True,),
+    "include_init_images": (False,), "mask_blur_x": (4,), "mask_blur_y": (4,), "mask_round": (True,),
 }  # fmt: skip
 FITS = {0: "stretch", 1: "cover", 2: "contain"}  # resize_mode
+THEIRS = {  # our names → what the web UI calls it
+    "guidance": "cfg_scale", "size": "width x height", "count": "batch_size x n_iter", "negative": "negative_prompt",
+    "strength": "denoising_strength", "sampler": "sampler_name", "schedule": "scheduler", "image": "init_images",
+    "controls": "alwayson_scripts", "control": "alwayson_scripts", "loras": "prompt", "fit": "resize_mode",
+    "clip_skip": "CLIP_stop_at_last_layers", "variation": "subseed", "variation.seed": "subseed",
+    "variation.strength": "subseed_strength", "hires": "enable_hr", "hires.scale": "hr_scale",
+    "hires.strength": "denoising_strength", "hires.steps": "hr_second_pass_steps", "hires.upscaler": "hr_upscaler",
+    "inpaint.blur": "mask_blur", "inpaint.padding": "inpaint_full_res_padding", "model": "sd_model_checkpoint",
+}  # fmt: skip
 CONTROL_FITS = {"just resize": "stretch", "crop and resize": "cover", "resize and fill": "contain"}
 
 
@@ -43,6 +52,18 @@ def facts_of(models: list[dict[str, Any]], name: Any) -> dict[str, Any]:
     raise Refused(
         404, "model_not_found", f"there is no model {checks.shown(name)}", param="sd_model_checkpoint"
     )
+
+
+def in_their_words(error: Refused | InputError) -> Refused:
+    """An error of ours by the names that the web UI's fields have."""
+    ours, text = error.param if isinstance(error, Refused) else error.argument, str(error)
+    named = THEIRS.get((ours or "").partition("[")[0])
+    if named is not None and ours is not None:
+        text = f"{named}{text[len(ours) :]}" if text.startswith(f"{ours} ") else text
+        ours = named.partition(" ")[0]
+    if isinstance(error, InputError):
+        return Refused(400, error.code, text, param=ours)
+    return Refused(error.status, error.code, text, param=ours, retry_after=error.retry_after)
 
 
 class Body:
@@ -148,8 +169,16 @@ class Body:
                 ("denoising_strength", 0.7), ("hr_scale", 2.0), ("hr_upscaler", "Latent"), ("hr_second_pass_steps", 0),
             )
         }  # fmt: skip
+        same = {
+            name: self._take(name, None)
+            in (None, "", f"Use same {first.partition('_')[0]}", self.given.get(first))
+            for name, first in (("hr_sampler_name", "sampler_name"), ("hr_scheduler", "scheduler"))
+        }
         if not self._take("enable_hr", False):
             return {}
+        for name, so in same.items():
+            if not so:
+                raise bad(f"{name} cannot be another than that of the first pass here", name)
         known = {label: name for name, label in webui.UPSCALERS.items()} | {
             "Latent (nearest)": "latent-nearest"
         }

@@ -46,6 +46,8 @@ LARGER: dict[str, dict[str, Any]] = {
     "hr_scale": {**NUMBER, "default": 2},
     "hr_upscaler": {**TEXT, "default": "Latent"},
     "hr_second_pass_steps": {**WHOLE, "default": 0},
+    "hr_sampler_name": {**TEXT, "description": "that of the first pass, or Use same sampler"},
+    "hr_scheduler": {**TEXT, "description": "that of the first pass, or Use same scheduler"},
 }
 FROM_PICTURE: dict[str, dict[str, Any]] = {
     "init_images": {"type": "array", "items": PICTURE, "minItems": 1, "maxItems": 1},

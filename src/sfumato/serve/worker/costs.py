@@ -29,7 +29,6 @@ from sfumato.types import Request
 
 WEIGHT = 0.3  # of what the last job says, against those before
 UNKNOWN = 1e-6  # seconds for a pixel of a call, of a model that has drawn nothing yet
-COUNTED = 4  # times the model's own pixels: of a model of ours, FLOPs are counted by doing a call
 PIXEL = 3 * 4  # bytes of a decoded pixel: what drawing takes at least
 WORDS = 8  # texts are counted and planned for by lengths of so many words
 KEPT = 256  # kinds of request whose memory is remembered
@@ -63,7 +62,7 @@ class Expected:
     runs: tuple[Pass, ...]
     seconds: float
     need: int
-    flops: dict[str, int] | None  # by stage
+    flops: dict[str, int]  # by stage
     fps: float | None = None
     frames: int = 1  # of each
 
@@ -116,7 +115,7 @@ class Costs:
         one = sum(run.calls * self._at(self._call, run.pixels) for run in runs)
         one += self._at(self._rest, runs[-1].pixels)
         request = _nominal(request)
-        need, flops = self._memory(request, runs), self._flops(request, runs)
+        need, flops = self._memory(request, runs), by_stage(work_of(self.plain, request))
         seconds, frames = request.count * one, request.frames or 1
         return Expected(request.count, runs, seconds, need, flops, request.fps, frames)
 
@@ -184,15 +183,6 @@ class Costs:
             if kind not in self._traced:
                 self._traced[kind] = traced(self.model, *kind)
         return self._traced[kind] * (1 if request.moves else min(request.count, BATCH))
-
-    def _flops(self, request: Request, runs: tuple[Pass, ...]) -> dict[str, int] | None:
-        """None where counting would take long."""
-        width, height = self.model.preset["size"]
-        usual = width * height * (self.model.clip_preset["frames"] if request.moves else 1)
-        large = any(run.pixels > COUNTED * usual for run in runs)
-        if large and not self.model.system.traces:
-            return None
-        return by_stage(work_of(self.plain, request))
 
 
 class _WithoutAdapters:

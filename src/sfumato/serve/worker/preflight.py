@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sfumato.fidelity.prompt import examine, score
 from sfumato.generate import Model
 from sfumato.serve.settings import ModelSpec
 from sfumato.serve.worker.together import Bench
+from sfumato.tasks.canvas import Canvas, canvas, in_image
 from sfumato.types import Request
 
 MOST_PIXELS = 4 * 2**20  # of a picture that is looked at while others wait for an answer
@@ -32,7 +34,7 @@ class Preflights:
         self.name, self.chart, self.bench, self.instrument = spec.name, chart, bench, found
 
     def of(self, request: Request) -> dict[str, Any]:
-        """Of a complete request: its prompt and, if it begins with a picture, that. Plain JSON."""
+        """Of a complete request: its prompt and, if it begins with a picture, that as it is drawn on. Plain JSON."""
         assert request.size is not None
         wishes = examine(request.prompt, request.size, self.chart)
         answer: dict[str, Any] = {
@@ -41,12 +43,27 @@ class Preflights:
             "prompt": {"score": score(wishes), "wishes": [wish.to_dict() for wish in wishes]},
             "picture": None,
         }
-        image = request.image
-        if image is not None:
-            if image.width * image.height > MOST_PIXELS:
-                raise InputError(f"a preflight looks at {MOST_PIXELS:,} pixels at most", argument="image")
-            pixels = np.asarray(image.convert("RGB"), np.float32) / 255
-            report = self.bench.do(lambda: preflight(pixels, self.instrument, self.chart, name="image"))
-            answer["picture"] = {**report.to_dict(), "model": self.name}
-        scores = [answer["prompt"]["score"], *([answer["picture"]["score"]] if image is not None else [])]
+        drawn_on = canvas(request)
+        if drawn_on is not None:
+            answer["picture"] = self._picture(request, drawn_on)
+        scores = [told["score"] for told in (answer["prompt"], answer["picture"]) if told is not None]
         return answer | {"score": min(scores)}
+
+    def _picture(self, request: Request, drawn_on: Canvas) -> dict[str, Any]:
+        """Of the picture at the size that it is drawn at; boxes are of the picture as it was sent, `image_size`."""
+        assert request.image is not None
+        picture = drawn_on.picture
+        if picture.width * picture.height > MOST_PIXELS:
+            raise InputError(f"a preflight looks at {MOST_PIXELS:,} pixels at most", argument="image")
+        pixels = np.asarray(picture.convert("RGB"), np.float32) / 255
+        pasted = drawn_on.weight is not None  # then what the mask leaves black comes back
+        redrawn = np.asarray(drawn_on.mask) > 0 if pasted else None
+        report = self.bench.do(
+            lambda: preflight(pixels, self.instrument, self.chart, name="image", redrawn=redrawn)
+        )
+        findings = tuple(
+            replace(found, region=replace(found.region, box=in_image(request, drawn_on, found.region.box)))
+            for found in report.findings
+        )
+        told = replace(report, findings=findings).to_dict()
+        return {**told, "model": self.name, "image_size": list(request.image.size)}

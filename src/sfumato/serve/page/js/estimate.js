@@ -35,7 +35,7 @@ export async function look() {
       if (error.name !== "AbortError") throw error;
       return;
     }
-    if (error.status === 503) again = setTimeout(look, 1000 * (error.after ?? 5));
+    if (error.status === 503 || error.status === 429) again = setTimeout(look, 1000 * (error.after ?? 5));
     else if (error.code !== UNREACHABLE) refused(error);
   }
 }
@@ -57,11 +57,13 @@ function refused(error) {
   $("price").replaceChildren(h("span", { class: "cannot" }, sentence(error.message)));
   $("price").classList.remove("waiting");
   $("preflight").replaceChildren();
+  form.startSlot().mark([]);
   markField(error.param);
 }
 
 async function survey(order, signal) {
   if (form.moves()) {
+    form.startSlot().mark([]);
     $("preflight").replaceChildren();
     return;
   }
@@ -69,8 +71,9 @@ async function survey(order, signal) {
   try {
     found = await post("v1/preflight", order, { signal });
   } catch (error) {
-    if (error instanceof Refusal) $("preflight").replaceChildren(); // a model without a chart says nothing
-    else throw error;
+    if (!(error instanceof Refusal)) throw error;
+    form.startSlot().mark([]);
+    $("preflight").replaceChildren(note("What will not survive is not known", error.message, []));
     return;
   }
   const wishes = found.prompt.wishes.filter(({ verdict }) => verdict !== "kept");

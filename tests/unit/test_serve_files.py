@@ -1,0 +1,119 @@
+"""Files to begin with: which are kept, for how long, and how their owner finds and forgets them."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from asgi import asked, desk_of
+from helpers import noise
+from serving import png
+from sfumato.serve import keys
+from sfumato.serve.job import now
+from sfumato.serve.ledger import Upload
+from sfumato.serve.refusals import Refused
+from sfumato.serve.store import new_id
+from sfumato.serve.web.app import build
+from shop import Shop, ends, in_shop
+
+EDGE = "xyzzy"
+JSON = {"content_type": "application/json"}
+FORM = {"content_type": f"multipart/form-data; boundary={EDGE}"}
+PICTURE = png(noise(64, 64))
+
+
+def form(**texts: str) -> bytes:
+    """A picture and text fields."""
+    head = f'--{EDGE}\r\ncontent-disposition: form-data; name="'.encode()
+    parts = [head + f'{name}"\r\n\r\n{value}\r\n'.encode() for name, value in texts.items()]
+    parts.append(head + b'image"; filename="a.png"\r\n\r\n' + PICTURE + b"\r\n")
+    return b"".join(parts) + f"--{EDGE}--\r\n".encode()
+
+
+BROUGHT = {
+    "/v1/images/edits": (form(prompt="x"), FORM),
+    "/sdapi/v1/img2img": (json.dumps({"init_images": [base64.b64encode(PICTURE).decode()]}).encode(), JSON),
+    "/v1/videos": (form(request="{}"), FORM),
+    "/v1/videos/estimate": (form(request="{}"), FORM),
+}
+
+
+@pytest.fixture
+def desk(tmp_path):
+    with desk_of(tmp_path) as found:
+        found.floor.devices[0].facts = [{"name": "pocket", "preset": {"size": [64, 64], "steps": 4}}]
+        yield found
+
+
+def kept(desk) -> list[str]:
+    return sorted(path.name for path in (desk.settings.data / "uploads").iterdir())
+
+
+@pytest.mark.parametrize("path", BROUGHT)
+def test_of_what_is_refused_nothing_is_kept(desk, path, monkeypatch):
+    seen = []
+
+    async def expected(ask, files, parts):
+        seen.append(parts)
+        raise Refused(400, "bad_input", "no")
+
+    monkeypatch.setattr(desk, "expected", expected)
+    body, kind = BROUGHT[path]
+    assert asked(build(desk), "POST", path, body, **kind)[0] == 400
+    assert seen == [[PICTURE]] and kept(desk) == []
+    assert desk.ledger.uploads_of(keys.LOCAL, 9) == []
+
+
+def test_what_came_with_a_job_goes_with_it_unless_another_needs_it(tmp_path):
+    names = [new_id("file") for _ in range(3)]
+
+    async def story(shop: Shop) -> None:
+        for name in names:
+            await shop.books.keep(Upload(name, "a", "png", 1, 8, 8, now()), b"x")
+        first, second = shop.accept(1), shop.accept(2)
+        first.record.options.update(files=names, forget=names[:2])
+        second.record.options.update(files=names[1:2])
+        worker = await shop.draws(first, second)
+        worker.done(first.id)
+        await ends(first)
+        while shop.books.store.get(names[0]) is not None:
+            await shop.books.work(lambda: None)
+        assert [shop.books.store.get(name) for name in names] == [None, b"x", b"x"]
+        assert shop.books.ledger.upload("a", names[0]) is None
+
+    in_shop(tmp_path, story)
+
+
+def test_a_key_finds_its_files_by_pages(desk):
+    app = build(desk)
+    sent = [
+        json.loads(asked(app, "POST", "/v1/files", PICTURE, content_type="image/png")[2]) for _ in range(3)
+    ]
+    desk.ledger.add_upload(Upload(new_id("file"), "other", "png", 1, 8, 8, now()))
+    page = json.loads(asked(app, "GET", "/v1/files?limit=2")[2])
+    assert page["data"] == [sent[2], sent[1]] and page["has_more"]
+    for place in (sent[1]["id"], sent[1]["created"]):
+        rest = json.loads(asked(app, "GET", f"/v1/files?before={place}")[2])
+        assert rest["data"] == [sent[0]] and not rest["has_more"]
+    assert asked(app, "GET", "/v1/files?before=x")[0] == 400
+    assert asked(app, "GET", f"/v1/files?before={new_id('file')}")[0] == 404
+    assert asked(app, "DELETE", f"/v1/files/{sent[0]['id']}")[0] == 200
+    assert len(json.loads(asked(app, "GET", "/v1/files")[2])["data"]) == 2 == len(kept(desk))
+
+
+@pytest.mark.parametrize(
+    "request_, field",
+    [
+        ({"mask": "file_x", "image": None}, "mask"),
+        ({"clip": "file_x"}, "clip"),
+        ({"controls": [{"name": "depth", "image": "file_x"}]}, "controls"),
+        ({"image": "file_x"}, "image"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_by_its_field(desk, request_, field):
+    status, _, body = asked(
+        build(desk), "POST", "/v1/jobs", json.dumps({"request": request_}).encode(), **JSON
+    )
+    assert status == 400 and json.loads(body)["error"]["param"] == field
