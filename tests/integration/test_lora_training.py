@@ -211,6 +211,14 @@ def test_a_caption_that_is_too_long_is_named(base: Path, tmp_path: Path) -> None
         run(recipe_of(base, data={"held_out": 0.0}), data=folder, out=tmp_path / "run", device="cpu")
 
 
+def test_a_folder_of_the_class_that_is_not_there_is_told_first(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        run(recipe_of(base, prior={"path": "nowhere"}), data=pictures, out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("own", "text"),
     [

@@ -211,11 +211,66 @@ def test_numbers_beyond_the_type_leave_the_model_as_it_was(place, tmp_path):
     plain = answers(model)
     save_file({"lora_unet_conv_in.diff": torch.full((32, 4, 3, 3), 9e4)}, tmp_path / "loud.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"conv_in\.weight holds numbers beyond the range of torch\.float16"
+        CheckpointError,
+        match=r"conv_in\.weight with loud at weight 1 holds numbers beyond the range of torch\.float16",
     ):
         model.attach(tmp_path / "loud.safetensors")
-    model.detach()
+    assert not model.system.adapters.opened and not model.system.adapters.standing
     assert all(map(torch.equal, answers(model), plain))
+
+
+@pytest.mark.parametrize("offload", ["none", "model"])
+def test_what_a_weight_makes_infinite_is_not_the_files_fault(place, tmp_path, offload):
+    save_file({"lora_unet_conv_in.diff": torch.full((32, 4, 3, 3), 3e38)}, tmp_path / "loud.safetensors")
+    model = opened(place, offload=offload)
+    with pytest.raises(CheckpointError, match=r"conv_in\.weight with loud at weight 2 is beyond the range"):
+        model.attach(tmp_path / "loud.safetensors", 2)
+        answers(model)  # of one that opens its networks when they are called
+
+
+def test_what_is_refused_changes_nothing_of_what_was_attached(place, ink, tmp_path):
+    """Two that only together are within range: neither can be taken off alone."""
+    for name, sign in (("loud", 1), ("quiet", -1)):
+        save_file(
+            {"lora_unet_conv_in.diff": torch.full((32, 4, 3, 3), sign * 9e4)},
+            tmp_path / f"{name}.safetensors",
+        )
+    model = opened(place, torch.float16)
+    model.attach(ink, 0.3)
+    both = (LoraUse("loud"), LoraUse("quiet"))
+    adapters = model.system.adapters
+    model.attach(tmp_path / "loud.safetensors", 0.0)
+    model.attach(tmp_path / "quiet.safetensors", 0.0)
+    before, standing = answers(model), adapters.standing
+    with pytest.raises(CheckpointError, match="beyond the range"):
+        model.attach(tmp_path / "loud.safetensors", 1.0)
+    assert adapters.standing == adapters.now == standing and set(adapters.opened) == {"ink", "loud", "quiet"}
+    assert all(map(torch.equal, answers(model), before))
+    with adapters.using(both):
+        pass
+    adapters.standing = both
+    with pytest.raises(CheckpointError, match="with quiet at weight 1"):
+        model.detach("loud")
+    assert adapters.standing == both and "loud" in adapters.opened
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factors_in_eight_bits(place, tmp_path, kind, dtype):
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    up, down = (t.to(kind) for t in torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(1)))
+    model = opened(place, dtype)
+    width = model.system.adapters.shapes["unet"][
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    ][0]
+    tensors = {f"{module}.lora_up.weight": up[:width, :2], f"{module}.lora_down.weight": down[:2, :width]}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "eight.safetensors")
+    save_file({name: t.float().contiguous() for name, t in tensors.items()}, tmp_path / "wide.safetensors")
+    model.attach(tmp_path / "eight.safetensors")
+    eight = answers(model)[1]
+    model.detach()
+    model.attach(tmp_path / "wide.safetensors")
+    assert torch.equal(answers(model)[1], eight)
 
 
 def test_hashes_are_of_the_base_and_of_what_is_added(place, ink):

@@ -201,6 +201,39 @@ def test_peft_says_alpha_beside_the_file(bases, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT"}))
     with pytest.raises(CheckpointError, match="is of 'OFT'; LORA is read here"):
         scales()
+    for key, value in (("fan_in_fan_out", True), ("init_lora_weights", "pissa_niter_4")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(CheckpointError, match=f"has {key}"):
+            scales()
+
+
+def test_patterns_of_alpha_are_those_of_peft(bases, tmp_path):
+    """As PEFT's own function tells them, which key of several being the first that matches."""
+    from peft.utils.other import get_pattern_key
+
+    part = bases["sd1"][1]["unet"]
+    found = [m for m in layers(part) if "mid_block" in m]
+    patterns = {
+        "^mid_block.resnets.0.conv1": 1, r".*attn1\.to_[qk]": 2, "to_v": 3, "attentions.0.proj_(in|out)": 5,
+        r"to_out\.\d": 7, "conv2|conv1": 9,
+    }  # fmt: skip
+    tensors = {}
+    for module in found:
+        up, down = factors(part, module)
+        tensors |= {f"unet.{module}.lora_B.weight": up, f"unet.{module}.lora_A.weight": down}
+    note = {"unet.lora_alpha": 11, "unet.alpha_pattern": patterns}
+    deltas = read(bases, "sd1", tensors, tmp_path, {"lora_adapter_metadata": json.dumps(note)}).deltas["unet"]
+    right = {m: patterns.get(get_pattern_key(patterns, m), 11) for m in found}
+    assert set(right.values()) == {1, 2, 3, 5, 7, 9, 11}
+    assert {m: deltas[f"{m}.weight"].scale for m in found} == {m: a / RANK for m, a in right.items()}
+    for pattern, said in (
+        ("to_nothing", "to_nothing of alpha_pattern matches no module"),
+        ("to_(q", "'?to_\\(q'? is no regular expression"),
+        ("(.+)+x", "too wide a pattern"),
+    ):
+        note = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {pattern: 1}})}
+        with pytest.raises(CheckpointError, match=said):
+            read(bases, "sd1", tensors, tmp_path, note)
 
 
 def test_diffusers_says_alpha_in_the_header(bases, tmp_path):
@@ -209,6 +242,20 @@ def test_diffusers_says_alpha_in_the_header(bases, tmp_path):
     note = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 12, "text_encoder.lora_alpha": 1})}
     tensors = {f"unet.{module}.lora_B.weight": up, f"unet.{module}.lora_A.weight": down}
     assert read(bases, "sd1", tensors, tmp_path, note).deltas["unet"][f"{module}.weight"].scale == 12 / RANK
+
+
+def test_what_is_said_of_one_encoder_is_not_said_of_another(bases, tmp_path):
+    tensors, path = {}, "text_model.encoder.layers.0.self_attn.q_proj"
+    for part in ("text_encoder", "text_encoder_2"):
+        up, down = factors(
+            bases["sdxl"][1][part], next(m for m in layers(bases["sdxl"][1][part]) if "q_proj" in m)
+        )
+        tensors |= {f"{part}.{path}.lora_B.weight": up, f"{part}.{path}.lora_A.weight": down}
+    told = {"text_encoder.alpha_pattern": {"q_proj": 8}, "text_encoder_2.alpha_pattern": {"q_proj": 2}}
+    note = {"lora_adapter_metadata": json.dumps(told | {"text_encoder_2.use_rslora": True})}
+    deltas = read(bases, "sdxl", tensors, tmp_path, note).deltas
+    scales = [next(iter(deltas[part].values())).scale for part in ("text_encoder", "text_encoder_2")]
+    assert scales == pytest.approx([8 / RANK, 2 / math.sqrt(RANK)])
 
 
 def test_norms_and_biases_of_lycoris(bases, tmp_path):

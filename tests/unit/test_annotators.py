@@ -114,6 +114,7 @@ def test_what_is_refused(tmp_path):
     for place, said in (
         (tmp_path / "gone", "is no folder"),
         (broken("code", {"auto_map": {"AutoModel": "x.Y"}}), "code"),
+        (broken("none", {"model_type": ""}), "holds no network that makes control pictures here"),
         (broken("other", {"model_type": "clip"}), "holds a clip, which makes no control pictures here"),
         (broken("away", {"backbone": "microsoft/resnet-50"}), "names a backbone to be fetched"),
         (broken("nan", None, lambda t: t | {next(iter(t)): next(iter(t.values())) * float("nan")}), "NaN"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import small_control
 from sfumato.cli import loras
 from sfumato.cli.app import run
 from sfumato.errors import InputError
@@ -172,6 +175,33 @@ def test_a_refiner_is_drawn_with_as_it_is(tmp_path_factory, capsys):
     assert (draw(base, *with_refiner, "--lora", "eye.safetensors:0") == plain).all()
 
 
+def test_a_factor_that_does_nothing_is_told(model, capsys):
+    draw(model, "--lora", "ink.safetensors:1:text=0.5,mid=0.5")
+    assert "note: LoRA ink changes nothing in text, so a factor there does nothing" in capsys.readouterr().err
+
+
+def test_what_stands_beside_loras_or_in_their_place_is_told_with_its_option(model, capsys):
+    save_file(
+        load_file("ink.safetensors") | {"bundle_emb.cat.string_to_param.*": torch.ones(1, 4)},
+        "both.safetensors",
+    )
+    assert "a file of its own by --embedding" in refused(
+        capsys, "generate", "x", "-m", model, *LIGHT, "--lora", "both.safetensors"
+    )
+    save_file(small_control.tensors("sd1"), "canny.safetensors")
+    assert "is a ControlNet, not a LoRA; give it by --controlnet KIND=FILE" in refused(
+        capsys, "generate", "x", "-m", model, *LIGHT, "--lora", "canny.safetensors"
+    )
+    twice = ["--merge", "ink.safetensors", "--merge", "ink.safetensors"]
+    said = refused(capsys, "convert", model, "out.safetensors", *twice)
+    assert "give one of them another name: --merge NAME=FILE" in said
+    draw(model)
+    assert "by --controlnet as pose=FILE" in refused(
+        capsys, "generate", "x", "-m", model, *LIGHT, "--control", "pose=out.png"
+    )
+    assert "--clip-skip must be" in refused(capsys, "generate", "x", "-m", model, *LIGHT, "--clip-skip", "99")
+
+
 def test_a_plan_with_a_lora_draws_nothing(model, capsys):
     assert run(["generate", "x", "-m", model, *LIGHT, "--lora", "ink.safetensors", "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"] and not Path("out.png").exists()
@@ -193,6 +223,17 @@ def test_an_lcm_lora_draws_in_four_steps_unless_told_otherwise(model, capsys):
     request = read_recipe("out.png")["request"]
     assert [request[n] for n in ("steps", "guidance", "sampler")] == [2, 1.0, "euler"]
     assert "drawn with guidance 1, schedule lcm; say" in capsys.readouterr().err
+
+
+def test_of_two_for_few_steps_the_last_is_told_to_have_its_way(model, capsys):
+    for name in ("lcm-lora", "turbo_8step_lora"):
+        shutil.copy("ink.safetensors", f"{name}.safetensors")
+    both = ["--lora", "lcm-lora.safetensors", "--lora", "turbo_8step_lora.safetensors"]
+    assert run(["generate", "x", "-m", model, "--size", "32", *both]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "is taken for" in line]
+    assert len(notes) == 1 and "LoRA turbo_8step_lora is taken for" in notes[0]
+    assert "drawn with steps 8" in notes[0] and "though lcm-lora wants steps 4, sampler lcm" in notes[0]
+    assert read_recipe("out.png")["request"]["steps"] == 8
 
 
 # --- the web UI's form ---------------------------------------------------------------------------------------------
@@ -320,6 +361,18 @@ def test_made_smaller_under_its_own_names(form, capsys):
     assert torch.allclose((small[ends[0]] @ small[ends[1]]).double(), u[:, :2] * s[:2] @ vh[:2], atol=1e-4)
     assert small[ends[1]].shape[0] == 2 and (form == "PEFT" or float(small[f"{KEY}.alpha"]) == 2.0)
     assert told["share"] == pytest.approx(float(s[:2].square().sum() / s.square().sum()), rel=1e-5)
+
+
+def test_what_is_made_smaller_notes_the_greatest_rank_it_has(model):
+    save_file(
+        load_file("ink.safetensors"),
+        "noted.safetensors",
+        metadata={"ss_network_dim": "4", "ss_network_alpha": "4"},
+    )
+    assert run(["lora", "resize", "noted.safetensors", "--rank", "64", "-o", "small.safetensors"]) == 0
+    with safe_open("small.safetensors", "pt") as file:
+        notes = file.metadata()
+    assert notes["ss_network_dim"] == notes["ss_network_alpha"] == "4"
 
 
 def test_a_module_that_is_changed_twice_is_not_made_smaller(capsys):

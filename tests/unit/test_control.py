@@ -98,7 +98,7 @@ def test_a_picture_of_the_shape_is_scaled_and_another_needs_fit():
     large = Control("canny", noise(96, 64))
     assert hint(large, (48, 32), None, 8).size == (48, 32)
     with pytest.raises(
-        InputError, match=r"control canny is 96x64, of another shape than the 32x32.*give size 40x24"
+        InputError, match=r"control canny is 96x64, of another shape than the 32x32.*give size 48x32"
     ):
         hint(large, (32, 32), None, 8)
     covered = hint(large, (32, 32), "cover", 8)

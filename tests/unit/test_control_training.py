@@ -14,6 +14,7 @@ import small_sd3
 from helpers import CPU, TINY, apart, noise, tiny_folder
 from sfumato import load
 from sfumato.autoencoder import AutoencoderConfig
+from sfumato.data.folder import FolderSource
 from sfumato.errors import CheckpointError, DataError, InputError
 from sfumato.families import PACKAGED
 from sfumato.families.pocket import build, save_folder
@@ -26,6 +27,7 @@ from sfumato.scenes.controls import PICTURES, control_pictures
 from sfumato.storage import read_json, save_tensors
 from sfumato.train import run
 from sfumato.train.control import ControlJob
+from sfumato.train.control_data import Folder
 from sfumato.train.recipe import DataRecipe, read_recipe
 from sfumato.types import Control, Request
 from small_sd import SMALL, write
@@ -165,6 +167,27 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path, kind):
         ControlJob(made, tmp_path / "other", CPU, print).pairs("all")
 
 
+def test_control_pictures_lie_as_the_pictures_do(tmp_path):
+    pictures, controls = tmp_path / "pictures", tmp_path / "controls"
+    for number, name in enumerate(("1_a/001", "1_b/001", "1_b/002")):
+        for place, plus in ((pictures, 0), (controls, 10)):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            noise(64, 64, number + plus).save(place / f"{name}.png")
+    (controls / "1_b" / "002.png").rename(controls / "002.png")  # or all in one place
+    source = FolderSource(pictures, 64)
+    seen = Folder(source, controls).both([0, 1, 2])[1]
+    assert [source.name(k) for k in range(3)] == ["1_a/001.png", "1_b/001.png", "1_b/002.png"]
+    for number in range(3):
+        assert (seen[number].permute(1, 2, 0).numpy() == np.asarray(noise(64, 64, number + 10))).all()
+    noise(96, 64, 3).save(controls / "1_a" / "001.png")
+    with pytest.raises(DataError, match=r"001\.png is 96x64 and its picture 1_a/001\.png 64x64"):
+        Folder(source, controls).both([0])
+    (controls / "1_a" / "001.png").rename(controls / "001.png")
+    (controls / "1_b" / "001.png").unlink()
+    with pytest.raises(DataError, match=r"would be the control picture of 1_a/001\.png and of 1_b/001\.png"):
+        Folder(source, controls)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -173,6 +196,10 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path, kind):
         ({"control.train.batch": 6}, "must be a multiple of microbatch"),
         ({"control.blocks": 9}, "blocks and outputs must be from 1 to the base's 1 blocks"),
         ({"data.kind": "folder"}, "needs control.pictures"),
+        (
+            {"data.kind": "folder", "data.path": ".", "control.pictures": "nowhere"},
+            "no folder of control pictures 'nowhere'",
+        ),
         ({"data.flip": True}, "leave it out"),
         ({"control.drop_prompt": 2.0}, "drop_prompt must be from 0 to 1"),
     ],
@@ -180,8 +207,7 @@ def test_beside_a_stable_diffusion_with_two_folders(recipe, tmp_path, kind):
 def test_a_bad_recipe_is_refused(recipe, overrides, words):
     with pytest.raises(InputError, match=words.replace(".", r"\.") if "has no" not in words else "bocks"):
         run(recipe, out=recipe.parent / "run", overrides=overrides)
-    if overrides.keys() <= {"control.kind"}:
-        assert not (recipe.parent / "run").exists()
+    assert not (recipe.parent / "run").exists()
 
 
 def test_a_damaged_or_foreign_file_is_refused(recipe, tmp_path):

@@ -46,7 +46,10 @@ def test_what_a_clip_to_begin_with_leaves_open(place):
         ({"clip": Clip((picture(), picture()), float("nan"))}, "a clip's fps must be between 0 and 240"),
         ({"clip": picture()}, "clip must be of type Clip"),
         ({"strength": 0.01}, "strength 0.01 of 8 steps is less than one step"),
-        ({"clip": None, "image": picture(), "strength": 0.5}, "strength is for pictures"),
+        (
+            {"clip": None, "image": picture(), "strength": 0.5},
+            "strength goes with a clip to begin with, by init",
+        ),
     ],
     ids=plain,
 )

@@ -58,7 +58,7 @@ def test_a_picture_is_brought_to_the_clip_s_size(place):
         ({"image": None}, "'small' sets a picture in motion; give one by image"),
         ({"prompt": "a cat"}, "'small' reads no prompt; leave it out"),
         ({"negative": "blur"}, "'small' reads no negative; leave it out"),
-        ({"strength": 0.5}, "strength is for pictures"),
+        ({"strength": 0.5}, "strength goes with a clip"),
         ({"mask": picture()}, "mask is for pictures"),
         ({"outpaint": (8, 8, 8, 8)}, "outpaint is for pictures"),
         ({"hires": HiRes(2)}, "hires is for pictures"),

@@ -287,7 +287,7 @@ def test_clips_that_are_refused_in_one_line(tmp_path):
     assert "is an empty file" in refusal(made("empty.mp4", b""))
     assert "is filled with zero bytes" in refusal(made("zeros.mp4", bytes(5000)))
     assert "is no clip" in refusal(made("text.mp4", b"hello, this is no clip"))
-    assert "has no pictures" in refusal(made("head.mp4", data[:40]))
+    assert "is damaged or cut off" in refusal(made("head.mp4", data[:40]))
     long = written(moving(30), tmp_path / "long.mp4").read_bytes()
     cut = made("cut.mp4", long[: 3 * len(long) // 4])
     assert "seconds are announced" in refusal(cut) and "seconds are announced" in refusal(cut, frames=30)
@@ -308,6 +308,26 @@ def test_clips_that_are_refused_in_one_line(tmp_path):
 def _png(picture: Image.Image, folder: Path) -> bytes:
     picture.save(folder / "x.png")
     return (folder / "x.png").read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["avi", "mkv", "webm"])
+def test_a_clip_that_is_cut_off_is_no_shorter_one(tmp_path, ending):
+    whole, cut = tmp_path / f"whole.{ending}", tmp_path / f"cut.{ending}"
+    rng = np.random.default_rng(0)
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("libvpx-vp9" if ending == "webm" else "mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        for _ in range(40):
+            pixels = rng.integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode(None))
+    assert len(read_clip(whole).frames) == 40
+    with av.open(str(whole)) as container:
+        starts = [packet.pos for packet in container.demux(video=0) if packet.pos]
+    for kept in (1, 2, 12, 30):
+        cut.write_bytes(whole.read_bytes()[: starts[kept]])
+        assert "is cut off" in refusal(cut) and "is cut off" in refusal(cut, frames=39)
+        assert len(read_clip(cut, frames=1).frames) == 1
 
 
 def test_damage_in_the_middle_never_leaves_one_line(tmp_path):

@@ -247,6 +247,9 @@ def test_clips_of_a_folder(folder):
     (folder / "short.gif").write_bytes(b"")
     save(Clip(tuple(noise(48, 40, t) for t in range(3)), 8.0), folder / "few.gif")
     (folder / "few.txt").write_text("three frames")
+    for name, text in (("latin", "caf\xe9".encode("latin-1")), ("blank", b" \n")):
+        save(Clip(tuple(noise(48, 40, t) for t in range(9)), 8.0), folder / f"{name}.gif")
+        (folder / f"{name}.txt").write_bytes(text)
     save(Clip(tuple(noise(48, 40, t) for t in range(9)), 8.0), folder / "mute.gif")
     source = ClipFolder(folder, 32, 9)
     assert len(source) == 4 and source.pixels([0, 3]).shape == (2, 9, 32, 32, 3)
@@ -254,9 +257,14 @@ def test_clips_of_a_folder(folder):
     assert len({source.digest(k) for k in range(4)}) == 4
     reasons = " ".join(str(problem) for problem in source.problems)
     assert "few.gif" in reasons and "9 are needed" in reasons and "mute.txt" in reasons
+    assert "latin.txt is not UTF-8 (byte 3)" in reasons and "blank.txt is empty" in reasons
 
 
-def test_a_folder_without_clips_is_refused(tmp_path):
+def test_a_folder_without_clips_is_refused(recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no clips"):
+        run(recipe, data=tmp_path / "empty", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="holds no clips"):
         ClipFolder(tmp_path, 32, 9)
     with pytest.raises(DataError, match="no folder"):

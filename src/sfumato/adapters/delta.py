@@ -59,9 +59,9 @@ class LowRank:
         return abs(self.scale) * math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
 
     def bound(self) -> float:
-        """What no number of ΔW exceeds; of a product without `mid`. Of float16 its range is enough to know."""
+        """What no number of ΔW exceeds; of a product without `mid`. Of types of small range that is enough to know."""
         up, down = (
-            torch.finfo(f.dtype).max if f.dtype == torch.float16 else float(f.abs().max())
+            top if (top := torch.finfo(f.dtype).max) < 2**16 else float(f.abs().max())
             for f in (self.up, self.down)
         )
         return abs(self.scale) * self.rank * up * down

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.adapters.delta import Change, LowRank, folded, product
+from sfumato.adapters.delta import Change, Delta, LowRank, folded, product
 from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
+from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info, origin, shapes
 from sfumato.errors import InputError, SfumatoError
 from sfumato.types import LoraUse
@@ -49,6 +50,7 @@ class Folded(Mapping[str, Tensor]):
         self.changes: Mapping[str, tuple[Change, ...]] = {}
         self.before: Mapping[str, tuple[Change, ...]] = {}
         self.key = ""
+        self.owners: Mapping[Delta, str] = {}  # whose the changes are
 
     def __getitem__(self, name: str) -> Tensor:
         changes = self.changes.get(name)
@@ -94,6 +96,11 @@ class Folded(Mapping[str, Tensor]):
     def origin(self, name: str) -> str:
         """As of `View`."""
         return origin(self.base, name)
+
+    def added(self, name: str) -> str:
+        """What is added to a tensor, for an error that the base has no part in; "" if it has, or nothing is."""
+        changes = self.changes.get(name, ()) if finite(self.base[name]) else ()
+        return " and ".join(f"{self.owners[delta]} at weight {weight:g}" for weight, delta in changes)
 
 
 class Adapters:
@@ -167,20 +174,28 @@ class Adapters:
         self._check(Path(path))
         lora = read_lora(path, self._names(), self.shapes, name=name, partial=partial)
         with self._turn:
-            self.opened = {**self.opened, lora.name: lora}
             kept = tuple(other for other in self.standing if other.name != lora.name)
-            self.standing = (*kept, replace(use, name=lora.name))
-        with self.using(self.standing):
-            return lora.report
+            self._stand({**self.opened, lora.name: lora}, (*kept, replace(use, name=lora.name)))
+        return lora.report
 
     def detach(self, name: str | None = None) -> None:
         """Draw without this LoRA from now on, or without any. `InputError` if there is none of the name."""
         self._require([] if name is None else [name])
         with self._turn:
-            self.standing = tuple(use for use in self.standing if name is not None and use.name != name)
-            self.opened = {} if name is None else {k: v for k, v in self.opened.items() if k != name}
-        with self.using(self.standing):
-            pass
+            kept = tuple(use for use in self.standing if name is not None and use.name != name)
+            self._stand({} if name is None else {k: v for k, v in self.opened.items() if k != name}, kept)
+
+    def _stand(self, opened: dict[str, Lora], standing: tuple[LoraUse, ...]) -> None:
+        """What is open and attached from now on; what was before, if the networks refuse it."""
+        before = self.opened, self.standing
+        self.opened, self.standing = opened, standing
+        try:
+            with self.using(standing):
+                pass
+        except BaseException:
+            if self.opened is opened:  # nobody else has changed it while this one waited for drawings
+                self.opened, self.standing = before
+            raise
 
     def settled(self, uses: Sequence[LoraUse] | None) -> tuple[LoraUse, ...]:
         """What a request's `loras` means here: None is what is attached. `InputError` for names and blocks unknown."""
@@ -232,6 +247,13 @@ class Adapters:
                     argument="loras",
                 )
 
+    def idle(self, use: LoraUse) -> list[str]:
+        """The blocks of a use, of an open LoRA, in which that changes nothing."""
+        deltas = self.opened[use.name].deltas
+        paths = [f"{part}.{tensor}" for part, tensors in deltas.items() for tensor in tensors]
+        starts = {block: self._names().places(block) for block, _ in use.blocks}
+        return [b for b, own in starts.items() if not any(_within(path, s) for path in paths for s in own)]
+
     # --- folded -----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -280,7 +302,7 @@ class Adapters:
         return found
 
     def _switch(self, uses: tuple[LoraUse, ...], loras: tuple[Lora, ...]) -> None:
-        before = {name: (part.changes, part.key) for name, part in self.parts.items()}
+        before = {name: (part.changes, part.key, part.owners) for name, part in self.parts.items()}
         key = "|".join(
             f"{lora.digest} {u.weight!r} {u.blocks!r}" for u, lora in zip(uses, loras, strict=True)
         )
@@ -291,12 +313,14 @@ class Adapters:
             if differs:
                 touched[name] = frozenset(differs)
             part.changes, part.key = changes, key if changes else ""
+            part.owners = {delta: lora.name for lora in loras for delta in lora.deltas.get(name, {}).values()}
         try:
             if touched:
                 self.refresh(touched)
         except BaseException:
-            for name, (old, old_key) in before.items():
-                self.parts[name].changes, self.parts[name].key = old, old_key
+            for name, (changes, key, owners) in before.items():
+                part = self.parts[name]
+                part.changes, part.key, part.owners = changes, key, owners
             raise
         for part in self.parts.values():
             part.before = part.changes

@@ -25,7 +25,7 @@ from sfumato.adapters.delta import (
     rows_of,
 )
 from sfumato.adapters.names import BIAS, WEIGHT, Names, Target
-from sfumato.adapters.roles import Spelled, group, refused
+from sfumato.adapters.roles import BUNDLED, Spelled, group, refused
 from sfumato.checkpoint.header import shown
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.source import Weights, open_weights
@@ -124,9 +124,8 @@ def read_lora(
         raise CheckpointError(
             f"{file} gives the same part of a module twice: {', '.join(map(shown, again[:SHOWN]))}"
         )
-    left = {
-        key: f"{kind} is not read here" if (kind := refused(key)) else "no part of a LoRA" for key in unknown
-    }
+    config.require_used(file, modules)
+    left = {key: _foreign(key) for key in unknown}
     deltas: dict[str, dict[str, Delta]] = {}
     sources: dict[tuple[str, str], str] = {}
     matched: list[str] = []
@@ -174,6 +173,13 @@ def read_lora(
     return Lora(name or name_of(path), file, data_hash(file), deltas, report, weights.metadata, size)
 
 
+def _foreign(key: str) -> str:
+    """Why a tensor is not used."""
+    if key.startswith(BUNDLED):
+        return "a textual inversion, which is given as a file of its own by --embedding"
+    return f"{kind} is not read here" if (kind := refused(key)) else "no part of a LoRA"
+
+
 def check_numbers(file: Path, spelled: Spelled, weights: Weights) -> None:
     """`CheckpointError` for a module with NaN or infinite values, or with whole numbers where weights are right."""
     for role, key in spelled.tensors.items():
@@ -201,8 +207,7 @@ def _changes(
 ) -> Iterator[tuple[str, str, Delta]]:
     """(part, tensor of ours, change) of one module. `ValueError` with the reason where it does not fit."""
     found = {role: weights[key] for role, key in spelled.tensors.items()}
-    alpha = config.alpha(spelled.module)
-    kernel, bias = delta_of(found, alpha, config.rank_stabilised)
+    kernel, bias = delta_of(found, *config.scaling(spelled.module))
     if kernel is None and bias is None:
         raise ValueError("a number without what it scales")
     for delta, ending in ((kernel, WEIGHT), (bias, BIAS)):

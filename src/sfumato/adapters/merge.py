@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.fold import Adapters, Folded
-from sfumato.checkpoint.layer import finite
+from sfumato.checkpoint.layer import UNUSABLE, finite, told
 from sfumato.checkpoint.rules import info
 from sfumato.errors import CheckpointError
 
@@ -24,10 +24,9 @@ class Merged(Mapping[str, Tensor]):
         if name not in self.part.changes:
             return tensor
         cast = tensor.to(self.info(name)[0])
-        if not finite(cast) and finite(tensor):
-            raise CheckpointError(
-                f"{name} with the LoRA is beyond the range of {cast.dtype}; write it as bf16 or fp32"
-            )
+        if not finite(cast):
+            beyond = f"is beyond the range of {cast.dtype}; write it as bf16 or fp32"
+            raise CheckpointError(told(self.part, name, beyond if finite(tensor) else UNUSABLE))
         return cast
 
     def __iter__(self):

@@ -65,6 +65,7 @@ UNSUPPORTED = {  # endings of kinds that are told by name when they are refused
     "lora_E": "AdaLoRA",
     "vera_lambda_b": "VeRA",
 }
+BUNDLED = "bundle_emb."  # before textual inversions that A1111 reads from a LoRA's file
 MARK = re.compile(r"\.processor(?=\.)|\.processor$")  # where diffusers once kept what acts in an attention
 
 

@@ -115,14 +115,16 @@ def resize(
         raise CheckpointError(
             f"{file} is no LoRA that is read here: {shown(first)} {f'is of {kind}' if kind else 'is no part of one'}"
         )
+    config.require_used(file, modules)
     _check_apart(file, modules)
     tensors: dict[str, Tensor] = {}
     kept = whole = 0.0
+    most = 0
     for number, spelled in enumerate(modules.values(), 1):
         found = {role: weights[key] for role, key in spelled.tensors.items()}
         check_numbers(file, spelled, weights)
         try:
-            kernel, bias = delta_of(found, config.alpha(spelled.module), config.rank_stabilised)
+            kernel, bias = delta_of(found, *config.scaling(spelled.module))
         except ValueError as error:
             raise CheckpointError(f"{file}: {shown(spelled.module)}: {error}") from None
         tensors |= {
@@ -130,7 +132,7 @@ def resize(
         }
         if kernel is not None and "diff" not in found:
             new, size, before = _resized(kernel, rank)
-            kept, whole = kept + size, whole + before
+            kept, whole, most = kept + size, whole + before, max(most, new.rank)
             tensors |= _named(spelled, new)
         if bias is not None and "up_bias" in found:
             tensors[spelled.tensors["up_bias"]] = bias.full(bias.shape)
@@ -142,7 +144,7 @@ def resize(
         for key, text in weights.metadata.items()
         if "hash" not in key and key != "lora_adapter_metadata"
     }
-    notes |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)} if "ss_network_dim" in notes else {}
+    notes |= {"ss_network_dim": str(most), "ss_network_alpha": str(most)} if "ss_network_dim" in notes else {}
     size = write_tensors(written, tensors, dtype=kind, metadata=notes)
     return Kept(len(modules), kept / whole if whole else 1.0, {}, size)
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sfumato.checkpoint.cast import Room
 from sfumato.checkpoint.layer import (
-    called,
     fitting,
     given,
     own,
@@ -19,6 +18,7 @@ from sfumato.checkpoint.layer import (
     product_apart,
     read_layer,
     refuse,
+    told,
 )
 from sfumato.checkpoint.report import SHOWN, Report, compare
 from sfumato.nn.packed import layers, packed
@@ -51,7 +51,7 @@ def fill(
         ready[name] = tensor
         del tensor  # before the next: a mapped one holds a window of its file
         if problem is not None:
-            problems.append(f"{called(tensors, name)} {problem}")
+            problems.append(told(tensors, name, problem))
         if problems:
             ready.clear()
     refuse(problems, where)
@@ -106,7 +106,7 @@ def fill_layers(
             tensor = given(tensors, f"{path}.{inner}", dtype)
             ready[inner], problem = fitting(tensor, expected, dtype, device, own=True, room=room)
             if problem is not None:
-                problems.append(f"{called(tensors, f'{path}.{inner}')} {problem}")
+                problems.append(told(tensors, f"{path}.{inner}", problem))
         if problems or not ready:
             continue
         if streams:

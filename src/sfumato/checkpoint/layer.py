@@ -18,6 +18,7 @@ from sfumato.checkpoint.rules import origin
 from sfumato.errors import CheckpointError
 from sfumato.nn.packed import matrix_of, packed
 
+UNUSABLE = "holds NaN or infinite values; the file is unusable"
 Product = tuple[str, tuple[Tensor, Tensor]]  # the name of a matrix, and the factors of what is added to it
 
 
@@ -36,7 +37,7 @@ def read_layer(
     for name, expected in layer.state_dict(keep_vars=True).items():
         tensor = given(tensors, f"{path}.{name}", dtype)
         ready[name], problem = fitting(tensor, expected, dtype, device, own=True, room=room)
-        refuse([f"{called(tensors, f'{path}.{name}')} {problem}"] if problem else [], where)
+        refuse([told(tensors, f"{path}.{name}", problem)] if problem else [], where)
     layer.load_state_dict(ready, assign=True)
     return layer.eval().requires_grad_(False)
 
@@ -114,9 +115,13 @@ def given(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -
     return tensors[name] if made is None else made(name, dtype)
 
 
-def called(tensors: Mapping[str, Tensor], name: str) -> str:
-    """A tensor in an error: by its name in the file."""
-    return shown(origin(tensors, name))
+def told(tensors: Mapping[str, Tensor], name: str, problem: str) -> str:
+    """What is wrong with a tensor, by its name in the file, and with what LoRAs add to it, where that is it."""
+    called, added = shown(origin(tensors, name)), getattr(tensors, "added", lambda name: "")(name)
+    if not added:
+        return f"{called} {problem}"
+    beyond = "is beyond the range of numbers; a weight nearer 0 is right"
+    return f"{called} with {added} {beyond if problem == UNUSABLE else problem}"
 
 
 def fitting(
@@ -186,4 +191,4 @@ def _misfit(tensor: Tensor, expected: Tensor) -> str | None:
 def _not_numbers(tensor: Tensor, cast: Tensor) -> str:
     if finite(tensor):
         return f"holds numbers beyond the range of {cast.dtype}; load it in bfloat16 or float32"
-    return "holds NaN or infinite values; the file is unusable"
+    return UNUSABLE

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sfumato.checkpoint.cast import Room
 from sfumato.checkpoint.fill import Streamed
-from sfumato.checkpoint.layer import called, fitting, given, own, packed_layer, read_layer, refuse
+from sfumato.checkpoint.layer import fitting, given, own, packed_layer, read_layer, refuse, told
 from sfumato.nn.packed import PackedGEGLU, PackedLinear, layers
 
 
@@ -23,7 +23,7 @@ def refill(module: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str
         owner = module.get_submodule(path)
         old = getattr(owner, leaf)
         tensor, problem = fitting(given(tensors, name, old.dtype), old, old.dtype, old.device)
-        refuse([f"{called(tensors, name)} {problem}"] if problem else [], where)
+        refuse([told(tensors, name, problem)] if problem else [], where)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
 
 

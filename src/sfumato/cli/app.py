@@ -19,6 +19,7 @@ from sfumato.cli import (
     cost,
     encode,
     evaluate,
+    fields,
     generate,
     inspect,
     keys,
@@ -98,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
             _say("stopped")
         return code
     except SfumatoError as error:
-        _complain(str(error))
+        _complain(fields.worded(str(error)))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped")

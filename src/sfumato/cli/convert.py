@@ -47,7 +47,7 @@ def convert(
 ) -> None:
     """Write a checkpoint as a single file or as a diffusers folder, tensor for tensor."""
     wanted = None if dtype is None else parse.dtype(dtype)
-    adapters = [one.request({}) | {"file": one.file} for one in loras.given(merge or [])]
+    adapters = [one.request({}) | {"file": one.file} for one in loras.given(merge or [], "merge")]
     reports: list[str] = []
     from sfumato.families.convert import convert as run
 

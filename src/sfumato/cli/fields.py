@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ FIELDS: dict[str, tuple[str, Read]] = {
     "skip_layers.scale": ("skip-scale", parse.number),
     "skip_layers.interval": ("skip-interval", parse.interval),
 }
+OTHERS = {"guidance_first": "guidance"}  # fields that an option gives together with another
+NAMED = re.compile(r"\bby (image|init|controlnet|frames)\b")  # in messages of what is below
 MAY_DROP = ("hires.scale", "guidance_interval", "variation", "skip_layers.layers")
 
 
@@ -90,6 +93,13 @@ def _labels(found: dict[str, Any]) -> dict[str, Any]:
     if (given := found.get("schedule")) is not None:
         found["schedule"] = schedule_named(given) or given
     return found
+
+
+def worded(message: str) -> str:
+    """An error's message with options where it names fields of a request."""
+    field, space, rest = message.partition(" ")
+    option = OTHERS.get(field) or FIELDS.get(field, (field,))[0]
+    return NAMED.sub(r"by --\1", (field if option == field else f"--{option}") + space + rest)
 
 
 def dropped(context: Context) -> set[str]:

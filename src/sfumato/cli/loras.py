@@ -35,21 +35,21 @@ class Given:
         return {"name": self.name, "weight": weight, **({"blocks": blocks} if blocks else {})}
 
 
-def given(texts: Sequence[str]) -> list[Given]:
-    """What the command line says. `InputError` for what is of another form, and for two of one name."""
+def given(texts: Sequence[str], option: str = "lora") -> list[Given]:
+    """What the command line says by an option. `InputError` for what is of another form, and for two of one name."""
     found: list[Given] = []
     for text in texts:
-        one = _one(text)
+        one = _one(text, option)
         if any(one.name == other.name for other in found):
             raise InputError(
-                f"two LoRAs are called {one.name!r}; give one of them another name: --lora NAME=FILE",
-                argument="lora",
+                f"two LoRAs are called {one.name!r}; give one of them another name: --{option} NAME=FILE",
+                argument=option,
             )
         found.append(one)
     return found
 
 
-def _one(text: str) -> Given:
+def _one(text: str, option: str) -> Given:
     rest, blocks, weight = text, None, None
     if not os.path.exists(rest):
         head, colon, tail = rest.rpartition(":")
@@ -57,13 +57,13 @@ def _one(text: str) -> Given:
             rest, blocks = head, _blocks(tail)
         head, colon, tail = rest.rpartition(":")
         if colon and not os.path.exists(rest) and not ("/" in tail or "\\" in tail):
-            rest, weight = head, number("lora weight", tail)
+            rest, weight = head, number(f"{option} weight", tail)
     name, equals, file = rest.partition("=")
     if not equals or os.path.exists(rest):
         path = Path(rest)
         name, file = path.name if path.is_dir() else path.stem, rest
     if not name or not file:
-        raise InputError(f"lora must be {FORM}, not {text[:60]!r}", argument="lora")
+        raise InputError(f"{option} must be {FORM}, not {text[:60]!r}", argument=option)
     return Given(name, Path(file), weight, blocks)
 
 
@@ -110,6 +110,10 @@ def attach(model: Model, loras: Sequence[Given], wanted: Sequence[Any], partial:
         report = model.attach(one.file, use.weight, name=one.name, blocks=dict(use.blocks), partial=partial)
         if report.left:
             notes.append(f"LoRA {one.name}: {report.describe()}")
+        if idle := model.system.adapters and model.system.adapters.idle(use):
+            notes.append(
+                f"LoRA {one.name} changes nothing in {' and '.join(idle)}, so a factor there does nothing"
+            )
     return notes
 
 
@@ -118,12 +122,29 @@ def notes_of_few(model: Model, request: Request) -> list[str]:
     adapters, notes = model.system.adapters, []
     if adapters is None:
         return []
-    for name, wish in adapters.wishes(adapters.settled(request.loras)).items():
-        if own := {key: value for key, value in wish.fields.items() if getattr(request, key) is None}:
-            drawn = ", ".join(
-                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in own.items()
-            )
+    uses = adapters.settled(request.loras)
+    open_fields = {
+        key: value for key, value in adapters.preset(uses).items() if getattr(request, key) is None
+    }
+    wishes = adapters.wishes(uses)
+    for name, wish in reversed(wishes.items()):  # the last one has its way
+        own = {key: open_fields.pop(key) for key in wish.fields if key in open_fields}
+        others = {
+            other: {k: w.fields[k] for k in own if w.fields.get(k, own[k]) != own[k]}
+            for other, w in wishes.items()
+        }
+        against = "".join(
+            f", though {other} wants {_told(fields)}" for other, fields in others.items() if fields
+        )
+        if own:
             options = " ".join(f"--{key}" for key in own)
-            notes.append(f"LoRA {name} is taken for {wish.why}: drawn with {drawn}; say others by {options}")
+            notes.append(
+                f"LoRA {name} is taken for {wish.why}: drawn with {_told(own)}{against}; say others by {options}"
+            )
     return notes
+
+
+def _told(fields: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
+    )

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.data.buckets import fit
+from sfumato.data.discover import check_caption
 from sfumato.data.source import Problem, Size
 from sfumato.errors import DataError, InputError, SfumatoError
 from sfumato.video.read import read_clip
@@ -95,8 +96,9 @@ class ClipFolder:
         text = file.with_suffix(".txt")
         if not text.is_file():
             raise DataError(f"has no caption {text.name}")
+        caption = check_caption(text.read_bytes(), text.name)
         self._clip(file)
-        return text.read_text(encoding="utf-8").strip()
+        return caption
 
     def _clip(self, file: Path) -> np.ndarray:
         """(T, H, W, 3) uint8 of its first frames."""

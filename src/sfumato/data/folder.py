@@ -112,6 +112,12 @@ class FolderSource:
     def name(self, index: int) -> str:
         return self._entries[self._items[index][0]].name
 
+    def extent(self, index: int) -> Size:
+        """(height, width) of the whole picture, which is decoded for it."""
+        entry = self._entries[self._items[index][0]]
+        picture = decode(entry.read(), entry.name)
+        return picture.height, picture.width
+
     def digest(self, index: int) -> str:
         number, mirrored = self._items[index]
         rule = f"{RULES} {self._bucket[number]} {self._position(number)} {mirrored} {self._digests[number]}"

@@ -134,7 +134,8 @@ def settled(model: Model, request: Request) -> Request:
         if control.name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise InputError(
-                f"this model has no ControlNet {control.name!r}: {has}; give its file by controlnet",
+                f"this model has no ControlNet {control.name!r}: {has}; give its file by controlnet as "
+                f"{control.name}=FILE",
                 argument="controls",
             )
     if (request.reuse or 1) > 1:

@@ -27,12 +27,12 @@ def require_control(path: Path, family: str, title: str) -> None:
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
     if describe(shapes, {}) is not None:
         raise CheckpointError(f"{path} is a LoRA, not a ControlNet; give it by --lora")
-    theirs, name = _whose(shapes, header.metadata)
+    theirs, name = whose(shapes, header.metadata)
     if theirs not in ("", family):
         raise InputError(f"{path} is a ControlNet for {name}; this model is {title}", argument="controlnet")
 
 
-def _whose(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[str, str]:
+def whose(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[str, str]:
     """Its family, and what the models that it is for are called; empty where nothing tells."""
     for name in FAMILIES:  # before the others, which then need not be imported
         if title := family_named(name).control_title(shapes, metadata):

@@ -111,6 +111,10 @@ def require_family(path: Path, family: str, width: int | None = None) -> None:
             f"{file} is of {kind}, a kind of adapter that is not read; LoRA, LoHa and LoKr are"
         )
     if found is None:
+        from sfumato.families.control import whose  # which asks here whether a ControlNet is a LoRA
+
+        if whose({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)[0]:
+            raise CheckpointError(f"{file} is a ControlNet, not a LoRA; give it by --controlnet KIND=FILE")
         raise CheckpointError(
             f"{file} is no LoRA: none of its {len(header.tensors)} tensors is a part of one"
         )

@@ -144,8 +144,8 @@ def open_annotator(place: str | os.PathLike[str]) -> Annotator:
     kind = "" if part is None else str(part.config.get("model_type", ""))
     if part is None or kind not in CLASSES:
         known = "DPT and Depth Anything for depth, VitPose for poses"
-        told = f"holds a {kind}, which makes" if kind else "holds no network that makes"
-        raise CheckpointError(f"{folder} {told} no control pictures here; known are {known}")
+        told = f"holds a {kind}, which makes no" if kind else "holds no network that makes"
+        raise CheckpointError(f"{folder} {told} control pictures here; known are {known}")
     if part.config.get("backbone") or part.config.get("use_pretrained_backbone"):
         raise CheckpointError(
             f"{folder} names a backbone to be fetched from elsewhere; give a folder that holds all weights"

@@ -6,6 +6,7 @@ Edges are OpenCV's work, imported when they are asked for. Depth and poses are m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ LOW, HIGH = (
     200,
 )  # of brightness steps, between which Canny's edges must hang on a stronger one; A1111's defaults
 SOFT_BLUR = 1.5  # pixels
+NEAR = 0.25  # by which sides may differ from those of equal area, for a size of the exact shape
 SOFT_TOP = 99.0  # percentile of the gradients that becomes white
 
 
@@ -115,13 +117,22 @@ def _how(name: str, given: Size, size: Size, fit: str | None, multiple: int) -> 
         return "stretch"
     if fit is not None:
         return fit
-    scale = (size[0] * size[1] / (given[0] * given[1])) ** 0.5
-    right = nearest_size((round(given[0] * scale), round(given[1] * scale)), multiple)
+    right = _alike(given, size, multiple)
     raise InputError(
         f"control {name} is {by(given)}, of another shape than the {by(size)} that is drawn; give size {by(right)}, or "
         f"fit as {FITS[0]}, {FITS[1]} or {FITS[2]}",
         argument="controls",
     )
+
+
+def _alike(given: Size, size: Size, multiple: int) -> Size:
+    """The legal size of about the area of `size` and the shape of `given`: exactly, where one is near."""
+    scale = (size[0] * size[1] / (given[0] * given[1])) ** 0.5
+    step = multiple / math.gcd(*given)  # between legal sizes of that very shape, in times `given`
+    exact = max(round(scale / step), 1) * step
+    if abs(exact / scale - 1) <= NEAR:
+        return round(given[0] * exact), round(given[1] * exact)
+    return nearest_size((round(given[0] * scale), round(given[1] * scale)), multiple)
 
 
 def _opencv() -> Any:

@@ -51,10 +51,10 @@ class ControlJob(Job):
     def whole(self) -> Path:
         """The trained ControlNet's file."""
         own, place = self.own, self.folder / "control"
-        self.check_kind()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.check()
         torch.manual_seed(self.recipe.seed)
         trainee = self.trainee
+        self.folder.mkdir(parents=True, exist_ok=True)
         examples = Examples(self.pairs("train"), self)
         task = ControlTask(self, examples)
         with tensorboard(self.recipe.log, self.world.leads, place) as log:
@@ -67,12 +67,17 @@ class ControlJob(Job):
         self.tell(Event("done", "control", own.train.steps, own.train.steps, text=str(self.file)))
         return self.file
 
-    def check_kind(self) -> None:
-        """`InputError` for a kind of control picture that scenes do not have, before any is rendered."""
+    def check(self) -> None:
+        """`InputError` for a kind of control picture that scenes do not have, or a folder of them that is not there."""
         from sfumato.scenes.controls import require_kind
 
         if self.recipe.data.kind == "scenes":
             require_kind(self.own.kind, "control.kind")
+        elif not Path(self.own.pictures).is_dir():
+            raise InputError(
+                f"there is no folder of control pictures {self.own.pictures!r}; name one as control.pictures",
+                argument="control.pictures",
+            )
 
     @property
     def file(self) -> Path:

@@ -13,10 +13,11 @@ from sfumato.data.buckets import fit as cover
 from sfumato.data.folder import FolderSource
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Size
-from sfumato.errors import DataError, InputError
+from sfumato.errors import DataError
 from sfumato.pictures import BLACK, decode, read_file
 
 BATCH = 32  # scenes rendered at a time
+STRETCH = 1.1  # by which a control picture may be of another shape: annotators round sides to multiples of 64
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -50,23 +51,25 @@ class Scenes:
 
 
 class Folder:
-    """Captioned pictures of a folder; in another, control pictures with the same names, cropped in the same way."""
+    """Captioned pictures of a folder; in another, control pictures with the same names, cropped in the same way.
+
+    They lie in the same folders there, or all in one where no two names are alike.
+    """
 
     def __init__(self, source: FolderSource, controls: Path):
         self.source = source
-        if not controls.is_dir():
-            raise InputError(
-                f"there is no folder of control pictures {str(controls)!r}; name one as control.pictures",
-                argument="control.pictures",
-            )
         self._files: list[Path] = []
+        whose: dict[Path, str] = {}
         for index in range(len(source)):
-            stem = Path(source.name(index)).stem
-            found = next(
-                (controls / f"{stem}{end}" for end in ENDINGS if (controls / f"{stem}{end}").is_file()), None
-            )
-            if found is None:
-                raise DataError(f"{controls} holds no control picture {stem}.png for {source.name(index)}")
+            name = Path(source.name(index)).with_suffix("")
+            likely = (controls / f"{stem}{end}" for stem in (name, name.name) for end in ENDINGS)
+            if (found := next((file for file in likely if file.is_file()), None)) is None:
+                raise DataError(f"{controls} holds no control picture {name}.png for {source.name(index)}")
+            if (other := whose.setdefault(found, source.name(index))) != source.name(index):
+                raise DataError(
+                    f"{found} would be the control picture of {other} and of {source.name(index)}; put control "
+                    "pictures into folders as the pictures are"
+                )
             self._files.append(found)
 
     def buckets(self) -> dict[Size, list[int]]:
@@ -82,8 +85,14 @@ class Folder:
         controls = []
         for index in indices:
             file = self._files[index]
-            picture = cover(decode(read_file(file, "control"), str(file), BLACK), size)
-            controls.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+            control = decode(read_file(file, "control"), str(file), BLACK)
+            height, width = self.source.extent(index)
+            if not 1 / STRETCH < (control.width * height) / (control.height * width) < STRETCH:
+                raise DataError(
+                    f"{file} is {control.width}x{control.height} and its picture {self.source.name(index)} "
+                    f"{width}x{height}; the same shape is right"
+                )
+            controls.append(torch.from_numpy(np.array(cover(control, size))).permute(2, 0, 1))
         return pictures, torch.stack(controls)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato.adapters.trainable import TrainedLora, check_spelled, chosen, layers_of, written
 from sfumato.checkpoint.writer import write_tensors
+from sfumato.data.discover import discover
 from sfumato.data.folder import FolderSource
 from sfumato.data.latents import LatentCache, build_latents
 from sfumato.data.source import Source
@@ -67,6 +68,8 @@ class LoraJob(Job):
         trainee, identity, layers = self.trainee, self.identity, self.layers
         has_state(place / "state", identity)
         check_spelled((trainee.spell(path, own.layout) for path in layers), own.dora)
+        if own.prior.path:
+            discover(own.prior.path)  # what is wrong with it is told before anything is encoded
         source = self.source(self.multiple, "train")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.describe(source, f"; {len(layers)} layers of {own.base}")

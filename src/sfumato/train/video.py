@@ -68,11 +68,11 @@ class VideoJob(Job):
 
     def whole(self) -> Path:
         """The run's folder, in which the model is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.recipe.seed)
         source = self.clips(self.recipe.data.split, self.recipe.data.count, self.own.turned)
         self.note(f"{len(source):,} clips of {self.own.frames} frames")
         system = self.begun(source)
+        self.folder.mkdir(parents=True, exist_ok=True)
         frames = self.frames(source)
         peak = matmul_peak(self.device, fast_dtype(self.device), 0.6)
         temporal = self.codec(system.video.temporal, frames, peak)

@@ -174,8 +174,9 @@ def _decoded(
     times: list[float] = []
     with _damage(name, av.error.FFmpegError, ValueError), av.open(stream, format=_demuxer(kind)) as container:
         if not container.streams.video:
-            what = "only sound" if container.streams.audio else "no pictures"
-            raise DataError(f"{name} has {what}; {READ}")
+            if container.streams.audio:
+                raise DataError(f"{name} has only sound; {READ}")
+            raise DataError(f"{name} has no pictures: it is damaged or cut off, or no clip; {READ}")
         track = container.streams.video[0]
         track.thread_type = "AUTO"
         tick = float(track.time_base or 0)
@@ -196,18 +197,20 @@ def _decoded(
         announced = float(track.duration * tick) if track.duration else 0.0
         if not announced and container.duration and not container.streams.audio:
             announced = container.duration / av.time_base
+        if kind == "avi" and guessed:  # whose seconds are those of what is there
+            announced = track.frames / guessed
     if not read:
         raise DataError(f"{name} has no frames")
     if len({picture.size for picture in read}) > 1:
         raise DataError(f"{name} has frames of several sizes")
-    if len(read) == 1:
-        return tuple(read), guessed or 1.0
-    waits = [b - a for a, b in pairwise(times)]
+    waits = [b - a for a, b in pairwise(times)] or [1 / guessed if guessed else 1.0]
     _check_even(name, waits, tick)
     seen = times[-1] - times[0] + waits[0]
     ends_early = most is None or len(read) < most
     if ends_early and seen < announced - max(SHORT * announced, 2 * waits[0]):
         raise DataError(f"{name} is cut off: {announced:.3g} seconds are announced, and {seen:.3g} are there")
+    if len(read) == 1:
+        return tuple(read), 1 / waits[0]
     # the container's own number where its clock agrees: times are rounded to ticks
     rate = (len(times) - 1) / (times[-1] - times[0])
     return tuple(read), guessed if guessed and abs(guessed - rate) < 0.02 * rate else rate
