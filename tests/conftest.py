@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato import runtime
 from sfumato.nn import products
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -52,18 +53,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def _take_bfloat16_for(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for home in (runtime, products):
+        monkeypatch.setattr(home, "bfloat16_is_fast", lambda: fast)
+
+
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 goes the way of CPUs that are fast in it, whether or not this one is."""
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this CPU has no products of bfloat16")
-    monkeypatch.setattr(products, "bfloat16_is_fast", lambda: True)
+    _take_bfloat16_for(True, monkeypatch)
 
 
 @pytest.fixture
 def widened(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 goes the way of CPUs that are slow in it."""
-    monkeypatch.setattr(products, "bfloat16_is_fast", lambda: False)
+    _take_bfloat16_for(False, monkeypatch)
 
 
 @pytest.fixture(params=["native", "widened"])

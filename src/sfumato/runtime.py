@@ -46,7 +46,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively and fast, else float32."""
+    """bfloat16 where the hardware multiplies it natively, and a CPU faster than float32; else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if bfloat16_is_fast() else torch.float32
@@ -64,9 +64,7 @@ def bfloat16_is_fast() -> bool:
         return True
     if not torch.cpu._is_avx512_bf16_supported():
         return False
-    with workers(
-        "products", 1, threads=1
-    ) as pool:  # where no mode of the caller's watches or fakes operations
+    with workers("products", 1, threads=1) as pool:  # no mode of the caller's holds there
         seconds = pool.submit(_seconds_of_products).result()
     return seconds[torch.bfloat16] < seconds[torch.float32]
 

@@ -72,7 +72,7 @@ def answers(model: Model) -> tuple[Tensor, Tensor]:
     return cond.tokens, model.denoiser(cond, 3.0)(x, torch.tensor(5.0))
 
 
-FORMS = [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "model"), (torch.float32, "sequential"),
+FORMS = [(torch.float32, "none"), (torch.float16, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "model"), (torch.float32, "sequential"),
          (torch.int8, "none")]  # fmt: skip
 
 
@@ -252,6 +252,23 @@ def test_what_is_refused_changes_nothing_of_what_was_attached(place, ink, tmp_pa
     with pytest.raises(CheckpointError, match="with quiet at weight 1"):
         model.detach("loud")
     assert adapters.standing == both and "loud" in adapters.opened
+
+
+def test_a_product_beyond_the_range_of_a_network_that_has_drawn_is_refused(place, tmp_path):
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    model = opened(place, torch.float16)
+    before = answers(model)
+    width = model.system.adapters.shapes["unet"][
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    ][0]
+    tensors = {
+        f"{module}.lora_up.weight": torch.full((width, 1), 3e2),
+        f"{module}.lora_down.weight": torch.full((1, width), 3e2),
+    }
+    save_file(tensors, tmp_path / "steep.safetensors")
+    with pytest.raises(CheckpointError, match="beyond the range"):
+        model.attach(tmp_path / "steep.safetensors")
+    assert all(map(torch.equal, answers(model), before))
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

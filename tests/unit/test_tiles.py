@@ -21,7 +21,7 @@ CONFIG = UNetConfig(4, (64, 128), (1, 1), 1, (4, 4), context=48, linear=True)
 
 def plain(layer: PackedLinear) -> torch.Tensor:
     """The weight (O, I) in tiles."""
-    tiles = tiles_of(layer.tiles)
+    tiles = tiles_of(layer.weight)
     assert tiles is not None
     blocks, pairs, _ = tiles.shape
     return tiles.view(blocks, pairs, 64, 2).transpose(1, 2).reshape(blocks * 64, pairs * 2)

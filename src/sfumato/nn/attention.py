@@ -100,7 +100,7 @@ def _scores(q: Tensor, k: Tensor) -> int:
 
 
 def _fits_whole(q: Tensor, k: Tensor) -> bool:
-    """Whether the scores of all heads may be held together: the route with gradients, and without native bfloat16."""
+    """Whether the scores of all heads may be held together: the way of bfloat16 with gradients, or with a mask."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and _scores(q, k) <= 512 * 512
 
 

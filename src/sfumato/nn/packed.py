@@ -7,6 +7,7 @@ do both at once. Each twin computes what its layer does, from the same weights, 
 
 A CPU that is slow in the 16 bits of the weights has nothing to lay out: there the twin keeps them as they are, and
 makes a layer's numbers float32 when it is called: the memory of 16 bits, in little more than the time of float32.
+The bands of an autoencoder (`autoencoder/banded.py`) stay in their own type.
 """
 
 from __future__ import annotations
@@ -101,49 +102,54 @@ def matrix_of(layer: nn.Module) -> str | None:
     return "weight" if isinstance(layer, nn.Linear) else None
 
 
-class _Product(nn.Module):
-    """A product with one weight, which `tiles` lays out; in 16 bits that the CPU is slow in, a copy, widened at every
-    call.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, tiles: Callable[[Tensor], Tensor]):
-        super().__init__()
-        weight = weight.detach()
-        self.widens = not is_laid_out(weight)
-        self.tiles = weight.clone() if self.widens else tiles(weight)
-        self.bias = None if bias is None else bias.detach().clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.widens:
-            return self.product(x, self.tiles, self.bias)
-        bias = None if self.bias is None else self.bias.float()
-        return self.product(x.float(), self.tiles.float(), bias).to(x.dtype)
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of numbers, weight and bias
 
 
-class PackedLinear(_Product):
+def _kept(weight: Tensor, tiles: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight as `tiles` lays it out, or a copy that `_multiplied` widens."""
+    weight = weight.detach()
+    if is_laid_out(weight):
+        return tiles(weight)
+    return weight.clone(memory_format=torch.channels_last if weight.ndim == 4 else torch.contiguous_format)
+
+
+def _multiplied(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with a weight that `_kept` has made."""
+    if weight.is_mkldnn:
+        return product(x, weight, bias)
+    return product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+class PackedLinear(nn.Module):
     """A linear layer and, if asked for, GELU on its float32 sums. form: of GELU, "none" is exact, or "tanh"."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = "none"):
-        tiles = partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=ROWS)
-        super().__init__(weight.contiguous(), bias, tiles)
+        super().__init__()
+        reorder = partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=ROWS)
+        self.weight = _kept(weight.contiguous(), reorder)
+        self.bias = None if bias is None else bias.detach().clone()
         self.activation = activation, form
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        return _multiplied(self._product, x.contiguous(), self.weight, self.bias)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         activation, form = self.activation
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, activation, [], form)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], form)
 
     def add(self, up: Tensor, down: Tensor) -> bool:
-        """W += up·down in place, rounded once (`nn/tiles.py`); False, with nothing changed, for tiles of another form.
+        """W += up·down in place, of bfloat16, rounded once (`nn/tiles.py`); False, with nothing changed, for another
+        type and for tiles of another form.
 
         up: (O, r), down: (r, I). Nobody may be calling the layer meanwhile.
         """
-        if self.widens:
-            self.tiles.copy_(torch.addmm(self.tiles.float(), up.float(), down.float()))
+        weight = self.weight
+        if weight.dtype != torch.bfloat16:
+            return False
+        if not weight.is_mkldnn:
+            weight.copy_(torch.addmm(weight.float(), up.float(), down.float()))
             return True
-        tiles = tiles_of(self.tiles)
+        tiles = tiles_of(weight)
         if tiles is not None:
             add_product(tiles, up, down)
         return tiles is not None
@@ -167,7 +173,7 @@ class PackedGEGLU(nn.Module):
         return self.value.add(value, down) and self.gate.add(gate, down)
 
 
-class PackedConv2d(_Product):
+class PackedConv2d(nn.Module):
     """A convolution of maps in channels-last memory. cells: height and width for which the tiles are picked."""
 
     def __init__(
@@ -180,21 +186,22 @@ class PackedConv2d(_Product):
         groups: int = 1,
         cells: tuple[int, int] = (CELLS, CELLS),
     ):
-        form = (list(padding), list(stride), list(dilation), groups)
+        super().__init__()
+        form = self.form = (list(padding), list(stride), list(dilation), groups)
         shape = [1, weight.shape[1] * groups, *cells]
-        super().__init__(
-            weight.contiguous(memory_format=torch.channels_last),
-            bias,
-            lambda weight: torch.ops.mkldnn._reorder_convolution_weight(weight, *form, shape),
-        )
-        self.form = form
+        self.weight = _kept(weight, lambda w: torch.ops.mkldnn._reorder_convolution_weight(w, *form, shape))
+        self.bias = None if bias is None else bias.detach().clone()
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+    def forward(self, x: Tensor) -> Tensor:
+        return _multiplied(
+            self._product, x.contiguous(memory_format=torch.channels_last), self.weight, self.bias
+        )
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self.form, "none", [], "")
 
 
-class PackedUpsample(_Product):
+class PackedUpsample(nn.Module):
     """Nearest neighbour and a 3×3 convolution as one transposed 4×4 convolution of stride 2, of 4/9 the work.
 
     Doubling repeats each cell, so of the nine products of an output cell some share their input and add up to four.
@@ -202,23 +209,29 @@ class PackedUpsample(_Product):
     """
 
     def __init__(self, layer: Upsample):
-        weight = layer.conv.weight.detach()
-        form = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, of the output, stride, dilation, groups
-        shape = [1, weight.shape[1], CELLS, CELLS]
-        super().__init__(
-            shared_kernel(weight),
-            layer.conv.bias,
-            lambda weight: torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *form, shape),
+        super().__init__()
+        self.plain = layer
+        form = self.form = (
+            [1, 1],
+            [0, 0],
+            [2, 2],
+            [1, 1],
+            1,
+        )  # padding, of the output, stride, dilation, groups
+        kernel = layer.conv.weight.detach()
+        shape = [1, kernel.shape[1], CELLS, CELLS]
+        self.weight = _kept(
+            shared_kernel(kernel),
+            lambda w: torch.ops.mkldnn._reorder_convolution_transpose_weight(w, *form, shape),
         )
-        self.plain, self.form = layer, form
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         if tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):
             return self.plain(x, size)
-        return super().forward(x)
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
+        return _multiplied(self._product, x, self.weight, self.plain.conv.bias)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._convolution_transpose_pointwise(x, weight, bias, *self.form, "none", [], "")
 
 
