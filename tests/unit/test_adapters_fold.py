@@ -72,8 +72,14 @@ def answers(model: Model) -> tuple[Tensor, Tensor]:
     return cond.tokens, model.denoiser(cond, 3.0)(x, torch.tensor(5.0))
 
 
-FORMS = [(torch.float32, "none"), (torch.float16, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "model"), (torch.float32, "sequential"),
-         (torch.int8, "none")]  # fmt: skip
+FORMS = [
+    (torch.float32, "none"),
+    (torch.float16, "none"),
+    (torch.bfloat16, "none"),
+    (torch.bfloat16, "model"),
+    (torch.float32, "sequential"),
+    (torch.int8, "none"),
+]
 
 
 @pytest.mark.parametrize(("dtype", "offload"), FORMS, ids=str)
