@@ -30,7 +30,6 @@ from sfumato.generate import Model
 from sfumato.memory import OFFLOADS, LiveBytes, MemoryPlan, Stage, available, peak_resident, resident, tracing
 from sfumato.nn.attention import attention, attention_bytes
 from sfumato.nn.packed import can_pack
-from sfumato.nn.products import products_are_fast
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.storage import load_tensors, save_tensors
 from sfumato.text.clip import ClipConfig, ClipTextEncoder
@@ -407,8 +406,6 @@ def test_a_model_of_our_own_tells_no_plan(capsys, tmp_path, monkeypatch):
 )
 def test_a_drawing_takes_what_was_planned(published, tmp_path, kept):
     """The published size in a process of its own, within 10 %."""
-    if not products_are_fast(torch.empty(0, dtype=torch.bfloat16)):
-        pytest.skip("needs a CPU with native bfloat16 to be done in minutes")
     code = "import sys; from sfumato.cli.app import run; sys.exit(run(sys.argv[1:]))"
     words = ["generate", "a fox", "-m", str(published), "--size", "256", "--steps", "1", "--dtype", "bf16"]
     words += ["--device", "cpu", *kept, "--json", "-o", str(tmp_path / "out.png")]
