@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -106,7 +107,9 @@ def test_what_is_folded_is_the_sum_in_float32_rounded_once(place, ink):
             right = base.double() + 0.7 * delta.full(base.shape).double()
             assert torch.allclose(adapters.parts[part][name].double(), right, atol=1e-5)
         held = network.state_dict()
-        for name in held.keys() & adapters.parts[part].changes.keys():  # what is packed holds no parameters
+        for name in (
+            held.keys() & adapters.parts[part].now.changes.keys()
+        ):  # what is packed holds no parameters
             assert torch.equal(held[name], adapters.parts[part][name])
 
 
@@ -172,12 +175,12 @@ def test_a_request_weighs_for_itself(place, ink):
 def test_the_closest_block_counts(place, ink):
     model = opened(place)
     model.attach(ink, 2.0, blocks={"down": 0.5, "down.0.attentions.0": 0, "text": 0})
-    changes = model.system.adapters.parts["unet"].changes
+    changes = model.system.adapters.parts["unet"].now.changes
     weights = {name: {weight for weight, _ in own} for name, own in changes.items()}
     assert all(w == {1.0} for name, w in weights.items() if name.startswith("down_blocks."))
     assert not any(name.startswith("down_blocks.0.attentions.0.") for name in weights)
     assert all(w == {2.0} for name, w in weights.items() if not name.startswith("down_blocks."))
-    assert not model.system.adapters.parts["text_encoder"].changes
+    assert not model.system.adapters.parts["text_encoder"].now.changes
 
 
 def test_drawings_with_other_loras_wait_for_each_other(place, ink):
@@ -252,6 +255,38 @@ def test_what_is_refused_changes_nothing_of_what_was_attached(place, ink, tmp_pa
     with pytest.raises(CheckpointError, match="with quiet at weight 1"):
         model.detach("loud")
     assert adapters.standing == both and "loud" in adapters.opened
+
+
+@pytest.mark.parametrize("first", ["loud", "quiet"])
+def test_what_waits_for_a_drawing_is_attached_only_once_it_is_taken(place, tmp_path, first):
+    """Two wait for one drawing, one of which is refused: in either order the other one alone is attached."""
+    for name, value in (("loud", 9e4), ("quiet", 0.05)):
+        save_file(
+            {"lora_unet_conv_in.diff": torch.full((32, 4, 3, 3), value)}, tmp_path / f"{name}.safetensors"
+        )
+    model = opened(place, torch.float16)
+    adapters = model.system.adapters
+    refused: list[str] = []
+
+    def attach(name: str) -> None:
+        try:
+            model.attach(tmp_path / f"{name}.safetensors")
+        except CheckpointError:
+            refused.append(name)
+
+    waiting = [
+        threading.Thread(target=attach, args=(n,)) for n in sorted(("loud", "quiet"), key=first.__ne__)
+    ]
+    with adapters.using(()):
+        for count, thread in enumerate(waiting, 1):
+            thread.start()
+            while len(adapters._turn._waiters) < count:
+                time.sleep(0.001)
+        assert not adapters.opened and adapters.settled(None) == ()
+    for thread in waiting:
+        thread.join()
+    assert refused == ["loud"]
+    assert adapters.now == adapters.standing == (LoraUse("quiet"),) and set(adapters.opened) == {"quiet"}
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
