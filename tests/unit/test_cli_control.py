@@ -66,7 +66,7 @@ def test_a_control_picture_changes_the_drawing_and_like_brings_it_back():
 
 def test_replay_takes_no_embedding_for_a_control(capsys):
     draw(*NET, "--control", "canny=edges.png")
-    told = "replay out.png -m m --picture edges.png --embedding canny=x.safetensors".split()
+    told = ["replay", "out.png", "-m", "m", "--picture", "edges.png", "--embedding", "canny=x.safetensors"]
     assert run([*told, *NET]) == 2
     assert "the recipe has no embedding 'canny': it has none" in capsys.readouterr().err
 
