@@ -153,6 +153,15 @@ def decode_mask(data: bytes, name: str = "the mask") -> Image.Image:
     return binary(_decoded(data, name), name)
 
 
+def upright_size(data: bytes, name: str = "the picture") -> tuple[int, int]:
+    """(width, height) of what `decode` makes, by the header. Raises `DataError` for one that is not sound."""
+    opened = _opened(data, name)
+    # Pillow decodes a PNG for its orientation, which only these can hold
+    bare = opened.format == "PNG" and not any(kind in data for kind in (b"eXIf", b"tEXt", b"iTXt", b"zTXt"))
+    turned = not bare and _orientation(opened) >= 5
+    return opened.size[::-1] if turned else opened.size
+
+
 def texts(data: bytes, name: str = "the picture") -> dict[str, str]:
     """What a picture says about itself: the text chunks of a PNG by their keywords, the EXIF comment of any format as
     `comment`, the XMP packet as `xmp`. Unreadable ones are left out.

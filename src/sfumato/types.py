@@ -310,8 +310,8 @@ class Request:
             given = self.image is not None or (name == "fit" and bool(self.controls))
             given = given or (name in ("fit", "strength") and self.clip is not None)
             if getattr(self, name) is not None and not given:
-                what = "a clip to begin with, by init" if self.frames is not None else "an image to work on"
-                what += ", or an image, by image" if self.frames is not None and name == "fit" else ""
+                what = "a clip to begin with" if self.frames is not None else "an image to work on"
+                what += ", or an image" if self.frames is not None and name == "fit" else ""
                 raise InputError(f"{name} needs {what}", argument=name)
         if self.clip is not None:
             if not isinstance(self.clip, Clip):

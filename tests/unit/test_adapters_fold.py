@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -112,7 +113,9 @@ def test_what_is_folded_is_the_sum_in_float32_rounded_once(place, ink):
             right = base.double() + 0.7 * delta.full(base.shape).double()
             assert torch.allclose(adapters.parts[part][name].double(), right, atol=1e-5)
         held = network.state_dict()
-        for name in held.keys() & adapters.parts[part].changes.keys():  # what is packed holds no parameters
+        for name in (
+            held.keys() & adapters.parts[part].now.changes.keys()
+        ):  # what is packed holds no parameters
             assert torch.equal(held[name], adapters.parts[part][name])
 
 
@@ -178,12 +181,12 @@ def test_a_request_weighs_for_itself(place, ink):
 def test_the_closest_block_counts(place, ink):
     model = opened(place)
     model.attach(ink, 2.0, blocks={"down": 0.5, "down.0.attentions.0": 0, "text": 0})
-    changes = model.system.adapters.parts["unet"].changes
+    changes = model.system.adapters.parts["unet"].now.changes
     weights = {name: {weight for weight, _ in own} for name, own in changes.items()}
     assert all(w == {1.0} for name, w in weights.items() if name.startswith("down_blocks."))
     assert not any(name.startswith("down_blocks.0.attentions.0.") for name in weights)
     assert all(w == {2.0} for name, w in weights.items() if not name.startswith("down_blocks."))
-    assert not model.system.adapters.parts["text_encoder"].changes
+    assert not model.system.adapters.parts["text_encoder"].now.changes
 
 
 def test_drawings_with_other_loras_wait_for_each_other(place, ink):
@@ -229,7 +232,9 @@ def test_numbers_beyond_the_type_leave_the_model_as_it_was(place, tmp_path):
 def test_what_a_weight_makes_infinite_is_not_the_files_fault(place, tmp_path, offload):
     save_file({"lora_unet_conv_in.diff": torch.full((32, 4, 3, 3), 3e38)}, tmp_path / "loud.safetensors")
     model = opened(place, offload=offload)
-    with pytest.raises(CheckpointError, match=r"conv_in\.weight with loud at weight 2 is beyond the range"):
+    with pytest.raises(
+        CheckpointError, match=r"conv_in\.weight with loud at weight 2 is beyond the range of float32"
+    ):
         model.attach(tmp_path / "loud.safetensors", 2)
         answers(model)  # of one that opens its networks when they are called
 
@@ -275,6 +280,38 @@ def test_a_product_beyond_the_range_of_a_network_that_has_drawn_is_refused(place
     with pytest.raises(CheckpointError, match="beyond the range"):
         model.attach(tmp_path / "steep.safetensors")
     assert all(map(torch.equal, answers(model), before))
+
+
+@pytest.mark.parametrize("first", ["loud", "quiet"])
+def test_what_waits_for_a_drawing_is_attached_only_once_it_is_taken(place, tmp_path, first):
+    """Two wait for one drawing, one of which is refused: in either order the other one alone is attached."""
+    for name, value in (("loud", 9e4), ("quiet", 0.05)):
+        save_file(
+            {"lora_unet_conv_in.diff": torch.full((32, 4, 3, 3), value)}, tmp_path / f"{name}.safetensors"
+        )
+    model = opened(place, torch.float16)
+    adapters = model.system.adapters
+    refused: list[str] = []
+
+    def attach(name: str) -> None:
+        try:
+            model.attach(tmp_path / f"{name}.safetensors")
+        except CheckpointError:
+            refused.append(name)
+
+    waiting = [
+        threading.Thread(target=attach, args=(n,)) for n in sorted(("loud", "quiet"), key=first.__ne__)
+    ]
+    with adapters.using(()):
+        for count, thread in enumerate(waiting, 1):
+            thread.start()
+            while len(adapters._turn._waiters) < count:
+                time.sleep(0.001)
+        assert not adapters.opened and adapters.settled(None) == ()
+    for thread in waiting:
+        thread.join()
+    assert refused == ["loud"]
+    assert adapters.now == adapters.standing == (LoraUse("quiet"),) and set(adapters.opened) == {"quiet"}
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

@@ -214,7 +214,8 @@ def test_patterns_of_alpha_are_those_of_peft(bases, tmp_path):
     part = bases["sd1"][1]["unet"]
     found = [m for m in layers(part) if "mid_block" in m]
     patterns = {
-        "^mid_block.resnets.0.conv1": 1, r".*attn1\.to_[qk]": 2, "to_v": 3, "attentions.0.proj_(in|out)": 5,
+        "^mid_block.resnets.0.conv1": 1, ".*resnets.*time_.*proj": 13, "ff.net.(0|1|2|3|4|5|6|7|8|9|10|11)$": 15,
+        r".*attn1\.to_[qk]": 2, "to_v": 3, "attentions.0.proj_(in|out)": 5,
         r"to_out\.\d": 7, "conv2|conv1": 9,
     }  # fmt: skip
     tensors = {}
@@ -224,16 +225,37 @@ def test_patterns_of_alpha_are_those_of_peft(bases, tmp_path):
     note = {"unet.lora_alpha": 11, "unet.alpha_pattern": patterns}
     deltas = read(bases, "sd1", tensors, tmp_path, {"lora_adapter_metadata": json.dumps(note)}).deltas["unet"]
     right = {m: patterns.get(get_pattern_key(patterns, m), 11) for m in found}
-    assert set(right.values()) == {1, 2, 3, 5, 7, 9, 11}
+    assert set(right.values()) == {1, 2, 3, 5, 7, 9, 11, 13, 15}
     assert {m: deltas[f"{m}.weight"].scale for m in found} == {m: a / RANK for m, a in right.items()}
     for pattern, said in (
-        ("to_nothing", "to_nothing of alpha_pattern matches no module"),
+        ("to_nothing", r"alpha_pattern to_nothing \(matches no module of the file\); .* --lora-partial"),
         ("to_(q", "'?to_\\(q'? is no regular expression"),
-        ("(.+)+x", "too wide a pattern"),
+        ("(.+)+x", r"\+ is not read there in the pattern"),
+        ("(?x:(.+) +)Z", r"\? is not read there"),
+        ("x\ny", "is not read there"),
+        (r"(x)\1", r"\\1.? is not read there"),
+        ("x.*.*.*.*y", "too many ways; up to 3 of"),
+        ("(x|x)" * 13, "too many ways"),
     ):
         note = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {pattern: 1}})}
         with pytest.raises(CheckpointError, match=said):
             read(bases, "sd1", tensors, tmp_path, note)
+    note = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {"to_nothing": 1}})}
+    left = read(bases, "sd1", tensors, tmp_path, note, partial=True).report.left
+    assert left == {"alpha_pattern to_nothing": "matches no module of the file"}
+
+
+@pytest.mark.parametrize("pattern", [".*a.*a.*a", "(a|a)(a|a)(a|a)(a|a).*a.*x", "a.a|" * 255 + r".+\d"])
+def test_no_pattern_takes_long(pattern):
+    """Not even of names that are made for it, which are longer than a model's or as long."""
+    from time import process_time
+
+    from sfumato.adapters.config import LONGEST, NOTE, peft_config
+
+    config = peft_config(Path("x"), {NOTE: json.dumps({"alpha_pattern": {pattern: 1}})})
+    start = process_time()
+    config.unused(["a." * (LONGEST // 2 - 1) + "by", "a." * 10**5 + "y"])
+    assert process_time() - start < 1
 
 
 def test_diffusers_says_alpha_in_the_header(bases, tmp_path):

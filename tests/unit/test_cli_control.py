@@ -64,6 +64,13 @@ def test_a_control_picture_changes_the_drawing_and_like_brings_it_back():
     assert np.array_equal(np.asarray(Image.open("again.png")), bare)
 
 
+def test_replay_takes_no_embedding_for_a_control(capsys):
+    draw(*NET, "--control", "canny=edges.png")
+    told = ["replay", "out.png", "-m", "m", "--picture", "edges.png", "--embedding", "canny=x.safetensors"]
+    assert run([*told, *NET]) == 2
+    assert "the recipe has no embedding 'canny': it has none" in capsys.readouterr().err
+
+
 def test_like_wants_the_control_picture_and_notes_another_network(capsys):
     draw(*NET, "--control", "canny=edges.png")
     assert "give it, or a new one, by --control canny=FILE" in refused(capsys, *NET, "--like", "out.png")

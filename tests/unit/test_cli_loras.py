@@ -196,7 +196,7 @@ def test_what_stands_beside_loras_or_in_their_place_is_told_with_its_option(mode
     said = refused(capsys, "convert", model, "out.safetensors", *twice)
     assert "give one of them another name: --merge NAME=FILE" in said
     draw(model)
-    assert "by --controlnet as pose=FILE" in refused(
+    assert "by --controlnet pose=FILE" in refused(
         capsys, "generate", "x", "-m", model, *LIGHT, "--control", "pose=out.png"
     )
     assert "--clip-skip must be" in refused(capsys, "generate", "x", "-m", model, *LIGHT, "--clip-skip", "99")

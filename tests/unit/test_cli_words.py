@@ -12,6 +12,8 @@ import small_sd
 from helpers import tiny_folder
 from sfumato.checkpoint.header import read_header
 from sfumato.cli.app import run
+from sfumato.cli.fields import worded
+from sfumato.errors import InputError
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
 from sfumato.storage import load_tensors
@@ -79,6 +81,16 @@ def test_a_name_nearly_right(tiny, capsys):
 )
 def test_what_is_empty(arguments, said, capsys):
     assert f"error: {said}" in refused(capsys, *arguments)
+
+
+def test_only_the_field_that_is_wrong_is_called_as_its_option(capsys):
+    said = refused(capsys, "generate", "x", "--image", "found by image.png")
+    assert "image 'found by image.png' does not exist" in said
+    wrong = InputError("clip_skip must be 1, and clip_skip by frames", argument="clip_skip")
+    assert worded(wrong, {"clip_skip"}) == "--clip-skip must be 1, and clip_skip by frames"
+    assert worded(wrong, {"frames"}) == str(wrong)
+    other = InputError("clip_skip must be 1", argument="model")
+    assert worded(other, {"clip_skip", "model"}) == str(other)
 
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):

@@ -241,7 +241,7 @@ def test_a_refiner_draws_on_without(models, tmp_path):
 def test_a_request_is_refused_that_the_model_cannot_draw(models):
     model = models("sd1")
     with pytest.raises(
-        InputError, match="no ControlNet 'pose': it has canny, depth; give its file by controlnet"
+        InputError, match="no ControlNet 'pose': it has canny, depth; give its file by --controlnet"
     ):
         model.complete(asking(square("pose")))
     with pytest.raises(InputError, match="reuse and controls do not go together"):

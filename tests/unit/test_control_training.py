@@ -181,11 +181,27 @@ def test_control_pictures_lie_as_the_pictures_do(tmp_path):
         assert (seen[number].permute(1, 2, 0).numpy() == np.asarray(noise(64, 64, number + 10))).all()
     noise(96, 64, 3).save(controls / "1_a" / "001.png")
     with pytest.raises(DataError, match=r"001\.png is 96x64 and its picture 1_a/001\.png 64x64"):
-        Folder(source, controls).both([0])
+        Folder(source, controls)
     (controls / "1_a" / "001.png").rename(controls / "001.png")
     (controls / "1_b" / "001.png").unlink()
     with pytest.raises(DataError, match=r"would be the control picture of 1_a/001\.png and of 1_b/001\.png"):
         Folder(source, controls)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_shapes_are_compared_before_anything_is_learned_as_pictures_stand(tmp_path, ending):
+    for place in ("pictures", "controls"):
+        (tmp_path / place).mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # stored lying, to be shown upright
+    noise(64, 96).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("a cat")
+    source = FolderSource(tmp_path / "pictures", 64)
+    noise(96, 64).save(tmp_path / "controls" / f"a.{ending}", exif=turned)
+    Folder(source, tmp_path / "controls").both([0])
+    noise(64, 96).save(tmp_path / "controls" / f"a.{ending}", exif=turned)
+    with pytest.raises(DataError, match=rf"a\.{ending} is 96x64 and its picture a\.png 64x96"):
+        Folder(source, tmp_path / "controls")
 
 
 @pytest.mark.parametrize(

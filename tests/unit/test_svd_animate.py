@@ -99,7 +99,7 @@ def test_animate_a_single_file(small, capsys):
 
 def test_animate_refuses_in_one_line(small, place, capsys, tmp_path_factory):
     svd = ["-m", str(place), "--dtype", "fp32"]
-    assert "sets a picture in motion; give one by image" in refused(capsys, *svd)
+    assert "sets a picture in motion; give an image" in refused(capsys, *svd)
     assert "does not exist" in refused(capsys, *svd, "--image", "none.png")
     assert "reads no prompt" in refused(capsys, "a cat", *svd, "--image", "photo.png")
     still = ["-m", str(tiny_folder(tmp_path_factory.mktemp("still")))]

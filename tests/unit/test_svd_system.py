@@ -55,7 +55,7 @@ def test_a_picture_is_brought_to_the_clip_s_size(place):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image": None}, "'small' sets a picture in motion; give one by image"),
+        ({"image": None}, "'small' sets a picture in motion; give an image"),
         ({"prompt": "a cat"}, "'small' reads no prompt; leave it out"),
         ({"negative": "blur"}, "'small' reads no negative; leave it out"),
         ({"strength": 0.5}, "strength goes with a clip"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sfumato.adapters.delta import Decomposed, LowRank, folded
-from sfumato.adapters.fold import Folded
+from sfumato.adapters.fold import Added, Folded
 from sfumato.checkpoint.fill import Streamed, fill_layers
 from sfumato.checkpoint.refill import add_products, refill_layers
 from sfumato.nn.packed import PackedLinear, packed
@@ -93,16 +93,16 @@ def test_however_a_network_comes_to_its_loras_it_is_the_same(file):
 
     def opened(changes, **how) -> tuple[Folded, UNet]:
         part, network = Folded(base), blank()
-        part.changes = part.before = changes
+        part.now = part.before = Added(changes)
         fill_layers(network, part, "a test", *form, **({"pack": True} | how))
         return part, network.eval()
 
     def switch(part: Folded, network: UNet, changes) -> int:
-        names = frozenset({*part.changes, *changes})
-        part.changes = changes
+        names = frozenset({*part.now.changes, *changes})
+        part.now = Added(changes)
         done = add_products(network, part, names)
         refill_layers(network, blank(), part, names - done, "a test", *form, pack=True)
-        part.before = changes
+        part.before = part.now
         return len(done)
 
     def answer(network: UNet) -> torch.Tensor:
@@ -130,11 +130,11 @@ def test_however_a_network_comes_to_its_loras_it_is_the_same(file):
 def test_what_is_no_product_or_could_overflow_is_not_apart():
     up, down = torch.ones(4, 2), torch.ones(2, 4)
     part = Folded({"w": torch.zeros(4, 4)})
-    part.changes = {"w": ((0.5, LowRank(up, down)), (2.0, LowRank(up, down, 3.0)))}
+    part.now = Added({"w": ((0.5, LowRank(up, down)), (2.0, LowRank(up, down, 3.0)))})
     factors = part.apart("w")
     assert factors is not None and torch.equal(factors[0] @ factors[1], torch.full((4, 4), 13.0))
-    part.changes = {"w": ((1.0, LowRank(up * 1e30, down * 1e5)),)}
+    part.now = Added({"w": ((1.0, LowRank(up * 1e30, down * 1e5)),)})
     assert part.apart("w") is None
-    part.changes = {"w": ((1.0, Decomposed(LowRank(up, down), torch.ones(4), True)),)}
+    part.now = Added({"w": ((1.0, Decomposed(LowRank(up, down), torch.ones(4), True)),)})
     assert part.apart("w") is None
     assert part.apart("v") is None

@@ -6,6 +6,7 @@ Sources: huggingface/peft src/peft/tuners/lora/config.py; diffusers loaders/lora
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -24,15 +25,19 @@ NOTE = "lora_adapter_metadata"  # diffusers' key in a header
 KINDS = ("LORA",)  # of `peft_type`, whose tensors are read
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings of `init_lora_weights` that change W
 AHEAD = r"(?:.*\.)?"  # of the path, before what a pattern tells: PEFT's `get_pattern_key`
-STEEP = re.compile(r"\)[*+{]|([*+{].*){3}|([?|].*){9}")  # patterns that could be matched for hours
+# what patterns are made of: what stands for one sign and may repeat; names; ends; groups of alternatives
+SIGNS = re.compile(r"(?:(?:\\[.dw]|\[\^?[\w.-]+\]|\.)[*+]?|[\w ^$|)-]|\((?:\?:)?)*+")
+REPEATS = 3  # more, or so many ways by alternatives, could be matched for hours
+WAYS = 16  # of alternatives count as much as one that repeats
+LONGEST = 128  # signs of a path that patterns are held against; names of our models are half as long
 
 
 @dataclass(frozen=True)
 class Component:
-    """What is said of one model's modules. patterns: of paths in it, as PEFT matches them, to an alpha of their own."""
+    """What is said of one model's modules. patterns: of paths in it, as PEFT matches them, with an alpha each."""
 
     alpha: float | None = None
-    patterns: Mapping[re.Pattern[str], float] = field(default_factory=dict)
+    patterns: Mapping[str, tuple[re.Pattern[str], float]] = field(default_factory=dict)
     rank_stabilised: bool = False
 
 
@@ -48,18 +53,18 @@ class PeftConfig:
         None leaves the scale at 1.
         """
         component, path = self._placed(module)
-        own = (alpha for pattern, alpha in component.patterns.items() if pattern.fullmatch(path))
+        own = (alpha for pattern, alpha in component.patterns.values() if _matches(pattern, path))
         return next(own, component.alpha), component.rank_stabilised
 
-    def require_used(self, file: Path, modules: Iterable[str]) -> None:
-        """`CheckpointError` for a pattern that matches none of the file's modules."""
+    def unused(self, modules: Iterable[str]) -> dict[str, str]:
+        """Patterns that match none of the file's modules, with that as the reason. PEFT passes over them."""
         placed = [self._placed(module) for module in modules]
-        for component in self.components.values():
-            paths = [path for owner, path in placed if owner is component]
-            for pattern in component.patterns:
-                if not any(map(pattern.fullmatch, paths)):
-                    told = shown(pattern.pattern.removeprefix(AHEAD)[1:-1])
-                    raise CheckpointError(f"{file}: {told} of alpha_pattern matches no module of the file")
+        return {
+            f"alpha_pattern {text}": "matches no module of the file"
+            for component in self.components.values()
+            for text, (pattern, _) in component.patterns.items()
+            if not any(owner is component and _matches(pattern, path) for owner, path in placed)
+        }
 
     def _placed(self, module: str) -> tuple[Component, str]:
         """Whose module it is, and its path there."""
@@ -111,7 +116,7 @@ def _config(told: Mapping[str, Any], where: str) -> PeftConfig:
             change["alpha"] = _finite(value, f"{where}: {key}")
         elif name == "alpha_pattern" and isinstance(value, dict):
             change["patterns"] = {
-                _pattern(k, f"{where}: {key}"): _finite(v, f"{where}: {key}") for k, v in value.items()
+                k: (_pattern(k, f"{where}: {key}"), _finite(v, f"{where}: {key}")) for k, v in value.items()
             }
         elif name == "use_rslora":
             change["rank_stabilised"] = value is True
@@ -119,8 +124,7 @@ def _config(told: Mapping[str, Any], where: str) -> PeftConfig:
             raise CheckpointError(f"{where} has {key}, for layers that no model here has")
         elif name == "init_lora_weights" and str(value).lower().startswith(REBASED):
             raise CheckpointError(
-                f"{where} has {key} {value!r}: what it was made for is another base, changed when it was begun; "
-                "convert it to a plain LoRA with PEFT"
+                f"{where} has {key} {value!r}: it was made for a changed base; convert it to a plain LoRA with PEFT"
             )
         if change:
             components[prefix] = replace(components.get(prefix, Component()), **change)
@@ -129,12 +133,25 @@ def _config(told: Mapping[str, Any], where: str) -> PeftConfig:
 
 def _pattern(text: str, where: str) -> re.Pattern[str]:
     """PEFT's `(.*\\.)?(text)$`."""
-    if STEEP.search(text):
-        raise CheckpointError(f"{where}: {shown(text)} is too wide a pattern")
+    known = SIGNS.match(text)
+    rest = text[known.end() :] if known else text
+    if rest:
+        sign = rest[: 2 if rest.startswith("\\") else 1]
+        raise CheckpointError(f"{where}: {shown(sign)} is not read there in the pattern {shown(text)}")
+    ways = math.prod(part.count("|") + 1 for part in text.split("("))
+    if ways * WAYS ** sum(map(text.count, "*+")) > WAYS**REPEATS:
+        raise CheckpointError(
+            f"{where}: {shown(text)} could match in too many ways; up to {REPEATS} of * and + are read, or "
+            "fewer beside alternatives"
+        )
     try:
         return re.compile(f"{AHEAD}({text})")
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where}: {shown(text)} is no regular expression: {error}") from None
+
+
+def _matches(pattern: re.Pattern[str], path: str) -> bool:
+    return len(path) <= LONGEST and pattern.fullmatch(path) is not None
 
 
 def _finite(value: Any, what: str) -> float:

@@ -27,6 +27,7 @@ from sfumato.errors import InputError, SfumatoError
 from sfumato.types import LoraUse
 
 LARGEST = 2.0**100  # of ΔW that may be added unseen: beside it no number of bfloat16 becomes infinite
+INSIDE = "a drawing cannot change its LoRAs before it is done"
 Touched = Mapping[str, frozenset[str]]  # part → tensors
 
 
@@ -38,29 +39,34 @@ class Wish:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Added:
+    """What is added to a part. key: of the changes, "" where there are none. owners: whose they are."""
+
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    key: str = ""
+    owners: Mapping[Delta, str] = field(default_factory=dict)
+
+
 class Folded(Mapping[str, Tensor]):
     """The tensors of a part with what is added to them: a changed one in float32, the others as they are.
 
-    key: of the changes, "" where there are none. before: the changes that are in networks in memory while these are
-    brought up to date.
+    now: what is added. before: what is so in networks in memory while these are brought up to date.
     """
 
     def __init__(self, base: Mapping[str, Tensor]):
         self.base = base
-        self.changes: Mapping[str, tuple[Change, ...]] = {}
-        self.before: Mapping[str, tuple[Change, ...]] = {}
-        self.key = ""
-        self.owners: Mapping[Delta, str] = {}  # whose the changes are
+        self.now = self.before = Added()
 
     def __getitem__(self, name: str) -> Tensor:
-        changes = self.changes.get(name)
+        changes = self.now.changes.get(name)
         return folded(self.base[name], changes) if changes else self.base[name]
 
     def cast(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """The tensor for who wants it in `dtype`: rounded as it is folded to bfloat16, which has float32's range; other
         types are the caller's to make.
         """
-        changes = self.changes.get(name)
+        changes = self.now.changes.get(name)
         if changes and dtype == torch.bfloat16:
             return folded(self.base[name], changes, dtype)
         return self[name]
@@ -70,7 +76,7 @@ class Folded(Mapping[str, Tensor]):
         later, to numbers in bfloat16. None where nothing is, where it is no product, or so large that it must be looked
         at.
         """
-        changes = self.changes.get(name, ())
+        changes = self.now.changes.get(name, ())
         if not changes or (factors := product(changes)) is None:
             return None
         largest = sum(abs(weight) * delta.bound() for weight, delta in changes if isinstance(delta, LowRank))
@@ -78,7 +84,7 @@ class Folded(Mapping[str, Tensor]):
 
     def bare(self, name: str) -> bool:
         """Whether networks in memory have this tensor as the base does."""
-        return name not in self.before
+        return name not in self.before.changes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)
@@ -91,7 +97,7 @@ class Folded(Mapping[str, Tensor]):
 
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         dtype, shape = info(self.base, name)
-        return (torch.float32 if name in self.changes else dtype), shape
+        return (torch.float32 if name in self.now.changes else dtype), shape
 
     def origin(self, name: str) -> str:
         """As of `View`."""
@@ -99,8 +105,8 @@ class Folded(Mapping[str, Tensor]):
 
     def added(self, name: str) -> str:
         """What is added to a tensor, for an error that the base has no part in; "" if it has, or nothing is."""
-        changes = self.changes.get(name, ()) if finite(self.base[name]) else ()
-        return " and ".join(f"{self.owners[delta]} at weight {weight:g}" for weight, delta in changes)
+        changes = self.now.changes.get(name, ()) if finite(self.base[name]) else ()
+        return " and ".join(f"{self.now.owners[delta]} at weight {weight:g}" for weight, delta in changes)
 
 
 class Adapters:
@@ -173,7 +179,7 @@ class Adapters:
         self._check_blocks(use)
         self._check(Path(path))
         lora = read_lora(path, self._names(), self.shapes, name=name, partial=partial)
-        with self._turn:
+        with self._alone():
             kept = tuple(other for other in self.standing if other.name != lora.name)
             self._stand({**self.opened, lora.name: lora}, (*kept, replace(use, name=lora.name)))
         return lora.report
@@ -181,21 +187,14 @@ class Adapters:
     def detach(self, name: str | None = None) -> None:
         """Draw without this LoRA from now on, or without any. `InputError` if there is none of the name."""
         self._require([] if name is None else [name])
-        with self._turn:
+        with self._alone():
             kept = tuple(use for use in self.standing if name is not None and use.name != name)
             self._stand({} if name is None else {k: v for k, v in self.opened.items() if k != name}, kept)
 
     def _stand(self, opened: dict[str, Lora], standing: tuple[LoraUse, ...]) -> None:
-        """What is open and attached from now on; what was before, if the networks refuse it."""
-        before = self.opened, self.standing
+        """What is open and attached from now on, if the networks take it."""
+        self._switch(standing, tuple(opened[use.name] for use in standing))
         self.opened, self.standing = opened, standing
-        try:
-            with self.using(standing):
-                pass
-        except BaseException:
-            if self.opened is opened:  # nobody else has changed it while this one waited for drawings
-                self.opened, self.standing = before
-            raise
 
     def settled(self, uses: Sequence[LoraUse] | None) -> tuple[LoraUse, ...]:
         """What a request's `loras` means here: None is what is attached. `InputError` for names and blocks unknown."""
@@ -268,13 +267,12 @@ class Adapters:
             uses = (self._now if inside else self.standing) if uses is None else tuple(uses)
             if inside:
                 if uses != self._now:
-                    raise SfumatoError("a drawing cannot change its LoRAs before it is done")
+                    raise SfumatoError(INSIDE)
             else:
                 self._require([use.name for use in uses])
                 loras = tuple(self.opened[use.name] for use in uses)
                 self._turn.wait_for(lambda: (uses, loras) == (self._now, self._loras) or not self._users)
-                if (uses, loras) != (self._now, self._loras):
-                    self._switch(uses, loras)
+                self._switch(uses, loras)
             self._users[me] = self._users.get(me, 0) + 1
         try:
             yield
@@ -284,6 +282,15 @@ class Adapters:
                 if not self._users[me]:
                     del self._users[me]
                 self._turn.notify_all()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While inside, nobody draws."""
+        with self._turn:
+            if threading.get_ident() in self._users:
+                raise SfumatoError(INSIDE)
+            self._turn.wait_for(lambda: not self._users)
+            yield
 
     def _changes(
         self, uses: Sequence[LoraUse], loras: Sequence[Lora]
@@ -302,28 +309,29 @@ class Adapters:
         return found
 
     def _switch(self, uses: tuple[LoraUse, ...], loras: tuple[Lora, ...]) -> None:
-        before = {name: (part.changes, part.key, part.owners) for name, part in self.parts.items()}
+        if (uses, loras) == (self._now, self._loras):
+            return
         key = "|".join(
             f"{lora.digest} {u.weight!r} {u.blocks!r}" for u, lora in zip(uses, loras, strict=True)
         )
         touched: dict[str, frozenset[str]] = {}
         for name, changes in self._changes(uses, loras).items():
             part = self.parts[name]
-            differs = {t for t in {*part.changes, *changes} if part.changes.get(t) != changes.get(t)}
+            before = part.before.changes
+            differs = {t for t in {*before, *changes} if before.get(t) != changes.get(t)}
             if differs:
                 touched[name] = frozenset(differs)
-            part.changes, part.key = changes, key if changes else ""
-            part.owners = {delta: lora.name for lora in loras for delta in lora.deltas.get(name, {}).values()}
+            owners = {delta: lora.name for lora in loras for delta in lora.deltas.get(name, {}).values()}
+            part.now = Added(changes, key if changes else "", owners)
         try:
             if touched:
                 self.refresh(touched)
         except BaseException:
-            for name, (changes, key, owners) in before.items():
-                part = self.parts[name]
-                part.changes, part.key, part.owners = changes, key, owners
+            for part in self.parts.values():
+                part.now = part.before
             raise
         for part in self.parts.values():
-            part.before = part.changes
+            part.before = part.now
         self._now, self._loras = uses, loras
 
 

@@ -38,7 +38,7 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # part → tensor → shap
 
 @dataclass(frozen=True)
 class Report:
-    """How a file met a model. matched: its tensors that are used. left: those that are not, with the reason.
+    """How a file met a model. matched: its tensors that are used. left: those, and patterns, that are not, and why.
 
     modules: of each part, how many of its tensors change. ranks: the least and the greatest, where there are any.
     formats: in whose form the file is, such as "kohya" or "LoHa".
@@ -124,7 +124,9 @@ def read_lora(
         raise CheckpointError(
             f"{file} gives the same part of a module twice: {', '.join(map(shown, again[:SHOWN]))}"
         )
-    config.require_used(file, modules)
+    unused = config.unused(modules)
+    if unused and not partial:
+        raise CheckpointError(f"{file}: {listed(unused)}; take the rest with --lora-partial")
     left = {key: _foreign(key) for key in unknown}
     deltas: dict[str, dict[str, Delta]] = {}
     sources: dict[tuple[str, str], str] = {}
@@ -164,7 +166,7 @@ def read_lora(
     ranks = [delta.rank for own in deltas.values() for delta in own.values() if delta.rank]
     report = Report(
         tuple(matched),
-        left,
+        left | unused,
         {part: len(own) for part, own in deltas.items()},
         (min(ranks), max(ranks)) if ranks else None,
         tuple(formats),

@@ -21,7 +21,7 @@ class Merged(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.part[name]
-        if name not in self.part.changes:
+        if name not in self.part.now.changes:
             return tensor
         cast = tensor.to(self.info(name)[0])
         if not finite(cast):

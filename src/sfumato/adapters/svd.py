@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato.adapters.config import adapter_file, peft_config
 from sfumato.adapters.delta import Decomposed, Delta, LowRank
-from sfumato.adapters.lora import check_numbers, delta_of
+from sfumato.adapters.lora import check_numbers, delta_of, listed
 from sfumato.adapters.roles import KOHYA, Spelled, group, refused
 from sfumato.adapters.write import check_target, kohya
 from sfumato.checkpoint.header import shown
@@ -115,7 +115,8 @@ def resize(
         raise CheckpointError(
             f"{file} is no LoRA that is read here: {shown(first)} {f'is of {kind}' if kind else 'is no part of one'}"
         )
-    config.require_used(file, modules)
+    if unused := config.unused(modules):
+        raise CheckpointError(f"{file}: {listed(unused)}")
     _check_apart(file, modules)
     tensors: dict[str, Tensor] = {}
     kept = whole = 0.0

@@ -120,7 +120,7 @@ def told(tensors: Mapping[str, Tensor], name: str, problem: str) -> str:
     called, added = shown(origin(tensors, name)), getattr(tensors, "added", lambda name: "")(name)
     if not added:
         return f"{called} {problem}"
-    beyond = "is beyond the range of numbers; a weight nearer 0 is right"
+    beyond = "is beyond the range of float32; a weight nearer 0 is right"
     return f"{called} with {added} {beyond if problem == UNUSABLE else problem}"
 
 

@@ -99,7 +99,8 @@ def run(arguments: Sequence[str]) -> int:
             _say("stopped")
         return code
     except SfumatoError as error:
-        _complain(fields.worded(str(error)))
+        verb, _ = VERBS.get(next(iter(arguments), ""), (run, ""))
+        _complain(fields.worded(error, verb.__annotations__))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 
 from sfumato.cli import parse
@@ -11,6 +10,8 @@ from sfumato.cli.options import left_open
 
 if TYPE_CHECKING:
     from typer import Context
+
+    from sfumato.errors import SfumatoError
 
 NONE = "none"  # of an option that a picture to be like has given: not this one
 Read = Callable[[str, Any], Any]  # (the option, what it was given) → the field's value
@@ -58,7 +59,6 @@ FIELDS: dict[str, tuple[str, Read]] = {
     "skip_layers.interval": ("skip-interval", parse.interval),
 }
 OTHERS = {"guidance_first": "guidance"}  # fields that an option gives together with another
-NAMED = re.compile(r"\bby (image|init|controlnet|frames)\b")  # in messages of what is below
 MAY_DROP = ("hires.scale", "guidance_interval", "variation", "skip_layers.layers")
 
 
@@ -95,11 +95,16 @@ def _labels(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def worded(message: str) -> str:
-    """An error's message with options where it names fields of a request."""
-    field, space, rest = message.partition(" ")
+def worded(error: SfumatoError, parameters: Container[str]) -> str:
+    """An error's message; where it begins with the field of a request that is wrong, with the option for that.
+
+    parameters: of the verb. One that has no such option says what was given in another way.
+    """
+    message, field = str(error), str(getattr(error, "argument", None))
     option = OTHERS.get(field) or FIELDS.get(field, (field,))[0]
-    return NAMED.sub(r"by --\1", (field if option == field else f"--{option}") + space + rest)
+    if option == field or option.replace("-", "_") not in parameters or not message.startswith(f"{field} "):
+        return message
+    return f"--{option}{message.removeprefix(field)}"
 
 
 def dropped(context: Context) -> set[str]:

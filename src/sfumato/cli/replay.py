@@ -91,7 +91,8 @@ def replay(
     uses = request.loras or ()
     _check_named(recipe, "loras", [one.name for one in adapters], [use.name for use in uses])
     for group, given in by_name.items():
-        _check_named(recipe, group, list(given), [shown.name for shown in request.controls or ()])
+        asked = [] if group == "embeddings" else [control.name for control in request.controls or ()]
+        _check_named(recipe, group, list(given), asked)
     opened = _opened(
         recipe,
         file,

@@ -17,7 +17,7 @@ from sfumato.data.discover import Entry, discover, listed
 from sfumato.data.source import Problem, Size
 from sfumato.data.store import RowStore, address, lock, writing
 from sfumato.errors import CheckpointError, DataError, InputError
-from sfumato.pictures import decode
+from sfumato.pictures import decode, upright_size
 from sfumato.storage import read_json, write_json
 
 HANDFUL = 5  # this many bad members never stop a run
@@ -113,10 +113,9 @@ class FolderSource:
         return self._entries[self._items[index][0]].name
 
     def extent(self, index: int) -> Size:
-        """(height, width) of the whole picture, which is decoded for it."""
+        """(height, width) of the whole picture, by its header."""
         entry = self._entries[self._items[index][0]]
-        picture = decode(entry.read(), entry.name)
-        return picture.height, picture.width
+        return upright_size(entry.read(), entry.name)[::-1]
 
     def digest(self, index: int) -> str:
         number, mirrored = self._items[index]

@@ -134,7 +134,7 @@ def settled(model: Model, request: Request) -> Request:
         if control.name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise InputError(
-                f"this model has no ControlNet {control.name!r}: {has}; give its file by controlnet as "
+                f"this model has no ControlNet {control.name!r}: {has}; give its file by --controlnet "
                 f"{control.name}=FILE",
                 argument="controls",
             )

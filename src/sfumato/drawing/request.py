@@ -79,7 +79,7 @@ def _check_clip(model: Model, request: Request) -> None:
     system = model.system
     if system.animates:
         if request.image is None:
-            raise InputError(f"{model.name!r} sets a picture in motion; give one by image", argument="image")
+            raise InputError(f"{model.name!r} sets a picture in motion; give an image", argument="image")
         for name in ("prompt", "negative"):
             if getattr(request, name):
                 raise InputError(f"{model.name!r} reads no {name}; leave it out", argument=name)

@@ -112,7 +112,7 @@ def _settle_first(request: Request, image: Image.Image, size: Size) -> Request:
     """The same of a clip, whose first picture it is: brought to the clip's size rather than the reverse."""
     for name in ("strength", "mask", "outpaint", "inpaint", "hires"):
         if getattr(request, name) is not None and (name != "strength" or request.clip is None):
-            what = "goes with a clip to begin with, by init" if name == "strength" else "is for pictures"
+            what = "goes with a clip to begin with" if name == "strength" else "is for pictures"
             raise InputError(f"{name} {what}; a clip begins with its image as it is", argument=name)
     upright = (image.height > image.width) == (size[1] > size[0]) or image.height == image.width
     wanted = request.size or (size if upright else size[::-1])

@@ -14,7 +14,7 @@ from sfumato.data.folder import FolderSource
 from sfumato.data.scenes import SceneSource
 from sfumato.data.source import Size
 from sfumato.errors import DataError
-from sfumato.pictures import BLACK, decode, read_file
+from sfumato.pictures import BLACK, decode, read_file, upright_size
 
 BATCH = 32  # scenes rendered at a time
 STRETCH = 1.1  # by which a control picture may be of another shape: annotators round sides to multiples of 64
@@ -53,7 +53,8 @@ class Scenes:
 class Folder:
     """Captioned pictures of a folder; in another, control pictures with the same names, cropped in the same way.
 
-    They lie in the same folders there, or all in one where no two names are alike.
+    They lie in the same folders there, or all in one where no two names are alike. `DataError` for one that is missing,
+    unsound or of another shape.
     """
 
     def __init__(self, source: FolderSource, controls: Path):
@@ -71,6 +72,17 @@ class Folder:
                     "pictures into folders as the pictures are"
                 )
             self._files.append(found)
+        for file, index in {file: index for index, file in enumerate(self._files)}.items():  # each once
+            self._check_shape(file, index)
+
+    def _check_shape(self, file: Path, index: int) -> None:
+        across, down = upright_size(read_file(file, "control"), str(file))
+        height, width = self.source.extent(index)
+        if not 1 / STRETCH < (across * height) / (down * width) < STRETCH:
+            raise DataError(
+                f"{file} is {across}x{down} and its picture {self.source.name(index)} {width}x{height}; the same "
+                "shape is right"
+            )
 
     def buckets(self) -> dict[Size, list[int]]:
         return self.source.buckets()
@@ -86,12 +98,6 @@ class Folder:
         for index in indices:
             file = self._files[index]
             control = decode(read_file(file, "control"), str(file), BLACK)
-            height, width = self.source.extent(index)
-            if not 1 / STRETCH < (control.width * height) / (control.height * width) < STRETCH:
-                raise DataError(
-                    f"{file} is {control.width}x{control.height} and its picture {self.source.name(index)} "
-                    f"{width}x{height}; the same shape is right"
-                )
             controls.append(torch.from_numpy(np.array(cover(control, size))).permute(2, 0, 1))
         return pictures, torch.stack(controls)
 

@@ -156,13 +156,13 @@ def _check_size(name: str, width: int, height: int, count: int, most: int = MAX_
         )
     if count * width * height > most:
         raise DataError(
-            f"{name} holds more than {most:,} pixels in its frames together; read fewer by frames, or make "
+            f"{name} holds more than {most:,} pixels in its frames together; read fewer frames, or make "
             "it smaller"
         )
 
 
 def _too_many(name: str) -> DataError:
-    return DataError(f"{name} has more than {MAX_FRAMES} frames; cut it, or read its beginning by frames")
+    return DataError(f"{name} has more than {MAX_FRAMES} frames; cut it, or read fewer")
 
 
 def _decoded(

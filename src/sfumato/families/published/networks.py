@@ -82,7 +82,7 @@ def part_hash(part: Mapping[str, Tensor]) -> str:
     """SHA-256 of a part's tensors, read once in a process for each state of its files; and of what is added to them."""
     if isinstance(part, Folded):
         own = part_hash(part.base)
-        return hashlib.sha256(f"{own} {part.key}".encode()).hexdigest() if part.key else own
+        return hashlib.sha256(f"{own} {part.now.key}".encode()).hexdigest() if part.now.key else own
     identity = getattr(part.weights, "identity", None) if isinstance(part, View) else None
     if identity is None:  # not of files
         return tensors_hash(part)

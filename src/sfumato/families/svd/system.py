@@ -104,7 +104,7 @@ class System(PublishedSystem):
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """Two rows, of a request for one clip: its picture, and nothing. `prompts` are not read."""
         if request.image is None:
-            raise InputError("give the picture to set in motion by image", argument="image")
+            raise InputError("there is no image to set in motion; give one", argument="image")
         motion, pixels = (
             request.motion or Motion(),
             to_pixels(first_picture(request))[None],
