@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,12 +13,13 @@ from asgi import asked, desk_of
 from helpers import noise
 from serving import png
 from sfumato.serve import keys
+from sfumato.serve.books import RETRY_WINDOW
 from sfumato.serve.job import now
 from sfumato.serve.ledger import LedgerError, Upload
 from sfumato.serve.refusals import Refused
 from sfumato.serve.store import new_id
 from sfumato.serve.web.app import build
-from shop import Shop, ends, in_shop
+from shop import Shop, ends, in_shop, record
 
 EDGE = "xyzzy"
 JSON = {"content_type": "application/json"}
@@ -146,6 +149,15 @@ def test_a_key_finds_its_files_by_pages(desk):
     assert asked(app, "GET", f"/v1/files?before={new_id('file')}")[0] == 404
     assert asked(app, "DELETE", f"/v1/files/{sent[0]['id']}")[0] == 200
     assert len(json.loads(asked(app, "GET", "/v1/files")[2])["data"]) == 2 == len(kept(desk))
+
+
+def test_a_sweep_forgets_who_was_answered_long_ago(desk):
+    for number, age in ((1, 0), (2, RETRY_WINDOW + 1)):
+        job = desk.ledger.accept(replace(record(number), made=now() - age))
+        desk.ledger.answered(job.id)
+    asyncio.run(desk.books.sweep(1000))
+    with desk.ledger._transaction() as run:
+        assert [row.job for row in run.execute(desk.ledger.answers.select())] == [record(1).id]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from sfumato.serve.refusals import Refused
 from sfumato.serve.store import Store
 
 MOST_KEPT = 2 * 2**30  # bytes of uploads that a tenant may have
+RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined onto its job
 T = TypeVar("T")
 
 
@@ -56,7 +57,8 @@ class Books:
             await self.write(self.ledger.drop_upload, name)
 
     async def sweep(self, keep: float) -> None:
-        """Remove files older than so many seconds."""
+        """Remove files older than so many seconds, and what only those who try again need."""
+        await self.write(self.ledger.drop_answers, now() - RETRY_WINDOW)
         await self.drop(*await self.write(self.ledger.old_uploads, now() - keep))
         await self.work(self.store.sweep, keep)
 

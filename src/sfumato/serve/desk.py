@@ -11,7 +11,7 @@ from typing import Any
 
 from sfumato.serve import process
 from sfumato.serve.asked import PICTURE, files_of
-from sfumato.serve.books import Books
+from sfumato.serve.books import RETRY_WINDOW, Books
 from sfumato.serve.devices import Connect
 from sfumato.serve.floor import Floor
 from sfumato.serve.job import Live, now
@@ -26,7 +26,6 @@ from sfumato.serve.wire import Broken
 
 CANCELLING = 2.0  # seconds that an answer to a cancellation waits for the job's end
 ASKS = 600  # estimates and preflights of a key in a minute
-RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined onto its job
 Brought = Mapping[str, tuple[Upload, bytes]]
 
 
@@ -172,7 +171,9 @@ class Desk:
     def check_asking(self, key: Key) -> None:
         """`Refused` for who asks more often what something would take than anybody at a page does."""
         if (seconds := self.rates.take(f"{key.id} asks", ASKS)) > 0:
-            raise self._no("rate_limited", f"a key may ask {ASKS} times in a minute what it takes", seconds)
+            raise self._no(
+                "rate_limited", f"a key may ask for {ASKS} estimates and preflights in a minute", seconds
+            )
 
     def _no(self, code: str, message: str, after: float) -> Refused:
         self.metrics.refused.labels(code).inc()
