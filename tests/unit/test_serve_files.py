@@ -116,7 +116,7 @@ def test_nobody_but_the_job_that_it_came_with_knows_of_a_file(desk, app, path):
         assert asked(app, method, f"/v1/files/{live.files[0]}")[0] == 404
     again = json.dumps({"request": live.record.request}).encode()
     status, _, answer = asked(app, "POST", "/v1/jobs", again, **JSON)
-    assert status == 400 and json.loads(answer)["error"]["code"] == "file_gone"
+    assert status == 400 and json.loads(answer)["error"]["param"] == "image"
     assert kept(desk) == live.files
 
 

@@ -31,14 +31,9 @@ def not_found(what: str, name: object) -> Refused:
     return Refused(404, "not_found", f"there is no {what} {str(name)[:80]!r}", param="id")
 
 
-def file_gone(name: str, param: str | None = None) -> Refused:
-    return Refused(
-        400,
-        "file_gone",
-        f"there is no file {name[:80]!r}, or not any more; send it to /v1/files",
-        param=param,
-    )
-
-
 def bad(message: str, param: str | None = None) -> Refused:
     return Refused(400, "bad_input", message, param=param)
+
+
+def file_gone(name: str, param: str | None = None) -> Refused:
+    return bad(f"the file {name[:80]!r} is not there, or not any more; send it to /v1/files", param)

@@ -42,7 +42,7 @@ def test_it_is_said_that_what_a_picture_was_begun_with_is_gone(visitor, client):
     visitor.page.reload()
     visitor.ready().drawn()
     visitor.press("Make again")
-    assert "A picture is not there any more" in visitor.text("#trouble:not([hidden])")
+    assert "is not there, or not any more" in visitor.text("#trouble:not([hidden])")
     visitor.press("Take settings")
     visitor.page.wait_for_selector("#trouble:has-text('There is no file'):has-text('That cannot')")
 
