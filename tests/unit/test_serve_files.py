@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,12 +13,13 @@ from asgi import asked, desk_of
 from helpers import noise
 from serving import png
 from sfumato.serve import keys
+from sfumato.serve.books import RETRY_WINDOW
 from sfumato.serve.job import now
-from sfumato.serve.ledger import Upload
+from sfumato.serve.ledger import LedgerError, Upload
 from sfumato.serve.refusals import Refused
 from sfumato.serve.store import new_id
 from sfumato.serve.web.app import build
-from shop import Shop, ends, in_shop
+from shop import Shop, ends, in_shop, record
 
 EDGE = "xyzzy"
 JSON = {"content_type": "application/json"}
@@ -66,24 +69,69 @@ def test_of_what_is_refused_nothing_is_kept(desk, path, monkeypatch):
     assert desk.ledger.uploads_of(keys.LOCAL, 9) == []
 
 
-def test_what_came_with_a_job_goes_with_it_unless_another_needs_it(tmp_path):
-    names = [new_id("file") for _ in range(3)]
+def test_what_is_a_job_s_alone_goes_with_it(tmp_path):
+    names = [new_id("file") for _ in range(2)]
 
     async def story(shop: Shop) -> None:
         for name in names:
-            await shop.books.keep(Upload(name, "a", "png", 1, 8, 8, now()), b"x")
-        first, second = shop.accept(1), shop.accept(2)
-        first.record.options.update(files=names, forget=names[:2])
-        second.record.options.update(files=names[1:2])
-        worker = await shop.draws(first, second)
-        worker.done(first.id)
-        await ends(first)
+            await shop.books.keep(Upload(name, "a", "png", 1, 8, 8, now()), b"x", alone=name == names[0])
+        live = shop.accept(1)
+        live.record.options.update(files=names, forget=names[:1])
+        worker = await shop.draws(live)
+        worker.done(live.id)
+        await ends(live)
         while shop.books.store.get(names[0]) is not None:
             await shop.books.work(lambda: None)
-        assert [shop.books.store.get(name) for name in names] == [None, b"x", b"x"]
-        assert shop.books.ledger.upload("a", names[0]) is None
+        assert shop.books.store.get(names[1]) == b"x"
 
     in_shop(tmp_path, story)
+
+
+TAKES = {
+    "expected": {"seconds": 1.0, "pictures": 1, "memory": 1, "pixel_steps": 4, "size": [64, 64]}, "sampler_steps": 4,
+    "tune": [],
+}  # fmt: skip
+
+
+@pytest.fixture
+def app(desk, monkeypatch):
+    """It takes all that is asked of it, and draws nothing."""
+
+    async def expected(ask, files, parts):
+        return TAKES
+
+    monkeypatch.setattr(desk, "expected", expected)
+    return build(desk)
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/sdapi/v1/img2img"])
+def test_nobody_but_the_job_that_it_came_with_knows_of_a_file(desk, app, path):
+    body, kind = BROUGHT[path]
+    asked(app, "POST", path, body, **kind, idempotency_key="once")
+    asked(app, "POST", path, body, **kind, idempotency_key="once")
+    [live] = desk.floor.live.values()
+    assert kept(desk) == live.files == live.forget
+    assert json.loads(asked(app, "GET", "/v1/files")[2])["data"] == []
+    for method in ("GET", "DELETE"):
+        assert asked(app, method, f"/v1/files/{live.files[0]}")[0] == 404
+    again = json.dumps({"request": live.record.request}).encode()
+    status, _, answer = asked(app, "POST", "/v1/jobs", again, **JSON)
+    assert status == 400 and json.loads(answer)["error"]["param"] == "image"
+    assert kept(desk) == live.files
+
+
+@pytest.mark.parametrize("away", [("accept",), ("accept", "drop_upload")])
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/videos"])
+def test_nothing_is_kept_where_the_ledger_fails(desk, app, monkeypatch, path, away):
+    def locked(*args):
+        raise LedgerError("locked")
+
+    for name in away:
+        monkeypatch.setattr(desk.ledger, name, locked)
+    body, kind = BROUGHT[path]
+    status, _, answer = asked(app, "POST", path, body, **kind, idempotency_key="once")
+    assert status == 503 and json.loads(answer)["error"]["code"] == "ledger_unavailable"
+    assert kept(desk) == []
 
 
 def test_a_key_finds_its_files_by_pages(desk):
@@ -101,6 +149,15 @@ def test_a_key_finds_its_files_by_pages(desk):
     assert asked(app, "GET", f"/v1/files?before={new_id('file')}")[0] == 404
     assert asked(app, "DELETE", f"/v1/files/{sent[0]['id']}")[0] == 200
     assert len(json.loads(asked(app, "GET", "/v1/files")[2])["data"]) == 2 == len(kept(desk))
+
+
+def test_a_sweep_forgets_who_was_answered_long_ago(desk):
+    for number, age in ((1, 0), (2, RETRY_WINDOW + 1)):
+        job = desk.ledger.accept(replace(record(number), made=now() - age))
+        desk.ledger.answered(job.id)
+    asyncio.run(desk.books.sweep(1000))
+    with desk.ledger._transaction() as run:
+        assert [row.job for row in run.execute(desk.ledger.answers.select())] == [record(1).id]
 
 
 @pytest.mark.parametrize(

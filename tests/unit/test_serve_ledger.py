@@ -185,8 +185,13 @@ def test_what_a_client_was_given_is_not_joined_again(ledger):
     for _ in range(2):
         ledger.answered(job.id)
     assert ledger.same("a", "d", NOW - 10) is None
+    ledger.drop_answers(job.made)
+    assert ledger.same("a", "d", NOW - 10) is None
     other = ledger.accept(record(made=NOW - 1))
     assert ledger.same("a", "d", NOW - 10) == other
+    ledger.drop_answers(job.made + 1)  # it is too old to be joined, and nobody asks any more
+    with ledger._transaction() as run:
+        assert run.execute(books.sql.select(ledger.answers)).all() == []
 
 
 def test_a_running_job_goes_back_into_the_queue(ledger):

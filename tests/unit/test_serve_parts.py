@@ -225,8 +225,11 @@ def test_outputs_are_all_there_or_none(tmp_path):
     assert small.read_bytes() == b"dd"
     assert store.thumb(job, 1, lambda data: b"again") == small and small.read_bytes() == b"dd"
     assert store.thumb(job, 2, bytes.upper) is None
-    assert store.sweep(1000) == 0 and store.sweep(-1) == 2
-    assert store.output(job, 0) is None and store.thumb(job, 0, bytes.upper) is None
+    store.put(alone := new_id("file"), b"x")  # of a job that was not heard of again
+    assert store.sweep(1000) == 0 and store.sweep(-1) == 3
+    assert (
+        store.get(alone) is None and store.output(job, 0) is None and store.thumb(job, 0, bytes.upper) is None
+    )
 
 
 # --- what clients are not told ---------------------------------------------------------------------------------------

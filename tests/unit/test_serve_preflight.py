@@ -85,6 +85,19 @@ def test_around_a_mask_it_is_the_part_that_is_drawn_on(preflights, pocket, poste
     assert found["regions"] and all(lies_in(each["box"], AT) for each in found["regions"])
 
 
+def test_what_is_added_around_a_picture_is_not_looked_at(preflights, pocket):
+    striped = Image.fromarray(np.tile(np.arange(64) % 4 // 2 * 255, (64, 1)).astype(np.uint8)).convert("RGB")
+    grown = {"image": striped, "outpaint": (0, 64, 0, 64)}
+    kept = told(preflights, pocket, **grown)
+    assert (kept["score"], kept["regions"], kept["size"]) == (100, [], [64, 192])
+    inside = told(preflights, pocket, inpaint=Inpaint(paste=False), **grown)
+    beside = told(preflights, pocket, image=striped, size=(64, 192), fit="contain")
+    for found in (inside, beside):
+        boxes = [each["box"] for each in found["regions"]]
+        assert found["score"] < 50 and boxes
+        assert all(box["left"] < box["right"] and box["top"] < box["bottom"] for box in boxes)
+
+
 def test_it_says_of_reading_what_is_so(preflights, pocket, poster, monkeypatch):
     for engine, note in ((None, ocr.MISSING), (lambda: None, ocr.UNASKED)):
         monkeypatch.setattr(ocr, "_engine", lambda engine=engine: engine)

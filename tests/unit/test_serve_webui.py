@@ -69,10 +69,12 @@ def param(answer: tuple[int, dict]) -> str:
         ("img2img", {"init_images": [START], "include_init_images": True}, "include_init_images"),
         ("img2img", {"init_images": ["bm8="]}, "init_images"),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": "bm8="}]}}}, "alwayson_scripts"),
+        ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": "?"}]}}}, "alwayson_scripts"),
     ],
 )
 def test_what_would_make_another_picture_is_refused_by_name(post, path, body, name):
-    assert param(post(path, {"prompt": "x"} | body)) == name
+    answer = post(path, {"prompt": "x"} | body)
+    assert param(answer) == name and "controls" not in answer[1]["error"]["message"]
     assert post.asks == []
 
 

@@ -13,6 +13,7 @@ from sfumato.serve.refusals import Refused
 from sfumato.serve.store import Store
 
 MOST_KEPT = 2 * 2**30  # bytes of uploads that a tenant may have
+RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined onto its job
 T = TypeVar("T")
 
 
@@ -32,13 +33,14 @@ class Books:
         """Anything with files, or with pictures, that takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._files, lambda: call(*args, **kwargs))
 
-    async def keep(self, upload: Upload, data: bytes) -> None:
-        """Keep a tenant's file. `Refused` where there is no room."""
+    async def keep(self, upload: Upload, data: bytes, *, alone: bool = False) -> None:
+        """Keep a tenant's file; alone: for the one job that it came with, as if it had not been sent, neither listed
+        nor counted. `Refused` where there is no room."""
         try:
             await self.work(self.store.put, upload.id, data)
         except OSError:
             raise Refused(503, "storage_full", "the file cannot be kept now", retry_after=60) from None
-        if not await self.write(self.ledger.add_upload, upload, MOST_KEPT):
+        if not alone and not await self.write(self.ledger.add_upload, upload, MOST_KEPT):
             await self.work(self.store.drop, upload.id)
             raise Refused(
                 413,
@@ -48,13 +50,15 @@ class Books:
             )
 
     async def drop(self, *names: str) -> None:
-        """Forget files."""
+        """Forget files; they are gone from the disk even where the ledger fails."""
+        for name in names:
+            await self.work(self.store.drop, name)
         for name in names:
             await self.write(self.ledger.drop_upload, name)
-            await self.work(self.store.drop, name)
 
     async def sweep(self, keep: float) -> None:
-        """Remove files older than so many seconds."""
+        """Remove files older than so many seconds, and what only those who try again need."""
+        await self.write(self.ledger.drop_answers, now() - RETRY_WINDOW)
         await self.drop(*await self.write(self.ledger.old_uploads, now() - keep))
         await self.work(self.store.sweep, keep)
 

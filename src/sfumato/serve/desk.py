@@ -11,7 +11,7 @@ from typing import Any
 
 from sfumato.serve import process
 from sfumato.serve.asked import PICTURE, files_of
-from sfumato.serve.books import Books
+from sfumato.serve.books import RETRY_WINDOW, Books
 from sfumato.serve.devices import Connect
 from sfumato.serve.floor import Floor
 from sfumato.serve.job import Live, now
@@ -19,14 +19,13 @@ from sfumato.serve.keys import Key
 from sfumato.serve.ledger import LedgerError, OverBudget, Record, Upload
 from sfumato.serve.money import shown, work_of
 from sfumato.serve.rates import Rates
-from sfumato.serve.refusals import Refused, bad, not_found
+from sfumato.serve.refusals import Refused, bad, file_gone, not_found
 from sfumato.serve.settings import Settings
 from sfumato.serve.store import new_id
 from sfumato.serve.wire import Broken
 
 CANCELLING = 2.0  # seconds that an answer to a cancellation waits for the job's end
 ASKS = 600  # estimates and preflights of a key in a minute
-RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined onto its job
 Brought = Mapping[str, tuple[Upload, bytes]]
 
 
@@ -36,7 +35,7 @@ class Ask:
     it tries again. keep: the job goes on when the client is gone; else so many seconds of `grace`. looks: pictures of
     it forming, of `look_format`. via: the interface that it came by. kind: what is to be drawn, `job.PICTURE` or
     `job.CLIP`. brought: files that came with it, by the ids that stand in the request; they are kept when it is
-    accepted. forget: until it has ended, as its client never hears of these ids.
+    accepted. forget: until it has ended, and for this job alone, as its client knows of no files.
     """
 
     model: str
@@ -172,7 +171,9 @@ class Desk:
     def check_asking(self, key: Key) -> None:
         """`Refused` for who asks more often what something would take than anybody at a page does."""
         if (seconds := self.rates.take(f"{key.id} asks", ASKS)) > 0:
-            raise self._no("rate_limited", f"a key may ask {ASKS} times in a minute what it takes", seconds)
+            raise self._no(
+                "rate_limited", f"a key may ask for {ASKS} estimates and preflights in a minute", seconds
+            )
 
     def _no(self, code: str, message: str, after: float) -> Refused:
         self.metrics.refused.labels(code).inc()
@@ -226,13 +227,12 @@ class Desk:
         )
         try:
             for upload, data in ask.brought.values():
-                await self.books.keep(upload, data)
+                await self.books.keep(upload, data, alone=ask.forget)
             written = await self.books.write(self.ledger.accept, record, key.budget)
-        except Refused:
-            await self.books.drop(*ask.brought)
-            raise
-        except OverBudget as error:
-            await self.books.drop(*ask.brought)
+        except Exception as error:
+            await self._drop(ask)
+            if not isinstance(error, OverBudget):
+                raise
             currency = self.prices.currency
             raise Refused(
                 402,
@@ -241,12 +241,17 @@ class Desk:
                 f"{shown(error.left, currency)} left this month",
             ) from None
         if written.id != record.id:
-            await self.books.drop(*ask.brought)
+            await self._drop(ask)
             return self._same(written, ask)
         live = Live(record, keep=ask.keep, grace=ask.grace)
         self.floor.add(live)
         self.metrics.accepted.labels(record.model).inc()
         return record, live
+
+    async def _drop(self, ask: Ask) -> None:
+        """Forget what came with a job that is not accepted."""
+        with contextlib.suppress(LedgerError, OSError):  # then it is swept
+            await self.books.drop(*ask.brought)
 
     async def files(self, key: Key, ask: Ask) -> tuple[list[str], list[bytes]]:
         """The files that a request names, by id, and their bytes."""
@@ -257,7 +262,7 @@ class Desk:
                 parts.append(ask.brought[name][1])
                 continue
             if await self.books.write(self.ledger.upload, key.id, name) is None:
-                raise bad(f"there is no file {name[:80]!r}; send files to /v1/files", place)
+                raise file_gone(name, place)
             parts.append(await self.floor.bytes_of(name, place))
         return list(places), parts
 

@@ -24,7 +24,7 @@ from sfumato.serve.job import Live, error_of, fairest, next_for, now, why
 from sfumato.serve.ledger import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, LedgerError
 from sfumato.serve.metrics import Metrics
 from sfumato.serve.money import work_of
-from sfumato.serve.refusals import LONGEST_WAIT, Refused, bad
+from sfumato.serve.refusals import LONGEST_WAIT, Refused, file_gone
 from sfumato.serve.settings import Settings
 from sfumato.serve.wire import Broken
 
@@ -239,7 +239,7 @@ class Floor:
         """An upload, of a request's field; `Refused` if it is not there any more."""
         data = await self.books.work(self.books.store.get, name)
         if data is None:
-            raise bad(f"the file {name!r} is not kept any more; send it again", field)
+            raise file_gone(name, field)
         return data
 
     def _back(self, live: Live) -> None:
@@ -390,10 +390,9 @@ class Floor:
         return True
 
     async def _forget(self, live: Live) -> None:
-        """Drop the files that came with a job, but for those that an open one names."""
-        held = {name for other in self.live.values() for name in other.files}
+        """Drop the files that are a job's alone."""
         with contextlib.suppress(LedgerError, OSError):  # then they are swept
-            await self.books.drop(*(name for name in live.forget if name not in held))
+            await self.books.drop(*live.forget)
 
     async def _ticking(self) -> None:
         """Deadlines: of what waits, and of workers that do not stop."""

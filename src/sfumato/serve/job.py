@@ -63,7 +63,7 @@ class Live:
 
     @property
     def forget(self) -> list[str]:
-        """Of these, what goes with the job."""
+        """Of these, what is the job's alone, and goes with it."""
         return list(self.record.options.get("forget", ()))
 
     @property

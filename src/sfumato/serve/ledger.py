@@ -263,6 +263,12 @@ class Ledger:
         with contextlib.suppress(IntegrityError), self._transaction() as run:  # or more than one
             run.execute(sql.insert(self.answers).values(job=job))
 
+    def drop_answers(self, before: float) -> None:
+        """Forget which of the jobs made before then were answered."""
+        old = sql.select(self.jobs.c.id).where(self.jobs.c.made < before)
+        with self._transaction() as run:
+            run.execute(sql.delete(self.answers).where(self.answers.c.job.in_(old)))
+
     def keyed(self, tenant: str, idempotency: str) -> Record | None:
         """The tenant's job of this idempotency key."""
         with self._transaction() as run:

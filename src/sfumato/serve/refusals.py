@@ -33,3 +33,7 @@ def not_found(what: str, name: object) -> Refused:
 
 def bad(message: str, param: str | None = None) -> Refused:
     return Refused(400, "bad_input", message, param=param)
+
+
+def file_gone(name: str, param: str | None = None) -> Refused:
+    return bad(f"the file {name[:80]!r} is not there, or not any more; send it to /v1/files", param)

@@ -103,12 +103,10 @@ class Store:
             shutil.rmtree(self._checked(folder, job, "job"), ignore_errors=True)
 
     def sweep(self, seconds: float) -> int:
-        """Remove outputs older than that, and what an interrupted write left; returns how many."""
+        """Remove files older than that, and what an interrupted write left; returns how many."""
         before, swept = time.time() - seconds, 0
         for path in (*self._outputs.iterdir(), *self._thumbs.iterdir(), *self._uploads.iterdir()):
             staged = path.name.startswith(".")
-            if path.parent == self._uploads and not staged:
-                continue  # the ledger says which of these go
             if path.stat().st_mtime < (time.time() - 3600 if staged else before):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
                 swept += 1

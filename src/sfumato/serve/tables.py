@@ -26,7 +26,7 @@ def tables() -> tuple[MetaData, dict[str, Table]]:
     entries     a reservation opens a job and one settlement or refund closes it; the constraint on (job, closes) is
                 what no job can be billed twice by
     uploads     pictures and clips that tenants sent
-    answers     jobs whose client was there to be given what was drawn
+    answers     young jobs whose client was there to be given what was drawn
     about       version and currency
     """
     meta = MetaData()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from browsing import SHAPES, Visitor, enter, latest, picture
-from serving import Client
+from helpers import noise
+from serving import Client, png
 
 pytestmark = pytest.mark.full  # a server and a browser
 
@@ -33,6 +34,17 @@ def test_the_largest_seed_is_not_rounded(visitor, client):
     visitor.press("Make again")
     visitor.page.wait_for_selector(".verdict:not(:empty)")
     assert latest(client)["request"]["seed"] == seed
+
+
+def test_it_is_said_that_what_a_picture_was_begun_with_is_gone(visitor, client):
+    files = {"image": ("start.png", png(noise(128, 128)), "image/png")}
+    assert client("POST", "/v1/images/edits", files=files, data={"prompt": "a ring"}).status_code == 200
+    visitor.page.reload()
+    visitor.ready().drawn()
+    visitor.press("Make again")
+    assert "is not there, or not any more" in visitor.text("#trouble:not([hidden])")
+    visitor.press("Take settings")
+    visitor.page.wait_for_selector("#trouble:has-text('There is no file'):has-text('That cannot')")
 
 
 def test_a_variation_is_near_and_another(visitor, client, gallery):

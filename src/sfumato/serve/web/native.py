@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -25,7 +26,8 @@ PICTURES = Family(
     PICTURE, "/jobs", "/estimate", "pictures", "picture", MEDIA, {"request": EXAMPLE, "previews": 4}
 )
 
-Find = Callable[..., Coroutine[Any, Any, Any]]
+Find = Callable[[str], Coroutine[Any, Any, Any]]
+Read = Callable[..., Coroutine[Any, Any, list[Any]]]
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -53,14 +55,8 @@ def routes(desk: Desk) -> APIRouter:
     @router.get("/files", summary="The latest files of this key, the newest first")
     async def files(request: Request, limit: str = "20", before: str | None = None) -> Response:
         key = key_of(request)
-        return Answer(
-            await _page(
-                limit, before, "file",
-                lambda file: _upload(desk, key, file),
-                lambda *args, **place: desk.books.write(desk.ledger.uploads_of, key.id, *args, **place),
-                _file,
-            )
-        )  # fmt: skip
+        find, read = partial(_upload, desk, key), partial(desk.books.write, desk.ledger.uploads_of, key.id)
+        return Answer(await _page(limit, before, "file", find, read, _file))
 
     @router.get("/files/{file}", summary="A file that was sent", **sends(*UPLOADS.values()))
     async def sent(request: Request, file: str) -> Response:
@@ -92,13 +88,8 @@ def routes(desk: Desk) -> APIRouter:
             live = desk.floor.live.get(record.id)
             return told(desk, live.record if live else record, live)
 
-        return Answer(
-            await _page(
-                limit, before, "job", find,
-                lambda *args, **place: desk.books.write(desk.ledger.jobs_of, tenant, *args, **place),
-                tell,
-            )
-        )  # fmt: skip
+        read = partial(desk.books.write, desk.ledger.jobs_of, tenant)
+        return Answer(await _page(limit, before, "job", find, read, tell))
 
     jobs.add(router, desk, PICTURES, jobs.json_of)
 
@@ -119,7 +110,7 @@ def routes(desk: Desk) -> APIRouter:
 
 
 async def _page(
-    limit: str, before: str | None, kind: str, find: Find, read: Find, tell: Callable[[Any], dict[str, Any]]
+    limit: str, before: str | None, kind: str, find: Find, read: Read, tell: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any]:
     """Part of a list, the newest first. kind: of ids. find: what `before` names. read: so many, from a place on."""
     count, place = whole(limit, "limit", 1, MOST_LISTED), dict[str, Any]()

@@ -32,8 +32,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that ask for nothing
     "include_init_images": (False,), "mask_blur_x": (4,), "mask_blur_y": (4,), "mask_round": (True,),
 }  # fmt: skip
 FITS = {0: "stretch", 1: "cover", 2: "contain"}  # resize_mode
-THEIRS = {  # our names → what the web UI calls it
-    "guidance": "cfg_scale", "size": "width x height", "count": "batch_size x n_iter", "negative": "negative_prompt",
+THEIRS = {  # our names → the web UI's field
+    "guidance": "cfg_scale", "size": "width", "count": "batch_size", "negative": "negative_prompt",
     "strength": "denoising_strength", "sampler": "sampler_name", "schedule": "scheduler", "image": "init_images",
     "controls": "alwayson_scripts", "control": "alwayson_scripts", "loras": "prompt", "fit": "resize_mode",
     "clip_skip": "CLIP_stop_at_last_layers", "variation": "subseed", "variation.seed": "subseed",
@@ -41,6 +41,7 @@ THEIRS = {  # our names → what the web UI calls it
     "hires.strength": "denoising_strength", "hires.steps": "hr_second_pass_steps", "hires.upscaler": "hr_upscaler",
     "inpaint.blur": "mask_blur", "inpaint.padding": "inpaint_full_res_padding", "model": "sd_model_checkpoint",
 }  # fmt: skip
+WORDS = {"width": "width x height", "batch_size": "batch_size x n_iter"}  # where ours is two of these fields
 CONTROL_FITS = {"just resize": "stretch", "crop and resize": "cover", "resize and fill": "contain"}
 
 
@@ -59,8 +60,8 @@ def in_their_words(error: Refused | InputError) -> Refused:
     ours, text = error.param if isinstance(error, Refused) else error.argument, str(error)
     named = THEIRS.get((ours or "").partition("[")[0])
     if named is not None and ours is not None:
-        text = f"{named}{text[len(ours) :]}" if text.startswith(f"{ours} ") else text
-        ours = named.partition(" ")[0]
+        text = f"{WORDS.get(named, named)}{text[len(ours) :]}" if text.startswith(f"{ours} ") else text
+        ours = named
     if isinstance(error, InputError):
         return Refused(400, error.code, text, param=ours)
     return Refused(error.status, error.code, text, param=ours, retry_after=error.retry_after)
@@ -178,7 +179,7 @@ class Body:
             return {}
         for name, so in same.items():
             if not so:
-                raise bad(f"{name} cannot be another than that of the first pass here", name)
+                raise bad(f"{name} must be that of the first pass", name)
         known = {label: name for name, label in webui.UPSCALERS.items()} | {
             "Latent (nearest)": "latent-nearest"
         }
@@ -244,10 +245,10 @@ class Body:
         if mode not in ("balanced", "0", "controlnet is more important", "2"):
             raise bad(
                 f"control_mode {mode[:40]!r} is not here; it is Balanced or ControlNet is more important",
-                "controls",
+                "alwayson_scripts",
             )
         number = len(self.controls)
-        self.pictures[f"control {number}"] = unbase64(image, "controls")
+        self.pictures[f"control {number}"] = unbase64(image, "alwayson_scripts")
         name = unit.get("model")
         values = {
             "name": name.partition(" [")[0] if isinstance(name, str) else name,

@@ -56,14 +56,21 @@ class Preflights:
         if picture.width * picture.height > MOST_PIXELS:
             raise InputError(f"a preflight looks at {MOST_PIXELS:,} pixels at most", argument="image")
         pixels = np.asarray(picture.convert("RGB"), np.float32) / 255
-        pasted = drawn_on.weight is not None  # then what the mask leaves black comes back
-        redrawn = np.asarray(drawn_on.mask) > 0 if pasted else None
+        left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
+        redrawn = np.zeros(
+            (picture.height, picture.width), bool
+        )  # of what was sent: not the borders around it
+        redrawn[top : picture.height - bottom, left : picture.width - right] = True
+        if drawn_on.weight is not None:  # what the mask leaves black comes back
+            redrawn &= np.asarray(drawn_on.mask) > 0
         report = self.bench.do(
             lambda: preflight(pixels, self.instrument, self.chart, name="image", redrawn=redrawn)
         )
+        boxes = [in_image(request, drawn_on, found.region.box) for found in report.findings]
         findings = tuple(
-            replace(found, region=replace(found.region, box=in_image(request, drawn_on, found.region.box)))
-            for found in report.findings
+            replace(found, region=replace(found.region, box=box))
+            for found, box in zip(report.findings, boxes, strict=True)
+            if box[0] < box[2] and box[1] < box[3]  # else it is of what was filled in beside the picture
         )
         told = replace(report, findings=findings).to_dict()
         return {**told, "model": self.name, "image_size": list(request.image.size)}
