@@ -24,7 +24,7 @@ from sfumato.drawing.script import Script, script
 from sfumato.errors import InputError
 from sfumato.families import DEFAULT_MODEL, PACKAGED, located, open_model
 from sfumato.families.system import DrawingSystem
-from sfumato.runtime import Clock, autocast, drawing_dtype, kernels, pick_device
+from sfumato.runtime import Clock, autocast, check_dtype, drawing_dtype, kernels, pick_device
 from sfumato.sampling import Step
 from sfumato.sampling.noise import GENERATOR
 from sfumato.tasks import canvas as tasks
@@ -90,6 +90,8 @@ def load(
     `Control.prepare` calls them. Raises `CheckpointError` that says what is wrong.
     """
     place = pick_device(device)
+    check_dtype("dtype", dtype)
+    check_dtype("text_dtype", text_dtype)
     dtype = dtype or drawing_dtype(place)
     both = {"engine": engine, "embeddings": embeddings or None, "offload": offload}
     options: dict[str, Any] = {

@@ -37,6 +37,12 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    """`InputError` for what is no type of PyTorch, such as its name."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise InputError(f"{name} must be a torch.dtype such as torch.float32, not {dtype!r}", argument=name)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Matrix products and convolutions in `dtype`, sums and norms in float32; for float32 it does nothing."""
     if dtype == torch.float32:

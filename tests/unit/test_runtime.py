@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sfumato
+from sfumato.errors import InputError
 from sfumato.generate import Model, drawing_dtype
 from sfumato.runtime import batch_invariant, bfloat16_is_fast, fast_dtype
 
@@ -54,3 +55,9 @@ def test_bfloat16_is_taken_for_fast_where_products_in_it_take_less_time():
     if not 0.7 < ratio < 1.4:  # where it is even, either is right
         assert bfloat16_is_fast() == (ratio > 1)
     assert fast_dtype(torch.device("cpu")) == (torch.bfloat16 if bfloat16_is_fast() else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["dtype", "text_dtype"])
+def test_a_types_name_is_no_type(name):
+    with pytest.raises(InputError, match=f"^{name} must be a torch.dtype"):
+        sfumato.load("pocket", "cpu", **{name: "float32"})

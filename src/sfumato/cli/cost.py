@@ -49,7 +49,7 @@ def cost(
         typer.Option(metavar="X", rich_help_panel=MONEY, help="Price of a step over a million pixels."),
     ] = None,
     currency: Annotated[
-        str | None, typer.Option(metavar="NAME", rich_help_panel=MONEY, help="Of the prices: EUR by default.")
+        str | None, typer.Option(metavar="NAME", rich_help_panel=MONEY, help="Of the prices: USD by default.")
     ] = None,
     watts: Annotated[
         str | None,

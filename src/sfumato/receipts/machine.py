@@ -37,7 +37,7 @@ class Price:
 
     per_hour: float = 0.0
     per_megapixel_step: float = 0.0
-    currency: str = "EUR"
+    currency: str = "USD"
     watts: float | None = None
 
     def validate(self) -> Price:
@@ -48,7 +48,7 @@ class Price:
             checks.number("watts", self.watts, 0.0, 1e6)
         if not re.fullmatch(r"[A-Za-z]{3}", self.currency):
             raise InputError(
-                f"currency must be three letters such as EUR, not {checks.shown(self.currency)}",
+                f"currency must be three letters such as USD, not {checks.shown(self.currency)}",
                 argument="currency",
             )
         return replace(self, currency=self.currency.upper())

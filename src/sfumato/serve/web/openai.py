@@ -193,7 +193,7 @@ def _wanted(desk: Desk, body: dict[str, Any]) -> Wanted:
     request: dict[str, Any] = {"prompt": prompt, "count": count}
     size = body.pop("size", "auto")
     if size != "auto":
-        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size, re.ASCII) if isinstance(size, str) else None
+        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", size, re.ASCII) if isinstance(size, str) else None
         if match is None:
             raise bad(f"size must be auto or such as 512x512, not {checks.shown(size)}", "size")
         request["size"] = [int(match[1]), int(match[2])]
