@@ -37,6 +37,7 @@ def test_a_job_from_its_beginning_to_its_bill(a, pocket, tmp_path):
     assert steps == sorted(steps) and steps[-1] == 6
     done = happened[-1][1]
     local = pocket.generate(Request(PROMPT, seed=2**64 - 1, count=2, steps=6))
+    bills = []
     for number, path in enumerate(done["pictures"]):
         answer = a.get(path)
         assert answer.headers["content-type"] == "image/png"
@@ -44,11 +45,16 @@ def test_a_job_from_its_beginning_to_its_bill(a, pocket, tmp_path):
         (tmp_path / "it.png").write_bytes(answer.content)
         recipe = read_recipe(tmp_path / "it.png")
         assert recipe["request"]["seed"] == [2**64 - 1, 0][number] and recipe["model"] == "pocket"
+        bills.append(recipe["receipt"])
     micros = 2 * 1_000 + -(-2 * 128 * 128 * 6 * 10_000 // 1_000_000)
     assert done["price"] == {"currency": "USD", "reserved_micros": micros, "charged_micros": micros}
     receipt = a.get(f"/v1/jobs/{job['id']}/receipt").json()
     assert receipt["charged_micros"] == micros and receipt["seconds"] > 0 and receipt["flops"]["denoise"] > 0
     assert receipt["recipe"]["weights"] == pocket.hashes
+    for field in ("seconds", "expected_seconds", "pixel_steps", "calls"):
+        assert sum(bill[field] for bill in bills) == pytest.approx(receipt[field])
+    assert sum(bill["flops"]["denoise"] for bill in bills) == receipt["flops"]["denoise"]
+    assert all(bill["memory"] == receipt["memory"] and bill["pictures"] == 2 for bill in bills)
     today = a.get("/v1/usage").json()["days"][-1]
     assert today["jobs"] >= 1 and today["micros"] >= micros
     listed = a.get("/v1/jobs").json()["data"]

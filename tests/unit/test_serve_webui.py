@@ -68,6 +68,7 @@ def param(answer: tuple[int, dict]) -> str:
         ("txt2img", {"enable_hr": True, "hr_scheduler": "Karras"}, "hr_scheduler"),
         ("img2img", {"init_images": [START], "include_init_images": True}, "include_init_images"),
         ("img2img", {"init_images": ["bm8="]}, "init_images"),
+        ("img2img", {"init_images": [START], "resize_mode": {"a": 1}}, "resize_mode"),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": "bm8="}]}}}, "alwayson_scripts"),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": "?"}]}}}, "alwayson_scripts"),
     ],

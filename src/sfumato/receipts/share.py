@@ -7,14 +7,18 @@ from typing import Any
 
 DIGITS = 9  # of a share that is no whole number: shares add up to within some billionths
 MEASURED = ("seconds", "stages")  # of a recipe
-BILLED = (
+BILLED = (  # of a receipt, a server's among them; memory is not shared out
+    "calls",
+    "expected_seconds",
     "flops",
-    "seconds",
-    "total_seconds",
-    "megapixel_steps",
     "joules",
+    "megapixel_steps",
     "money",
-)  # of a receipt; memory is not shared out
+    "pixel_steps",
+    "seconds",
+    "seconds_of",
+    "total_seconds",
+)
 
 
 def share(recipe: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class Body:
             raise bad("init_images must hold one picture, as base64", "init_images")
         self.pictures["image"] = unbase64(images[0], "init_images")
         mode = self._take("resize_mode", 0)
-        if mode not in FITS:
+        if mode not in tuple(FITS):
             raise bad(f"resize_mode must be 0, 1 or 2, not {checks.shown(mode)}", "resize_mode")
         self.fit = FITS[mode]
         found: dict[str, Any] = {"strength": self._take("denoising_strength", 0.75)}

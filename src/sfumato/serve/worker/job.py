@@ -74,7 +74,6 @@ class Job:
         finally:
             together.leave()
         spent = together.bench.spent()
-        files = self._files(result)
         seconds = {"network": round(spent.network, 4), "other": round(spent.other, 4)}
         receipt = {
             **self.expected.to_json(),
@@ -83,12 +82,13 @@ class Job:
             "seconds_of": seconds,
             "joules": self.joules(spent.network + spent.other),
         }
+        files = self._files(result, receipt)
         self.tell({"is": "done", "job": self.id, "receipt": receipt, "recipe": result.recipe}, files)
         return spent
 
-    def _files(self, result: Result) -> list[bytes]:
-        """Each picture or clip with its recipe, as a file."""
-        recipes = [recipe_of(result.recipe, k) for k in range(self.request.count)]
+    def _files(self, result: Result, receipt: dict[str, Any]) -> list[bytes]:
+        """Each picture or clip with its recipe and its share of the receipt, as a file."""
+        recipes = [recipe_of(result.recipe | {"receipt": receipt}, k) for k in range(self.request.count)]
         if result.clips:
             return [clips.encoded(*each, self.format) for each in zip(result.clips, recipes, strict=True)]
         suffix = SUFFIXES[self.format]
