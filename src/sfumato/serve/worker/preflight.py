@@ -57,9 +57,7 @@ class Preflights:
             raise InputError(f"a preflight looks at {MOST_PIXELS:,} pixels at most", argument="image")
         pixels = np.asarray(picture.convert("RGB"), np.float32) / 255
         left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
-        redrawn = np.zeros(
-            (picture.height, picture.width), bool
-        )  # of what was sent: not the borders around it
+        redrawn = np.zeros((picture.height, picture.width), bool)  # of what was sent, not around it
         redrawn[top : picture.height - bottom, left : picture.width - right] = True
         if drawn_on.weight is not None:  # what the mask leaves black comes back
             redrawn &= np.asarray(drawn_on.mask) > 0
