@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from sfumato.autoencoder.kl import AutoencoderKL
@@ -67,6 +68,12 @@ def write(kind: str, place: Path, prediction: str = "epsilon", seed: int = 5, **
     write_json(place / folder.SCHEDULER, config)
     write_json(place / folder.INDEX, folder.model_index(kind, system, config["_class_name"]))
     return place
+
+
+def stand_for_the_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small ones are what every kind of Stable Diffusion is, for one test."""
+    for kind, system in SMALL.items():
+        monkeypatch.setitem(SYSTEMS, kind, system)
 
 
 def places_in(make: Callable[[str], Path]) -> Callable[..., str]:

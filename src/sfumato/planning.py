@@ -17,9 +17,7 @@ from sfumato.tasks.canvas import by, nearest_size
 from sfumato.types import Request
 
 FILLED = 0.92  # of the memory that is allowed: so far a peak was above its plan (docs/memory.md)
-KERNELS = (
-    48 << 20
-)  # bytes that libraries keep on a CPU once they have worked: code for shapes, and pages of theirs
+KERNELS = 48 << 20  # bytes that libraries keep on a CPU once they have worked: code, and pages of theirs
 ATTEMPTS = 3  # to fill it: layers laid out for the processor are a little larger than in their files
 
 

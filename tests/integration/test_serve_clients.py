@@ -16,7 +16,6 @@ import small_sd
 from helpers import noise
 from serving import PROMPT, Client, Server, error, opened, png, same
 from sfumato import Request, load
-from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.parts import Control, LoraUse
 from sfumato.serve import keys
 from small_python import small_python
@@ -112,8 +111,7 @@ def adapted(place, written):
 
 
 def test_a_lora_and_a_controlnet_through_every_door(adapted, written, monkeypatch):
-    for kind, system in small_sd.SMALL.items():
-        monkeypatch.setitem(SYSTEMS, kind, system)
+    small_sd.stand_for_the_published(monkeypatch)
     checkpoint, ink, canny = written
     model = load(str(checkpoint), "cpu", dtype=torch.float32, controlnets={"canny": str(canny)})
     model.attach(ink, 0.0, name="ink")

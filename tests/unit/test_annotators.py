@@ -16,11 +16,10 @@ import small_control as small
 from helpers import noise
 from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
-from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
 from sfumato.tasks.annotators import Entrance, depth_picture, open_annotator
 from sfumato.tasks.poses import COLORS, FAINT, ORDER, points_of, pose_picture
-from small_sd import SMALL, write
+from small_sd import stand_for_the_published, write
 
 
 @pytest.mark.parametrize("kind", ["dpt", "depth_anything"])
@@ -137,8 +136,7 @@ def test_what_is_refused(tmp_path):
 @pytest.mark.full
 def test_the_command_line_makes_depth_of_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for kind, system in SMALL.items():
-        monkeypatch.setitem(SYSTEMS, kind, system)
+    stand_for_the_published(monkeypatch)
     write("sd1", Path("m"))
     small.file(Path("depth.safetensors"), "sd1")
     folder = small_annotators.dpt(Path("dpt"))

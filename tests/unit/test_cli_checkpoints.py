@@ -17,12 +17,11 @@ from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.sd import folder
 from sfumato.families.sd.checkpoint import Checkpoint, completed
-from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts import webui
 from sfumato.receipts.provenance import read_recipe
 from sfumato.storage import data_hash, load_tensors, read_json, tensors_hash, write_json
 from sfumato.types import Micro, Request
-from small_sd import SMALL, places_in, write
+from small_sd import places_in, stand_for_the_published, write
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,7 @@ def places(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _small_kinds_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind, system in SMALL.items():
-        monkeypatch.setitem(SYSTEMS, kind, system)
+    stand_for_the_published(monkeypatch)
 
 
 # --- textual inversion ---------------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ from sfumato.cli import controls
 from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.control import require_control
-from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
-from small_sd import SMALL, write
+from small_sd import stand_for_the_published, write
 
 LIGHT = ["--steps", "2", "--size", "32", "--dtype", "fp32"]
 
@@ -26,8 +25,7 @@ LIGHT = ["--steps", "2", "--size", "32", "--dtype", "fp32"]
 @pytest.fixture(autouse=True)
 def _a_small_model_with_pictures_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind, system in SMALL.items():
-        monkeypatch.setitem(SYSTEMS, kind, system)
+    stand_for_the_published(monkeypatch)
     write("sd1", Path("m"))
     small.file(Path("canny.safetensors"), "sd1")
     noise(32, 32, seed=1).save("edges.png")

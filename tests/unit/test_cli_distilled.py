@@ -17,9 +17,8 @@ from sfumato.diffusion.schedules import beta_levels, beta_table, sigmas_for
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.published.convert import write_file
 from sfumato.families.sd.checkpoint import open_checkpoint
-from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
-from small_sd import SMALL, places_in, write
+from small_sd import places_in, stand_for_the_published, write
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,7 @@ def places(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _small_kinds_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind, system in SMALL.items():
-        monkeypatch.setitem(SYSTEMS, kind, system)
+    stand_for_the_published(monkeypatch)
 
 
 def test_how_distilled_models_draw_when_nothing_is_said(tmp_path):

@@ -19,11 +19,10 @@ from sfumato.cli.app import run
 from sfumato.errors import InputError
 from sfumato.families.convert import convert
 from sfumato.families.sd.checkpoint import open_checkpoint
-from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts import webui
 from sfumato.receipts.provenance import read_like, read_recipe
 from sfumato.storage import data_hash
-from small_sd import SMALL, write
+from small_sd import stand_for_the_published, write
 
 LIGHT = ["--steps", "2", "--size", "32", "--dtype", "fp32"]
 TO_Q, TO_K = (f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{x}" for x in "qk")
@@ -38,8 +37,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder_with_a_lora(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind, system in SMALL.items():
-        monkeypatch.setitem(SYSTEMS, kind, system)
+    stand_for_the_published(monkeypatch)
     generator = torch.Generator().manual_seed(1)
     save_file(
         {
