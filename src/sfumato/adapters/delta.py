@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sfumato.checkpoint.cast import cast
 from sfumato.nn.products import products_are_fast
+from sfumato.nn.tiles import add_product_to_matrix
 
 Shape = Sequence[int]
-HELD = 2**18  # numbers folded at a time, 1 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,31 +259,21 @@ def folded(base: Tensor, changes: Sequence[Change], dtype: torch.dtype = torch.f
     """base + Σ weight · ΔW, added in float32 and rounded once to `dtype`, on `base`'s device. `base` stays as it is.
 
     In bfloat16 it is the base rounded to that, so that it is the same whether a layer in memory takes ΔW or the file's.
-    Each ΔW is that to `base` itself, so the order of several does not matter, save for rounding. Of plain products some
-    rows at a time, so that float32 stays in the cache; in bfloat16, where it is multiplied natively, as one product of
-    factors rounded to it.
+    Each ΔW is that to `base` itself, so the order of several does not matter, save for rounding. Products are added as
+    one, of factors rounded to bfloat16 where that is asked for and multiplied natively.
     """
-    if dtype == torch.bfloat16:
-        base = cast(base, dtype)
-        if products_are_fast(base) and base.ndim > 1 and (factors := product(changes)) is not None:
-            up, down = (factor.to(dtype) for factor in factors)
-            matrix = base.view(len(base), -1)
-            return torch.addmm(matrix, up, down, out=matrix).view(base.shape)
-    if base.ndim < 2 or not all(isinstance(delta, LowRank) and delta.mid is None for _, delta in changes):
-        total = _copied(base)
-        for weight, delta in changes:
-            total.add_(change_of(delta, base), alpha=weight)
-        return total.to(dtype)
-    out = torch.empty(base.shape, dtype=dtype, device=base.device)
-    products = [(weight * d.scale, d.up, d.down) for weight, d in changes if isinstance(d, LowRank)]
-    factors = [(scale, *(_wide(f).flatten(1).to(base.device) for f in pair)) for scale, *pair in products]
-    rows = max(HELD // max(base[0].numel(), 1), 1)
-    for start in range(0, len(base), rows):
-        part = _copied(base[start : start + rows])
-        for scale, up, down in factors:
-            part.view(len(part), -1).addmm_(up[start : start + rows], down, alpha=scale)
-        out[start : start + rows] = part
-    return out
+    out = cast(base, dtype)
+    if out.ndim > 1 and (factors := product(changes)) is not None:
+        matrix, (up, down) = out.view(len(out), -1), (factor.to(out.device) for factor in factors)
+        if products_are_fast(out):
+            torch.addmm(matrix, up.to(dtype), down.to(dtype), out=matrix)
+        else:
+            add_product_to_matrix(matrix, up, down)
+        return out
+    total = out.to(torch.float32, copy=True)
+    for weight, delta in changes:
+        total.add_(change_of(delta, out), alpha=weight)
+    return total.to(dtype)
 
 
 def change_of(delta: Delta, base: Tensor) -> Tensor:
@@ -312,10 +302,6 @@ def _on(delta: Delta, device: torch.device) -> Delta:
 def _rows_of(tensor: Tensor, rows: tuple[int, ...], of: int) -> Tensor:
     parts = tensor.chunk(of)
     return parts[rows[0]] if len(rows) == 1 else torch.cat([parts[k] for k in rows])
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _wide(tensor: Tensor) -> Tensor:

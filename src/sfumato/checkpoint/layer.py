@@ -73,9 +73,9 @@ def packed_layer(
 def product_apart(
     layer: nn.Module, tensors: Mapping[str, Tensor], path: str, dtype: torch.dtype | None
 ) -> Product | None:
-    """What is added to a layer's matrix, where that can be added after packing in bfloat16."""
+    """What is added to a layer's matrix, where that can be added after packing."""
     apart, inner = getattr(tensors, "apart", None), matrix_of(layer)
-    if apart is None or inner is None or dtype != torch.bfloat16:
+    if apart is None or inner is None or dtype not in (torch.float32, torch.bfloat16):
         return None
     factors = apart(name := f"{path}.{inner}")
     return None if factors is None else (name, factors)

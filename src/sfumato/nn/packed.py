@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sfumato.nn.products import NARROW, onednn_is_available, products_are_widened
 from sfumato.nn.spatial import GEGLU, TanhGELU
 from sfumato.nn.temporal import TemporalConv
-from sfumato.nn.tiles import add_product, tiles_of
+from sfumato.nn.tiles import add_product, add_product_to_matrix, tiles_of
 from sfumato.nn.unet import Upsample
 
 ROWS = 2048  # tokens, and
@@ -138,21 +138,20 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], form)
 
     def add(self, up: Tensor, down: Tensor) -> bool:
-        """W += up·down in place, of bfloat16, rounded once (`nn/tiles.py`); False, with nothing changed, for another
-        type and for tiles of another form.
+        """W += up·down in place, of bfloat16 and float32, rounded once (`nn/tiles.py`); False, with nothing changed,
+        for another type and for tiles of another form.
 
         up: (O, r), down: (r, I). Nobody may be calling the layer meanwhile.
         """
         weight = self.weight
-        if weight.dtype != torch.bfloat16:
-            return False
-        if not weight.is_mkldnn:
-            weight.copy_(torch.addmm(weight.float(), up.float(), down.float()))
-            return True
-        tiles = tiles_of(weight)
-        if tiles is not None:
-            add_product(tiles, up, down)
-        return tiles is not None
+        if weight.is_mkldnn:
+            tiles = tiles_of(weight)
+            if tiles is not None:
+                add_product(tiles, up, down)
+            return tiles is not None
+        if weight.dtype == torch.bfloat16:
+            add_product_to_matrix(weight, up, down)
+        return weight.dtype == torch.bfloat16
 
 
 class PackedGEGLU(nn.Module):
