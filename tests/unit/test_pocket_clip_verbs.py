@@ -19,7 +19,7 @@ from sfumato.memory import LiveBytes
 from sfumato.receipts.clips import read_recipe
 from sfumato.receipts.machine import Machine, Price, write_machine
 from sfumato.receipts.replay import difference_of_clips
-from sfumato.receipts.work import by_stage, work_of
+from sfumato.receipts.work import LARGE, by_stage, work_of
 from sfumato.types import Request
 from sfumato.video import frames
 from small_video import write_video
@@ -202,6 +202,14 @@ def test_animate_plans_and_keeps_within_memory(folder, capsys):
     assert run([*given, "--memory", "1MB", "-o", "out.gif"]) == 2
     assert "drawing 9 frames of 32x32 needs" in capsys.readouterr().err
     assert told(capsys, *given, "--memory", "64GB", "-o", "out.gif")["memory"]["planned"] > 0
+
+
+def test_what_a_film_costs_is_told_from_a_few_of_its_pieces(folder):
+    model = load(folder)
+    request = model.complete(Request("a red cube", frames=101, steps=1))
+    assert LARGE * 9 < 101  # so it is traced
+    decoded = count_flops(lambda: model.decode_pixels(torch.zeros(1, *model.latent_shape(32, 32, 101))))
+    assert by_stage(work_of(model, request))["decode"] == decoded
 
 
 def test_the_cost_of_a_clip_is_that_of_drawing_it(folder, capsys):
