@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,17 @@ class Model:
         """Normalised latents (B, C, T, H, W) → pixels (B, 3, T, H·f, W·f) in [-1, 1]."""
         with self.precision():
             return self.system.decode(latent.to(self.device)).float().clamp(-1, 1)
+
+    @torch.inference_mode()
+    def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
+        """`decode_pixels` of a clip, piece after piece along T, of which only one need be in memory."""
+        pieces = self.system.decode_pieces(latent.to(self.device))
+        while True:
+            with self.precision():
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece.float().clamp(-1, 1)
 
     def decode(self, latent: Tensor) -> list[Image.Image]:
         """Normalised latents (B, C, 1, H, W) → pictures."""

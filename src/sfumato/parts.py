@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -275,9 +275,12 @@ class Motion(Part):
 
 @dataclass(frozen=True)
 class Clip(Part):
-    """Pictures of one size, shown one after the other. fps: how many a second."""
+    """Pictures of one size, shown one after the other. fps: how many a second.
 
-    frames: tuple[Image, ...]
+    frames: a tuple, or of a long film that was drawn a `video.frames.Frames`, which reads each from the disk.
+    """
+
+    frames: Sequence[Image]
     fps: float
 
     @property
@@ -291,7 +294,7 @@ class Clip(Part):
 
     def validate(self) -> Self:
         """`InputError` for what no clip is: fewer than two pictures, of several sizes, or a rate that is none."""
-        if not isinstance(self.frames, tuple) or len(self.frames) < 2:
+        if not isinstance(self.frames, Sequence) or len(self.frames) < 2:
             raise InputError("a clip to begin with needs two frames or more", argument="clip")
         for frame in self.frames:
             checks.picture("clip", frame)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from sfumato.memory import LiveBytes
 from sfumato.receipts.clips import read_recipe
 from sfumato.receipts.machine import Machine, Price, write_machine
 from sfumato.receipts.replay import difference_of_clips
-from sfumato.receipts.work import by_stage, work_of
+from sfumato.receipts.work import LARGE, by_stage, work_of
 from sfumato.types import Request
+from sfumato.video import frames
 from small_video import write_video
 
 
@@ -49,6 +52,59 @@ def test_a_clip_drawn_again_is_identical(folder, capsys, name):
     draw(folder, "-o", name, "--seed", "7")
     found = told(capsys, "replay", name, "-m", str(folder), "--verify", "-o", "again.gif")
     assert (found["verdict"], found["frames"], found["changed"]) == ("identical", 9, [])
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.gif", "out.webp", "frames"])
+def test_a_film_too_long_for_memory_is_the_same_file(folder, monkeypatch, name):
+    """And those that are written frame after frame are never there whole."""
+    live: list[weakref.ref] = []
+    most, plain = 0, Image.Image.__init__
+
+    def watched(self) -> None:
+        nonlocal live, most
+        plain(self)
+        live = [each for each in live if each() is not None] + [weakref.ref(self)]
+        most = max(most, len(live))
+
+    def film(place: str) -> dict[str, bytes]:
+        Path(place).mkdir()
+        given = ["-o", f"{place}/{name}", "--frames", "37", "--deterministic"]
+        try:
+            draw(folder, *given)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        return {file.name: file.read_bytes() for file in Path(place).rglob("*") if file.is_file()}
+
+    if name.endswith("mp4"):
+        pytest.importorskip("av")
+    whole = film("whole")
+    monkeypatch.setattr(frames, "IN_MEMORY", 0)
+    monkeypatch.setattr(Image.Image, "__init__", watched)
+    assert film("streamed") == whole
+    assert most <= 6 or name in ("out.gif", "out.webp")
+
+
+def test_a_film_that_is_stopped_leaves_nothing(folder, tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.setattr(frames, "IN_MEMORY", 0)
+    read, there = frames.Frames._read, []
+
+    def stopped(self, place: int):
+        if place == 5 and list(tmp_path.iterdir()):
+            there.extend(tmp_path.iterdir())
+            raise KeyboardInterrupt
+        return read(self, place)
+
+    monkeypatch.setattr(frames.Frames, "_read", stopped)
+    assert run(["animate", "a red cube", "-m", str(folder), "--steps", "1", "-o", "out.mp4"]) == 130
+    assert there and not list(tmp_path.iterdir())
+
+
+def test_a_kind_that_needs_all_frames_is_refused_before_drawing_what_is_too_long(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sfumato.video.write.MAX_CLIP_PIXELS", 5 * 32 * 32)
+    monkeypatch.setattr("sfumato.cli.watch.drawn", None)
+    assert run(["animate", "a cube", "-m", str(folder), "-o", "out.gif", "--frames", "9"]) == 2
+    assert "gif is written with all frames in memory, and 9 of 32x32 are too many" in capsys.readouterr().err
 
 
 def test_a_clip_of_other_weights_is_another(folder, tmp_path, capsys):
@@ -101,12 +157,33 @@ def test_the_plan_of_a_clip_is_what_it_allocates(folder):
     denoise = model.denoiser(model.condition(request), request)
     for name, call in (
         ("denoise", lambda: denoise(x, torch.tensor(0.7))),
-        ("decode", lambda: model.decode_pixels(x)),
+        ("decode", lambda: deque(model.decode_pieces(x), maxlen=0)),
     ):
         with torch.inference_mode(), model.precision(), LiveBytes() as real:
             call()
         assert real.peak <= stages[name].activations <= 3 * real.peak
     assert set(stages) == {"denoise", "decode"}
+
+
+def test_a_film_takes_no_more_memory_than_its_pieces(folder, monkeypatch):
+    monkeypatch.setattr(frames, "IN_MEMORY", 0)
+    model = load(folder)
+
+    def planned(count: int) -> int:
+        request = model.complete(Request("a red cube", frames=count))
+        return {stage.name: stage for stage in planning.plan_clip(model, request).stages}[
+            "decode"
+        ].activations
+
+    def held(count: int) -> int:
+        x = torch.randn(1, *model.latent_shape(32, 32, count))
+        with torch.inference_mode(), model.precision(), LiveBytes() as real:
+            deque(model.decode_pieces(x), maxlen=0)
+        return real.peak
+
+    latent = 4 * 4 * 4 * 4  # bytes; two copies of each are kept
+    assert planned(2001) == planned(49) + 2 * latent * (2001 - 49) // 4
+    assert held(97) <= held(49) <= planned(49)
 
 
 @pytest.mark.parametrize("frames, fewer", [(17, 9), (13, 5), (9, 5)])
@@ -125,6 +202,14 @@ def test_animate_plans_and_keeps_within_memory(folder, capsys):
     assert run([*given, "--memory", "1MB", "-o", "out.gif"]) == 2
     assert "drawing 9 frames of 32x32 needs" in capsys.readouterr().err
     assert told(capsys, *given, "--memory", "64GB", "-o", "out.gif")["memory"]["planned"] > 0
+
+
+def test_what_a_film_costs_is_told_from_a_few_of_its_pieces(folder):
+    model = load(folder)
+    request = model.complete(Request("a red cube", frames=101, steps=1))
+    assert LARGE * 9 < 101  # so it is traced
+    decoded = count_flops(lambda: model.decode_pixels(torch.zeros(1, *model.latent_shape(32, 32, 101))))
+    assert by_stage(work_of(model, request))["decode"] == decoded
 
 
 def test_the_cost_of_a_clip_is_that_of_drawing_it(folder, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,29 @@ def test_a_run_in_two_pieces_is_the_run_in_one(tmp_path: Path) -> None:
     pieces = fit(Line(), tmp_path / "cut", "x", torch.device("cpu"), quiet)
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
     assert (tmp_path / "whole" / "log.csv").read_text() == (tmp_path / "cut" / "log.csv").read_text()
+
+
+def test_a_run_that_left_no_checkpoint_is_named_where_it_begins_anew(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def start(spoilt: int = 0) -> None:
+        line = Line(spoilt)
+        line.recipe = replace(line.recipe, save_every=4)
+        fit(
+            line,
+            tmp_path,
+            "x",
+            torch.device("cpu"),
+            lambda e: told.append(e.text) if e.kind == "note" else None,
+        )
+
+    with pytest.raises(SfumatoError):
+        start(spoilt=3)
+    assert told == []
+    start()
+    assert told == ["begins at step 0: a run here was stopped at step 2 and left no checkpoint"]
+    start()
+    assert told[1:] == ["finished, after 6 steps"]
 
 
 def test_lanes_train_what_one_network_trains(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +22,7 @@ from sfumato.receipts.clips import check_output, read_recipe, save_clips
 from sfumato.types import Clip, Result
 from sfumato.video import read, write
 from sfumato.video.formats import format_of, sniff
+from sfumato.video.frames import Frames
 from sfumato.video.read import read_clip
 from sfumato.video.xmp import into_gif
 
@@ -82,6 +84,26 @@ def test_colours_are_tagged_and_true(tmp_path):
             luma = np.asarray(frame.to_ndarray())[: SIZE[1]].mean()
         assert luma == pytest.approx(16 + 219 * 0.2126, abs=2)
         assert np.asarray(read_clip(path).frames[0]).mean((0, 1)) == pytest.approx([255, 0, 0], abs=6)
+
+
+def test_frames_on_the_disk_are_a_sequence_of_pictures(tmp_path, monkeypatch):
+    clip = moving(5)
+    found = Frames(frame for frame in clip.frames)
+    assert len(found) == 5 and all(np.array_equal(a, b) for a, b in zip(found, clip.frames, strict=True))
+    assert np.array_equal(found[-1], clip.frames[4]) and found[1:3] == clip.frames[1:3]
+    assert list(reversed(found)) == list(reversed(clip.frames))
+    with pytest.raises(IndexError):
+        found[5]
+    assert replace(clip, frames=found).validate().size == SIZE
+    written(replace(clip, frames=found), tmp_path / "a.webp")
+    assert difference(read_clip(tmp_path / "a.webp"), clip) == 0
+
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(SfumatoError, match="No space left on device; TMPDIR names another folder"):
+        Frames(clip.frames)
 
 
 def test_times_of_frames_add_up():

@@ -16,8 +16,9 @@ from sfumato.errors import DataError, InputError
 from sfumato.families.pocket import continued_video, fresh_video, save_folder
 from sfumato.train import run
 from sfumato.train.recipe import read_recipe
-from sfumato.train.video import VideoJob, film_loss
+from sfumato.train.video import VideoJob
 from sfumato.train.video_data import ClipBatch, Clips
+from sfumato.train.video_tasks import film_loss
 from sfumato.types import Clip, Request
 from sfumato.video.write import staged, write_clip
 from small_video import VIDEO, picture_system

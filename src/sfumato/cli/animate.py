@@ -171,6 +171,7 @@ def animate(
         offload="auto",
     )
     request = as_clip(loaded, request)
+    _check_shape(loaded, request, output)
     loaded, found = planned(loaded, request, offload, limit, told=plan)
     if plan:
         show_plan(found, request, as_json)
@@ -217,6 +218,16 @@ def _clip(file: Path, frames: object, fps: object) -> Clip:
 
     most = min(max(frames, 1), MAX_FRAMES) if isinstance(frames, int) else None
     return read_clip(file, argument="init", frames=most, fps=fps if isinstance(fps, float) else None)
+
+
+def _check_shape(loaded: Model, request: Request, output: Path) -> None:
+    """`InputError` now if the output could not hold the clip."""
+    from sfumato.video.formats import format_of
+    from sfumato.video.write import check_shape
+
+    complete = loaded.complete(request)
+    assert complete.frames is not None and complete.size is not None
+    check_shape(format_of(output), complete.frames, complete.size)
 
 
 def _note_picture(loaded: Model, request: Request, image: Path | None) -> None:

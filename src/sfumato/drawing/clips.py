@@ -7,11 +7,12 @@ has what is its own by the film's seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sfumato.drawing.sample import Noise, noise_of, sample
@@ -23,6 +24,7 @@ from sfumato.tasks.canvas import beginning
 from sfumato.tasks.latent import Origin
 from sfumato.tasks.pixels import to_image, to_pixels
 from sfumato.types import Clip, Conditioning, Request
+from sfumato.video.frames import Frames, in_memory
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
@@ -52,8 +54,12 @@ def as_clip(model: Model, request: Request) -> Request:
 def draw_clips(
     model: Model, request: Request, on_step: Callable[[Step], None] | None, clock: Clock
 ) -> tuple[Clip, ...]:
-    """The clips of a complete request: clip k is that of `request.part(k)` alone. clock: of its stages."""
-    assert request.fps is not None
+    """The clips of a complete request: clip k is that of `request.part(k)` alone. clock: of its stages.
+
+    Frames that are too many for memory together (`video.frames`) go to the disk as they are decoded.
+    """
+    assert request.fps is not None and request.frames is not None and request.size is not None
+    keep = tuple if in_memory(request.count * request.frames, request.size) else Frames
     origin = None if request.clip is None else origin_of_clip(model, request)
     clock.lap("encode", origin is not None)
     clips = []
@@ -63,10 +69,16 @@ def draw_clips(
         clock.lap("text")
         latent = _film(model, cond, part, on_step, origin)
         clock.lap("denoise")
-        pixels = model.decode_pixels(latent)[0]  # (3, T, H, W)
-        clips.append(Clip(tuple(to_image(frame[:, None]) for frame in pixels.unbind(1)), request.fps))
+        clips.append(Clip(keep(_frames(model, latent)), request.fps))
         clock.lap("decode")
     return tuple(clips)
+
+
+def _frames(model: Model, latent: Tensor) -> Iterator[Image.Image]:
+    """The pictures of one clip's latents, decoded as they are asked for."""
+    for pixels in model.decode_pieces(latent):  # (1, 3, t, H, W)
+        for frame in pixels[0].unbind(1):
+            yield to_image(frame[:, None])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ stands here is the answer of a model that offers nothing, so that nobody has to 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,10 @@ class DrawingSystem:
         return 0
 
     # --- clips -----------------------------------------------------------------------------------------------------
+
+    def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
+        """`decode` of a clip, piece after piece along T: one, of a model whose frames depend on all others."""
+        yield self.decode(latent)
 
     @property
     def animates(self) -> bool:

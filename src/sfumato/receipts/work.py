@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -145,7 +146,9 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
         return {stage.name: stage.flops for stage in stages if stage.name in STAGES}
     frames = request.frames or 1
     shape = model.latent_shape(size[1], size[0], frames)
-    stretches = drawn_together(model, shape[1])
+    stretches = Counter(stop - start for start, stop in drawn_together(model, shape[1]))
+    film = request.moves and _is_large(model, request, size)  # its pieces are alike, and a trace knows it
+    traced = model.system.trace_clip(replace(request, size=size)) if film else ()
     plain = Request(request.prompt, request.negative, size=size, guidance=request.guidance)
     if request.moves:
         plain = replace(plain, image=request.image, frames=frames, fps=request.fps, fit=request.fit)
@@ -157,21 +160,29 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
             x = torch.zeros(1, *shape, device=model.device)
             found = {
                 "text": text,
-                "denoise": sum(count(denoise, x[:, :, start:stop], level) for start, stop in stretches),
-                "decode": count(model.decode_pixels, x),
+                "denoise": sum(
+                    n * count(denoise, x[:, :, :length], level) for length, n in stretches.items()
+                ),
+                **({} if traced else {"decode": count(model.decode_pixels, x)}),
             }
+            found |= {stage.name: stage.flops for stage in traced if stage.name == "decode"}
             if _encodes(request):
                 pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
                 found["encode"] = count(model.system.encode, pixels)
         return found
 
 
+def _is_large(model: Model, request: Request, size: tuple[int, int]) -> bool:
+    """Whether its work is counted on tensors without numbers, by a model that can."""
+    own = math.prod(model.preset["size"]) * (model.clip_preset["frames"] if request.moves else 1)
+    traces = model.system.traces_clips if request.moves else model.system.traces_pictures
+    return traces and math.prod(size) * (request.frames or 1) > LARGE * own
+
+
 @contextmanager
 def _counter(model: Model, request: Request, size: tuple[int, int]) -> Iterator[Callable[..., int]]:
     """What counts the FLOPs of a call: by doing it, or of a large one on tensors without numbers."""
-    own = math.prod(model.preset["size"]) * (model.clip_preset["frames"] if request.moves else 1)
-    traces = model.system.traces_clips if request.moves else model.system.traces_pictures
-    if not traces or math.prod(size) * (request.frames or 1) <= LARGE * own:
+    if not _is_large(model, request, size):
         yield count_flops
         return
     with tracing(WHOLE) as tracer:

@@ -33,7 +33,7 @@ from sfumato.train.optim import (
     set_rate,
 )
 from sfumato.train.recipe import TrainRecipe
-from sfumato.train.state import Log, clear_leftovers, newest_state, save_state
+from sfumato.train.state import Log, clear_leftovers, logged, newest_state, save_state
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,9 @@ def fit(
         step = _restore(task, average, found)
         going = f"continues from step {step}" if step < recipe.steps else f"finished, after {step:,} steps"
         on_event(Event("note", task.stage, step, recipe.steps, text=going))
+    elif world.leads and (lost := logged(folder / "log.csv")):
+        anew = f"begins at step 0: a run here was stopped at step {lost:,} and left no checkpoint"
+        on_event(Event("note", task.stage, 0, recipe.steps, text=anew))
     clock = Clock(recipe.batch, task.flops, peak * world.size)
     with ExitStack() as open_things:
         feeds = []

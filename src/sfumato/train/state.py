@@ -133,13 +133,21 @@ class Log:
         ):
             writer = csv.DictWriter(stream, self.names or ["step"], extrasaction="ignore")
             writer.writeheader()
-            if self.path.exists():
-                with open(self.path, newline="", encoding="utf-8") as before:
-                    whole = (
-                        row for row in csv.DictReader(before) if None not in row.values()
-                    )  # a kill may cut one
-                    writer.writerows(row for row in whole if _number(row.get("step")) <= last)
+            writer.writerows(row for row in _rows(self.path) if _number(row.get("step")) <= last)
         self._stream = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115 — closed by `close`
+
+
+def logged(path: Path) -> int:
+    """The last step that a log has, 0 where there is none."""
+    steps = [_number(row.get("step")) for row in _rows(path)]
+    return int(max((step for step in steps if step < float("inf")), default=0))
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    """The whole rows of a log, of which a kill may have cut one."""
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as stream:
+            yield from (row for row in csv.DictReader(stream) if None not in row.values())
 
 
 def _number(text: str | None) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from itertools import pairwise
@@ -20,7 +20,7 @@ from PIL import Image
 
 from sfumato.errors import InputError
 from sfumato.storage import atomic_directory, atomic_file
-from sfumato.types import Clip
+from sfumato.types import MAX_CLIP_PIXELS, Clip
 from sfumato.video import xmp
 from sfumato.video.formats import FOLDER, format_of, pyav
 
@@ -32,6 +32,7 @@ CONTAINER = {
     "mp4": {"movflags": "use_metadata_tags+faststart"},
     "webm": {},
 }  # any name of a note; index in front
+AT_ONCE = ("gif", "webp")  # which Pillow writes, given all frames
 BT709 = 1  # of H.273's tables of primaries, transfer and matrix
 LIMITED = 1  # FFmpeg's number of the range 16 to 235
 LONGEST = 65_535  # milliseconds or hundredths of a frame's time that GIF and WebP can say
@@ -50,10 +51,21 @@ def check_clip(clip: Clip, kind: str) -> None:
         raise InputError("a clip needs at least one frame", argument="frames")
     if len({frame.size for frame in clip.frames}) > 1:
         raise InputError("the frames of a clip must have one size", argument="frames")
-    width, height = clip.size
+    check_shape(kind, len(clip.frames), clip.size)
+
+
+def check_shape(kind: str, frames: int, size: tuple[int, int]) -> None:
+    """`InputError` for so many frames of (width, height) that no file of this kind can hold; told before drawing."""
+    width, height = size
     if kind in QUALITY and (width % 2 or height % 2):
         raise InputError(
             f"{kind} needs even sides, not {width}x{height}; write .webp, .gif or a folder", argument="output"
+        )
+    if kind in AT_ONCE and frames * width * height > MAX_CLIP_PIXELS:
+        raise InputError(
+            f"{kind} is written with all frames in memory, and {frames:,} of {width}x{height} are too many for it; "
+            "write .mp4, .webm or a folder",
+            argument="output",
         )
 
 
@@ -68,23 +80,25 @@ def write_clip(
 ) -> None:
     """Write the clip to `place`, as it stands, in a format of `formats.WRITTEN`.
 
+    Frames are taken one after the other, and one is held at a time, but for the kinds `AT_ONCE`.
+
     notes: names and texts for the container's metadata; of a GIF they become its comment, one a line. metadata: `xmp`
     of a WebP, a GIF or an mp4, and `exif` of a WebP. save_picture: writes each frame of a folder; plain PNG by default.
     """
     check_clip(clip, kind)
-    frames = [frame.convert("RGB") for frame in clip.frames]
+    frames = (frame.convert("RGB") for frame in clip.frames)
     if kind in QUALITY:
-        _encode(frames, clip.fps, place, kind, notes)
+        _encode(frames, clip.size, clip.fps, place, kind, notes)
     elif kind == FOLDER:
-        digits = max(4, len(str(len(frames) - 1)))
+        digits = max(4, len(str(len(clip.frames) - 1)))
         for number, frame in enumerate(frames):
             file = place / f"{number:0{digits}}.png"
             frame.save(file, format="PNG") if save_picture is None else save_picture(frame, file, number)
     elif kind == "gif":
-        _save_gif(frames, clip.fps, place, notes)
+        _save_gif(frames, durations(clip.fps, len(clip.frames), 100), place, notes)
     else:
         first, *more = frames
-        times = durations(clip.fps, len(frames), 1000)
+        times = durations(clip.fps, len(clip.frames), 1000)
         first.save(
             place,
             format="WEBP",
@@ -105,17 +119,16 @@ def durations(fps: float, count: int, unit: int) -> list[int]:
     return [min(max(b - a, 1), LONGEST) for a, b in pairwise(ends)]
 
 
-def _save_gif(frames: list[Image.Image], fps: float, place: Path, notes: Mapping[str, str]) -> None:
-    """Each frame with its own 256 colours."""
+def _save_gif(frames: Iterable[Image.Image], times: list[int], place: Path, notes: Mapping[str, str]) -> None:
+    """Each frame with its own 256 colours. times: of each, in hundredths of a second."""
     first, *more = [frame.quantize(256, method=Image.Quantize.MEDIANCUT) for frame in frames]
     comment = "\n".join(notes.values()).encode("utf-8")
-    times = [10 * time for time in durations(fps, len(frames), 100)]
     first.save(
         place,
         format="GIF",
         save_all=True,
         append_images=more,
-        duration=times,
+        duration=[10 * time for time in times],
         loop=0,
         comment=comment,
         optimize=False,
@@ -123,14 +136,22 @@ def _save_gif(frames: list[Image.Image], fps: float, place: Path, notes: Mapping
     )
 
 
-def _encode(frames: list[Image.Image], fps: float, place: Path, kind: str, notes: Mapping[str, str]) -> None:
+def _encode(
+    frames: Iterable[Image.Image],
+    size: tuple[int, int],
+    fps: float,
+    place: Path,
+    kind: str,
+    notes: Mapping[str, str],
+) -> None:
+    """By FFmpeg, which is handed one frame after the other."""
     av = pyav("output")
     codec, options = QUALITY[kind]
     with av.open(str(place), "w", format=kind, options=CONTAINER[kind]) as container:
         for name, text in notes.items():
             container.metadata[name] = text
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height = frames[0].size
+        stream.width, stream.height = size
         stream.pix_fmt, stream.options = "yuv420p", dict(options)
         context = stream.codec_context
         context.color_range = LIMITED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from sfumato.errors import CheckpointError
 from sfumato.families.pocket import control as nets
 from sfumato.families.pocket.adapters import check, names_of
 from sfumato.families.pocket.config import PocketConfig, pixel_twin
-from sfumato.families.pocket.video import Animator, VideoConfig, VideoParts, decode, encode
+from sfumato.families.pocket.video import Animator, VideoConfig, VideoParts, decode, decoded, encode
 from sfumato.families.system import DrawingSystem
 from sfumato.families.trainee import Trainee
 from sfumato.memory import Stage
@@ -187,6 +187,11 @@ class System(DrawingSystem):
         if self.video is not None and latent.shape[2] > 1:
             return decode(self.autoencoder, self.video.temporal, latent)
         return self.autoencoder.decode_normalized(latent)
+
+    def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
+        if self.video is not None and latent.shape[2] > 1:
+            return decoded(self.autoencoder, self.video.temporal, latent)
+        return super().decode_pieces(latent)
 
     def condition(self, prompts: Sequence[str | None], request: Request | None = None) -> Conditioning:
         """Text features of the prompts, padded to a common length; None is the empty one. Of a request for a clip that

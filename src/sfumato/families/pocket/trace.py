@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sfumato.families.published.trace import HOLES, WHOLE
 from sfumato.flops import module_size
-from sfumato.memory import Stage, tracing
+from sfumato.memory import Stage, Tracer, tracing
 from sfumato.types import Conditioning, Request
+from sfumato.video.frames import in_memory
 
 if TYPE_CHECKING:
     from sfumato.families.pocket.system import System
 
 PIXELS = 3 * 4  # bytes of a pixel that is decoded
 PICTURE = 3  # of one in a picture that is done
+ALIKE = 3  # pieces of a film that are decoded: those after them are as the last of these
+FRAME = 4  # of one in a frame that is done, as Pillow keeps it
 
 
 def trace_pictures(
@@ -43,7 +48,8 @@ def trace_pictures(
 def trace_clip(system: System, request: Request, window: int) -> tuple[Stage, ...]:
     """The stages of drawing one clip of a complete request, of which `window` latents are drawn together.
 
-    Weights are all there in every stage. The film's own latents and pixels are counted with the stage that makes them.
+    Weights are all there in every stage. The film's own latents are counted with the stage that makes them, and its
+    frames while they are kept in memory (`video.frames`); decoded, it is never whole.
     """
     assert request.size and request.frames and system.video is not None
     width, height = request.size
@@ -54,7 +60,9 @@ def trace_clip(system: System, request: Request, window: int) -> tuple[Stage, ..
     pixels = None
     if request.image is not None or request.clip is not None:
         pixels = (1, 3, request.frames if request.clip is not None else 1, height, width)
-    kept, decoded = 2 * math.prod(shape) * 4, request.frames * width * height * PIXELS
+    frames = request.count * request.frames
+    kept = 2 * math.prod(shape) * 4
+    decoded = frames * width * height * FRAME if in_memory(frames, request.size) else 0
     drawn, film = (2, C, min(window, T), H, W), (1, *shape)
     return _stages(system, cond, drawn, film, pixels, kept=kept, decoded=decoded, clips=True)
 
@@ -81,7 +89,9 @@ def _stages(
         _, network = tracer.worst(lambda: system.network(x, time, cond))
         marks.append(tracer.flops)
         whole = torch.empty(latents, device=device)
-        _, decoding = tracer.worst(lambda: system.decode(whole))
+        _, decoding = tracer.worst(
+            lambda: _decode_pieces(system, whole, tracer) if clips else system.decode(whole)
+        )
         marks.append(tracer.flops)
         encoding = 0
         if pixels is not None:
@@ -99,3 +109,14 @@ def _stages(
     if encoding:
         stages.insert(0, Stage("encode", weights, round(holes * encoding)))
     return tuple(stages)
+
+
+def _decode_pieces(system: System, latent: Tensor, tracer: Tracer) -> None:
+    """As `Model.decode_pieces` has it: a piece is there, and is clamped, while the next one is decoded."""
+    left, flops, frames = system.frames_of(latent.shape[2]), 0, 1
+    before = tracer.flops
+    clamped = (piece.clamp(-1, 1) for piece in system.decode_pieces(latent))
+    for shown in itertools.islice(clamped, ALIKE):
+        flops, frames, before = tracer.flops - before, shown.shape[2], tracer.flops
+        left -= frames
+    tracer.flops += left * flops // frames

@@ -105,7 +105,7 @@ class Costs:
             int, float
         ] = {}  # seconds of a call of the network, for a picture or clip of so many pixels
         self._rest: dict[int, float] = {}  # seconds of all else
-        self._traced: dict[tuple[Size, int], int] = {}  # memory of one, by size and frames
+        self._traced: dict[Size, int] = {}  # memory of a picture, by size
         self._need: dict[Any, int] = {}  # memory, by kind of request
         self._lock = threading.Lock()
 
@@ -177,12 +177,13 @@ class Costs:
             # the room is what is free now that the weights are there, and the plan begins before they are
             plan = planning.plan(self.plain, request, self.model.system.offload)
             return max(stage.activations for stage in plan.stages)
+        if request.moves and planning.tells_clips(self.model):
+            return max(stage.activations for stage in planning.plan_clip(self.model, request).stages)
         largest = max(sizes, key=lambda size: size[0] * size[1])
-        kind = largest, request.frames or 1
         with self._lock:
-            if kind not in self._traced:
-                self._traced[kind] = traced(self.model, *kind)
-        return self._traced[kind] * (1 if request.moves else min(request.count, BATCH))
+            if largest not in self._traced:
+                self._traced[largest] = traced(self.model, largest)
+        return self._traced[largest] * min(request.count, BATCH)
 
 
 class _WithoutAdapters:
@@ -225,12 +226,12 @@ def _pass(model: Model, request: Request, size: Size, steps: int, strength: floa
     return Pass(size, times * count, times * called, math.ceil((request.frames or 1) / times))
 
 
-def traced(model: Model, size: Size, frames: int = 1) -> int:
-    """Bytes that a guided call for one picture or clip, or decoding it, holds at its worst beside the weights."""
+def traced(model: Model, size: Size) -> int:
+    """Bytes that a guided call for one picture, or decoding it, holds at its worst beside the weights."""
     with torch.inference_mode(), model.precision():
         cond = model.system.condition(["a", None], Request())
     with tracing(WHOLE) as tracer, model.precision():
-        x = torch.empty(2, *model.latent_shape(size[1], size[0], frames), device=model.device)
+        x = torch.empty(2, *model.latent_shape(size[1], size[0]), device=model.device)
         level = torch.empty(2, device=model.device)
         _, network = tracer.worst(lambda: model.system.network(x, level, cond))
         _, decoding = tracer.worst(lambda: model.system.decode(x[:1]))
