@@ -12,8 +12,9 @@ import small_sd
 from helpers import tiny_folder
 from sfumato.checkpoint.header import read_header
 from sfumato.cli.app import run
-from sfumato.cli.fields import worded
+from sfumato.cli.fields import option_of
 from sfumato.errors import InputError
+from sfumato.wording import worded
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
 from sfumato.storage import load_tensors
@@ -87,10 +88,14 @@ def test_only_the_field_that_is_wrong_is_called_as_its_option(capsys):
     said = refused(capsys, "generate", "x", "--image", "found by image.png")
     assert "image 'found by image.png' does not exist" in said
     wrong = InputError("clip_skip must be 1, and clip_skip by frames", argument="clip_skip")
-    assert worded(wrong, {"clip_skip"}) == "--clip-skip must be 1, and clip_skip by frames"
-    assert worded(wrong, {"frames"}) == str(wrong)
+    assert words(wrong, clip_skip="--clip-skip") == "--clip-skip must be 1, and clip_skip by frames"
+    assert words(wrong, frames="--frames") == str(wrong)
     other = InputError("clip_skip must be 1", argument="model")
-    assert worded(other, {"clip_skip", "model"}) == str(other)
+    assert words(other, clip_skip="--clip-skip", model="--model") == str(other)
+
+
+def words(error, **options):
+    return worded(str(error), error.argument, lambda field: option_of(field, options))
 
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):

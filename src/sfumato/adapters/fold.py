@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato import checks
 from sfumato.adapters.delta import Change, Delta, LowRank, folded, product
 from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
@@ -227,7 +228,7 @@ class Adapters:
             if name not in self.opened:
                 known = f"; open are {', '.join(self.opened)}" if self.opened else "; none is open"
                 raise InputError(
-                    f"the LoRA {name!r} is not open{known}: give its file by --lora, or attach it",
+                    f"the LoRA {checks.shown(name)} is not open{known}",
                     argument="loras",
                 )
 
@@ -241,8 +242,8 @@ class Adapters:
                     (f", such as {one}.1" for one in ("down", "blocks") if one in names.blocks), ""
                 )
                 raise InputError(
-                    f"{names.family} has no block {block!r}; there are {', '.join(names.blocks)} and what lies in "
-                    f"them{example}",
+                    f"{names.family} has no block {checks.shown(block)}; there are {', '.join(names.blocks)} and "
+                    f"what lies in them{example}",
                     argument="loras",
                 )
 

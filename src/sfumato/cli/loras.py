@@ -57,7 +57,7 @@ def _one(text: str, option: str) -> Given:
             rest, blocks = head, _blocks(tail)
         head, colon, tail = rest.rpartition(":")
         if colon and not os.path.exists(rest) and not ("/" in tail or "\\" in tail):
-            rest, weight = head, number(f"{option} weight", tail)
+            rest, weight = head, number(f"{option}.weight", tail)
     name, equals, file = rest.partition("=")
     if not equals or os.path.exists(rest):
         path = Path(rest)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.fidelity import store
 from sfumato.fidelity.instrument import open_instrument
@@ -29,7 +30,7 @@ class Preflights:
         chart = store.find(found, any_precision=True)
         if chart is None:
             raise InputError(
-                f"the model {spec.name!r} has no chart; its server's keeper makes one by `sfumato chart`"
+                f"the model {checks.shown(spec.name)} has no chart; its server's keeper makes one by `sfumato chart`"
             )
         self.name, self.chart, self.bench, self.instrument = spec.name, chart, bench, found
 
