@@ -121,8 +121,8 @@ REFUSED = {
     "strength 2": (["--image", "ok.png", "--strength", "2"], "strength must be between 0 and 1, not 2.0"),
     "strength nan": (["--image", "ok.png", "--strength", "nan"], "strength must be between 0 and 1"),
     "too little strength": (["--image", "ok.png", "--strength", "0.1"], "give at least 0.5"),
-    "fit": (["--image", "ok.png", "--fit", "crop"], "fit must be cover, contain or stretch, not 'crop'"),
-    "another size": (["--image", "ok.png", "--size", "64"], "image is 32x32, but size asks for 64x64"),
+    "fit": (["--image", "ok.png", "--fit", "crop"], '--fit must be cover, contain or stretch, not "crop"'),
+    "another size": (["--image", "ok.png", "--size", "64"], "image is 32x32, but --size asks for 64x64"),
     "odd size": (
         ["--image", "odd.png"],
         "image is 33x31, not a multiple of 8 pixels; the nearest legal size is 32x32",
@@ -201,7 +201,7 @@ def hostile() -> dict[str, tuple[bytes, str]]:
         "PSD": (b"8BPS\0\1" + bytes(40), "is a Photoshop file"),
         "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is a PostScript file"),
         "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "is an SVG"),
-        "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "is a HEIC or video file"),
+        "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "is a HEIC"),
         "GIF": (encoded(noise(32, 32), "GIF"), "is a GIF"),
         "TIFF": (encoded(noise(32, 32), "TIFF"), "is a TIFF"),
         "cut short": (whole[: len(whole) // 2], "is cut short"),
@@ -487,7 +487,7 @@ def test_skip_layer_guidance_goes_into_the_recipe_and_comes_back(model, capsys):
         (["--skip-layers", "99"], "this model's network has 0 to"),
         (["--no-t5"], "without is for checkpoints"),
         (["--text-dtype", "fp16"], "text-dtype must be one of fp32, bf16, int8"),
-        (["--text-length", "77"], "knows nothing of text_length"),
+        (["--text-length", "77"], "knows nothing of --text-length"),
     ):
         assert run(["generate", "a cube", "-m", model, *arguments, "-o", "d.png"]) == 2
         error = capsys.readouterr().err

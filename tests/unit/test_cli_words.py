@@ -14,10 +14,10 @@ from sfumato.checkpoint.header import read_header
 from sfumato.cli.app import run
 from sfumato.cli.fields import option_of
 from sfumato.errors import InputError
-from sfumato.wording import worded
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
 from sfumato.storage import load_tensors
+from sfumato.wording import worded
 
 LIGHT = ["--size", "32", "--steps", "2"]
 
@@ -62,18 +62,18 @@ def test_labels_of_web_uis_are_names(tiny, given, sampler, schedule):
 
 def test_a_name_nearly_right(tiny, capsys):
     asked = "generate", "x", "-m", tiny, *LIGHT
-    assert "'dpmp_2m' is unknown, did you mean dpmpp_2m?; use" in refused(
+    assert '"dpmp_2m" is unknown, did you mean dpmpp_2m?; use' in refused(
         capsys, *asked, "--sampler", "dpmp_2m"
     )
-    assert "'karas' is unknown, did you mean karras?; use" in refused(capsys, *asked, "--schedule", "karas")
-    assert "'zzz' is unknown; use one of" in refused(capsys, *asked, "--sampler", "zzz")
+    assert '"karas" is unknown, did you mean karras?; use' in refused(capsys, *asked, "--schedule", "karas")
+    assert '"zzz" is unknown; use one of' in refused(capsys, *asked, "--sampler", "zzz")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["generate", "x", "-m", ""], "the model's name is empty"),
-        (["generate", "x", "--refiner", ""], "refiner is empty"),
+        (["generate", "x", "--refiner", ""], "--refiner is empty"),
         (["generate", "x", "--image", ""], "--image is empty"),
         (["generate", "x", "--parts", ""], "--parts is empty"),
         (["inspect", ""], "a path is empty"),

@@ -241,12 +241,12 @@ def test_a_refiner_draws_on_without(models, tmp_path):
 def test_a_request_is_refused_that_the_model_cannot_draw(models):
     model = models("sd1")
     with pytest.raises(
-        InputError, match="no ControlNet 'pose': it has canny, depth; give its file by --controlnet"
+        InputError, match='no ControlNet "pose": it has canny, depth; one is opened with the model'
     ):
         model.complete(asking(square("pose")))
     with pytest.raises(InputError, match="reuse and controls do not go together"):
         model.complete(asking(square(), reuse=2))
-    with pytest.raises(InputError, match=r"prepare must be one of canny, softedge.*not 'depth'"):
+    with pytest.raises(InputError, match=r'prepare must be one of canny, softedge.*not "depth"'):
         model.complete(asking(square(prepare="depth")))
 
 

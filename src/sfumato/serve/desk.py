@@ -218,7 +218,7 @@ class Desk:
                 "keep": ask.keep,
                 "via": ask.via,
                 "forget": list(ask.brought) if ask.forget else [],
-                **{name: checked[name] for name in ("expected", "sampler_steps", "tune")},
+                **{name: checked[name] for name in ("expected", "sampler_steps", "tune", "notes")},
             },
             digest=ask.digest,
             made=made,
