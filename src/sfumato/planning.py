@@ -143,6 +143,10 @@ def plan_of(model: Model, request: Request, offload: str, limit: int | None, kee
         second = model.refiner.system.trace(request, size, batch, encodes=False, offload=offload)
         stages = _together(stages, second)
     place = model.device
+    if (most := prepares(model, request)) > 0:
+        before = next(k for k, stage in enumerate(stages) if stage.name == "denoise")
+        made = Stage("annotate", stages[before].weights, most)
+        stages = (*stages[:before], made, *stages[before:])
     return MemoryPlan(
         device=place.type,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -153,6 +157,18 @@ def plan_of(model: Model, request: Request, offload: str, limit: int | None, kee
         limit=limit,
         kept=keep,
     )
+
+
+def prepares(model: Model, request: Request) -> int:
+    """Bytes of the largest of the networks that make a request's control pictures, each opened for its picture and let
+    go after it. They work on the CPU: beside a GPU none of its memory is theirs.
+    """
+    if model.device.type != "cpu":
+        return 0
+    makers = [
+        (model.annotators.get(control.prepare or ""), control.image) for control in request.controls or ()
+    ]
+    return max((maker.memory(image.size) for maker, image in makers if maker is not None), default=0)
 
 
 def _together(first: tuple[Stage, ...], second: tuple[Stage, ...]) -> tuple[Stage, ...]:
