@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import small_adapted
 import small_annotators
 import small_control as small
 from helpers import noise
@@ -223,11 +222,9 @@ def test_what_it_takes_is_known_before_it_is_opened(tmp_path, write):
 
 
 def test_a_server_has_annotators_by_the_names_of_its_models_file(tmp_path):
-    source, _, _ = small_adapted.write(tmp_path)
-    depth, net = small.folder(tmp_path / "depth", "sd1"), small_annotators.dpt(tmp_path / "net")
+    net = small_annotators.dpt(tmp_path / "net")
     (tmp_path / "models.toml").write_text(
-        f'[[model]]\nname = "m"\nsource = "{source}"\ndtype = "fp32"\n'
-        f'[model.controlnets]\ndepth = "{depth}"\n[model.annotators]\ndepth = "{net}"\n'
+        f'[[model]]\nname = "pocket"\nsource = "pocket"\ndtype = "fp32"\n[model.annotators]\ndepth = "{net}"\n'
     )
     (spec,) = read_models(tmp_path / "models.toml")
     together = Together(Bench(torch.device("cpu")), 2)
