@@ -60,7 +60,7 @@ def square(name: str = "canny", **changes) -> Control:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"weight": math.nan}, "control canny's weight must be between 0 and 10, not nan"),
+        ({"weight": math.nan}, "control canny's weight must be between 0 and 10, not NaN"),
         ({"weight": -1.0}, "control canny's weight must be between 0 and 10, not -1"),
         ({"start": 0.7, "end": 0.2}, "control canny starts at 0.7, after its end at 0.2"),
         ({"end": 1.5}, "control canny's end must be between 0 and 1"),

@@ -55,10 +55,10 @@ def test_a_picture_is_brought_to_the_clip_s_size(place):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image": None}, "'small' sets a picture in motion; give an image"),
+        ({"image": None}, '"small" sets a picture in motion; give an `image`'),
         ({"prompt": "a cat"}, '"small" reads no `prompt`; leave it out'),
         ({"negative": "blur"}, '"small" reads no `negative`; leave it out'),
-        ({"strength": 0.5}, "strength goes with a clip"),
+        ({"strength": 0.5}, "strength goes with a `clip`"),
         ({"mask": picture()}, "mask is for pictures"),
         ({"outpaint": (8, 8, 8, 8)}, "outpaint is for pictures"),
         ({"hires": HiRes(2)}, "hires is for pictures"),
