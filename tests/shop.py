@@ -94,7 +94,7 @@ class Shop:
 def record(number: int, **more) -> Record:
     options = {
         "expected": {"seconds": 2.0, "pictures": 1, "memory": 1, "pixel_steps": 4}, "sampler_steps": 4, "tune": [],
-        "files": [], "format": "png", "looks": 0, "look_format": "jpeg",
+        "notes": [], "files": [], "format": "png", "looks": 0, "look_format": "jpeg",
     }  # fmt: skip
     name = f"job_{number:032x}"
     made = now() + number / 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterable
 
@@ -15,7 +16,7 @@ MAX_LEVEL = 1e6  # of noise
 def text(name: str, value: object) -> None:
     """Text that can be kept anywhere: Unicode, not too long, without NUL."""
     if not isinstance(value, str):
-        raise InputError(f"{name} must be text, not {type(value).__name__}", argument=name)
+        raise InputError(f"{name} must be text, not {shown(value)}", argument=name)
     if len(value) > MAX_PROMPT:
         raise InputError(
             f"{name} has {len(value)} characters; at most {MAX_PROMPT} are accepted", argument=name
@@ -71,9 +72,9 @@ def number(name: str, value: object, low: float, high: float, argument: str | No
 
 
 def interval(name: str, value: object) -> None:
-    """Two levels of noise, (low, high)."""
+    """Two numbers, low and high."""
     if not (isinstance(value, tuple) and len(value) == 2):
-        raise InputError(f"{name} must be (low, high), not {shown(value)}", argument=name)
+        raise InputError(f"{name} must be two numbers, low and high, not {shown(value)}", argument=name)
     for end, bound in zip(("low", "high"), value, strict=True):
         number(f"{name}.{end}", bound, 0.0, MAX_LEVEL)
     if value[0] > value[1]:
@@ -108,8 +109,13 @@ def meant(word: str, names: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a message can hold it: short, and without failing on a number of a million digits."""
+    """A value as a message can hold it: as JSON writes it, which every door knows, and what is no JSON as Python does;
+    short, and without failing on a number of a million digits.
+    """
     try:
+        text = json.dumps(value, ensure_ascii=False)
+        text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    except TypeError:
         text = repr(value)
     except ValueError:
         return "a number of very many digits"

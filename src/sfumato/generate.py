@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
+from sfumato import checks
 from sfumato.adapters.fold import Adapters
 from sfumato.adapters.lora import Report
 from sfumato.drawing.clips import draw_clips
@@ -187,7 +188,7 @@ class Model:
 
     def _adapters(self, argument: str) -> Adapters:
         if (found := self.system.adapters) is None:
-            raise InputError(f"{self.name!r} takes no LoRAs", argument=argument)
+            raise InputError(f"{checks.shown(self.name)} takes no LoRAs", argument=argument)
         return found
 
     def with_loras(self, request: Request) -> AbstractContextManager[None]:

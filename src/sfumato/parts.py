@@ -27,8 +27,18 @@ MAX_TOLD = 2**16  # pixels; of sizes that a network is told
 Kind = TypeVar("Kind", bound="Part")
 
 
+def tupled(part: Any) -> None:
+    """Have a frozen dataclass hold tuples where it was given lists, as JSON has them."""
+    for f in fields(part):
+        if isinstance(value := getattr(part, f.name), list):
+            object.__setattr__(part, f.name, tuple(value))
+
+
 class Part:
     """What the parts have in common."""
+
+    def __post_init__(self) -> None:
+        tupled(self)
 
     def validate(self) -> Self:
         """Itself, or `InputError` for values that no model could take."""
@@ -177,6 +187,7 @@ class LoraUse(Part):
     def __post_init__(self) -> None:
         if isinstance(self.blocks, Mapping):
             object.__setattr__(self, "blocks", tuple(self.blocks.items()))
+        super().__post_init__()
 
     def validate(self) -> Self:
         if not isinstance(self.name, str) or not self.name:
@@ -248,9 +259,11 @@ class Micro(Part):
             if f.name.endswith("aesthetic"):
                 checks.number(name, value, 0.0, 10.0)
                 continue
-            pair = "(left, top)" if f.name.endswith("crop") else "(width, height)"
+            pair = "left and top" if f.name.endswith("crop") else "width and height"
             if not (isinstance(value, tuple) and len(value) == 2):
-                raise InputError(f"{name} must be {pair}, not {checks.shown(value)}", argument=name)
+                raise InputError(
+                    f"{name} must be two numbers, {pair}, not {checks.shown(value)}", argument=name
+                )
             for side in value:
                 checks.integer(name, side, 0 if f.name.endswith("crop") else 1, MAX_TOLD)
         return self
@@ -400,4 +413,4 @@ def nested(kind: type[Kind], name: str, value: object) -> Kind:
     for inner, f in known.items():
         if inner not in value and f.default is MISSING:
             raise InputError(f"{name} needs {inner}", argument=f"{name}.{inner}")
-    return kind(**{inner: tuple(v) if isinstance(v, list) else v for inner, v in value.items()})
+    return kind(**value)

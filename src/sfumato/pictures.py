@@ -40,6 +40,16 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+HEIC = (
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"mif1",
+    b"msf1",
+)  # brands; others are of videos
 UNKNOWN = "not a picture"  # what `describe` says where it knows no better
 _OTHERS = (
     (b"GIF8", "a GIF"),
@@ -82,7 +92,8 @@ def describe(start: bytes) -> str:
     if not start.strip(b"\0"):
         return "filled with zero bytes"
     if start[4:8] == b"ftyp":
-        return "an AVIF" if start[8:12] in (b"avif", b"avis") else "a HEIC or video file"
+        brand = start[8:12]
+        return "an AVIF" if brand in (b"avif", b"avis") else "a HEIC" if brand in HEIC else "a video"
     return next((words for magic, words in _OTHERS if start.lstrip().startswith(magic)), UNKNOWN)
 
 
@@ -129,7 +140,8 @@ def read_header(data: bytes, name: str = "the picture") -> Header:
         width, height = {"png": _png_size, "jpeg": _jpeg_size, "webp": _webp_size}[kind](data)
     except (struct.error, IndexError, ValueError):
         raise DataError(
-            f"{name} is damaged or cut short: its {FORMATS[kind]} header cannot be read"
+            f"{name} is damaged or cut short: its {FORMATS[kind]} header cannot be read; give a whole "
+            "PNG, JPEG or WebP"
         ) from None
     if width < 1 or height < 1:
         raise DataError(f"{name} is damaged: its header says {width}×{height} pixels")

@@ -143,6 +143,10 @@ def plan_of(model: Model, request: Request, offload: str, limit: int | None, kee
         second = model.refiner.system.trace(request, size, batch, encodes=False, offload=offload)
         stages = _together(stages, second)
     place = model.device
+    if (most := prepares(model, request)) > 0:
+        before = next(k for k, stage in enumerate(stages) if stage.name == "denoise")
+        made = Stage("annotate", stages[before].weights, most)
+        stages = (*stages[:before], made, *stages[before:])
     return MemoryPlan(
         device=place.type,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -153,6 +157,18 @@ def plan_of(model: Model, request: Request, offload: str, limit: int | None, kee
         limit=limit,
         kept=keep,
     )
+
+
+def prepares(model: Model, request: Request) -> int:
+    """Bytes of the largest of the networks that make a request's control pictures, each opened for its picture and let
+    go after it. They work on the CPU: beside a GPU none of its memory is theirs.
+    """
+    if model.device.type != "cpu":
+        return 0
+    makers = [
+        (model.annotators.get(control.prepare or ""), control.image) for control in request.controls or ()
+    ]
+    return max((maker.memory(image.size) for maker, image in makers if maker is not None), default=0)
 
 
 def _together(first: tuple[Stage, ...], second: tuple[Stage, ...]) -> tuple[Stage, ...]:
@@ -189,7 +205,7 @@ def refusal(model: Model, request: Request, found: MemoryPlan) -> InputError:
         remedy = (
             f"what fits: {' or '.join(ways)}" if ways else "no smaller size or type fits: a smaller model may"
         )
-    return _refused(request, found, f" with --offload {found.offload}", remedy)
+    return _refused(request, found, f" with `offload` {found.offload}", remedy)
 
 
 def _refused(request: Request, found: MemoryPlan, how: str, remedy: str) -> InputError:
@@ -197,7 +213,7 @@ def _refused(request: Request, found: MemoryPlan, how: str, remedy: str) -> Inpu
     assert request.size is not None
     many = f"{request.frames} frames" if request.moves else request.count
     bound = (
-        f"--memory allows {shown(found.allowed)}" if found.limited else f"{shown(found.allowed)} are there"
+        f"`memory` allows {shown(found.allowed)}" if found.limited else f"{shown(found.allowed)} are there"
     )
     return InputError(
         f"drawing {many} of {by(request.size)} needs {shown(found.peak)} of memory{how}, and {bound}; {remedy}",
@@ -212,12 +228,12 @@ def _ways(model: Model, request: Request, found: MemoryPlan) -> list[str]:
     possible = offloads(model)
     for level in possible[possible.index(found.offload) + 1 :]:
         if (less := plan_of(model, request, level, found.limit)).fits:
-            ways.append(f"--offload {level} ({shown(less.peak)})")
+            ways.append(f"`offload` {level} ({shown(less.peak)})")
             break
     if model.dtype == torch.float32:
         narrow = _changed(model, lambda system: replace(system, dtype=torch.bfloat16))
         if (least := plan(narrow, request, found.offload, found.limit)).fits:
-            ways.append(f"--dtype bf16 ({shown(least.peak)})")
+            ways.append(f"`dtype` bf16 ({shown(least.peak)})")
     if request.hires is None and (request.image is None or request.moves):
         for share in (0.75, 0.5, 0.25):
             size = nearest_size(
@@ -225,12 +241,12 @@ def _ways(model: Model, request: Request, found: MemoryPlan) -> list[str]:
             )
             smaller = plan(model, replace(request, size=size, count=1), found.offload, found.limit)
             if smaller.fits:
-                ways.append(f"--size {by(size)} ({shown(smaller.peak)})")
+                ways.append(f"`size` {by(size)} ({shown(smaller.peak)})")
                 break
     if request.moves:
         fewer = replace(request, frames=_half(model, request), count=1)
         if (least := plan(model, fewer, found.offload, found.limit)).fits:
-            ways.append(f"--frames {fewer.frames} ({shown(least.peak)})")
+            ways.append(f"`frames` {fewer.frames} ({shown(least.peak)})")
     return ways
 
 
@@ -241,7 +257,7 @@ def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputE
     ways = []
     half = nearest_size((request.size[0] // 2, request.size[1] // 2), model.system.config.multiple)
     smaller, fewer = replace(request, size=half), replace(request, frames=_half(model, request))
-    for option, other in ((f"--size {by(half)}", smaller), (f"--frames {fewer.frames}", fewer)):
+    for option, other in ((f"`size` {by(half)}", smaller), (f"`frames` {fewer.frames}", fewer)):
         if other != request and (least := plan_clip(model, other, found.limit)).fits:
             ways.append(f"{option} ({shown(least.peak)})")
     remedy = f"what fits: {' or '.join(ways)}" if ways else "no shorter or smaller clip fits"

@@ -35,6 +35,7 @@ from sfumato.parts import (
     fingerprint,
     known_picture,
     nested,
+    tupled,
 )
 
 if TYPE_CHECKING:
@@ -171,6 +172,9 @@ class Request:
     motion: Motion | None = None
     clip: Clip | None = None
 
+    def __post_init__(self) -> None:
+        tupled(self)
+
     @property
     def moves(self) -> bool:
         """Whether a clip is asked for."""
@@ -191,9 +195,6 @@ class Request:
                     f"unknown field {checks.shown(name)}; a request has {', '.join(known)}", argument=name
                 )
         values = dict(values)
-        for name in ("size", "outpaint", "guidance_interval"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
         pictures = tuple(pictures)
         for name, kind in PARTS.items():
             if values.get(name) is not None:
@@ -201,6 +202,8 @@ class Request:
         for name, kind in LISTS.items():
             if isinstance(values.get(name), list | tuple):
                 values[name] = tuple(kind.from_json(each, pictures) for each in values[name])
+            elif values.get(name) is not None:
+                raise InputError(f"{name} must be a list, not {checks.shown(values[name])}", argument=name)
         for name in ("image", "mask"):
             if isinstance(values.get(name), str):
                 values[name] = known_picture(name, values[name], pictures, name)
@@ -282,10 +285,11 @@ class Request:
         if self.size is not None:
             if not (isinstance(self.size, tuple) and len(self.size) == 2):
                 raise InputError(
-                    f"size must be (width, height), not {checks.shown(self.size)}", argument="size"
+                    f"size must be two numbers, width and height, not {checks.shown(self.size)}",
+                    argument="size",
                 )
-            checks.integer("width", self.size[0], 1, MAX_SIDE)
-            checks.integer("height", self.size[1], 1, MAX_SIDE)
+            for side, pixels in zip(("width", "height"), self.size, strict=True):
+                checks.integer(f"size's {side}", pixels, 1, MAX_SIDE, "size")
         if self.eta is not None:
             checks.number("eta", self.eta, 0.0, 1.0)
         if self.refine_at is not None:
@@ -310,8 +314,8 @@ class Request:
             given = self.image is not None or (name == "fit" and bool(self.controls))
             given = given or (name in ("fit", "strength") and self.clip is not None)
             if getattr(self, name) is not None and not given:
-                what = "a clip to begin with" if self.frames is not None else "an image to work on"
-                what += ", or an image" if self.frames is not None and name == "fit" else ""
+                what = "a `clip` to begin with" if self.frames is not None else "an `image` to work on"
+                what += ", or an `image`" if self.frames is not None and name == "fit" else ""
                 raise InputError(f"{name} needs {what}", argument=name)
         if self.clip is not None:
             if not isinstance(self.clip, Clip):
@@ -326,7 +330,7 @@ class Request:
         if self.outpaint is not None:
             if not (isinstance(self.outpaint, tuple) and len(self.outpaint) == 4):
                 raise InputError(
-                    f"outpaint must be (left, top, right, bottom), not {checks.shown(self.outpaint)}",
+                    f"outpaint must be four numbers, left, top, right and bottom, not {checks.shown(self.outpaint)}",
                     argument="outpaint",
                 )
             for side, pixels in zip(("left", "top", "right", "bottom"), self.outpaint, strict=True):
@@ -358,15 +362,15 @@ class Request:
             raise InputError("loras names one twice; add up its weights", argument="loras")
         if self.inpaint is not None:
             if self.mask is None and self.outpaint is None:
-                raise InputError("inpaint needs a mask, or outpaint", argument="inpaint")
+                raise InputError("inpaint needs a `mask`, or `outpaint`", argument="inpaint")
             if self.inpaint.padding is not None and self.outpaint is not None:
                 raise InputError(
-                    "inpaint.padding draws part of a picture, and outpaint the whole: choose one",
+                    "inpaint.padding draws part of a picture, and `outpaint` the whole: choose one",
                     argument="inpaint.padding",
                 )
         if self.hires is not None and (self.mask is not None or self.outpaint is not None):
             raise InputError(
-                "hires redraws the whole picture, which a mask or outpaint promises to keep: "
+                "hires redraws the whole picture, which a `mask` or `outpaint` promises to keep: "
                 "do one after the other",
                 argument="hires",
             )

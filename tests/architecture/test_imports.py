@@ -13,7 +13,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 LEVELS = [
-    {"errors", "checks", "parts", "types", "storage", "runtime", "pictures", "memory", "flops", "video"},
+    {
+        "errors",
+        "wording",
+        "checks",
+        "parts",
+        "types",
+        "storage",
+        "runtime",
+        "pictures",
+        "memory",
+        "flops",
+        "video",
+    },
     {"nn"},
     {"text", "autoencoder", "diffusion", "sampling", "checkpoint", "scenes", "adapters"},
     {"families", "data", "tasks"},

@@ -48,7 +48,7 @@ def server(place, ring):
     moves = small_svd.write("svd", place / "moves", frames=6)
     (place / "models.toml").write_text(
         f'[[model]]\nname = "sd"\nsource = "{source}"\ndtype = "fp32"\n'
-        f'[model.loras]\nink = "{ink}"\n[model.controlnets]\ncanny = "{canny}"\n'
+        f'[model.loras]\nink = "{ink}"\nlcm-lora = "{ink}"\n[model.controlnets]\ncanny = "{canny}"\n'
         f'[[model]]\nname = "moves"\nsource = "{moves}"\ndtype = "fp32"\n'
         '[[model]]\nname = "pocket"\nsource = "pocket"\n'
     )
@@ -111,6 +111,20 @@ def done(a, heard):
         found[model] = a.wait(answer.json()["id"])
         assert found[model]["state"] == "succeeded", found[model]
     return found, file
+
+
+def test_a_lora_for_few_steps_is_noted_by_its_name(a, heard):
+    body = {
+        "model": "sd",
+        "request": {"prompt": "a cat", "size": [64, 64], "loras": ["lcm-lora"], "steps": 2},
+    }
+    note = (
+        'LoRA lcm-lora is taken for one made for few steps (lcm), for it is called "lcm-lora": drawn with guidance 1, '
+        "sampler lcm, schedule lcm; say others by `guidance`, `sampler`, `schedule`"
+    )
+    assert heard(a.post("/v1/estimate", body)).json()["notes"] == [note]
+    job = heard(a.post("/v1/jobs", body)).json()
+    assert a.wait(job["id"])["notes"] == job["notes"] == [note]
 
 
 def test_no_route_says_where_something_lies(a, done, heard):

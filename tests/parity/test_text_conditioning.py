@@ -258,11 +258,11 @@ def test_requests_that_do_not_fit_are_refused(stacks):
         encode_prompts(stack, ["a", "b"], ["c"])
     with pytest.raises(InputError, match="'word' is unknown"):
         TextOptions(weighting="word")
-    with pytest.raises(InputError, match="'a2222' are unknown"):
+    with pytest.raises(InputError, match='"a2222" are unknown'):
         TextOptions(rule="a2222")
     with pytest.raises(InputError, match="2 text encoders"):
         TextStack(PLANS["sdxl"], stack.encoders)
-    with pytest.raises(InputError, match="weighting 'x' is unknown"):
+    with pytest.raises(InputError, match='weighting "x" is unknown'):
         encode_windows(stack.encoders[0], bundled(), [[empty_window(bundled())]], weighting="x")
     with pytest.raises(InputError, match="one number of windows"):
         encode_windows(stack.encoders[0], bundled(), [[empty_window(bundled())], []])

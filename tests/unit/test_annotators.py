@@ -16,9 +16,15 @@ import small_control as small
 from helpers import noise
 from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
+from sfumato.memory import LiveBytes
 from sfumato.receipts.provenance import read_recipe
+from sfumato.serve.asked import PICTURE
+from sfumato.serve.settings import read_models
+from sfumato.serve.worker.models import open_model
+from sfumato.serve.worker.together import Bench, Together
 from sfumato.tasks.annotators import Entrance, depth_picture, open_annotator
 from sfumato.tasks.poses import COLORS, FAINT, ORDER, points_of, pose_picture
+from sfumato.types import Control, Request
 from small_sd import stand_for_the_published, write
 
 
@@ -160,6 +166,10 @@ def test_the_command_line_makes_depth_of_a_picture(tmp_path, monkeypatch, capsys
         return np.asarray(Image.open(out))
 
     makes = ["--annotator", "depth=dpt", "--control", "depth=photo.png"]
+    assert run(["generate", "a cat", *light, *makes, "--plan", "--json", "-o", "no.png"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert list(stages)[-3:] == ["annotate", "denoise", "decode"]
+    assert stages["annotate"]["activations"] == open_annotator(folder).memory(Image.open("photo.png").size)
     made = draw(*makes, out="made.png")
     assert np.array_equal(made, draw("--control", "depth=ready.png", out="a.png"))
     assert not np.array_equal(made, draw("--control", "depth=photo.png", out="b.png"))
@@ -196,3 +206,32 @@ def test_a_name_that_no_network_answers_to():
 
     with pytest.raises(InputError, match="one of canny, softedge, pose, or left out"):
         prepare_named("depth", {"pose": lambda picture: picture})
+
+
+@pytest.mark.parametrize(
+    "write", [small_annotators.dpt, small_annotators.depth_anything, small_annotators.vitpose]
+)
+def test_what_it_takes_is_known_before_it_is_opened(tmp_path, write):
+    found = open_annotator(write(tmp_path / "net"))
+    network, pixels = found._network(), found.entrance.pixels(Image.new("RGB", (200, 120)))
+    weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    with torch.inference_mode(), LiveBytes() as live:
+        _, beside = live.worst(lambda: network(pixels))
+    told = found.memory((200, 120)) - weights
+    assert beside <= told <= beside + 2 * pixels.nbytes
+
+
+def test_a_server_has_annotators_by_the_names_of_its_models_file(tmp_path):
+    net = small_annotators.dpt(tmp_path / "net")
+    (tmp_path / "models.toml").write_text(
+        f'[[model]]\nname = "pocket"\nsource = "pocket"\ndtype = "fp32"\n[model.annotators]\ndepth = "{net}"\n'
+    )
+    (spec,) = read_models(tmp_path / "models.toml")
+    together = Together(Bench(torch.device("cpu")), 2)
+    opened = open_model(spec, "cpu", together, None)
+    assert opened.facts()["annotators"] == ["depth"]
+    control = Control("depth", Image.new("RGB", (64, 64), "red"), prepare="depth")
+    request = opened.asked(Request("a cat", size=(64, 64), steps=1, controls=(control,)), PICTURE)
+    made = opened.shared.generate(request)
+    together.leave()
+    assert made.recipe["annotators"] == {"depth": open_annotator(net).digest}

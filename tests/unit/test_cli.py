@@ -179,7 +179,7 @@ REFUSED = {
     "count 65": (["generate", "a", "-n", str(MAX_COUNT + 1)], "count"),
     "count x": (["generate", "a", "-n", "x"], "count must be a whole number"),
     "size x": (["generate", "a", "--size", "big"], "size must be like 128 or 128x96"),
-    "size 0": (["generate", "a", "--size", "0"], "width must be between 1 and 4096, not 0"),
+    "size 0": (["generate", "a", "--size", "0"], "--size's width must be between 1 and 4096, not 0"),
     "size 10^6": (["generate", "a", "--size", "32x1000000"], "height must be between"),
     "size 513": (["generate", "a", "--size", "513"], "the nearest legal size is 512x512"),
     "size 33x47": (["generate", "a", "--size", "33x47"], "the nearest legal size is 32x48"),

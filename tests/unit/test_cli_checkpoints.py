@@ -119,7 +119,7 @@ def test_rules_and_weights_of_prompts(places, capsys):
         capsys, "a", "-m", model, "--prompt-rules", "webui"
     )
     assert "known are a1111, a1111_no_norm" in refused(capsys, "a", "-m", model, "--weighting", "x")
-    assert "knows nothing of prompt_rules" in refused(capsys, "a", "--prompt-rules", "compel")
+    assert "knows nothing of --prompt-rules" in refused(capsys, "a", "--prompt-rules", "compel")
 
 
 @pytest.mark.parametrize("rules", [None, "a1111", "comfy", "compel", "none"])
@@ -169,8 +169,8 @@ def test_what_sdxl_is_told_of_sizes(places, capsys):
     assert (
         draw(model, "--micro", "original=32", "--micro", "target=32", "--micro", "crop=0,0") == plain
     ).all()
-    assert "knows nothing of micro.aesthetic" in refused(capsys, "a", "-m", model, "--micro", "aesthetic=6")
-    assert "knows nothing of micro.crop" in refused(capsys, "a", "-m", places("sd1"), "--micro", "crop=0,0")
+    assert "knows nothing of --micro aesthetic" in refused(capsys, "a", "-m", model, "--micro", "aesthetic=6")
+    assert "knows nothing of --micro crop" in refused(capsys, "a", "-m", places("sd1"), "--micro", "crop=0,0")
 
 
 def test_no_negative_and_an_empty_one_are_two_things_to_sdxl(places):

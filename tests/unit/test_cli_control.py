@@ -101,11 +101,11 @@ def test_other_kinds_are_taken_as_they_are_and_two_act():
     [
         (["--control", "canny"], "control must be KIND=IMAGE[:WEIGHT[:START-END]], not 'canny'"),
         (["--control", "canny=edges.png:x"], "control canny's weight must be a number, not 'x'"),
-        (["--control", "canny=edges.png:nan"], "control canny's weight must be between 0 and 10, not nan"),
+        (["--control", "canny=edges.png:nan"], "control canny's weight must be between 0 and 10, not NaN"),
         (["--control", "canny=edges.png:1:0.8-0.2"], "control canny starts at 0.8, after its end at 0.2"),
         (["--control", "canny=edges.png:1:0.8"], "control canny's steps must be like 0-0.6"),
         (["--control", "canny=none-such.png:0.5"], "'none-such.png' does not exist"),
-        (["--control", "pose=edges.png"], "this model has no ControlNet 'pose': it has canny"),
+        (["--control", "pose=edges.png"], 'this model has no ControlNet "pose": it has canny'),
         (["--control-ready", "canny"], "control-ready names 'canny', which no --control gives"),
         (["--guess"], "guess goes with --control"),
         (["--controlnet", "canny=edges.png"], "controlnet gives 'canny' twice"),

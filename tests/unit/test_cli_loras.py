@@ -123,7 +123,7 @@ def test_how_a_lora_is_said(text, name, weight, blocks):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("ink.safetensors:strong", "lora weight must be a number, not 'strong'"),
+        ("ink.safetensors:strong", r"lora\.weight must be a number, not 'strong'"),
         ("ink.safetensors:0.5:mid=x", "lora block mid must be a number"),
         ("ink.safetensors:0.5:mid=1,mid=2", "must be like down.1=0.5,mid=0"),
         ("=ink.safetensors", r"must be \[NAME=\]FILE"),
@@ -137,9 +137,9 @@ def test_how_it_is_not(text, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["ink.safetensors:nan"], "weight of LoRA 'ink' must be between -100 and 100, not nan"),
-        (["ink.safetensors:inf"], "weight of LoRA 'ink' must be between -100 and 100, not inf"),
-        (["ink.safetensors:1:sky=2"], "sd1 has no block 'sky'"),
+        (["ink.safetensors:nan"], 'weight of LoRA "ink" must be between -100 and 100, not NaN'),
+        (["ink.safetensors:inf"], 'weight of LoRA "ink" must be between -100 and 100, not Infinity'),
+        (["ink.safetensors:1:sky=2"], 'sd1 has no block "sky"'),
         (["gone.safetensors"], "gone.safetensors does not exist"),
         (["ink.safetensors", "--lora", "./ink.safetensors"], "two LoRAs are called 'ink'"),
     ],
@@ -209,8 +209,8 @@ def test_an_lcm_lora_draws_in_four_steps_unless_told_otherwise(model, capsys):
     Path("ink.safetensors").rename("lcm-lora.safetensors")
     assert run(["generate", "x", "-m", model, "--size", "32", "--lora", "lcm-lora.safetensors"]) == 0
     assert (
-        "note: LoRA lcm-lora is taken for one made for few steps (lcm), for it is called 'lcm-lora': drawn with "
-        "steps 4, guidance 1, sampler lcm, schedule lcm; say others by --steps --guidance --sampler --schedule"
+        'note: LoRA lcm-lora is taken for one made for few steps (lcm), for it is called "lcm-lora": drawn with '
+        "steps 4, guidance 1, sampler lcm, schedule lcm; say others by --steps, --guidance, --sampler, --schedule"
     ) in capsys.readouterr().err
     request = read_recipe("out.png")["request"]
     assert [request[n] for n in ("steps", "guidance", "sampler", "schedule")] == [4, 1.0, "lcm", "lcm"]
@@ -288,7 +288,7 @@ def test_merged_for_good(model, capsys):
 
 def test_merging_names_the_file_that_it_is_about(model, capsys):
     said = refused(capsys, "convert", model, "no.safetensors", "--merge", "ink.safetensors:nan")
-    assert "weight of LoRA 'ink' must be between -100 and 100, not nan" in said
+    assert 'weight of LoRA "ink" must be between -100 and 100, not NaN' in said
 
 
 def test_merged_keeps_the_types_that_the_file_has(model, capsys):

@@ -12,11 +12,12 @@ import small_sd
 from helpers import tiny_folder
 from sfumato.checkpoint.header import read_header
 from sfumato.cli.app import run
-from sfumato.cli.fields import worded
+from sfumato.cli.fields import option_of
 from sfumato.errors import InputError
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
 from sfumato.storage import load_tensors
+from sfumato.wording import worded
 
 LIGHT = ["--size", "32", "--steps", "2"]
 
@@ -61,18 +62,18 @@ def test_labels_of_web_uis_are_names(tiny, given, sampler, schedule):
 
 def test_a_name_nearly_right(tiny, capsys):
     asked = "generate", "x", "-m", tiny, *LIGHT
-    assert "'dpmp_2m' is unknown, did you mean dpmpp_2m?; use" in refused(
+    assert '"dpmp_2m" is unknown, did you mean dpmpp_2m?; use' in refused(
         capsys, *asked, "--sampler", "dpmp_2m"
     )
-    assert "'karas' is unknown, did you mean karras?; use" in refused(capsys, *asked, "--schedule", "karas")
-    assert "'zzz' is unknown; use one of" in refused(capsys, *asked, "--sampler", "zzz")
+    assert '"karas" is unknown, did you mean karras?; use' in refused(capsys, *asked, "--schedule", "karas")
+    assert '"zzz" is unknown; use one of' in refused(capsys, *asked, "--sampler", "zzz")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["generate", "x", "-m", ""], "the model's name is empty"),
-        (["generate", "x", "--refiner", ""], "refiner is empty"),
+        (["generate", "x", "--refiner", ""], "--refiner is empty"),
         (["generate", "x", "--image", ""], "--image is empty"),
         (["generate", "x", "--parts", ""], "--parts is empty"),
         (["inspect", ""], "a path is empty"),
@@ -87,10 +88,14 @@ def test_only_the_field_that_is_wrong_is_called_as_its_option(capsys):
     said = refused(capsys, "generate", "x", "--image", "found by image.png")
     assert "image 'found by image.png' does not exist" in said
     wrong = InputError("clip_skip must be 1, and clip_skip by frames", argument="clip_skip")
-    assert worded(wrong, {"clip_skip"}) == "--clip-skip must be 1, and clip_skip by frames"
-    assert worded(wrong, {"frames"}) == str(wrong)
+    assert words(wrong, clip_skip="--clip-skip") == "--clip-skip must be 1, and clip_skip by frames"
+    assert words(wrong, frames="--frames") == str(wrong)
     other = InputError("clip_skip must be 1", argument="model")
-    assert worded(other, {"clip_skip", "model"}) == str(other)
+    assert words(other, clip_skip="--clip-skip", model="--model") == str(other)
+
+
+def words(error, **options):
+    return worded(str(error), error.argument, lambda field: option_of(field, options))
 
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):

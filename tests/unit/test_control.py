@@ -60,7 +60,7 @@ def square(name: str = "canny", **changes) -> Control:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"weight": math.nan}, "control canny's weight must be between 0 and 10, not nan"),
+        ({"weight": math.nan}, "control canny's weight must be between 0 and 10, not NaN"),
         ({"weight": -1.0}, "control canny's weight must be between 0 and 10, not -1"),
         ({"start": 0.7, "end": 0.2}, "control canny starts at 0.7, after its end at 0.2"),
         ({"end": 1.5}, "control canny's end must be between 0 and 1"),
@@ -241,12 +241,12 @@ def test_a_refiner_draws_on_without(models, tmp_path):
 def test_a_request_is_refused_that_the_model_cannot_draw(models):
     model = models("sd1")
     with pytest.raises(
-        InputError, match="no ControlNet 'pose': it has canny, depth; give its file by --controlnet"
+        InputError, match='no ControlNet "pose": it has canny, depth; one is opened with the model'
     ):
         model.complete(asking(square("pose")))
     with pytest.raises(InputError, match="reuse and controls do not go together"):
         model.complete(asking(square(), reuse=2))
-    with pytest.raises(InputError, match=r"prepare must be one of canny, softedge.*not 'depth'"):
+    with pytest.raises(InputError, match=r'prepare must be one of canny, softedge.*not "depth"'):
         model.complete(asking(square(prepare="depth")))
 
 

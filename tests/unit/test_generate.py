@@ -152,7 +152,7 @@ def test_skip_layer_guidance_goes_away_from_a_network_that_lacks_layers(model):
 def test_skip_layers_that_are_not_there_are_refused(model):
     with pytest.raises(InputError, match="names the layer 99; this model's network has 0 to"):
         model.complete(Request(PROMPT, skip_layers=SkipLayers((0, 99))))
-    with pytest.raises(InputError, match="knows nothing of text_length"):
+    with pytest.raises(InputError, match="knows nothing of `text_length`"):
         model.complete(Request(PROMPT, text_length=77))
 
 

@@ -89,7 +89,7 @@ def test_what_is_a_job_s_alone_goes_with_it(tmp_path):
 
 TAKES = {
     "expected": {"seconds": 1.0, "pictures": 1, "memory": 1, "pixel_steps": 4, "size": [64, 64]}, "sampler_steps": 4,
-    "tune": [],
+    "tune": [], "notes": [],
 }  # fmt: skip
 
 

@@ -298,7 +298,7 @@ def test_settings_name_what_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("since", "until", "said"),
     [
-        ("2026-13-45", "2026-12-31", "since must be a day such as 2026-01-31, not '2026-13-45'"),
+        ("2026-13-45", "2026-12-31", 'since must be a day such as 2026-01-31, not "2026-13-45"'),
         ("2026-02-29", "2026-12-31", "since must be a day"),
         ("2026-01-01", "20260131", "until must be a day"),
         ("2026-01-01", "٢٠٢٦-٠١-٣١", "until must be a day"),

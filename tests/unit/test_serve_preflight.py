@@ -14,7 +14,7 @@ from sfumato.fidelity.words import font
 from sfumato.generate import load
 from sfumato.parts import Inpaint
 from sfumato.serve.settings import model_given
-from sfumato.serve.worker.preflight import Preflights
+from sfumato.serve.worker.preflight import MOTION, WORDS, Preflights
 from sfumato.serve.worker.together import Bench
 from sfumato.types import Request
 
@@ -102,3 +102,13 @@ def test_it_says_of_reading_what_is_so(preflights, pocket, poster, monkeypatch):
     for engine, note in ((None, ocr.MISSING), (lambda: None, ocr.UNASKED)):
         monkeypatch.setattr(ocr, "_engine", lambda engine=engine: engine)
         assert note in told(preflights, pocket, image=poster)["notes"]
+
+
+def test_of_a_clip_it_is_the_first_picture_at_the_clips_size(preflights, pocket, poster):
+    wanted = {"prompt": "a red ball", "frames": 5, "size": (128, 96)}
+    found = preflights.of(pocket.complete(Request(image=poster, **wanted)))
+    still = told(preflights, pocket, image=poster, size=(128, 96), fit="cover")
+    assert found["picture"] == still and found["picture"]["lost"] and found["notes"] == [MOTION]
+    words = preflights.of(pocket.complete(Request(**wanted)))
+    assert words["picture"] is None and words["notes"] == [MOTION, WORDS]
+    assert preflights.of(pocket.complete(Request("a red ball")))["notes"] == []

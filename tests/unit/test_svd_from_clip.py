@@ -48,7 +48,7 @@ def test_what_a_clip_to_begin_with_leaves_open(place):
         ({"strength": 0.01}, "strength 0.01 of 8 steps is less than one step"),
         (
             {"clip": None, "image": picture(), "strength": 0.5},
-            "strength goes with a clip to begin with",
+            "strength goes with a `clip` to begin with",
         ),
     ],
     ids=plain,

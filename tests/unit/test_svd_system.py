@@ -55,10 +55,10 @@ def test_a_picture_is_brought_to_the_clip_s_size(place):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image": None}, "'small' sets a picture in motion; give an image"),
-        ({"prompt": "a cat"}, "'small' reads no prompt; leave it out"),
-        ({"negative": "blur"}, "'small' reads no negative; leave it out"),
-        ({"strength": 0.5}, "strength goes with a clip"),
+        ({"image": None}, '"small" sets a picture in motion; give an `image`'),
+        ({"prompt": "a cat"}, '"small" reads no `prompt`; leave it out'),
+        ({"negative": "blur"}, '"small" reads no `negative`; leave it out'),
+        ({"strength": 0.5}, "strength goes with a `clip`"),
         ({"mask": picture()}, "mask is for pictures"),
         ({"outpaint": (8, 8, 8, 8)}, "outpaint is for pictures"),
         ({"hires": HiRes(2)}, "hires is for pictures"),
@@ -79,7 +79,7 @@ def test_a_picture_is_brought_to_the_clip_s_size(place):
         ({"motion": 127}, "motion must be of type Motion"),
         ({"reuse": 3}, "keeps no deep features"),
         ({"clip_skip": 2}, "clip_skip 2 is more than"),
-        ({"prompt_rules": "comfy"}, "knows nothing of prompt_rules"),
+        ({"prompt_rules": "comfy"}, "knows nothing of `prompt_rules`"),
     ],
     ids=plain,
 )
@@ -90,7 +90,7 @@ def test_what_cannot_be_asked(place, changes, words):
 
 def test_a_model_of_pictures_knows_nothing_of_clips(tiny_model):
     for changes in ({"frames": 4}, {"fps": 7.0}, {"guidance_first": 1.0}, {"motion": Motion()}):
-        with pytest.raises(InputError, match=f"knows nothing of {next(iter(changes))}"):
+        with pytest.raises(InputError, match=f"knows nothing of `{next(iter(changes))}`"):
             tiny_model.complete(Request("a red cube", **changes))
 
 

@@ -49,7 +49,7 @@ def test_the_picture_decides_the_size():
             {"image": noise(50, 32)},
             "image is 50x32, not a multiple of 8 pixels; the nearest legal size is 48x32",
         ),
-        ({"image": noise(48, 32), "size": (64, 64)}, "image is 48x32, but size asks for 64x64"),
+        ({"image": noise(48, 32), "size": (64, 64)}, "image is 48x32, but `size` asks for 64x64"),
         (
             {"image": noise(48, 32), "outpaint": (0, 0, 10, 0)},
             "with outpaint 58x32.*nearest legal size is 56x32",

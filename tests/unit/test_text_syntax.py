@@ -288,7 +288,7 @@ def test_deep_nesting_needs_no_deep_stack(rule):
 
 def test_an_unknown_rule_is_refused_with_the_known_ones():
     with pytest.raises(
-        InputError, match="'webui' are unknown; known are a1111, comfy, compel, none"
+        InputError, match='"webui" are unknown; known are a1111, comfy, compel, none'
     ) as caught:
         parse("a", "webui")
     assert caught.value.argument == "prompt_rules"

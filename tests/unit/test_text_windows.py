@@ -142,7 +142,7 @@ def test_prompts_are_brought_to_one_number_of_windows():
 
 def test_what_cannot_be_laid_out_is_refused_by_name():
     for prompt in ("(cat:101)", "(cat:-1000)", "(" * 9000 + "cat" + ")" * 9000):
-        with pytest.raises(InputError, match="weight of 'cat' in the prompt") as caught:
+        with pytest.raises(InputError, match='weight of "cat" in the prompt') as caught:
             windows(prompt)
         assert caught.value.argument == "prompt"
     with pytest.raises(InputError, match="between -100 and 100"):

@@ -320,7 +320,7 @@ def test_clips_that_are_refused_in_one_line(tmp_path):
     assert "is damaged or cut off" in refusal(made("noise.webm", b"\x1a\x45\xdf\xa3" + os.urandom(4000)))
     assert "is damaged or cut off" in refusal(made("noise.gif", b"GIF89a" + bytes(range(200))))
     assert "has only sound" in refusal(speech(tmp_path / "sound.mp4"))
-    assert "is a picture" in refusal(made("still.png", _png(moving().frames[0], tmp_path)))
+    assert "is a PNG picture" in refusal(made("still.png", _png(moving().frames[0], tmp_path)))
     still = written(moving(1), tmp_path / "still.gif")
     assert "a picture that does not move" in refusal(still)
     os.mkfifo(tmp_path / "pipe.mp4")

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato import checks
 from sfumato.adapters.delta import Change, Delta, LowRank, folded, product
 from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info, origin, shapes
 from sfumato.errors import InputError, SfumatoError
-from sfumato.types import LoraUse
+from sfumato.types import LoraUse, Request
 
 LARGEST = 2.0**100  # of ΔW that may be added unseen: beside it no number of bfloat16 becomes infinite
 INSIDE = "a drawing cannot change its LoRAs before it is done"
@@ -218,6 +219,27 @@ class Adapters:
         wanted = ((lora.name, self._presets(lora)) for lora in used)
         return {name: wish for name, wish in wanted if wish.fields}
 
+    def notes(self, request: Request) -> list[str]:
+        """What is to be said of LoRAs that decide what the request leaves open, told by a word in their names."""
+        uses, notes = self.settled(request.loras), []
+        left = {key: value for key, value in self.preset(uses).items() if getattr(request, key) is None}
+        wishes = self.wishes(uses)
+        for name, wish in reversed(wishes.items()):  # the last one has its way
+            own = {key: left.pop(key) for key in wish.fields if key in left}
+            others = {
+                other: {k: w.fields[k] for k in own if w.fields.get(k, own[k]) != own[k]}
+                for other, w in wishes.items()
+            }
+            against = "".join(
+                f", though {other} wants {_told(fields)}" for other, fields in others.items() if fields
+            )
+            if own:
+                by = ", ".join(f"`{key}`" for key in own)
+                notes.append(
+                    f"LoRA {name} is taken for {wish.why}: drawn with {_told(own)}{against}; say others by {by}"
+                )
+        return notes
+
     def digests(self, uses: Sequence[LoraUse]) -> dict[str, str]:
         """Name to SHA-256 of the LoRA's numbers."""
         return {use.name: self.opened[use.name].digest for use in uses}
@@ -227,7 +249,7 @@ class Adapters:
             if name not in self.opened:
                 known = f"; open are {', '.join(self.opened)}" if self.opened else "; none is open"
                 raise InputError(
-                    f"the LoRA {name!r} is not open{known}: give its file by --lora, or attach it",
+                    f"the LoRA {checks.shown(name)} is not open{known}",
                     argument="loras",
                 )
 
@@ -241,8 +263,8 @@ class Adapters:
                     (f", such as {one}.1" for one in ("down", "blocks") if one in names.blocks), ""
                 )
                 raise InputError(
-                    f"{names.family} has no block {block!r}; there are {', '.join(names.blocks)} and what lies in "
-                    f"them{example}",
+                    f"{names.family} has no block {checks.shown(block)}; there are {', '.join(names.blocks)} and "
+                    f"what lies in them{example}",
                     argument="loras",
                 )
 
@@ -337,3 +359,9 @@ class Adapters:
 
 def _within(path: str, start: str) -> bool:
     return path == start or path.startswith(start + ".")
+
+
+def _told(fields: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
+    )

@@ -35,6 +35,7 @@ from sfumato.cli import (
 )
 from sfumato.errors import Cancelled, InputError, SfumatoError
 from sfumato.families import ALIASES
+from sfumato.wording import worded
 
 DEBUG_VARIABLE = "SFUMATO_DEBUG"  # set to anything to see the traceback of a failure
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
@@ -99,8 +100,9 @@ def run(arguments: Sequence[str]) -> int:
             _say("stopped")
         return code
     except SfumatoError as error:
-        verb, _ = VERBS.get(next(iter(arguments), ""), (run, ""))
-        _complain(fields.worded(error, verb.__annotations__))
+        options = _options(arguments)
+        argument = getattr(error, "argument", None)
+        _complain(worded(str(error), argument, lambda field: fields.option_of(field, options)))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped")
@@ -147,6 +149,22 @@ def _paths(verb: Callable[..., None]) -> tuple[dict[str, str], bool]:
         else:
             options |= {text: name for text in (f"--{name.replace('_', '-')}", *(told.param_decls or ()))}
     return options, positional
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    """How the options of the verb that a command line begins with are written, by their parameters' names."""
+    verbs = {
+        **VERBS,
+        **{f"{group} {name}": verb for group, (_, own) in GROUPS.items() for name, verb in own.items()},
+    }
+    verb = verbs.get(" ".join(arguments[:1])) or verbs.get(" ".join(arguments[:2]))
+    found = {}
+    for name, hint in ({} if verb is None else get_type_hints(verb[0], include_extras=True)).items():
+        for told in get_args(hint)[1:]:
+            if isinstance(told, typer.models.OptionInfo):
+                written = [text for text in told.param_decls or () if text.startswith("--")]
+                found[name] = (written or [f"--{name.replace('_', '-')}"])[0].partition("/")[0]
+    return found
 
 
 def _complain(message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sfumato.cli import parse
@@ -10,8 +10,6 @@ from sfumato.cli.options import left_open
 
 if TYPE_CHECKING:
     from typer import Context
-
-    from sfumato.errors import SfumatoError
 
 NONE = "none"  # of an option that a picture to be like has given: not this one
 Read = Callable[[str, Any], Any]  # (the option, what it was given) → the field's value
@@ -58,7 +56,10 @@ FIELDS: dict[str, tuple[str, Read]] = {
     "skip_layers.scale": ("skip-scale", parse.number),
     "skip_layers.interval": ("skip-interval", parse.interval),
 }
-OTHERS = {"guidance_first": "guidance"}  # fields that an option gives together with another
+OTHERS = {  # fields, and arguments of `sfumato.load`, that an option of another name gives, or gives with another
+    "guidance_first": "guidance", "loras": "lora", "controls": "control", "clip": "init", "refine_at": "refiner",
+    "inpaint": "mask-blur", "controlnets": "controlnet", "annotators": "annotator", "embeddings": "embedding",
+}  # fmt: skip
 MAY_DROP = ("hires.scale", "guidance_interval", "variation", "skip_layers.layers")
 
 
@@ -95,16 +96,17 @@ def _labels(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def worded(error: SfumatoError, parameters: Container[str]) -> str:
-    """An error's message; where it begins with the field of a request that is wrong, with the option for that.
+def option_of(field: str, options: Mapping[str, str]) -> str | None:
+    """What the command line calls a field of a request, or another argument; None if a verb has no option for it.
 
-    parameters: of the verb. One that has no such option says what was given in another way.
+    options: of the verb, how they are written by their parameters' names.
     """
-    message, field = str(error), str(getattr(error, "argument", None))
-    option = OTHERS.get(field) or FIELDS.get(field, (field,))[0]
-    if option == field or option.replace("-", "_") not in parameters or not message.startswith(f"{field} "):
-        return message
-    return f"--{option}{message.removeprefix(field)}"
+    outer, _, inner = field.partition(".")
+    whole = OTHERS.get(field) or FIELDS.get(field, (field,))[0]
+    for name, more in ((whole, ""), (OTHERS.get(outer, outer), f" {inner.replace('_', '-')}")):
+        if (written := options.get(name.replace("-", "_"))) is not None:
+            return written + (" FIRST:LAST" if field == "guidance_first" else more)
+    return None
 
 
 def dropped(context: Context) -> set[str]:

@@ -13,7 +13,6 @@ from sfumato.errors import InputError
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
-    from sfumato.types import Request
 
 NONE = ["none"]  # `--lora none` takes out those of --like
 FORM = "[NAME=]FILE[:WEIGHT][:BLOCK=FACTOR,…]"
@@ -57,7 +56,7 @@ def _one(text: str, option: str) -> Given:
             rest, blocks = head, _blocks(tail)
         head, colon, tail = rest.rpartition(":")
         if colon and not os.path.exists(rest) and not ("/" in tail or "\\" in tail):
-            rest, weight = head, number(f"{option} weight", tail)
+            rest, weight = head, number(f"{option}.weight", tail)
     name, equals, file = rest.partition("=")
     if not equals or os.path.exists(rest):
         path = Path(rest)
@@ -115,36 +114,3 @@ def attach(model: Model, loras: Sequence[Given], wanted: Sequence[Any], partial:
                 f"LoRA {one.name} changes nothing in {' and '.join(idle)}, so a factor there does nothing"
             )
     return notes
-
-
-def notes_of_few(model: Model, request: Request) -> list[str]:
-    """What is to be said of LoRAs that decide what the request leaves open, told by a word in their names."""
-    adapters, notes = model.system.adapters, []
-    if adapters is None:
-        return []
-    uses = adapters.settled(request.loras)
-    open_fields = {
-        key: value for key, value in adapters.preset(uses).items() if getattr(request, key) is None
-    }
-    wishes = adapters.wishes(uses)
-    for name, wish in reversed(wishes.items()):  # the last one has its way
-        own = {key: open_fields.pop(key) for key in wish.fields if key in open_fields}
-        others = {
-            other: {k: w.fields[k] for k in own if w.fields.get(k, own[k]) != own[k]}
-            for other, w in wishes.items()
-        }
-        against = "".join(
-            f", though {other} wants {_told(fields)}" for other, fields in others.items() if fields
-        )
-        if own:
-            options = " ".join(f"--{key}" for key in own)
-            notes.append(
-                f"LoRA {name} is taken for {wish.why}: drawn with {_told(own)}{against}; say others by {options}"
-            )
-    return notes
-
-
-def _told(fields: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
-    )

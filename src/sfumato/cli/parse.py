@@ -137,16 +137,16 @@ def micro(pairs: list[str]) -> dict[str, Any]:
         if f"micro.{name}" in values:
             raise InputError(f"micro gives {shown} twice", argument="micro")
         if name.endswith("aesthetic"):
-            value: Any = number(f"micro {shown}", text)
+            value: Any = number(f"micro.{name}", text)
         elif name.endswith("crop"):
             left, comma, top = text.partition(",")
             if not comma:
                 raise InputError(
-                    f"micro {shown} must be like LEFT,TOP, not {_quoted(text)}", argument="micro"
+                    f"micro.{name} must be like LEFT,TOP, not {_quoted(text)}", argument=f"micro.{name}"
                 )
-            value = whole(f"micro {shown}", left), whole(f"micro {shown}", top)
+            value = whole(f"micro.{name}", left), whole(f"micro.{name}", top)
         else:
-            value = size(text, f"micro {shown}")
+            value = size(text, f"micro.{name}")
         values[f"micro.{name}"] = value
     return values
 

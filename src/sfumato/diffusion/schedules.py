@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sfumato.checks import meant
+from sfumato.checks import meant, shown
 from sfumato.diffusion.path import FLOW, VE, Path
 from sfumato.errors import InputError
 
@@ -317,7 +317,7 @@ def sigmas_for(name: str, steps: int, levels: NoiseLevels, tokens: int | None = 
     """
     if name not in SCHEDULES:
         raise InputError(
-            f"schedule {name!r} is unknown{meant(name, SCHEDULES)}; use one of {', '.join(SCHEDULES)}",
+            f"schedule {shown(name)} is unknown{meant(name, SCHEDULES)}; use one of {', '.join(SCHEDULES)}",
             argument="schedule",
         )
     if steps < 1:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato import checks
 from sfumato.drawing.sample import Noise, noise_of, sample
 from sfumato.drawing.script import Script
 from sfumato.errors import InputError
@@ -42,7 +43,8 @@ def as_clip(model: Model, request: Request) -> Request:
     """
     if not makes_clips(model):
         raise InputError(
-            f"{model.name!r} draws pictures and no clips; name a model that does", argument="model"
+            f"{checks.shown(model.name)} draws pictures and no clips; name a model that does",
+            argument="model",
         )
     if request.frames is None and request.clip is None:
         request = replace(request, frames=model.clip_preset["frames"])

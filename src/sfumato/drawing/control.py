@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.pictures import BLACK, flatten
 from sfumato.tasks.canvas import canvas
@@ -134,12 +135,12 @@ def settled(model: Model, request: Request) -> Request:
         if control.name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise InputError(
-                f"this model has no ControlNet {control.name!r}: {has}; give its file by --controlnet "
-                f"{control.name}=FILE",
+                f"this model has no ControlNet {checks.shown(control.name)}: {has}; one is opened with the model, by "
+                f"`controlnets` {control.name}=FILE",
                 argument="controls",
             )
     if (request.reuse or 1) > 1:
-        raise InputError("reuse and controls do not go together; leave out one", argument="reuse")
+        raise InputError("reuse and `controls` do not go together; leave out one", argument="reuse")
     part = request.inpaint is not None and request.inpaint.padding is not None
     original = request.image.size if part and request.image is not None else None
     check_hints(request, model.system.config.multiple, original, model.annotators)

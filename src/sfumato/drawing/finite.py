@@ -47,7 +47,7 @@ def watched(
         step = step_at(sigmas, sigma)
         what, layer = _culprit(model, make(), told, request, x, sigma)
         dtype = str(model.dtype).removeprefix("torch.")
-        better = "draw with --dtype bf16 or fp32"
+        better = "draw with `dtype` bf16 or fp32"
         if what == SAMPLER:
             better = "use another sampler or schedule"
         elif model.dtype not in NARROW:

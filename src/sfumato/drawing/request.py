@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sfumato import checks
 from sfumato.diffusion.schedules import sigmas_for
 from sfumato.drawing.control import settled
 from sfumato.errors import InputError
@@ -48,7 +49,7 @@ def complete(model: Model, request: Request) -> Request:
         _check_hires(model, request, request.hires)
     if (request.reuse or 1) > 1 and model.system.split is None:
         raise InputError(
-            "this model's network keeps no deep features to reuse; leave out reuse", argument="reuse"
+            "this model's network keeps no deep features to reuse; leave out `reuse`", argument="reuse"
         )
     layers = model.system.clip_layers
     if request.clip_skip is not None and request.clip_skip > layers:
@@ -79,10 +80,12 @@ def _check_clip(model: Model, request: Request) -> None:
     system = model.system
     if system.animates:
         if request.image is None:
-            raise InputError(f"{model.name!r} sets a picture in motion; give an image", argument="image")
+            raise InputError(
+                f"{checks.shown(model.name)} sets a picture in motion; give an `image`", argument="image"
+            )
         for name in ("prompt", "negative"):
             if getattr(request, name):
-                raise InputError(f"{model.name!r} reads no {name}; leave it out", argument=name)
+                raise InputError(f"{checks.shown(model.name)} reads no `{name}`; leave it out", argument=name)
     if request.moves:
         if request.variation is not None or request.controls:
             name = "variation" if request.variation is not None else "controls"
@@ -107,12 +110,14 @@ def _loras(model: Model, request: Request) -> dict[str, Any]:
     adapters = model.system.adapters
     if adapters is None:
         if request.loras:
-            raise InputError(f"{model.name!r} takes no LoRAs; leave out loras", argument="loras")
+            raise InputError(
+                f"{checks.shown(model.name)} takes no LoRAs; leave out `loras`", argument="loras"
+            )
         return {}
     for name, text in (("prompt", request.prompt), ("negative", request.negative or "")):
         if "<lora:" in text:
             raise InputError(
-                f"a LoRA is given by --lora FILE:WEIGHT or Request.loras, not in the {name} as <lora:…>",
+                f"a LoRA is given by `loras`, not in the {name} as <lora:…>",
                 argument=name,
             )
     uses = adapters.settled(request.loras)
@@ -167,7 +172,7 @@ def _check_read(model: Model, request: Request) -> None:
     models = [model] if model.refiner is None else [model, model.refiner]
     for name in request.for_some():
         if not any(name in each.system.reads for each in models):
-            raise InputError(f"this model knows nothing of {name}; leave it out", argument=name)
+            raise InputError(f"this model knows nothing of `{name}`; leave it out", argument=name)
     if request.prompt_rules is not None:
         rule_named(request.prompt_rules)
     if request.weighting is not None:
@@ -181,12 +186,12 @@ def _check_skipped(model: Model, request: Request) -> None:
     count = model.system.layers
     if not count:
         raise InputError(
-            "this model's network leaves no layers out; leave out skip_layers", argument="skip_layers"
+            "this model's network leaves no layers out; leave out `skip_layers`", argument="skip_layers"
         )
     for layer in request.skip_layers.layers:
         if layer >= count:
             raise InputError(
-                f"skip_layers names the layer {layer}; this model's network has 0 to {count - 1}",
+                f"skip_layers.layers names the layer {layer}; this model's network has 0 to {count - 1}",
                 argument="skip_layers.layers",
             )
 

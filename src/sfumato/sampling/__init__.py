@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sfumato.checks import meant
+from sfumato.checks import meant, shown
 from sfumato.errors import InputError
 from sfumato.sampling.multistep import dpmpp_2m, lms, unipc
 from sfumato.sampling.noise import SeededNoise
@@ -42,7 +42,7 @@ def sampler_named(name: str) -> Callable[..., Tensor]:
     """The sampler of that name; an unknown one is an `InputError` that lists them."""
     if name not in SAMPLERS:
         raise InputError(
-            f"sampler {name!r} is unknown{meant(name, SAMPLERS)}; use one of {', '.join(SAMPLERS)}",
+            f"sampler {shown(name)} is unknown{meant(name, SAMPLERS)}; use one of {', '.join(SAMPLERS)}",
             argument="sampler",
         )
     return SAMPLERS[name]

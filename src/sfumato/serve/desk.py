@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sfumato import checks
 from sfumato.serve import process
 from sfumato.serve.asked import PICTURE, files_of
 from sfumato.serve.books import RETRY_WINDOW, Books
@@ -217,7 +218,7 @@ class Desk:
                 "keep": ask.keep,
                 "via": ask.via,
                 "forget": list(ask.brought) if ask.forget else [],
-                **{name: checked[name] for name in ("expected", "sampler_steps", "tune")},
+                **{name: checked[name] for name in ("expected", "sampler_steps", "tune", "notes")},
             },
             digest=ask.digest,
             made=made,
@@ -288,7 +289,7 @@ class Desk:
             raise Refused(
                 404,
                 "model_not_found",
-                f"there is no model {ask.model[:80]!r}; there is {known}",
+                f"there is no model {checks.shown(ask.model)}; there is {known}",
                 param="model",
             )
         message = {

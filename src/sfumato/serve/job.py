@@ -168,6 +168,7 @@ def job_json(record: Record, live: Live | None, currency: str, position: int | N
         "pictures": made.get("pictures", []),
         "clips": made.get("clips", []),
         "thumbs": made["thumbs"],
+        "notes": options.get("notes", []),
         "error": record.error,
     }
     if live is not None:

@@ -22,6 +22,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from sfumato import checks
 from sfumato.errors import InputError, SfumatoError
 from sfumato.serve.tables import VERSION, tables
 
@@ -429,7 +430,9 @@ def check_days(first: str, last: str) -> None:
         except ValueError:
             sound = None
         if not sound:
-            raise InputError(f"{name} must be a day such as 2026-01-31, not {day[:40]!r}", argument=name)
+            raise InputError(
+                f"{name} must be a day such as 2026-01-31, not {checks.shown(day)}", argument=name
+            )
     if last < first:
         raise InputError(f"until {last} is before since {first}", argument="until")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sfumato import checks
 from sfumato.errors import SfumatoError
 
 LONGEST_WAIT = 120  # seconds of Retry-After; the clients of OpenAI ignore longer ones
@@ -28,7 +29,7 @@ class Refused(SfumatoError):
 
 def not_found(what: str, name: object) -> Refused:
     """The same for what never was and for what is another's."""
-    return Refused(404, "not_found", f"there is no {what} {str(name)[:80]!r}", param="id")
+    return Refused(404, "not_found", f"there is no {what} {checks.shown(str(name))}", param="id")
 
 
 def bad(message: str, param: str | None = None) -> Refused:
@@ -36,4 +37,4 @@ def bad(message: str, param: str | None = None) -> Refused:
 
 
 def file_gone(name: str, param: str | None = None) -> Refused:
-    return bad(f"the file {name[:80]!r} is not there, or not any more; send it to /v1/files", param)
+    return bad(f"the file {checks.shown(name)} is not there, or not any more; send it to /v1/files", param)

@@ -18,6 +18,7 @@ from sfumato.serve.money import Prices
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MOST_BATCH = 64
 LEAST_MEMORY = 2**20  # bytes: what is less was meant otherwise
+NAMED = ("loras", "controlnets", "annotators")  # fields of a model that are files by name
 DAY = 86400.0  # seconds
 
 
@@ -25,8 +26,8 @@ DAY = 86400.0  # seconds
 class ModelSpec:
     """A model to serve. name: what clients call it. source: what `sfumato.load` opens.
 
-    dtype, vae, refiner, variant, preset, tokenizer, offload: as of `load`. loras, controlnets: files by the names that
-    requests call them; a LoRA counts in those requests alone that ask for it.
+    dtype, vae, refiner, variant, preset, tokenizer, offload: as of `load`. loras, controlnets, annotators: files, and
+    folders of networks, by the names that requests call them; a LoRA counts in those requests alone that ask for it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelSpec:
     offload: str | None = None
     loras: Mapping[str, str] = field(default_factory=dict)
     controlnets: Mapping[str, str] = field(default_factory=dict)
+    annotators: Mapping[str, str] = field(default_factory=dict)
 
     def validate(self) -> ModelSpec:
         """Itself, or `InputError` for a name that could not stand in an address."""
@@ -49,7 +51,7 @@ class ModelSpec:
                 f"a model's name must be of letters, digits and ._-+, not {self.name[:60]!r}; say NAME=MODEL",
                 argument="model",
             )
-        for name in ("loras", "controlnets"):
+        for name in NAMED:
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(file, str) for file in value.values()):
                 raise InputError(f"{name} of {self.name!r} must be files by name", argument=name)
@@ -211,7 +213,7 @@ def read_models(path: str | Path) -> tuple[ModelSpec, ...]:
             )
         if not isinstance(row.get("name"), str) or not isinstance(row.get("source"), str):
             raise InputError("each [[model]] needs a name and a source", argument="models")
-        for name in known - {"name", "source", "loras", "controlnets"}:
+        for name in known - {"name", "source", *NAMED}:
             if not isinstance(row.get(name), str | None):
                 raise InputError(f"{name} of the model {row['name']!r} must be text", argument="models")
     return tuple(ModelSpec(**row).validate() for row in rows)

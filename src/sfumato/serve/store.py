@@ -98,10 +98,6 @@ class Store:
             temporary.write_bytes(small)
         return path
 
-    def drop_outputs(self, job: str) -> None:
-        for folder in (self._outputs, self._thumbs):
-            shutil.rmtree(self._checked(folder, job, "job"), ignore_errors=True)
-
     def sweep(self, seconds: float) -> int:
         """Remove files older than that, and what an interrupted write left; returns how many."""
         before, swept = time.time() - seconds, 0

@@ -24,6 +24,7 @@ from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.layout import find_parts, read_plain
 from sfumato.checkpoint.source import open_folder
 from sfumato.errors import CheckpointError
+from sfumato.memory import tracing
 from sfumato.storage import tensors_hash
 from sfumato.tasks.poses import pose_picture
 
@@ -89,6 +90,7 @@ class Annotator:
     config: Mapping[str, Any] = field(repr=False)
     entrance: Entrance = field(repr=False)
     _made: dict[str, Image.Image] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _needs: dict[tuple[int, int], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         """RGB of the picture's size. Depth is bright where near; a pose is drawn in OpenPose's colours on black."""
@@ -100,14 +102,33 @@ class Annotator:
             self._made[key] = made
         return self._made[key].copy()
 
+    def memory(self, size: tuple[int, int]) -> int:
+        """Bytes that it takes on the CPU for a picture of that (width, height), its weights among them: told by running
+        it on tensors without numbers.
+        """
+        import transformers
+
+        width, height = self.entrance.size(*size)
+        if (width, height) not in self._needs:
+            values = {name: value for name, value in self.config.items() if name != "model_type"}
+            config = transformers.AutoConfig.for_model(self.kind, **values)
+            with tracing({}) as tracer:
+                network = getattr(transformers, CLASSES[self.kind])(config).eval()
+                weights, pixels = tracer.now, torch.empty(1, 3, height, width)
+                _, beside = tracer.worst(lambda: network(pixels, **self._more()))
+            self._needs[width, height] = weights + beside
+        return self._needs[width, height]
+
+    def _more(self) -> dict[str, Tensor]:
+        """What the network is told beside the picture."""
+        several = (self.config.get("backbone_config") or {}).get("num_experts", 1) > 1
+        return {"dataset_index": torch.zeros(1, dtype=torch.long)} if several else {}  # of COCO's people
+
     @torch.inference_mode()
     def _drawn(self, picture: Image.Image) -> Image.Image:
         network, pixels = self._network(), self.entrance.pixels(picture)
         if self.kind == "vitpose":
-            more = {}
-            if (self.config.get("backbone_config") or {}).get("num_experts", 1) > 1:
-                more = {"dataset_index": torch.zeros(1, dtype=torch.long)}  # of COCO's people
-            return pose_picture(network(pixels, **more).heatmaps[0], picture.size)
+            return pose_picture(network(pixels, **self._more()).heatmaps[0], picture.size)
         metric = self.config.get("depth_estimation_type") == "metric"
         return depth_picture(network(pixels).predicted_depth, picture.size, metric)
 

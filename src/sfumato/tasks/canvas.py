@@ -112,7 +112,7 @@ def _settle_first(request: Request, image: Image.Image, size: Size) -> Request:
     """The same of a clip, whose first picture it is: brought to the clip's size rather than the reverse."""
     for name in ("strength", "mask", "outpaint", "inpaint", "hires"):
         if getattr(request, name) is not None and (name != "strength" or request.clip is None):
-            what = "goes with a clip to begin with" if name == "strength" else "is for pictures"
+            what = "goes with a `clip` to begin with" if name == "strength" else "is for pictures"
             raise InputError(f"{name} {what}; a clip begins with its image as it is", argument=name)
     upright = (image.height > image.width) == (size[1] > size[0]) or image.height == image.width
     wanted = request.size or (size if upright else size[::-1])
@@ -146,8 +146,8 @@ def _wanted_size(request: Request, given: Size, multiple: int) -> Size:
     if request.size is None:
         if area != legal and request.fit is None:
             raise InputError(
-                f"{what}, not a multiple of {multiple} pixels; the nearest legal size is {by(legal)}: give fit as "
-                "cover, contain or stretch to bring it there",
+                f"{what}, not a multiple of {multiple} pixels; the nearest legal size is {by(legal)}: give "
+                "`fit` as cover, contain or stretch to bring it there",
                 argument="image",
             )
         wanted = legal
@@ -155,12 +155,14 @@ def _wanted_size(request: Request, given: Size, multiple: int) -> Size:
         wanted = request.size
         if area != wanted and request.fit is None:
             raise InputError(
-                f"{what}, but size asks for {by(wanted)}; give fit as cover, contain or stretch, or leave out size",
+                f"{what}, but `size` asks for {by(wanted)}; give `fit` as cover, contain or stretch, or "
+                "leave out `size`",
                 argument="size",
             )
     if wanted[0] <= left + right or wanted[1] <= top + bottom:
         raise InputError(
-            f"size {by(wanted)} leaves no room for the picture between outpaint's borders", argument="size"
+            f"size {by(wanted)} leaves no room for the picture between the borders of `outpaint`",
+            argument="size",
         )
     return wanted
 
@@ -188,7 +190,7 @@ def canvas(request: Request) -> Canvas | None:
         mask = extended(mask or Image.new("L", inner), request.outpaint, fill=255)
     if mask is not None and mask.getbbox() is None:
         raise InputError(
-            f"mask has no white left when fit to {by(inner)}; draw it larger, or choose another fit",
+            f"mask has no white left when fit to {by(inner)}; draw it larger, or choose another `fit`",
             argument="mask",
         )
     weight = None

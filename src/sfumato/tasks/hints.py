@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sfumato import checks
 from sfumato.errors import InputError, SfumatoError
 from sfumato.pictures import BLACK, flatten
 from sfumato.tasks.canvas import Box, Size, by, fitted, nearest_size
@@ -59,7 +60,8 @@ def prepare_named(name: str, annotators: Mapping[str, Prepare] = NO_NETWORKS) ->
     if found is None:
         raise InputError(
             f"prepare must be one of {', '.join((*PREPARE, *annotators))}, or left out for a picture that is ready, "
-            f"not {name!r}; a network that makes {name} is given as annotators, by --annotator {name}=FOLDER",
+            f"not {checks.shown(name)}; a network that makes {name} is opened with the model, by "
+            f"`annotators` {name}=FOLDER",
             argument="controls",
         )
     return found
@@ -119,8 +121,8 @@ def _how(name: str, given: Size, size: Size, fit: str | None, multiple: int) -> 
         return fit
     right = _alike(given, size, multiple)
     raise InputError(
-        f"control {name} is {by(given)}, of another shape than the {by(size)} that is drawn; give size {by(right)}, or "
-        f"fit as {FITS[0]}, {FITS[1]} or {FITS[2]}",
+        f"control {name} is {by(given)}, of another shape than the {by(size)} that is drawn; give `size` "
+        f"{by(right)}, or `fit` as {FITS[0]}, {FITS[1]} or {FITS[2]}",
         argument="controls",
     )
 

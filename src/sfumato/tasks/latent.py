@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato import checks
 from sfumato.diffusion.parameterization import Denoise
 from sfumato.diffusion.path import Path
 from sfumato.diffusion.schedules import NoiseLevels
@@ -112,6 +113,7 @@ def pixel_upscaler(name: str) -> bool:
     """Whether the upscaler enlarges the picture and not the latent; an unknown one is an `InputError`."""
     if name not in UPSCALERS:
         raise InputError(
-            f"upscaler {name!r} is unknown; use one of {', '.join(UPSCALERS)}", argument="hires.upscaler"
+            f"hires.upscaler {checks.shown(name)} is unknown; use one of {', '.join(UPSCALERS)}",
+            argument="hires.upscaler",
         )
     return UPSCALERS[name] is None

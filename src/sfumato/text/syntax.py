@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sfumato import checks
 from sfumato.errors import InputError
 
 UP, DOWN = 1.1, 1 / 1.1  # what one bracket of a1111 and comfy multiplies by
@@ -53,7 +54,8 @@ def rule_named(name: str) -> Callable[[str], Sections]:
     """The rule's parser; an unknown name is an `InputError` that lists the known ones."""
     if name not in RULES:
         raise InputError(
-            f"prompt rules {name!r} are unknown; known are {', '.join(RULES)}", argument="prompt_rules"
+            f"prompt_rules {checks.shown(name)} are unknown; known are {', '.join(RULES)}",
+            argument="prompt_rules",
         )
     return RULES[name]
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.text.clip import ClipTextEncoder
 from sfumato.text.clip_tokens import ClipTokenizer
@@ -111,7 +112,8 @@ def weighting_named(name: str) -> str:
     """The name itself; an unknown one is an `InputError` that lists the known ones."""
     if name not in WEIGHTINGS:
         raise InputError(
-            f"weighting {name!r} is unknown; known are {', '.join(WEIGHTINGS)}", argument="weighting"
+            f"weighting {checks.shown(name)} is unknown; known are {', '.join(WEIGHTINGS)}",
+            argument="weighting",
         )
     return name
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.text.clip_tokens import LENGTH, ClipTokenizer
 from sfumato.text.inversion import Inversion, Triggers, trigger_table
@@ -93,10 +94,9 @@ def level(
 def check_weight(piece: Piece) -> None:
     """`InputError` for a weight that is no number, or beyond ±100."""
     if not math.isfinite(piece.weight) or abs(piece.weight) > MAX_WEIGHT:
-        shown = piece.text if len(piece.text) <= 40 else piece.text[:37] + "..."
         raise InputError(
-            f"the weight of {shown!r} in the prompt is {piece.weight:g}; weights lie between {-MAX_WEIGHT:g} and "
-            f"{MAX_WEIGHT:g}",
+            f"the weight of {checks.shown(piece.text)} in the prompt is {piece.weight:g}; weights lie between "
+            f"{-MAX_WEIGHT:g} and {MAX_WEIGHT:g}",
             argument="prompt",
         )
 

@@ -31,6 +31,8 @@ UNEVEN = (
 )
 SHORT = 0.05  # of the time that a file announces: what may be missing at its ends
 STILL = 10.0  # frames per second of a GIF that says 0, as browsers show it
+STILL_HEAD = 2**20  # bytes of a picture in which its header lies
+BEGUN = ("clip", "init")  # arguments that a clip begins with
 READ = "mp4, mov, webm, mkv, avi, animated WebP and GIF, and folders of pictures are read"
 _PICTURE = re.compile(r".*\.(png|jpe?g|webp)", re.IGNORECASE)
 
@@ -73,7 +75,9 @@ def _read(stream: BinaryIO, name: str, argument: str, frames: int | None, most: 
     stream.seek(0)
     kind = sniff(start)
     if kind is None:
-        what = "a picture" if pictures.sniff(start) else pictures.describe(start)
+        if (still := pictures.sniff(start)) is not None:
+            raise DataError(_of_still(stream.read(STILL_HEAD), still, name, argument))
+        what = pictures.describe(start)
         what = "no clip" if what == pictures.UNKNOWN else what
         raise DataError(f"{name} is {what}; {READ}")
     if kind in DEMUXERS:
@@ -83,6 +87,16 @@ def _read(stream: BinaryIO, name: str, argument: str, frames: int | None, most: 
     if not 0 < rate <= MAX_FPS:
         raise DataError(f"{name} says {rate:g} frames a second; at most {MAX_FPS:g} are read")
     return Clip(read, rate)
+
+
+def _of_still(start: bytes, kind: str, name: str, argument: str) -> str:
+    """What to say of a picture, perhaps a damaged one, that was given as a clip."""
+    try:
+        pictures.read_header(start, name)
+    except DataError:
+        return f"{name} is a {kind.upper()} picture, and a damaged one, where a clip is right; {READ}"
+    as_image = "; a picture to begin with is given as `image`" if argument in BEGUN else ""
+    return f"{name} is a {kind.upper()} picture, where a clip is right; {READ}{as_image}"
 
 
 def notes(path: str | os.PathLike[str], argument: str = "clip") -> dict[str, str]:

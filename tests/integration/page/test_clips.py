@@ -67,6 +67,15 @@ def test_pocket_sets_its_own_picture_in_motion(visitor, client):
     facts = client.get("/v1/models/pocket").json()
     assert visitor.page.input_value("#frames") == str(facts["clip_preset"]["frames"])
     visitor.page.wait_for_selector("#price b")  # it can be drawn as it stands
+    aside = visitor.page.locator("#preflight .aside")
+    aside.wait_for()
+    assert "what is lost in motion is not foretold" in aside.inner_text()
+    asked = []
+    visitor.page.on("request", lambda request: asked.append(request.url))
+    visitor.fill(prompt='a red cube with the words "Grand opening of the new library"')
+    visitor.page.locator("#preflight .note").first.wait_for()
+    assert any(url.endswith("/v1/videos/preflight") for url in asked)
+    visitor.fill(prompt="a red cube")
     visitor.draw(frames=5, steps=2).drawn()
     job = latest(client)
     assert job["object"] == "video" and job["expected"]["frames"] == 5

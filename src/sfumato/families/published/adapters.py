@@ -18,6 +18,7 @@ from torch import Tensor
 from sfumato.adapters.fold import Adapters, Touched, Wish
 from sfumato.adapters.lora import Lora
 from sfumato.adapters.names import Names, PartNames, Share, inverse, modules, same, with_aliases
+from sfumato.checks import shown
 from sfumato.errors import InputError
 from sfumato.families.lora import mark_of, require_family
 from sfumato.families.published import keys
@@ -187,9 +188,12 @@ def few_steps(lora: Lora, ways: Mapping[str, Mapping[str, Any]]) -> Wish:
         own = dict(ways[way])
         if any(_says(text, "cfg") for text in texts):
             own.pop("guidance", None)
-        return Wish(
-            {"steps": steps, **own}, f"one made for few steps ({way}), for it is called {told[:80]!r}"
-        )
+        called = told == lora.name or told not in (
+            lora.path.stem,
+            folder,
+        )  # a file's own name may be nobody's business
+        by = f"for it is called {shown(told[:80])}" if called else "by its file's name"
+        return Wish({"steps": steps, **own}, f"one made for few steps ({way}), {by}")
     return Wish()
 
 

@@ -38,13 +38,15 @@ Read = Callable[[Request], Coroutine[Any, Any, Body]]
 class Family:
     """A family of routes on jobs of one kind, and its words.
 
-    kind: of `Ask`. path: where it lies. estimate: where one asks for the price. outputs: what a job's files are called,
-    of which one is `output`. media: formats to media types, the one by default first. example: a body.
+    kind: of `Ask`. path: where it lies. estimate, preflight: where one asks for the price, and for what will be lost.
+    outputs: what a job's files are called, of which one is `output`. media: formats to media types, the one by default
+    first. example: a body.
     """
 
     kind: str
     path: str
     estimate: str
+    preflight: str
     outputs: str
     output: str
     media: Mapping[str, str]
@@ -92,13 +94,28 @@ def add(
         desk.check_asking(key_of(request))
         ask = asked(desk, family, request, *await read(request))
         files, parts = await desk.files(key_of(request), ask)
-        expected = (await desk.expected(ask, files, parts))["expected"]
+        checked = await desk.expected(ask, files, parts)
+        expected = checked["expected"]
         most = desk.price(ask.model, expected)
         price = {"currency": desk.prices.currency, "most_micros": most, "headroom": HEADROOM}
         waits = round(desk.floor.wait(), 3)
         return Answer(
-            {"object": "estimate", "model": ask.model, **expected, "price": price, "wait_seconds": waits}
+            {
+                "object": "estimate",
+                "model": ask.model,
+                **expected,
+                "price": price,
+                "wait_seconds": waits,
+                "notes": checked["notes"],
+            }
         )
+
+    @router.post(family.preflight, summary=f"What of {outputs} will not survive", openapi_extra=body)
+    async def preflight(request: Request) -> Response:
+        desk.check_asking(key_of(request))
+        ask = asked(desk, family, request, *await read(request))
+        files, parts = await desk.files(key_of(request), ask)
+        return Answer(await desk.preflight(ask, files, parts))
 
     @router.post(family.path, status_code=202, summary=f"Have {outputs} drawn", openapi_extra=body)
     async def submit(request: Request) -> Response:

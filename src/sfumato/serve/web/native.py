@@ -19,11 +19,18 @@ from sfumato.serve.store import MEDIA, UPLOADS, is_id
 from sfumato.serve.web import jobs
 from sfumato.serve.web.answers import Answer
 from sfumato.serve.web.body import file_of, form_body, look_at_file
-from sfumato.serve.web.jobs import MOST_LISTED, Family, asked, key_of, told, whole
-from sfumato.serve.web.schema import BINARY, EXAMPLE, described, sends
+from sfumato.serve.web.jobs import MOST_LISTED, Family, key_of, told, whole
+from sfumato.serve.web.schema import BINARY, EXAMPLE, sends
 
 PICTURES = Family(
-    PICTURE, "/jobs", "/estimate", "pictures", "picture", MEDIA, {"request": EXAMPLE, "previews": 4}
+    PICTURE,
+    "/jobs",
+    "/estimate",
+    "/preflight",
+    "pictures",
+    "picture",
+    MEDIA,
+    {"request": EXAMPLE, "previews": 4},
 )
 
 Find = Callable[[str], Coroutine[Any, Any, Any]]
@@ -68,14 +75,6 @@ def routes(desk: Desk) -> APIRouter:
         await _upload(desk, key_of(request), file)
         await desk.books.drop(file)
         return Answer({"object": "file", "id": file, "deleted": True})
-
-    @router.post("/preflight", summary="What of a request will not survive",
-                 openapi_extra=described(PICTURES.schema, PICTURES.example))  # fmt: skip
-    async def preflight(request: Request) -> Response:
-        desk.check_asking(key_of(request))
-        ask = asked(desk, PICTURES, request, *await jobs.json_of(request))
-        files, parts = await desk.files(key_of(request), ask)
-        return Answer(await desk.preflight(ask, files, parts))
 
     @router.get("/jobs", summary="The latest jobs of this key, of pictures and of clips, the newest first")
     async def latest(request: Request, limit: str = "20", before: str | None = None) -> Response:

@@ -110,7 +110,7 @@ def routes(desk: Desk) -> APIRouter:
         for facts in desk.facts:
             if facts["name"] == model:
                 return Answer(_model(facts))
-        raise Refused(404, "model_not_found", f"there is no model {model[:80]!r}", param="model")
+        raise Refused(404, "model_not_found", f"there is no model {checks.shown(model)}", param="model")
 
     @router.post(
         "/images/generations",

@@ -15,6 +15,7 @@ from sfumato.errors import DataError, InputError
 from sfumato.receipts import webui
 from sfumato.serve.refusals import Refused, bad
 from sfumato.serve.web.body import unbase64
+from sfumato.wording import worded
 
 FREE = {  # may have any value: they are about files of that program's machine, or about its windows
     "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards", "force_task_id", "sampler_index",
@@ -58,10 +59,11 @@ def facts_of(models: list[dict[str, Any]], name: Any) -> dict[str, Any]:
 def in_their_words(error: Refused | InputError) -> Refused:
     """An error of ours by the names that the web UI's fields have."""
     ours, text = error.param if isinstance(error, Refused) else error.argument, str(error)
-    named = THEIRS.get((ours or "").partition("[")[0])
-    if named is not None and ours is not None:
-        text = f"{WORDS.get(named, named)}{text[len(ours) :]}" if text.startswith(f"{ours} ") else text
-        ours = named
+    ours = (ours or "").partition("[")[0] or None
+    text = worded(
+        text, ours, lambda field: None if (named := THEIRS.get(field)) is None else WORDS.get(named, named)
+    )
+    ours = THEIRS.get(ours or "", ours)
     if isinstance(error, InputError):
         return Refused(400, error.code, text, param=ours)
     return Refused(error.status, error.code, text, param=ours, retry_after=error.retry_after)
@@ -148,9 +150,9 @@ class Body:
         try:
             return webui.sampling(sampler or None, schedule or None, (), facts["schedules"])
         except InputError:
-            wrong = f"sampler {sampler!r}" if sampler else ""
+            wrong = f"sampler {checks.shown(sampler)}" if sampler else ""
             both = " or ".join(
-                part for part in (wrong, f"scheduler {schedule!r}" if schedule else "") if part
+                part for part in (wrong, f"scheduler {checks.shown(schedule)}" if schedule else "") if part
             )
             raise bad(
                 f"there is no {both[:120]} here; see /sdapi/v1/samplers and /schedulers", "sampler_name"
@@ -244,7 +246,7 @@ class Body:
         )
         if mode not in ("balanced", "0", "controlnet is more important", "2"):
             raise bad(
-                f"control_mode {mode[:40]!r} is not here; it is Balanced or ControlNet is more important",
+                f"control_mode {checks.shown(mode)} is not here; it is Balanced or ControlNet is more important",
                 "alwayson_scripts",
             )
         number = len(self.controls)

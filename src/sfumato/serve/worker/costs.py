@@ -99,7 +99,7 @@ class Costs:
         self.model, self.memory = model, memory
         # no LoRAs: which of them are folded in, those who draw decide, and nothing here is to wait for them
         plain: Any = _WithoutAdapters(model.system)
-        self.plain = Model(plain, model.device, model.name, model.dtype)
+        self.plain = Model(plain, model.device, model.name, model.dtype, annotators=model.annotators)
         self.watts = read_machine().price.watts
         self._call: dict[
             int, float
@@ -145,7 +145,7 @@ class Costs:
     def _memory(self, request: Request, runs: tuple[Pass, ...]) -> int:
         """Bytes: of a request of the same kind if there was one, else worked out."""
         sizes = tuple(run.size for run in runs)
-        shown = tuple(sorted({control.name for control in request.controls or ()}))
+        shown = tuple(sorted({(c.name, c.prepare or "", c.image.size) for c in request.controls or ()}))
         texts = request.prompt, request.negative, request.text_length
         key = sizes, request.frames, request.count, texts, request.image is None, request.clip is None, shown
         if key not in self._need:
@@ -183,7 +183,8 @@ class Costs:
         with self._lock:
             if largest not in self._traced:
                 self._traced[largest] = traced(self.model, largest)
-        return self._traced[largest] * min(request.count, BATCH)
+        drawing = self._traced[largest] * min(request.count, BATCH)
+        return max(drawing, planning.prepares(self.model, request))
 
 
 class _WithoutAdapters:

@@ -44,7 +44,11 @@ def of_models(specs: Iterable[ModelSpec]) -> Discreet:
             spec.tokenizer: "tokenizer",
         }
         named |= {path: f"{spec.name}'s {part}" for path, part in parts.items() if path}
-        named |= {path: name for files in (spec.loras, spec.controlnets) for name, path in files.items()}
+        named |= {
+            path: name
+            for files in (spec.loras, spec.controlnets, spec.annotators)
+            for name, path in files.items()
+        }
         named[spec.source] = spec.name
     return Discreet(named)
 

@@ -89,6 +89,7 @@ class Opened:
             "needs_image": system.animates,
             "loras": [] if adapters is None else sorted(adapters.opened),
             "controls": list(system.controls),
+            "annotators": list(self.model.annotators),
             "weights": self.model.hashes,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "samplers": list(SAMPLERS),
@@ -106,7 +107,8 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
     }
     if spec.dtype is not None:
         options["dtype"] = dtype_named(spec.dtype)
-    found = load(spec.source, device, offload="auto", controlnets=dict(spec.controlnets) or None, **options)
+    options |= {name: dict(getattr(spec, name)) or None for name in ("controlnets", "annotators")}
+    found = load(spec.source, device, offload="auto", **options)
     found = _named(_planned(found, spec, memory), spec.name)
     for name, file in spec.loras.items():
         found.attach(file, 0.0, name=name)
@@ -121,13 +123,13 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
 def _named(model: Model, name: str) -> Model:
     """The same called as clients call it, in errors and recipes, and not by where its files lie."""
     refiner = None if model.refiner is None else _named(model.refiner, f"{name}-refiner")
-    return Model(model.system, model.device, name, model.dtype, refiner)
+    return Model(model.system, model.device, name, model.dtype, refiner, model.annotators)
 
 
 def _shared(model: Model, name: str, together: Together, refiner: Model | None) -> Model:
     plain = Model(model.system, model.device, name, model.dtype)
     shared: Any = Shared(model.system, together, plain.precision)
-    return Model(shared, model.device, name, model.dtype, refiner)
+    return Model(shared, model.device, name, model.dtype, refiner, model.annotators)
 
 
 def _planned(model: Model, spec: ModelSpec, memory: int | None) -> Model:

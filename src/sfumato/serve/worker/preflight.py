@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.fidelity import store
 from sfumato.fidelity.instrument import open_instrument
@@ -18,6 +19,8 @@ from sfumato.serve.worker.together import Bench
 from sfumato.tasks.canvas import Canvas, canvas, in_image
 from sfumato.types import Request
 
+MOTION = "each frame is looked at as a picture; what is lost in motion is not foretold"
+WORDS = "without a picture to begin with it is told by the words of the prompt alone"
 MOST_PIXELS = 4 * 2**20  # of a picture that is looked at while others wait for an answer
 
 
@@ -29,7 +32,7 @@ class Preflights:
         chart = store.find(found, any_precision=True)
         if chart is None:
             raise InputError(
-                f"the model {spec.name!r} has no chart; its server's keeper makes one by `sfumato chart`"
+                f"the model {checks.shown(spec.name)} has no chart; its server's keeper makes one by `sfumato chart`"
             )
         self.name, self.chart, self.bench, self.instrument = spec.name, chart, bench, found
 
@@ -42,10 +45,13 @@ class Preflights:
             "model": self.name,
             "prompt": {"score": score(wishes), "wishes": [wish.to_dict() for wish in wishes]},
             "picture": None,
+            "notes": [MOTION] * request.moves,
         }
         drawn_on = canvas(request)
         if drawn_on is not None:
             answer["picture"] = self._picture(request, drawn_on)
+        elif request.moves:
+            answer["notes"].append(WORDS)
         scores = [told["score"] for told in (answer["prompt"], answer["picture"]) if told is not None]
         return answer | {"score": min(scores)}
 

@@ -96,7 +96,7 @@ class Worker:
             stop.set()
 
     def _asked(self, message: dict[str, Any], parts: list[bytes]) -> Any:
-        """(the complete request, what it will take)."""
+        """(the complete request, what it will take, what is to be said of it)."""
         from dataclasses import replace
 
         from sfumato.receipts.provenance import check_recipe
@@ -104,24 +104,27 @@ class Worker:
         from sfumato.serve.worker.job import SUFFIXES
 
         opened = self.models[message["model"]]
-        request = request_of(message["request"], dict(zip(message["files"], parts, strict=True)))
-        request = opened.asked(request, message["kind"])
+        given = request_of(message["request"], dict(zip(message["files"], parts, strict=True)))
+        request = opened.asked(given, message["kind"])
+        adapters = opened.model.system.adapters
+        notes = [] if adapters is None else [self.discreet(note) for note in adapters.notes(given)]
         if request.loras is None:
-            request = replace(request, loras=() if opened.model.system.adapters else None)
+            request = replace(request, loras=() if adapters else None)
         if not request.moves:
             check_recipe(request, SUFFIXES[message["format"]])
-        return request, self.costs[message["model"]].expected(request)
+        return request, self.costs[message["model"]].expected(request), notes
 
     def _answer(self, message: dict[str, Any], parts: list[bytes]) -> None:
         """What a request will take, or what of it will not survive; or the error that it is."""
         answer: dict[str, Any]
         try:
-            request, expected = self._asked(message, parts)
+            request, expected, notes = self._asked(message, parts)
             if message["do"] == "preflight":
                 answer = {"preflight": self._survives(message["model"], request)}
             else:
                 tune = [use.to_json() for use in request.loras or ()]
                 answer = {"expected": expected.to_json(), "sampler_steps": expected.steps, "tune": tune}
+                answer["notes"] = notes
         except Exception as error:
             answer = {"error": told(error, self.discreet)}
         self.tell({"is": "checked", "number": message["number"], **answer})
@@ -139,7 +142,7 @@ class Worker:
 
         name = message["job"]
         try:
-            request, expected = self._asked(message, parts)
+            request, expected, _ = self._asked(message, parts)
             job = Job(
                 name,
                 self.models[message["model"]].shared,

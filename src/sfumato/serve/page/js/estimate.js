@@ -62,14 +62,9 @@ function refused(error) {
 }
 
 async function survey(order, signal) {
-  if (form.moves()) {
-    form.startSlot().mark([]);
-    $("preflight").replaceChildren();
-    return;
-  }
   let found;
   try {
-    found = await post("v1/preflight", order, { signal });
+    found = await post(form.moves() ? "v1/videos/preflight" : "v1/preflight", order, { signal });
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     form.startSlot().mark([]);
@@ -79,7 +74,8 @@ async function survey(order, signal) {
   const wishes = found.prompt.wishes.filter(({ verdict }) => verdict !== "kept");
   const regions = (found.picture?.regions ?? []).filter(({ verdict }) => verdict !== "kept");
   form.startSlot().mark(regions);
-  $("preflight").replaceChildren(...wishes.map(ofWish), ...(regions.length ? [ofRegions(regions)] : []));
+  const notes = found.notes.map((text) => h("p", { class: "aside" }, sentence(text)));
+  $("preflight").replaceChildren(...wishes.map(ofWish), ...(regions.length ? [ofRegions(regions)] : []), ...notes);
 }
 
 const FATE = { lost: "will be lost", worn: "will suffer" };
