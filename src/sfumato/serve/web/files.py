@@ -35,10 +35,10 @@ async def kept(desk: Desk, key: Key, request: Request) -> Upload:
     if _is_checkpoint(start):
         return await _kept_lora(desk, key, start, chunks)
     data, most = bytearray(start), desk.settings.body
-    async for more in chunks:
+    while len(data) <= most and (more := await anext(chunks, b"")):
         data += more
-        if len(data) > most:
-            raise Refused(413, "too_large", f"a picture or clip may have {most:,} bytes")
+    if len(data) > most:
+        raise Refused(413, "too_large", f"a picture or clip may have {most:,} bytes")
     upload = await look_at_file(desk.books, key, bytes(data), "file")
     await desk.books.keep(upload, bytes(data))
     return upload
