@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import zipfile
 from io import BytesIO
 
@@ -293,6 +294,23 @@ def test_a_job_goes_to_its_worker_with_its_loras_and_ends_where_one_is_gone(tmp_
         async with asyncio.timeout(60):
             await second.ended.wait()
         assert second.record.state == FAILED and second.record.error["code"] == "file_gone"
+
+    in_shop(tmp_path, story)
+
+
+def test_what_an_open_job_needs_outlives_its_time(tmp_path):
+    names = [new_id("file") for _ in range(3)]
+
+    async def story(shop):
+        for name, kind in zip(names, (LORA, "png", LORA), strict=True):
+            await shop.books.keep(Upload(name, "a", kind, 1, 0, 0, now() - 1000), b"x")
+            os.utime(tmp_path / "uploads" / name, (now() - 1000,) * 2)
+        live = shop.accept(1)
+        live.record.request["loras"] = [names[0]]
+        live.record.options["files"] = [names[1]]
+        await shop.books.sweep(500, live.needs)
+        assert [shop.books.store.upload(name) is not None for name in names] == [True, True, False]
+        assert {each.id for each in shop.books.ledger.uploads_of("a", 9)} == set(names[:2])
 
     in_shop(tmp_path, story)
 

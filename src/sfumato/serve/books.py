@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -119,11 +119,12 @@ class Books:
         for name in names:
             await self.write(self.ledger.drop_upload, name)
 
-    async def sweep(self, keep: float) -> None:
-        """Remove files older than so many seconds, and what only those who try again need."""
+    async def sweep(self, keep: float, needed: Collection[str] = ()) -> None:
+        """Remove files older than so many seconds but those needed, and what only those who try again need."""
         await self.write(self.ledger.drop_answers, now() - RETRY_WINDOW)
-        await self.drop(*await self.write(self.ledger.old_uploads, now() - keep))
-        await self.work(self.store.sweep, keep)
+        old = await self.write(self.ledger.old_uploads, now() - keep)
+        await self.drop(*(name for name in old if name not in needed))
+        await self.work(self.store.sweep, keep, needed)
 
     def close(self) -> None:
         self._files.shutdown()

@@ -432,7 +432,8 @@ class Floor:
                         and record.made < now() - AGAIN * 60
                     ):
                         self.add(Live(record))
-                await self.books.sweep(self.settings.keep + self.settings.longest)
+                needed = {name for live in self.live.values() for name in live.needs}
+                await self.books.sweep(self.settings.keep + self.settings.longest, needed)
             await asyncio.sleep(SWEEP)
 
     def _begin(self, work: Coroutine[Any, Any, Any]) -> None:

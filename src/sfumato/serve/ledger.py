@@ -350,7 +350,7 @@ class Ledger:
             run.execute(sql.delete(self.uploads).where(self.uploads.c.id == upload))
 
     def old_uploads(self, before: float) -> list[str]:
-        """Pictures sent before then that no open job can need, as jobs open longer are past their deadline."""
+        """Files sent before then."""
         query = sql.select(self.uploads.c.id).where(self.uploads.c.made < before)
         with self._transaction() as run:
             return list(run.execute(query).scalars())

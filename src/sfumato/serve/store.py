@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,12 +115,13 @@ class Store:
         for folder in (self._outputs, self._thumbs):
             shutil.rmtree(self._checked(folder, job, "job"), ignore_errors=True)
 
-    def sweep(self, seconds: float) -> int:
-        """Remove files older than that, and what an interrupted write left; returns how many."""
+    def sweep(self, seconds: float, needed: Collection[str] = ()) -> int:
+        """Remove files older than that, but uploads that are needed, and what an interrupted write left; returns how
+        many."""
         before, swept = time.time() - seconds, 0
         for path in (*self._outputs.iterdir(), *self._thumbs.iterdir(), *self._uploads.iterdir()):
             staged = path.name.startswith(".")
-            if path.stat().st_mtime < (time.time() - 3600 if staged else before):
+            if path.name not in needed and path.stat().st_mtime < (time.time() - 3600 if staged else before):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
                 swept += 1
         return swept
