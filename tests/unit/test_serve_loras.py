@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from io import BytesIO
 
@@ -136,6 +138,18 @@ def test_of_what_is_no_lora_nothing_stays(desk, case):
         and str(desk.settings.data) not in error["message"]
     )
     assert kept(desk) == [] and desk.ledger.uploads_of(keys.LOCAL, 9) == []
+
+
+def test_who_takes_them_in_needs_no_torch(tmp_path):
+    """The front stays small, whatever is sent."""
+    for name, (data, _) in NO_LORAS.items():
+        (tmp_path / name).write_bytes(data)
+    script = (
+        "import pathlib, sys\nfrom sfumato.errors import CheckpointError\nfrom sfumato.serve.web import app, files\n"
+        "for path in pathlib.Path(sys.argv[1]).iterdir():\n    try:\n        files._look(path)\n"
+        "    except CheckpointError:\n        pass\nsys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == 0
 
 
 def test_numbers_are_told_from_their_bits_as_by_torch(tmp_path):

@@ -104,7 +104,17 @@ def require_family(path: Path, family: str, width: int | None = None) -> None:
     width: of the model's transformer, where it has one.
     """
     file = adapter_file(path)
-    found = described(file, read_header(file))
+    header = read_header(file)
+    try:
+        found = described(file, header)
+    except CheckpointError:
+        from sfumato.families.control import whose  # which asks here whether a ControlNet is a LoRA
+
+        if whose({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)[0]:
+            raise CheckpointError(
+                f"{file} is a ControlNet, not a LoRA; give it by --controlnet KIND=FILE"
+            ) from None
+        raise
     if found.family and found.family != family:
         raise CheckpointError(
             f"{file} is a LoRA for {TITLES.get(found.family, found.family)} ({found.why}); this model is "
@@ -122,7 +132,7 @@ def require_family(path: Path, family: str, width: int | None = None) -> None:
 
 
 def described(file: Path, header: Header) -> Described:
-    """What a LoRA's header tells. `CheckpointError` for a file that is none, with what it is where that shows."""
+    """What a LoRA's header tells. `CheckpointError` for a file that is none, or of a kind that is not read."""
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
     found = describe(shapes, header.metadata)
     if found is not None:
@@ -131,10 +141,6 @@ def described(file: Path, header: Header) -> Described:
         raise CheckpointError(
             f"{file} is of {kind}, a kind of adapter that is not read; LoRA, LoHa and LoKr are"
         )
-    from sfumato.families.control import whose  # which asks here whether a ControlNet is a LoRA
-
-    if whose(shapes, header.metadata)[0]:
-        raise CheckpointError(f"{file} is a ControlNet, not a LoRA; give it by --controlnet KIND=FILE")
     raise CheckpointError(f"{file} is no LoRA: none of its {len(shapes)} tensors is a part of one")
 
 
