@@ -35,7 +35,7 @@ SUBMISSIONS = frozenset({  # where jobs come in
     "/v1/jobs", "/v1/videos", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img",
 })  # fmt: skip
 SLOWEST = 60.0  # seconds that a body may take, and more as it comes:
-SPEED = 2**20  # bytes in a second, at least, of a large one
+SPEED = 2**18  # bytes for which it may take a second longer
 FILES = "/v1/files"  # where bodies are large
 FORM = 2**16  # bytes that a form has around its file
 HEADERS = {

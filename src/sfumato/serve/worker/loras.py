@@ -26,7 +26,7 @@ class Sent:
         """While inside, the model knows these. `InputError` for one that does not fit it, or is not there."""
         if (
             self._adapters is None or not files
-        ):  # of a model that takes none, who completes the request says so
+        ):  # that a model takes none is said by who completes the request
             yield
             return
         with self._turn:
