@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +55,7 @@ def server(place, ring, files, python):
         '[[model]]\nname = "pocket"\nsource = "pocket"\n'
     )
     running = Server(
-        place / "data", "--models", str(place / "models.toml"), "--keys", str(ring[0]), "--lora-size", "1MiB",
+        place / "data", "--models", str(place / "models.toml"), "--keys", str(ring[0]), "--lora-size", "64MiB",
         python=python,
     )  # fmt: skip
     yield running.start(600)
@@ -92,7 +94,7 @@ def test_it_draws_as_the_server_s_own_and_leaves_the_model_as_it_was(a, files, p
         again.stderr
     )
     facts = a.get("/v1/models").json()["data"][0]
-    assert (facts["loras"], facts["lora_bytes"]) == (["ink"], 2**20)  # nobody hears of what others sent
+    assert (facts["loras"], facts["lora_bytes"]) == (["ink"], 2**26)  # nobody hears of what others sent
     web = a.post("/sdapi/v1/txt2img", {
         "prompt": f"a cat <lora:{name}:2>", "steps": 3, "seed": 2, "width": 64, "height": 64,
         "override_settings": {"sd_model_checkpoint": "sd"},
@@ -141,7 +143,7 @@ def test_one_that_does_not_fit_is_refused_by_its_family_without_a_place(a, files
 
 def test_what_is_too_large_or_none_leaves_nothing(a, server):
     before = sorted(path.name for path in (server.folder / "uploads").iterdir())
-    large = save({"x.lora_A.weight": torch.zeros(2**18), "x.lora_B.weight": torch.zeros(8)})
+    large = weights(2**26)
     for data, status in ((large, 413), (save({"a": torch.ones(3)}), 400), (large[:5000], 400)):
         answer = a("POST", "/v1/files", data=data, headers={"content-type": RAW})
         assert answer.status_code == status, answer.text
@@ -150,6 +152,24 @@ def test_what_is_too_large_or_none_leaves_nothing(a, server):
     with pytest.raises(requests.ConnectionError):
         a("POST", "/v1/files", data=broken(large[:400_000]), headers={"content-type": RAW})
     assert sorted(path.name for path in (server.folder / "uploads").iterdir()) == before
+
+
+def test_a_large_one_is_never_in_memory_whole(a, server):
+    size = 2**26 - 2000  # with its header as much as it may have
+    before = most_memory(server)
+    assert a.upload(weights(size), RAW)
+    assert most_memory(server) - before < size / 2
+
+
+def weights(size: int) -> bytes:
+    """A LoRA of about so many bytes."""
+    return save({"x.lora_A.weight": torch.zeros(size // 4), "x.lora_B.weight": torch.zeros(200)})
+
+
+def most_memory(server: Server) -> int:
+    """Bytes that the front has had at once."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def broken(data: bytes):
