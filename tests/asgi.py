@@ -35,17 +35,8 @@ async def ask(
     app: Any, method: str, path: str, body: bytes | None = b"", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """The same, on a loop that runs."""
-    path, _, query = path.partition("?")
     sent = [] if body is None else [{"type": "http.request", "body": body, "more_body": False}]
     heard: list[dict[str, Any]] = []
-    pairs = {"host": "127.0.0.1", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    scope = {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": method,
-        "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
-        "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
-        "headers": [(n.encode(), v.encode()) for n, v in pairs.items()],
-    }  # fmt: skip
 
     async def receive() -> dict[str, Any]:
         assert body is not None, "the body was read"
@@ -54,6 +45,19 @@ async def ask(
     async def send(message: dict[str, Any]) -> None:
         heard.append(message)
 
-    await app(scope, receive, send)
+    await app(scope_of(method, path, **headers), receive, send)
     found = {name.decode(): value.decode() for name, value in heard[0]["headers"]}
     return heard[0]["status"], found, b"".join(each.get("body", b"") for each in heard[1:])
+
+
+def scope_of(method: str, path: str, **headers: str) -> dict[str, Any]:
+    """A request before its body."""
+    path, _, query = path.partition("?")
+    pairs = {"host": "127.0.0.1", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    return {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": method,
+        "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
+        "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
+        "headers": [(n.encode(), v.encode()) for n, v in pairs.items()],
+    }  # fmt: skip

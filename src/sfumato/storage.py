@@ -21,6 +21,7 @@ from sfumato.errors import CheckpointError
 
 SHARD_BYTES = 16 * 2**20
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own bound on a header
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what they begin with
 PICKLED = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}  # what checkpoints are called that can run code
 _PICKLE_ADVICE = (
     "a pickled checkpoint, which can run code when opened; use the .safetensors file its author offers, "
@@ -210,12 +211,16 @@ def header_length(stream: BinaryIO, path: str | os.PathLike[str]) -> int:
     """
     start = stream.read(9)
     stream.seek(8)
+    return length_in(start, os.fstat(stream.fileno()).st_size - 8, path)
+
+
+def length_in(start: bytes, room: int, path: str | os.PathLike[str]) -> int:
+    """The same, of the nine bytes themselves. room: bytes of the file after the first eight, or what they may be."""
     length = int.from_bytes(start[:8], "little")
-    room = os.fstat(stream.fileno()).st_size - 8
     if start[8:] == b"{" and length <= min(HEADER_LIMIT, room):
         return length
     # A length of 640 bytes begins like a pickle, one of 19,280 like an archive: only what is no header is told apart.
-    if start[:2] in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}:
+    if start[:2] in PICKLES:
         raise CheckpointError(f"{path} is {_PICKLE_ADVICE}")
     if start[8:] == b"{" and room < length <= HEADER_LIMIT:
         raise CheckpointError(f"{path} is cut short in its header of {length:,} bytes; fetch it again")

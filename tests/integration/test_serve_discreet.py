@@ -19,6 +19,7 @@ import small_adapted
 import small_svd
 from helpers import noise
 from hostile_requests import HOSTILE, NO_BODIES, NO_PICTURES
+from hostile_weights import HOSTILE as WEIGHTS
 from routes import ROUTES, filled
 from serving import Patience, Server, png
 from sfumato.serve import keys
@@ -90,12 +91,15 @@ def text_of(answer: requests.Response) -> str:
 
 
 @pytest.fixture(scope="module")
-def done(a, heard):
+def done(a, heard, place):
     """Jobs of every model that are done, and a file."""
     file = a.upload(png(noise(64, 64)))
+    lora = a.upload((place / "adapted" / "ink.safetensors").read_bytes(), "application/octet-stream")
     first = a.upload(png(small_svd.picture()))
     wishes = {
-        "sd": {"prompt": "a cat", "size": [64, 64], "loras": ["ink"], "controls": [{"name": "canny", "image": file}]},
+        "sd": {
+            "prompt": "a cat", "size": [64, 64], "loras": ["ink", lora], "controls": [{"name": "canny", "image": file}],
+        },
         "pocket": {"prompt": "a cube", "image": file, "size": [64, 64], "strength": 0.5},
         "moves": {"image": first, "frames": 4},
     }  # fmt: skip
@@ -176,6 +180,8 @@ def test_no_request_that_cannot_be_drawn_is_answered_with_a_place(a, heard):
 def test_no_bad_body_or_file_is_answered_with_a_place(a, heard):
     for body in NO_BODIES:
         heard(a.post("/v1/jobs", data=body, headers={"content-type": "application/json"}))
+    for data, _ in WEIGHTS.values():
+        heard(a("POST", "/v1/files", data=data, headers={"content-type": "application/octet-stream"}))
     for data in NO_PICTURES.values():
         heard(a("POST", "/v1/files", data=data, headers={"content-type": "image/png"}))
         heard(a("POST", "/v1/files", data=data, headers={"content-type": "video/mp4"}))

@@ -178,8 +178,7 @@ class Adapters:
         """
         use = LoraUse(name or "lora", weight, tuple(dict(blocks).items())).validate()
         self._check_blocks(use)
-        self._check(Path(path))
-        lora = read_lora(path, self._names(), self.shapes, name=name, partial=partial)
+        lora = self._read(path, name, partial)
         with self._alone():
             kept = tuple(other for other in self.standing if other.name != lora.name)
             self._stand({**self.opened, lora.name: lora}, (*kept, replace(use, name=lora.name)))
@@ -191,6 +190,31 @@ class Adapters:
         with self._alone():
             kept = tuple(use for use in self.standing if name is not None and use.name != name)
             self._stand({} if name is None else {k: v for k, v in self.opened.items() if k != name}, kept)
+
+    def open(self, path: str | os.PathLike[str], name: str) -> Report:
+        """Open a LoRA for requests that name it, and no others; whoever draws goes on. Errors of `attach`."""
+        lora = self._read(path, name, partial=False)
+        with self._turn:
+            self.opened = {**self.opened, name: lora}
+        return lora.report
+
+    def close(self, name: str) -> None:
+        """Forget a LoRA that no request names any more, and that is not attached."""
+        with self._turn:
+            self.opened = {other: lora for other, lora in self.opened.items() if other != name}
+
+    @property
+    def fitting(self) -> bool:
+        """Whether there are LoRAs for the model at all."""
+        try:
+            self._names()
+        except InputError:
+            return False
+        return True
+
+    def _read(self, path: str | os.PathLike[str], name: str | None, partial: bool) -> Lora:
+        self._check(Path(path))
+        return read_lora(path, self._names(), self.shapes, name=name, partial=partial)
 
     def _stand(self, opened: dict[str, Lora], standing: tuple[LoraUse, ...]) -> None:
         """What is open and attached from now on, if the networks take it."""

@@ -96,6 +96,14 @@ def serve(
         str | None,
         Option(metavar="SIZE", rich_help_panel=LIMITS, help="That a worker may take, such as 6GB."),
     ] = None,
+    lora_size: Annotated[
+        str,
+        Option(
+            metavar="SIZE",
+            rich_help_panel=LIMITS,
+            help="Of the largest LoRA that a client may send; 0B: none.",
+        ),
+    ] = "1GiB",
     drain: Annotated[
         str, Option(metavar="SECONDS", rich_help_panel=LIMITS, help="That a stop waits for accepted jobs.")
     ] = "120",
@@ -154,6 +162,7 @@ def serve(
         keep=86400 * parse.number("keep", keep),
         grace=parse.number("grace", grace),
         hosts=tuple(name or ()),
+        lora_size=parse.size_in_bytes("lora-size", lora_size),
         memory=None if memory is None else parse.size_in_bytes("memory", memory),
     ).validate()
     require_extra()

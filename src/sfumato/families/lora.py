@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sfumato.adapters.config import adapter_file
 from sfumato.adapters.roles import Spelled, group, looks_like_one, refused_among
-from sfumato.checkpoint.header import read_header
+from sfumato.checkpoint.header import Header, read_header
 from sfumato.errors import CheckpointError
 
 TITLES = {
@@ -105,19 +105,16 @@ def require_family(path: Path, family: str, width: int | None = None) -> None:
     """
     file = adapter_file(path)
     header = read_header(file)
-    found = describe({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)
-    if found is None and (kind := refused_among(header.tensors)):
-        raise CheckpointError(
-            f"{file} is of {kind}, a kind of adapter that is not read; LoRA, LoHa and LoKr are"
-        )
-    if found is None:
+    try:
+        found = described(file, header)
+    except CheckpointError:
         from sfumato.families.control import whose  # which asks here whether a ControlNet is a LoRA
 
         if whose({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)[0]:
-            raise CheckpointError(f"{file} is a ControlNet, not a LoRA; give it by --controlnet KIND=FILE")
-        raise CheckpointError(
-            f"{file} is no LoRA: none of its {len(header.tensors)} tensors is a part of one"
-        )
+            raise CheckpointError(
+                f"{file} is a ControlNet, not a LoRA; give it by --controlnet KIND=FILE"
+            ) from None
+        raise
     if found.family and found.family != family:
         raise CheckpointError(
             f"{file} is a LoRA for {TITLES.get(found.family, found.family)} ({found.why}); this model is "
@@ -132,6 +129,19 @@ def require_family(path: Path, family: str, width: int | None = None) -> None:
         raise CheckpointError(
             f"{file} is a LoRA for a {TITLES[family]} of width {found.width}{theirs}; this model's is {width}{ours}"
         )
+
+
+def described(file: Path, header: Header) -> Described:
+    """What a LoRA's header tells. `CheckpointError` for a file that is none, or of a kind that is not read."""
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+    found = describe(shapes, header.metadata)
+    if found is not None:
+        return found
+    if kind := refused_among(shapes):
+        raise CheckpointError(
+            f"{file} is of {kind}, a kind of adapter that is not read; LoRA, LoHa and LoKr are"
+        )
+    raise CheckpointError(f"{file} is no LoRA: none of its {len(shapes)} tensors is a part of one")
 
 
 def _part(module: str) -> str:

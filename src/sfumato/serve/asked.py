@@ -1,4 +1,4 @@
-"""A request as clients send it: JSON in which pictures and a clip are the ids of files that they uploaded before."""
+"""A request as clients send it: JSON in which pictures, a clip and LoRAs are ids of files, sent before."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import checks
 from sfumato.errors import DataError, InputError
+from sfumato.serve.store import is_id
 
 if TYPE_CHECKING:
     from sfumato.types import Request
 
+LORAS = "loras"  # the field that names them
 PICTURE, CLIP = "picture", "clip"  # what a job draws
 MOST_FILES = 16  # of one request
 MOST_PIXELS = 100_000_000  # of the frames of a clip to begin with, together; three bytes each
@@ -34,9 +36,20 @@ def files_of(request: Mapping[str, Any]) -> dict[str, str]:
                 argument=name,
             )
         found.setdefault(value, name)
+    for name in loras_of(request):
+        found.setdefault(name, LORAS)
     if len(found) > MOST_FILES:
         raise InputError(f"a request names at most {MOST_FILES} files", argument="controls")
     return found
+
+
+def loras_of(request: Mapping[str, Any]) -> list[str]:
+    """The ids of LoRAs that a request names, in its order; what has another name is the server's own."""
+    uses = request.get(LORAS)
+    if not isinstance(uses, list):
+        return []
+    names: list[Any] = [each.get("name") if isinstance(each, dict) else each for each in uses]
+    return [name for name in names if is_id(name, "file")]
 
 
 def request_of(values: Mapping[str, Any], files: Mapping[str, bytes]) -> Request:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sfumato import checks
 from sfumato.serve import process
-from sfumato.serve.asked import PICTURE, files_of
+from sfumato.serve.asked import LORAS, PICTURE, files_of, loras_of
 from sfumato.serve.books import RETRY_WINDOW, Books
 from sfumato.serve.devices import Connect
 from sfumato.serve.floor import Floor
@@ -22,7 +22,7 @@ from sfumato.serve.money import shown, work_of
 from sfumato.serve.rates import Rates
 from sfumato.serve.refusals import Refused, bad, file_gone, not_found
 from sfumato.serve.settings import Settings
-from sfumato.serve.store import new_id
+from sfumato.serve.store import LORA, new_id
 from sfumato.serve.wire import Broken
 
 CANCELLING = 2.0  # seconds that an answer to a cancellation waits for the job's end
@@ -255,17 +255,21 @@ class Desk:
             await self.books.drop(*ask.brought)
 
     async def files(self, key: Key, ask: Ask) -> tuple[list[str], list[bytes]]:
-        """The files that a request names, by id, and their bytes."""
-        places = files_of(ask.request)
-        parts = []
-        for name, place in places.items():
+        """The pictures and clips that a request names, by id, and their bytes. `Refused` for what is not this key's,
+        or stands where it does not belong; LoRAs are looked up, and read by those who draw with them."""
+        found: dict[str, bytes] = {}
+        for name, place in files_of(ask.request).items():
             if name in ask.brought:
-                parts.append(ask.brought[name][1])
+                found[name] = ask.brought[name][1]
                 continue
-            if await self.books.write(self.ledger.upload, key.id, name) is None:
+            upload = await self.books.write(self.ledger.upload, key.id, name)
+            if upload is None:
                 raise file_gone(name, place)
-            parts.append(await self.floor.bytes_of(name, place))
-        return list(places), parts
+            if (upload.format == LORA) != (place == LORAS):
+                raise bad(f"{place} cannot be {name}, which is of the format {upload.format}", place)
+            if place != LORAS:
+                found[name] = await self.floor.bytes_of(name, place)
+        return list(found), list(found.values())
 
     async def answered(self, record: Record) -> None:
         """A job's client has what was drawn: who says that he tries again means another one."""
@@ -294,7 +298,7 @@ class Desk:
             )
         message = {
             "do": what, "model": ask.model, "kind": ask.kind, "request": ask.request, "files": list(files),
-            "format": ask.format,
+            "format": ask.format, "loras": await self.floor.places_of(loras_of(ask.request)),
         }  # fmt: skip
         for _ in range(2):
             device = await self.floor.some_device()

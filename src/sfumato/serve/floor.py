@@ -13,11 +13,11 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sfumato.serve.asked import CLIP
+from sfumato.serve.asked import CLIP, LORAS, loras_of
 from sfumato.serve.books import Books
 from sfumato.serve.devices import Connect, Device
 from sfumato.serve.job import Live, error_of, fairest, next_for, now, why
@@ -197,6 +197,7 @@ class Floor:
         live.device, live.done, started = device, 0, now()
         try:
             parts = [await self.bytes_of(name) for name in live.files]
+            loras = await self.places_of(loras_of(live.record.request))
             if live not in device.running:  # the worker was lost meanwhile, and the job is in the queue again
                 return
             await self.books.write(self.books.ledger.start, live.id, started)
@@ -224,6 +225,7 @@ class Floor:
             "kind": live.kind,
             "request": live.record.request,
             "files": live.files,
+            "loras": loras,
             "format": options["format"],
             "looks": options["looks"],
             "look_format": options["look_format"],
@@ -241,6 +243,14 @@ class Floor:
         if data is None:
             raise file_gone(name, field)
         return data
+
+    async def places_of(self, loras: Sequence[str]) -> dict[str, str]:
+        """Where uploaded LoRAs lie, by id; `Refused` if one is not there any more."""
+        found = {name: await self.books.work(self.books.store.upload, name) for name in loras}
+        for name, place in found.items():
+            if place is None:
+                raise file_gone(name, LORAS)
+        return {name: str(place) for name, place in found.items()}
 
     def _back(self, live: Live) -> None:
         """Into the queue again, where it was."""
@@ -422,7 +432,8 @@ class Floor:
                         and record.made < now() - AGAIN * 60
                     ):
                         self.add(Live(record))
-                await self.books.sweep(self.settings.keep + self.settings.longest)
+                needed = {name for live in self.live.values() for name in live.needs}
+                await self.books.sweep(self.settings.keep + self.settings.longest, needed)
             await asyncio.sleep(SWEEP)
 
     def _begin(self, work: Coroutine[Any, Any, Any]) -> None:

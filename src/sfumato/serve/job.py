@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from sfumato.serve.asked import CLIP, PICTURE
+from sfumato.serve.asked import CLIP, PICTURE, loras_of
 from sfumato.serve.ledger import QUEUED, Record
 
 BACKLOG = 256  # events that a listener may be behind before the oldest are dropped
@@ -57,9 +57,14 @@ class Live:
 
     @property
     def files(self) -> list[str]:
-        """The uploads that the request names."""
+        """The pictures and clips that the request names."""
         options = self.record.options
         return list(options["files"] if "files" in options else options["pictures"])
+
+    @property
+    def needs(self) -> list[str]:
+        """All uploads that must be there until it has ended."""
+        return [*self.files, *loras_of(self.record.request)]
 
     @property
     def forget(self) -> list[str]:

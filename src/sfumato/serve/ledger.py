@@ -74,7 +74,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture or clip that a tenant sent. format: of `store.UPLOADS`."""
+    """A picture, clip or LoRA that a tenant sent. format: of `store.UPLOADS`. width, height: 0 of a LoRA."""
 
     id: str
     tenant: str
@@ -316,15 +316,16 @@ class Ledger:
 
     def add_upload(self, upload: Upload, most: int | None = None) -> bool:
         """Write an upload down; False if the tenant would then have more than `most` bytes of them."""
-        c = self.uploads.c
         with self._transaction() as run:
-            kept = (
-                run.execute(sql.select(sql.func.sum(c.bytes)).where(c.tenant == upload.tenant)).scalar() or 0
-            )
-            if most is not None and int(kept) + upload.bytes > most:
+            if most is not None and self._kept(run, upload.tenant) + upload.bytes > most:
                 return False
             run.execute(sql.insert(self.uploads).values(**vars(upload)))
             return True
+
+    def kept(self, tenant: str) -> int:
+        """Bytes of a tenant's files."""
+        with self._transaction() as run:
+            return self._kept(run, tenant)
 
     def upload(self, tenant: str, upload: str) -> Upload | None:
         """A tenant's picture; None if there is none of this id, or it is another's."""
@@ -340,7 +341,7 @@ class Ledger:
     def uploads_of(
         self, tenant: str, limit: int, before: float | None = None, after: Upload | None = None
     ) -> list[Upload]:
-        """A tenant's latest pictures and clips, as `jobs_of`."""
+        """A tenant's latest files, as `jobs_of`."""
         with self._transaction() as run:
             rows = run.execute(_latest(self.uploads, tenant, limit, before, after)).mappings().all()
         return [Upload(**row) for row in rows]
@@ -350,7 +351,7 @@ class Ledger:
             run.execute(sql.delete(self.uploads).where(self.uploads.c.id == upload))
 
     def old_uploads(self, before: float) -> list[str]:
-        """Pictures sent before then that no open job can need, as jobs open longer are past their deadline."""
+        """Files sent before then."""
         query = sql.select(self.uploads.c.id).where(self.uploads.c.made < before)
         with self._transaction() as run:
             return list(run.execute(query).scalars())
@@ -385,6 +386,10 @@ class Ledger:
             .first()
         )
         return None if row is None else _record(row)
+
+    def _kept(self, run: sql.Connection, tenant: str) -> int:
+        c = self.uploads.c
+        return int(run.execute(sql.select(sql.func.sum(c.bytes)).where(c.tenant == tenant)).scalar() or 0)
 
     def _committed(self, run: sql.Connection, tenant: str, month: str) -> int:
         e, j = self.entries.c, self.jobs.c

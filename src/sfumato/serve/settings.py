@@ -69,8 +69,9 @@ class Settings:
     machine may draw, and nobody else. ledger: its URL. queue: jobs that wait at most. batch: pictures that a device
     works on together. deadline, longest: seconds that a job has by default, and at most. drain: seconds that a stop
     waits for what was accepted. keep: seconds that pictures are kept. grace: seconds that a
-    client which tries again is waited for. body: bytes of the largest request. hosts: names
-    that the server is called by, besides its address. memory: bytes that a worker may plan with; None is what is free.
+    client which tries again is waited for. body: bytes of the largest request. lora_size: of
+    the largest LoRA that a client may send; 0 where none may. hosts: names that the server is called by, besides its
+    address. memory: bytes that a worker may plan with; None is what is free.
     """
 
     models: tuple[ModelSpec, ...]
@@ -89,6 +90,7 @@ class Settings:
     keep: float = 7 * DAY
     grace: float = 10.0
     body: int = 32 * 2**20
+    lora_size: int = 2**30
     hosts: tuple[str, ...] = ()
     memory: int | None = None
 
@@ -113,6 +115,7 @@ class Settings:
             )
         checks.number("grace", self.grace, 0, 3600)
         checks.integer("body", self.body, 2**16, 2**30)
+        checks.integer("lora_size", self.lora_size, 0, 2**31)
         if self.memory is not None and self.memory < LEAST_MEMORY:
             raise InputError(
                 f"memory must be 1MiB or more, such as 6GB, not {self.memory:,} bytes", argument="memory"

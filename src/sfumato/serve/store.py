@@ -1,4 +1,4 @@
-"""Pictures and clips on disk, by names that nobody can guess. Who may see one, the ledger knows."""
+"""Pictures, clips and LoRAs on disk, by names that nobody can guess. Who may see one, the ledger knows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from sfumato.errors import InputError
@@ -16,7 +17,8 @@ from sfumato.storage import atomic_directory, atomic_file
 SUFFIX = {"png": "png", "jpeg": "jpg", "webp": "webp", "mp4": "mp4", "webm": "webm", "gif": "gif"}
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}  # of pictures that are drawn
 CLIPS = {"mp4": "video/mp4", "webm": "video/webm", "webp": "image/webp", "gif": "image/gif"}
-UPLOADS = {**MEDIA, **CLIPS, "avi": "video/x-msvideo"}
+LORA = "lora"  # the format of a LoRA, a .safetensors file
+UPLOADS = {**MEDIA, **CLIPS, "avi": "video/x-msvideo", LORA: "application/octet-stream"}
 _ID = re.compile(r"(job|file)_[0-9a-f]{32}")
 
 
@@ -61,6 +63,17 @@ class Store:
         with atomic_file(self._checked(self._uploads, upload, "file")) as temporary:
             temporary.write_bytes(data)
 
+    @contextmanager
+    def arriving(self, upload: str) -> Iterator[Path]:
+        """Where to write an upload, which is kept when this is left, and gone where that is by an exception."""
+        with atomic_file(self._checked(self._uploads, upload, "file")) as temporary:
+            yield temporary
+
+    def upload(self, upload: str) -> Path | None:
+        """Where an upload lies; None if it is not there any more."""
+        path = self._checked(self._uploads, upload, "file").absolute()
+        return path if path.is_file() else None
+
     def get(self, upload: str) -> bytes | None:
         """An upload; None if it is not there any more."""
         try:
@@ -98,12 +111,13 @@ class Store:
             temporary.write_bytes(small)
         return path
 
-    def sweep(self, seconds: float) -> int:
-        """Remove files older than that, and what an interrupted write left; returns how many."""
+    def sweep(self, seconds: float, needed: Collection[str] = ()) -> int:
+        """Remove files older than that, but uploads that are needed, and what an interrupted write left; returns how
+        many."""
         before, swept = time.time() - seconds, 0
         for path in (*self._outputs.iterdir(), *self._thumbs.iterdir(), *self._uploads.iterdir()):
             staged = path.name.startswith(".")
-            if path.stat().st_mtime < (time.time() - 3600 if staged else before):
+            if path.name not in needed and path.stat().st_mtime < (time.time() - 3600 if staged else before):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
                 swept += 1
         return swept

@@ -25,7 +25,7 @@ def tables() -> tuple[MetaData, dict[str, Table]]:
     jobs        one row each: what was asked, how far it is, what was reserved and charged
     entries     a reservation opens a job and one settlement or refund closes it; the constraint on (job, closes) is
                 what no job can be billed twice by
-    uploads     pictures and clips that tenants sent
+    uploads     pictures, clips and LoRAs that tenants sent
     answers     young jobs whose client was there to be given what was drawn
     about       version and currency
     """

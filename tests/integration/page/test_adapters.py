@@ -34,7 +34,7 @@ def visitor(adapted, browser):
     """Somebody who has chosen that model."""
     found = Visitor(browser, adapted.url).ready()
     found.page.select_option("#model", "sd")
-    found.page.wait_for_selector("#loras:not([hidden])")
+    found.page.wait_for_selector("#loras .adapter")
     yield found.fill(prompt="a cat", steps=3, seed=2, width=64, height=64)
     found.close()
 
@@ -65,6 +65,33 @@ def test_a_lora_is_mixed_in_and_a_picture_is_followed(adapted, visitor):
         assert np.abs(picture(client, again) - seen).max() <= 2
 
 
+def test_a_lora_is_uploaded_and_drawn_with(adapted, visitor, tmp_path):
+    """One that is none is told beside the button; the other is drawn with, called as its file is."""
+    client, page = Client(adapted), visitor.page
+    visitor.draw(seed=3).drawn()
+    plain = picture(client, latest(client))
+    none = {"name": "none.safetensors", "mimeType": "", "buffer": b"PK" + bytes(100)}
+    page.set_input_files("#lora-file", [none])
+    page.wait_for_selector("#lora-said:text('pickled checkpoint')")
+    _, ink, _ = small_adapted.write(tmp_path)
+    page.set_input_files("#lora-file", [{**none, "name": "My own.safetensors", "buffer": ink.read_bytes()}])
+    box = page.get_by_role("checkbox", name="My own")
+    box.wait_for()
+    assert box.is_checked() and page.inner_text("#lora-said") == ""
+    assert page.get_by_role("button", name="Upload a LoRA").is_visible() and violations(visitor) == {}
+    page.fill("[aria-label='Weight of My own']", "2")
+    visitor.ready().draw().drawn()
+    job = latest(client)
+    assert job["request"]["loras"][0]["name"].startswith("file_")
+    assert visitor.recipe()["LoRAs"] == "My own 2"
+    assert (picture(client, job) != plain).any()
+    box.uncheck()
+    visitor.press("Take settings")
+    assert box.is_checked() and page.get_by_role("checkbox", name="My own").count() == 1
+    page.select_option("#model", "pocket")
+    assert page.is_visible("#send-lora") and not box.is_checked()
+
+
 def test_settings_bring_adapters_along_and_another_model_has_none_of_them(visitor):
     page = visitor.page
     visitor.draw(steps=2).drawn()
@@ -72,8 +99,8 @@ def test_settings_bring_adapters_along_and_another_model_has_none_of_them(visito
     page.fill("[aria-label='Weight of ink']", "0.5")
     visitor.draw().drawn()
     page.select_option("#model", "pocket")
-    page.wait_for_selector("#loras", state="hidden")
+    page.wait_for_selector("#loras .adapter", state="detached")
     visitor.press("Take settings")
-    page.wait_for_selector("#loras:not([hidden])")
+    page.wait_for_selector("#loras .adapter")
     assert page.input_value("#model") == "sd" and page.is_checked("#loras input[type=checkbox]")
     assert page.input_value("[aria-label='Weight of ink']") == "0.5"

@@ -34,7 +34,10 @@ WATCHED = "/metrics"
 SUBMISSIONS = frozenset({  # where jobs come in
     "/v1/jobs", "/v1/videos", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img",
 })  # fmt: skip
-SLOWEST = 60.0  # seconds that a body may take
+SLOWEST = 60.0  # seconds that a body may take, and more as it comes:
+SPEED = 2**18  # bytes for which it may take a second longer
+FILES = "/v1/files"  # where bodies are large
+FORM = 2**16  # bytes that a form has around its file
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "media-src 'self' blob:; font-src 'self'; connect-src 'self'; manifest-src 'self'; form-action 'none'; "
@@ -102,8 +105,8 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
             raise Refused(400, "bad_input", "content-length must be a number")
-        if int(length[:20]) > self.settings.body:
-            raise Refused(413, "too_large", f"a request may have {self.settings.body:,} bytes")
+        if int(length[:20]) > (most := self._most(scope)):
+            raise Refused(413, "too_large", f"a request may have {most:,} bytes")
         path = scope["path"]
         if path in PUBLIC or path.startswith(PUBLIC_UNDER):
             return None
@@ -137,23 +140,29 @@ class Guard:
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
             raise Refused(403, "wrong_origin", "requests of other sites are not answered")
 
+    def _most(self, scope: Scope) -> int:
+        """Bytes that a body may have."""
+        large = self.settings.lora_size + FORM if scope["path"] == FILES else 0
+        return max(self.settings.body, large)
+
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """`receive` with a body that is not too large and does not take too long."""
-        taken, done, until = 0, False, asyncio.get_running_loop().time() + SLOWEST
+        taken, done, began, most = 0, False, asyncio.get_running_loop().time(), self._most(scope)
 
         async def limited() -> Message:
             nonlocal taken, done
             if done:
                 return await receive()
+            seconds = SLOWEST + taken / SPEED
             try:
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(began + seconds):
                     message = await receive()
             except TimeoutError:
-                raise Refused(408, "too_slow", f"the body took longer than {SLOWEST:.0f} s") from None
+                raise Refused(408, "too_slow", f"the body took longer than {seconds:.0f} s") from None
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
-                if taken > self.settings.body:
-                    raise Refused(413, "too_large", f"a request may have {self.settings.body:,} bytes")
+                if taken > most:
+                    raise Refused(413, "too_large", f"a request may have {most:,} bytes")
                 done = not message.get("more_body", False)
             return message
 

@@ -7,18 +7,18 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 
 from sfumato.serve.asked import PICTURE
 from sfumato.serve.desk import Desk
 from sfumato.serve.job import now
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import Record, Upload, check_days, day_of, month_of
-from sfumato.serve.refusals import bad, not_found
-from sfumato.serve.store import MEDIA, UPLOADS, is_id
+from sfumato.serve.refusals import bad, file_gone, not_found
+from sfumato.serve.store import LORA, MEDIA, UPLOADS, is_id
 from sfumato.serve.web import jobs
 from sfumato.serve.web.answers import Answer
-from sfumato.serve.web.body import file_of, form_body, look_at_file
+from sfumato.serve.web.files import kept
 from sfumato.serve.web.jobs import MOST_LISTED, Family, key_of, told, whole
 from sfumato.serve.web.schema import BINARY, EXAMPLE, sends
 
@@ -41,23 +41,15 @@ def routes(desk: Desk) -> APIRouter:
     """All of them, on one desk."""
     router = APIRouter(prefix="/v1", tags=["native"])
 
-    @router.post("/files", status_code=201, summary="Send a picture or a clip; its id may stand in requests",
+    @router.post("/files", status_code=201, summary="Send a picture, a clip or a LoRA; its id may stand in requests",
                  openapi_extra={"requestBody": {"required": True, "content": {
             "multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": {
                 "file": BINARY}}, "example": {"file": "start.png"}},
             **{kind: {"schema": BINARY, "example": f"the bytes of a file of {kind}"} for kind in UPLOADS.values()},
+            UPLOADS[LORA]: {"schema": BINARY, "example": "the bytes of ink.safetensors, or of any other file"},
         }}})  # fmt: skip
     async def send(request: Request) -> Response:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in UPLOADS.values() or kind == "application/octet-stream":
-            data: bytes | None = await request.body()
-        else:
-            data = await file_of(await form_body(request), "file")
-        if data is None:
-            raise bad("the form has no file", "file")
-        upload = await look_at_file(desk.books, key_of(request), data, "file")
-        await desk.books.keep(upload, data)
-        return Answer(_file(upload), 201)
+        return Answer(_file(await kept(desk, key_of(request), request)), 201)
 
     @router.get("/files", summary="The latest files of this key, the newest first")
     async def files(request: Request, limit: str = "20", before: str | None = None) -> Response:
@@ -68,7 +60,10 @@ def routes(desk: Desk) -> APIRouter:
     @router.get("/files/{file}", summary="A file that was sent", **sends(*UPLOADS.values()))
     async def sent(request: Request, file: str) -> Response:
         upload = await _upload(desk, key_of(request), file)
-        return Response(await desk.floor.bytes_of(file), media_type=UPLOADS[upload.format])
+        path = await desk.books.work(desk.store.upload, file)
+        if path is None:
+            raise file_gone(file)
+        return FileResponse(path, media_type=UPLOADS[upload.format])
 
     @router.delete("/files/{file}", summary="Forget a file")
     async def forget(request: Request, file: str) -> Response:
@@ -127,7 +122,8 @@ async def _page(
 
 def _file(upload: Upload) -> dict[str, Any]:
     """A file as the API tells it."""
-    told = {name: getattr(upload, name) for name in ("id", "format", "bytes", "width", "height")}
+    names = ("id", "format", "bytes", *(() if upload.format == LORA else ("width", "height")))
+    told = {name: getattr(upload, name) for name in names}
     return {"object": "file", **told, "created": upload.made}
 
 

@@ -103,13 +103,13 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.get("/models", summary="The models that are served")
     async def models() -> Response:
-        return Answer({"object": "list", "data": [_model(facts) for facts in desk.facts]})
+        return Answer({"object": "list", "data": [_model(desk, facts) for facts in desk.facts]})
 
     @router.get("/models/{model}", summary="One model: its preset, LoRAs and ControlNets")
     async def model(model: str) -> Response:
         for facts in desk.facts:
             if facts["name"] == model:
-                return Answer(_model(facts))
+                return Answer(_model(desk, facts))
         raise Refused(404, "model_not_found", f"there is no model {checks.shown(model)}", param="model")
 
     @router.post(
@@ -147,8 +147,11 @@ def routes(desk: Desk) -> APIRouter:
     return router
 
 
-def _model(facts: dict[str, Any]) -> dict[str, Any]:
-    return {"id": facts["name"], "object": "model", "created": 0, "owned_by": "sfumato", **facts}
+def _model(desk: Desk, facts: dict[str, Any]) -> dict[str, Any]:
+    """As OpenAI's clients read it, with all that is known. lora_bytes: of the largest LoRA that may be sent for it."""
+    known = {"id": facts["name"], "object": "model", "created": 0, "owned_by": "sfumato", **facts}
+    takes = known.pop("takes_loras", False)
+    return {**known, "lora_bytes": desk.settings.lora_size if takes else 0}
 
 
 def _texts(form: FormData) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _schema(hint: Any) -> dict[str, Any]:
     if hint is _Picture or hint is parts.Clip:
         return FILE
     if hint in PLAIN:
-        return PLAIN[hint]
+        return dict(PLAIN[hint])
     if origin is tuple and len(inner) == 2 and inner[1] is Ellipsis:
         if typing.get_origin(inner[0]) is tuple:  # names with factors, which JSON has as an object
             return {"type": "object", "additionalProperties": {"type": "number"}}
@@ -72,6 +72,10 @@ def _schema(hint: Any) -> dict[str, Any]:
             "minItems": len(inner),
             "maxItems": len(inner),
         }
+    if hint is parts.LoraUse:
+        use = _object(parts.LoraUse)
+        use["properties"]["name"]["description"] = "of /v1/models, or the id of an uploaded LoRA"
+        return use
     if dataclasses.is_dataclass(hint):
         return _object(typing.cast(type, hint))
     return {}

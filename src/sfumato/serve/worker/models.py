@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import planning
+from sfumato import checks, planning
 from sfumato.diffusion.schedules import SCHEDULES
 from sfumato.drawing.clips import as_clip, makes_clips
 from sfumato.drawing.script import check_texts
@@ -22,6 +23,8 @@ from sfumato.runtime import DTYPES
 from sfumato.sampling import SAMPLERS
 from sfumato.serve.asked import CLIP
 from sfumato.serve.settings import ModelSpec
+from sfumato.serve.store import is_id
+from sfumato.serve.worker.loras import Sent
 from sfumato.serve.worker.together import Precision, Together
 from sfumato.types import Conditioning, Request
 
@@ -65,8 +68,30 @@ class Opened:
     model: Model
     shared: Model
 
-    def asked(self, request: Request, kind: str) -> Request:
-        """The complete request of a client. `InputError` for what the model, or the route it came by, does not draw."""
+    @functools.cached_property
+    def sent(self) -> Sent:
+        """The LoRAs of its clients."""
+        return Sent(self.model.system.adapters)
+
+    @property
+    def loras(self) -> list[str]:
+        """The names of those LoRAs that are the server's own."""
+        adapters = self.model.system.adapters
+        return [] if adapters is None else sorted(name for name in adapters.opened if not is_id(name, "file"))
+
+    def asked(self, request: Request, kind: str, sent: Collection[str] = ()) -> Request:
+        """The complete request of a client. `InputError` for what the model, or the route it came by, does not draw.
+
+        sent: the LoRAs that the client may name beside the server's own; of others' it hears nothing.
+        """
+        for use in (request.loras or ()) if self.model.system.adapters is not None else ():
+            if use.name not in sent and use.name not in self.loras:
+                known = f"there is {', '.join(self.loras)}; " if self.loras else ""
+                raise InputError(
+                    f"there is no LoRA {checks.shown(use.name)}; {known}others are sent to /v1/files and called by "
+                    "their ids",
+                    argument="loras",
+                )
         if kind == CLIP:
             request = as_clip(self.model, request)
         request = self.model.complete(request)
@@ -78,7 +103,6 @@ class Opened:
     def facts(self) -> dict[str, Any]:
         """What clients may know of it, as plain JSON."""
         system = self.model.system
-        adapters = system.adapters
         preset = self.model.preset
         return {
             "name": self.name,
@@ -87,7 +111,8 @@ class Opened:
             "clips": makes_clips(self.model),
             "clip_preset": self.model.clip_preset,
             "needs_image": system.animates,
-            "loras": [] if adapters is None else sorted(adapters.opened),
+            "loras": self.loras,
+            "takes_loras": system.adapters is not None and system.adapters.fitting,
             "controls": list(system.controls),
             "annotators": list(self.model.annotators),
             "weights": self.model.hashes,

@@ -96,7 +96,7 @@ class Worker:
             stop.set()
 
     def _asked(self, message: dict[str, Any], parts: list[bytes]) -> Any:
-        """(the complete request, what it will take, what is to be said of it)."""
+        """(the complete request, what it will take, what is to be said of it), while its LoRAs are open."""
         from dataclasses import replace
 
         from sfumato.receipts.provenance import check_recipe
@@ -105,7 +105,7 @@ class Worker:
 
         opened = self.models[message["model"]]
         given = request_of(message["request"], dict(zip(message["files"], parts, strict=True)))
-        request = opened.asked(given, message["kind"])
+        request = opened.asked(given, message["kind"], message["loras"])
         adapters = opened.model.system.adapters
         notes = [] if adapters is None else [self.discreet(note) for note in adapters.notes(given)]
         if request.loras is None:
@@ -118,7 +118,8 @@ class Worker:
         """What a request will take, or what of it will not survive; or the error that it is."""
         answer: dict[str, Any]
         try:
-            request, expected, notes = self._asked(message, parts)
+            with self.models[message["model"]].sent.opened(message["loras"]):
+                request, expected, notes = self._asked(message, parts)
             if message["do"] == "preflight":
                 answer = {"preflight": self._survives(message["model"], request)}
             else:
@@ -142,21 +143,22 @@ class Worker:
 
         name = message["job"]
         try:
-            request, expected, _ = self._asked(message, parts)
-            job = Job(
-                name,
-                self.models[message["model"]].shared,
-                request,
-                expected,
-                message["format"],
-                message["looks"],
-                message["look_format"],
-                time.monotonic() + message["left"],
-                self.tell,
-                stop,
-                self.costs[message["model"]].joules,
-            )
-            spent = job.draw(self.together)
+            with self.models[message["model"]].sent.opened(message["loras"]):
+                request, expected, _ = self._asked(message, parts)
+                job = Job(
+                    name,
+                    self.models[message["model"]].shared,
+                    request,
+                    expected,
+                    message["format"],
+                    message["looks"],
+                    message["look_format"],
+                    time.monotonic() + message["left"],
+                    self.tell,
+                    stop,
+                    self.costs[message["model"]].joules,
+                )
+                spent = job.draw(self.together)
             self.costs[message["model"]].learn(expected, spent)
         except Exception as error:
             self.tell({"is": "failed", "job": name, "error": told(error, self.discreet)})

@@ -1,23 +1,43 @@
-// What a model has beside itself: LoRAs to mix in, and ControlNets that follow a picture.
+// What a model has beside itself: LoRAs to mix in, those that were sent here too, and ControlNets that follow a picture.
 
+import { Refusal, upload } from "./api.js";
 import { $, h } from "./dom.js";
 import { Slot } from "./slot.js";
+import { trouble } from "./words.js";
 
+const sent = new Map(); // ids of LoRAs → what their files were called
 let loras = [];
 let controls = [];
+let takes = false; // whether LoRAs can be sent for the model
+let tell = () => {};
 
 function weight(name, most) {
   const label = `Weight of ${name}`;
   return h("input", { type: "number", class: "weight", min: "0", max: String(most), step: "0.05", value: "1", "aria-label": label });
 }
 
+/** What people call a LoRA: its name, or that of the file that was sent. */
+export const called = (name) => sent.get(name) ?? name;
+
+function mixed(name) {
+  const box = h("input", { type: "checkbox" });
+  const amount = weight(called(name), 2);
+  return { name, box, amount, row: h("div", { class: "adapter" }, h("label", { class: "check" }, box, h("span", {}, called(name))), amount) };
+}
+
+/** One that was sent, where it can be chosen. */
+function add(name) {
+  const each = mixed(name);
+  loras.push(each);
+  $("loras").querySelector(".stack").append(each.row);
+  return each;
+}
+
 /** Offer what a model has. */
 export function offer(model, changed) {
-  loras = model.loras.map((name) => {
-    const box = h("input", { type: "checkbox" });
-    const amount = weight(name, 2);
-    return { name, box, amount, row: h("div", { class: "adapter" }, h("label", { class: "check" }, box, h("span", {}, name)), amount) };
-  });
+  tell = changed;
+  takes = model.lora_bytes > 0;
+  loras = [...model.loras, ...(takes ? sent.keys() : [])].map(mixed);
   controls = model.controls.map((name) => {
     const host = h("div", { class: "slot compact", role: "group", "aria-label": `A picture of kind ${name}` });
     const amount = weight(name, 2);
@@ -30,18 +50,43 @@ export function offer(model, changed) {
     };
     return { name, slot, amount, row };
   });
-  for (const [id, found] of [["loras", loras], ["controls", controls]]) {
-    $(id).hidden = !found.length;
+  for (const [id, found, more] of [["loras", loras, takes], ["controls", controls, false]]) {
+    $(id).hidden = !found.length && !more;
     $(id).querySelector(".stack").replaceChildren(...found.map((each) => each.row));
   }
+  $("send-lora").hidden = !takes;
+}
+
+/** Let people send a LoRA of their own. */
+export function prepare() {
+  const [button, input, said] = [$("send-lora"), $("lora-file"), $("lora-said")];
+  button.addEventListener("click", () => input.click());
+  input.addEventListener("change", async () => {
+    const file = input.files[0];
+    if (!file) return;
+    said.className = "slot-busy";
+    said.textContent = `Sending ${file.name} …`;
+    try {
+      const { id } = await upload(file);
+      sent.set(id, file.name.replace(/\.safetensors$/i, ""));
+      if (takes) add(id).box.checked = true; // another model may have been chosen meanwhile
+      said.className = said.textContent = "";
+      tell();
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      said.className = "trouble-line";
+      said.textContent = trouble(error).text;
+    }
+    input.value = "";
+  });
 }
 
 /** The fields of a request that they are. */
 export function read() {
   const asked = {};
-  const mixed = loras.filter((each) => each.box.checked);
+  const chosen = loras.filter((each) => each.box.checked);
   const shown = controls.filter((each) => each.slot.full);
-  if (mixed.length) asked.loras = mixed.map(({ name, amount }) => ({ name, weight: Number(amount.value) }));
+  if (chosen.length) asked.loras = chosen.map(({ name, amount }) => ({ name, weight: Number(amount.value) }));
   if (shown.length) {
     asked.controls = shown.map(({ name, slot, amount }) => ({ name, image: slot.id, weight: Number(amount.value) }));
     asked.fit = "cover";
@@ -52,6 +97,7 @@ export function read() {
 /** Show those of a request. */
 export async function write(request) {
   const uses = (request.loras ?? []).map((use) => (typeof use === "string" ? { name: use } : use));
+  for (const { name } of uses) if (/^file_/.test(name) && !loras.some((each) => each.name === name)) add(name);
   for (const each of loras) {
     const use = uses.find(({ name }) => name === each.name);
     each.box.checked = Boolean(use);

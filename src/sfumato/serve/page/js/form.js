@@ -53,6 +53,7 @@ export function build(found) {
     const file = [...(event.clipboardData?.files ?? [])].find(({ type }) => type.startsWith("image/"));
     if (file && !document.querySelector("dialog[open]")) start.choose(file);
   });
+  adapters.prepare();
   drawIcons(form());
   if (matchMedia("(max-width: 760px)").matches) $("settings").open = false;
   form().addEventListener("input", aside);

@@ -1,6 +1,7 @@
 // The picture in the middle: forming, done with its recipe and its bill, or nothing yet.
 
 import * as actions from "./actions.js";
+import { called } from "./adapters.js";
 import { $, h } from "./dom.js";
 import * as form from "./form.js";
 import { icon } from "./icons.js";
@@ -231,7 +232,7 @@ function lines(of) {
     Sampler: [request.sampler, request.schedule].filter(Boolean).join(", "),
     Variation: variation,
     "Begins with": of.request.mask ? "a picture and a mask" : of.request.image && "a picture",
-    LoRAs: request.loras?.map((use) => `${use.name ?? use} ${use.weight ?? 1}`).join(", "),
+    LoRAs: request.loras?.map((use) => `${called(use.name ?? use)} ${use.weight ?? 1}`).join(", "),
     Follows: request.controls?.map((use) => `${use.name} ${use.weight ?? 1}`).join(", "),
     Took: bill && `${seconds(bill.seconds)}, where ${seconds(bill.expected_seconds)} were expected`,
     Energy: bill?.joules && `${bill.joules.toFixed(0)} J`,
