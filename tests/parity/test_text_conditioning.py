@@ -256,7 +256,7 @@ def test_requests_that_do_not_fit_are_refused(stacks):
         encode_prompts(stack, [])
     with pytest.raises(InputError, match="2 prompts need as many negatives, not 1"):
         encode_prompts(stack, ["a", "b"], ["c"])
-    with pytest.raises(InputError, match="'word' is unknown"):
+    with pytest.raises(InputError, match='"word" is unknown'):
         TextOptions(weighting="word")
     with pytest.raises(InputError, match='"a2222" are unknown'):
         TextOptions(rule="a2222")

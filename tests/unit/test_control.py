@@ -84,10 +84,10 @@ def test_a_request_goes_through_json_and_back():
     }  # fmt: skip
     assert Request.from_dict(values, [noise(SIDE, SIDE, seed=4)]) == request
     with pytest.raises(
-        InputError, match=r"control canny names the picture 'sha256:.*give the picture itself"
+        InputError, match=r'control canny names the picture "sha256:.*give the picture itself'
     ):
         Request.from_dict(values, [noise(SIDE, SIDE, seed=5)])
-    with pytest.raises(InputError, match="controls has no field 'wait'"):
+    with pytest.raises(InputError, match='controls has no field "wait"'):
         Request.from_dict({"controls": [{"name": "canny", "wait": 1}]})
 
 
@@ -98,7 +98,7 @@ def test_a_picture_of_the_shape_is_scaled_and_another_needs_fit():
     large = Control("canny", noise(96, 64))
     assert hint(large, (48, 32), None, 8).size == (48, 32)
     with pytest.raises(
-        InputError, match=r"control canny is 96x64, of another shape than the 32x32.*give size 48x32"
+        InputError, match=r"control canny is 96x64, of another shape than the 32x32.*give `size` 48x32"
     ):
         hint(large, (32, 32), None, 8)
     covered = hint(large, (32, 32), "cover", 8)
@@ -244,7 +244,7 @@ def test_a_request_is_refused_that_the_model_cannot_draw(models):
         InputError, match='no ControlNet "pose": it has canny, depth; one is opened with the model'
     ):
         model.complete(asking(square("pose")))
-    with pytest.raises(InputError, match="reuse and controls do not go together"):
+    with pytest.raises(InputError, match="reuse and `controls` do not go together"):
         model.complete(asking(square(), reuse=2))
     with pytest.raises(InputError, match=r'prepare must be one of canny, softedge.*not "depth"'):
         model.complete(asking(square(prepare="depth")))

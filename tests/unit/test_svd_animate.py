@@ -99,9 +99,9 @@ def test_animate_a_single_file(small, capsys):
 
 def test_animate_refuses_in_one_line(small, place, capsys, tmp_path_factory):
     svd = ["-m", str(place), "--dtype", "fp32"]
-    assert "sets a picture in motion; give an image" in refused(capsys, *svd)
+    assert "sets a picture in motion; give an --image" in refused(capsys, *svd)
     assert "does not exist" in refused(capsys, *svd, "--image", "none.png")
-    assert "reads no --prompt" in refused(capsys, "a cat", *svd, "--image", "photo.png")
+    assert "reads no `prompt`" in refused(capsys, "a cat", *svd, "--image", "photo.png")
     still = ["-m", str(tiny_folder(tmp_path_factory.mktemp("still")))]
     assert "draws pictures and no clips" in refused(capsys, "a cat", *still, "-o", "x.gif")
     assert "must end in .mp4" in refused(capsys, *svd, "--image", "photo.png", "-o", "x.png")
@@ -191,7 +191,7 @@ def test_animate_from_a_clip(small, place, capsys):
         capsys, *svd, "--like", "out.webp", "--image", "photo.png"
     )
     still = refused(capsys, *svd, "--init", "photo.png")
-    assert "--init 'photo.png' is a PNG picture, where a clip is right" in still
+    assert "init 'photo.png' is a PNG picture, where a clip is right" in still
     assert still.rstrip().endswith("a picture to begin with is given as --image")
     Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\nxxxx")
     assert "is a PNG picture, and a damaged one, where a clip is right" in refused(

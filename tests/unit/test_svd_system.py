@@ -69,7 +69,7 @@ def test_a_picture_is_brought_to_the_clip_s_size(place):
             {"frames": 1000, "size": (4096, 4096)},
             "are 16,777,216,000 pixels, and a clip has at most 1,500,000,000",
         ),
-        ({"frames": 0}, "frames must be between 1 and 1000, not 0"),
+        ({"frames": 0}, "frames must be between 1 and 20000, not 0"),
         ({"frames": 2.5}, "frames must be a whole number"),
         ({"fps": 0.5}, "fps must be between 1 and 240, not 0.5"),
         ({"fps": float("nan")}, "fps must be between 1 and 240"),

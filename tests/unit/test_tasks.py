@@ -300,7 +300,7 @@ def test_the_second_pass_has_its_own_steps(model):
         ),
         (
             HiRes(2, upscaler="esrgan"),
-            "upscaler 'esrgan' is unknown; use one of latent-nearest",
+            'upscaler "esrgan" is unknown; use one of latent-nearest',
             "hires.upscaler",
         ),
         (HiRes(2, strength=0.1), "hires.strength 0.1 of 4 steps is less than one step", "hires.strength"),
@@ -357,7 +357,7 @@ def test_the_recipe_is_json_and_with_its_pictures_draws_the_same_again(model, ta
     assert again.images[0].tobytes() == result.images[0].tobytes()
     if pictures:
         assert written["image"] == fingerprint(TASKS[task]["image"])
-        with pytest.raises(InputError, match="image names the picture 'sha256:"):
+        with pytest.raises(InputError, match='image names the picture "sha256:'):
             Request.from_dict(written)
 
 
