@@ -191,7 +191,7 @@ def test_a_refused_clip_is_told_how_many_frames_fit(folder, frames, fewer):
     model = load(folder)
     request = model.complete(Request("a red cube", frames=frames))
     said = str(planning.refusal_of_clip(model, request, planning.plan_clip(model, request)))
-    assert f"drawing {frames} frames of" in said and f" or --frames {fewer} (" in said
+    assert f"drawing {frames} frames of" in said and f" or `frames` {fewer} (" in said
 
 
 def test_animate_plans_and_keeps_within_memory(folder, capsys):

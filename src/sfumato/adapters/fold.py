@@ -74,8 +74,8 @@ class Folded(Mapping[str, Tensor]):
 
     def apart(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(up, down) in float32, whose product is all that is added to the matrix `base[name]`: for who adds it
-        later, to numbers in bfloat16. None where nothing is, where it is no product, or so large that it must be looked
-        at.
+        later, to numbers in float32 or bfloat16. None where nothing is, where it is no product, or so large that it
+        must be looked at.
         """
         changes = self.now.changes.get(name, ())
         if not changes or (factors := product(changes)) is None:

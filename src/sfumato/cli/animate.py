@@ -221,7 +221,7 @@ def _clip(file: Path, frames: object, fps: object) -> Clip:
 
 
 def _check_shape(loaded: Model, request: Request, output: Path) -> None:
-    """`InputError` now if the output could not hold the clip."""
+    """`InputError`, before anything is drawn, if the output could not hold the clip."""
     from sfumato.video.formats import format_of
     from sfumato.video.write import check_shape
 

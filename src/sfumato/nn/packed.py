@@ -138,20 +138,21 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], form)
 
     def add(self, up: Tensor, down: Tensor) -> bool:
-        """W += up·down in place, of bfloat16 and float32, rounded once (`nn/tiles.py`); False, with nothing changed,
-        for another type and for tiles of another form.
+        """W += up·down in place, rounded once (`nn/tiles.py`); False, with nothing changed, for tiles of another form,
+        and for float16, in which a sum may become infinite.
 
         up: (O, r), down: (r, I). Nobody may be calling the layer meanwhile.
         """
         weight = self.weight
-        if weight.is_mkldnn:
-            tiles = tiles_of(weight)
-            if tiles is not None:
-                add_product(tiles, up, down)
-            return tiles is not None
-        if weight.dtype == torch.bfloat16:
+        if weight.dtype == torch.float16:
+            return False
+        if not weight.is_mkldnn:
             add_product_to_matrix(weight, up, down)
-        return weight.dtype == torch.bfloat16
+            return True
+        tiles = tiles_of(weight)
+        if tiles is not None:
+            add_product(tiles, up, down)
+        return tiles is not None
 
 
 class PackedGEGLU(nn.Module):

@@ -158,14 +158,12 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
         denoise = denoiser(model, cond, replace(model.complete(plain), guidance_interval=ALWAYS))
         with _counter(model, request, size) as count:
             x = torch.zeros(1, *shape, device=model.device)
-            found = {
-                "text": text,
-                "denoise": sum(
-                    n * count(denoise, x[:, :, :length], level) for length, n in stretches.items()
-                ),
-                **({} if traced else {"decode": count(model.decode_pixels, x)}),
-            }
-            found |= {stage.name: stage.flops for stage in traced if stage.name == "decode"}
+            steps = (n * count(denoise, x[:, :, :length], level) for length, n in stretches.items())
+            found = {"text": text, "denoise": sum(steps)}
+            if traced:
+                found["decode"] = next(stage.flops for stage in traced if stage.name == "decode")
+            else:
+                found["decode"] = count(model.decode_pixels, x)
             if _encodes(request):
                 pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
                 found["encode"] = count(model.system.encode, pixels)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, overload
 
@@ -23,23 +24,26 @@ class Frames(Sequence[Image.Image]):
     """Pictures of one size, as RGB in a temporary file that goes when this object goes.
 
     Each is made anew when it is asked for, so what is painted on one is not kept. Threads may share it. Raises
-    `SfumatoError` where the disk is full.
+    `SfumatoError` where the disk is full, or does not give back what it was given.
     """
 
     def __init__(self, frames: Iterable[Image.Image]):
         self._lock, self._size, self._count = Lock(), (0, 0), 0
+        with _on_disk("put down"):
+            self._file = tempfile.TemporaryFile(prefix="sfumato-", buffering=0)  # noqa: SIM115 — goes with this object
         try:
-            self._file = tempfile.TemporaryFile(prefix="sfumato-")  # noqa: SIM115 — goes with this object
             for frame in frames:
                 self._size = frame.size
-                self._file.write(frame.convert("RGB").tobytes())
+                self._put(memoryview(frame.convert("RGB").tobytes()))
                 self._count += 1
-            self._file.flush()
-        except OSError as error:
-            raise SfumatoError(
-                f"the frames of a long film could not be put down in {tempfile.gettempdir()}: "
-                f"{error.strerror or error}; TMPDIR names another folder"
-            ) from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _put(self, data: memoryview) -> None:
+        with _on_disk("put down"):
+            while data:
+                data = data[self._file.write(data) :]
 
     def __len__(self) -> int:
         return self._count
@@ -53,8 +57,20 @@ class Frames(Sequence[Image.Image]):
         return tuple(map(self._read, places)) if isinstance(index, slice) else self._read(places)
 
     def _read(self, place: int) -> Image.Image:
-        count = 3 * self._size[0] * self._size[1]
-        with self._lock:
-            self._file.seek(place * count)
-            data = self._file.read(count)
-        return Image.frombytes("RGB", self._size, data)
+        data = bytearray(3 * self._size[0] * self._size[1])
+        with self._lock, _on_disk("read"):
+            self._file.seek(place * len(data))
+            if self._file.readinto(data) != len(data):
+                raise OSError("the file is cut short")
+        return Image.frombytes("RGB", self._size, bytes(data))
+
+
+@contextmanager
+def _on_disk(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SfumatoError(
+            f"the frames of a long film could not be {what} in {tempfile.gettempdir()}: {error.strerror or error}; "
+            "TMPDIR names another folder"
+        ) from error

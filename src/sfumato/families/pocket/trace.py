@@ -116,7 +116,7 @@ def _decode_pieces(system: System, latent: Tensor, tracer: Tracer) -> None:
     left, flops, frames = system.frames_of(latent.shape[2]), 0, 1
     before = tracer.flops
     clamped = (piece.clamp(-1, 1) for piece in system.decode_pieces(latent))
-    for shown in itertools.islice(clamped, ALIKE):
-        flops, frames, before = tracer.flops - before, shown.shape[2], tracer.flops
+    for pixels in itertools.islice(clamped, ALIKE):
+        flops, frames, before = tracer.flops - before, pixels.shape[2], tracer.flops
         left -= frames
     tracer.flops += left * flops // frames
