@@ -11,6 +11,7 @@ from sfumato.errors import InputError
 
 MAX_PROMPT = 32_000  # characters; what the OpenAI image endpoint accepts
 MAX_LEVEL = 1e6  # of noise
+SHOWN = 80  # characters of a value in a message
 
 
 def text(name: str, value: object) -> None:
@@ -110,13 +111,23 @@ def meant(word: str, names: Iterable[str]) -> str:
 
 def shown(value: object) -> str:
     """A value as a message can hold it: as JSON writes it, which every door knows, and what is no JSON as Python does;
-    short, and without failing on a number of a million digits.
+    short, no more of it read than that needs, and without failing on a number of a million digits.
     """
+    if isinstance(value, str):
+        value = value[: SHOWN + 1]
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=False)
-        text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
-    except TypeError:
-        text = repr(value)
-    except ValueError:
-        return "a number of very many digits"
-    return text if len(text) <= 80 else text[:77] + "..."
+        for piece in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+            text += piece[: SHOWN + 1]
+            if len(text) > SHOWN:
+                break
+    except (TypeError, ValueError, RecursionError):
+        try:
+            text = repr(value)
+        except (ValueError, RecursionError):
+            many = isinstance(value, int)
+            return (
+                "a number of very many digits" if many else f"a {type(value).__name__} that cannot be shown"
+            )
+    text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text[: SHOWN + 1])
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from io import BytesIO
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from asgi import asked, desk_of, scope_of
+from asgi import ask, asked, desk_of, scope_of
 from helpers import noise, tiny_system
 from hostile_weights import HOSTILE
 from serving import png
@@ -26,10 +27,11 @@ from sfumato.checkpoint.source import DTYPES
 from sfumato.errors import CheckpointError, InputError
 from sfumato.generate import Model
 from sfumato.serve import books, keys
-from sfumato.serve.asked import loras_of
+from sfumato.serve.asked import files_of, loras_of
 from sfumato.serve.job import now
 from sfumato.serve.ledger import FAILED, LedgerError, Upload
 from sfumato.serve.store import LORA, new_id
+from sfumato.serve.web import files
 from sfumato.serve.web.app import build
 from sfumato.serve.worker.loras import IDLE, Sent
 from sfumato.serve.worker.models import Opened
@@ -99,6 +101,11 @@ def sent(app, data: bytes = LORA_FILE, **headers) -> str:
     return json.loads(body)["id"]
 
 
+def form(*files: bytes) -> bytes:
+    head = f'--{EDGE}\r\ncontent-disposition: form-data; name="file"; filename="ink.safetensors"\r\n\r\n'
+    return b"".join(head.encode() + data + b"\r\n" for data in files) + f"--{EDGE}--\r\n".encode()
+
+
 def refusal(app, path: str, body: bytes, **headers) -> tuple[int, dict]:
     status, _, answer = asked(app, "POST", path, body, **(headers or RAW))
     return status, json.loads(answer)["error"]
@@ -113,9 +120,7 @@ def wanting(request: dict) -> bytes:
 
 def test_a_lora_is_kept_listed_fetched_and_forgotten(desk):
     app = build(desk)
-    head = f'--{EDGE}\r\ncontent-disposition: form-data; name="file"; filename="ink.safetensors"\r\n\r\n'
-    form = head.encode() + LORA_FILE + f"\r\n--{EDGE}--\r\n".encode()
-    names = [sent(app), sent(app, form, **FORM)]
+    names = [sent(app), sent(app, form(LORA_FILE), **FORM)]
     listed = json.loads(asked(app, "GET", "/v1/files")[2])["data"]
     assert [(each["id"], each["format"], each["bytes"]) for each in reversed(listed)] == [
         (name, "lora", len(LORA_FILE)) for name in names
@@ -184,6 +189,59 @@ def test_sizes_have_limits(tmp_path, monkeypatch):
         assert len(kept(desk)) == 1 and desk.books._arriving == {}
 
 
+def test_a_whole_file_with_a_long_header_is_told_to_be_too_large(tmp_path):
+    with desk_of(tmp_path, lora_size=2**20) as desk:
+        data = save(tensors(), {"note": "x" * 2**21})
+        assert refusal(build(desk), "/v1/files", data) == (
+            413,
+            {
+                "message": "such a file may have 1,048,576 bytes",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "too_large",
+            },
+        )
+        assert kept(desk) == []
+
+
+def test_a_form_has_one_file(desk):
+    app = build(desk)
+    text = f'--{EDGE}\r\ncontent-disposition: form-data; name="file"\r\n\r\nx\r\n--{EDGE}--\r\n'.encode()
+    for body, words in (
+        (form(), "the form must have one file"),
+        (form(LORA_FILE, LORA_FILE), "give one file, not 2"),
+        (text, "file must be a file"),
+    ):
+        status, error = refusal(app, "/v1/files", body, **FORM)
+        assert (status, error["param"], error["message"]) == (400, "file", words)
+
+
+def test_of_a_form_no_more_is_taken_than_may_be_kept(desk, monkeypatch):
+    monkeypatch.setattr(books, "MOST_KEPT", 2**20)
+    sent(build(desk), save(tensors(padding=torch.zeros(2**17))))
+    data = form(save(tensors(padding=torch.zeros(2**20))))
+    pieces, heard = [data[k : k + 2**16] for k in range(0, len(data), 2**16)], []
+
+    async def receive():
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def send(message):
+        heard.append(message)
+
+    asyncio.run(build(desk)(scope_of("POST", "/v1/files", **FORM), receive, send))
+    assert heard[0]["status"] == 413 and json.loads(heard[1]["body"])["error"]["code"] == "storage_quota"
+    assert len(data) - 2**16 * len(pieces) < 2**20 and len(kept(desk)) == 1
+
+
+def test_a_temporary_disk_that_is_full_is_told_as_such(desk, monkeypatch):
+    async def full(*args):
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr("starlette.datastructures.UploadFile.write", full)
+    status, error = refusal(build(desk), "/v1/files", form(LORA_FILE), **FORM)
+    assert (status, error["code"]) == (503, "storage_full") and kept(desk) == []
+
+
 def test_a_server_may_take_none(tmp_path):
     with desk_of(tmp_path, lora_size=0) as desk:
         assert refusal(build(desk), "/v1/files", LORA_FILE)[0] == 403 and kept(desk) == []
@@ -224,6 +282,65 @@ def test_of_a_client_that_goes_away_nothing_stays(desk, size):
     assert max(seen) == (size > 2**20) and kept(desk) == [] and desk.books._arriving == {}
 
 
+def waits(call, began, going):
+    """The same, which does not return before `going`."""
+
+    def run(*args):
+        found = call(*args)
+        began.release()
+        assert going.wait(60)
+        return found
+
+    return run
+
+
+async def acquired(began) -> None:
+    async with asyncio.timeout(60):
+        while not began.acquire(blocking=False):
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("slow", ["replace", "add_upload"])
+@pytest.mark.parametrize("data", [LORA_FILE, png(noise(64, 64))], ids=["lora", "picture"])
+def test_of_a_request_that_is_cancelled_in_the_end_all_is_kept(desk, monkeypatch, slow, data):
+    """The file under its name, and whose it is."""
+    app, began, going = build(desk), threading.Semaphore(0), threading.Event()
+    owner = os if slow == "replace" else desk.ledger
+    monkeypatch.setattr(owner, slow, waits(getattr(owner, slow), began, going))
+
+    async def story():
+        task = asyncio.create_task(ask(app, "POST", "/v1/files", data, **RAW))
+        await acquired(began)
+        task.cancel()
+        asyncio.get_running_loop().call_later(0.1, going.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(20):
+            while not (found := await desk.books.write(desk.ledger.uploads_of, keys.LOCAL, 9)):
+                await asyncio.sleep(0.01)
+        assert [each.id for each in found] == kept(desk)
+
+    asyncio.run(story())
+
+
+def test_while_large_files_are_looked_at_others_go_on(desk, monkeypatch):
+    app, began, going = build(desk), threading.Semaphore(0), threading.Event()
+    monkeypatch.setattr(files, "_look", waits(files._look, began, going))
+
+    async def story():
+        tasks = [asyncio.create_task(ask(app, "POST", "/v1/files", LORA_FILE, **RAW)) for _ in range(2)]
+        await acquired(began)
+        await asyncio.sleep(0.1)
+        try:
+            async with asyncio.timeout(20):
+                status, *_ = await ask(app, "POST", "/v1/files", png(noise(64, 64)), **RAW)
+        finally:
+            going.set()
+        assert [status, *[(await task)[0] for task in tasks]] == [201, 201, 201]
+
+    asyncio.run(story())
+
+
 # --- asked for -----------------------------------------------------------------------------------------------------
 
 
@@ -233,12 +350,12 @@ def test_of_a_client_that_goes_away_nothing_stays(desk, size):
 def test_a_lora_of_another_key_is_not_there(desk, path):
     app, theirs = build(desk), new_id("file")
     desk.books.ledger.add_upload(Upload(theirs, "other", LORA, 1, 0, 0, now()))
-    told = [
-        refusal(app, path, wanting({"loras": [{"name": name}]}), **JSON) for name in (theirs, new_id("file"))
-    ]
-    for name, (status, error) in zip((theirs, "file_"), told, strict=True):
+    names = (theirs, new_id("file"))
+    told = [refusal(app, path, wanting({"loras": [{"name": name}]}), **JSON) for name in names]
+    for name, (status, error) in zip(names, told, strict=True):
         assert (status, error["param"]) == (400, "loras") and name in error["message"]
-    assert told[0][1]["message"].partition("'")[0] == told[1][1]["message"].partition("'")[0]
+        error["message"] = error["message"].replace(name, "ID")
+    assert told[0] == told[1]
 
 
 def test_a_file_counts_where_it_belongs(desk):
@@ -255,6 +372,15 @@ def test_a_file_counts_where_it_belongs(desk):
 )
 def test_what_names_no_file_is_left_to_the_request(loras):
     assert loras_of({"loras": loras}) == []
+
+
+@pytest.mark.parametrize("pictures", [17, 16, 3])
+def test_of_too_many_files_the_field_of_the_first_too_many_is_told(pictures):
+    names = [new_id("file") for _ in range(17)]
+    controls = [{"name": "canny", "image": name} for name in names[:pictures]]
+    with pytest.raises(InputError, match="at most 16 files") as error:
+        files_of({"controls": controls, "loras": names[pictures:]})
+    assert error.value.argument == ("controls" if pictures == 17 else "loras")
 
 
 @pytest.mark.parametrize(
@@ -404,15 +530,15 @@ def test_one_that_does_not_fit_is_told_by_its_id(model, tmp_path):
     cross = {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k." + k: v for k, v in (
         ("lora_down.weight", torch.ones(2, 768)), ("lora_up.weight", torch.ones(320, 2)))}  # fmt: skip
     (tmp_path / "x").write_bytes(save(cross))
-    files = {good: fitting(model, tmp_path / "y"), name: str(tmp_path / "x")}
+    given = {good: fitting(model, tmp_path / "y"), name: str(tmp_path / "x")}
     with (
         pytest.raises(InputError, match=r"is a LoRA for Stable Diffusion 1 .*this model is pocket") as error,
-        found.opened(files),
+        found.opened(given),
     ):
         pass
     assert str(error.value).startswith(name) and error.value.argument == "loras"
     (tmp_path / "x").write_bytes(save(tensors(module="dit.blocks.99.nothing")))
-    with pytest.raises(InputError, match="has nothing for this pocket model"), found.opened(files):
+    with pytest.raises(InputError, match="has nothing for this pocket model"), found.opened(given):
         pass
-    with found.opened({good: files[good]}):  # what was open stays so
+    with found.opened({good: given[good]}):  # what was open stays so
         assert list(model.system.adapters.opened) == [good]

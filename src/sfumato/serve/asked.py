@@ -19,8 +19,8 @@ MOST_PIXELS = 100_000_000  # of the frames of a clip to begin with, together; th
 
 
 def files_of(request: Mapping[str, Any]) -> dict[str, str]:
-    """The ids that a request names, and the field where each stands first. `InputError` for what is none where a
-    picture belongs."""
+    """The ids of pictures, a clip and LoRAs that a request names, and the field where each stands first. `InputError`
+    for what is none where a picture or a clip belongs, and for too many."""
     places = [(name, request.get(name)) for name in ("image", "mask", "clip")]
     controls = request.get("controls")
     if isinstance(controls, list):
@@ -39,7 +39,8 @@ def files_of(request: Mapping[str, Any]) -> dict[str, str]:
     for name in loras_of(request):
         found.setdefault(name, LORAS)
     if len(found) > MOST_FILES:
-        raise InputError(f"a request names at most {MOST_FILES} files", argument="controls")
+        first = list(found.values())[MOST_FILES]
+        raise InputError(f"a request names at most {MOST_FILES} files", argument=first)
     return found
 
 

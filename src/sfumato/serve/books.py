@@ -20,7 +20,7 @@ RETRY_WINDOW = 600.0  # seconds in which a client that tries again is joined ont
 T = TypeVar("T")
 
 
-def _no_room() -> Refused:
+def no_room() -> Refused:
     return Refused(
         413,
         "storage_quota",
@@ -29,7 +29,7 @@ def _no_room() -> Refused:
 
 
 @contextlib.contextmanager
-def _room_on_disk() -> Iterator[None]:
+def room_on_disk() -> Iterator[None]:
     """Where a disk's refusal is the client's to hear."""
     try:
         yield
@@ -38,12 +38,14 @@ def _room_on_disk() -> Iterator[None]:
 
 
 class Books:
-    """What must survive. One thread for the ledger, in whose order transactions happen, and two for files."""
+    """What must survive. One thread for the ledger, in whose order transactions happen, two for files, and one to look
+    at what is large."""
 
     def __init__(self, ledger: Ledger, store: Store):
         self.ledger, self.store = ledger, store
         self._ledger = ThreadPoolExecutor(1, "ledger")
         self._files = ThreadPoolExecutor(2, "files")
+        self._looks = ThreadPoolExecutor(1, "looks")
         self._arriving: dict[str, int] = {}  # by tenant, bytes of files that are not whole yet
 
     async def write(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -57,21 +59,31 @@ class Books:
     async def keep(self, upload: Upload, data: bytes, *, alone: bool = False) -> None:
         """Keep a tenant's file; alone: for the one job that it came with, as if it had not been sent, neither listed
         nor counted. `Refused` where there is no room."""
-        with _room_on_disk():
+        await asyncio.shield(self._keep(upload, data, alone))
+
+    async def _keep(self, upload: Upload, data: bytes, alone: bool) -> None:
+        with room_on_disk():
             await self.work(self.store.put, upload.id, data)
         if not alone:
             await self._enter(upload)
+
+    async def room(self, tenant: str) -> int:
+        """Bytes that a tenant may still send."""
+        return MOST_KEPT - await self.write(self.ledger.kept, tenant) - self._arriving.get(tenant, 0)
 
     async def receive(
         self, tenant: str, format: str, chunks: AsyncIterator[bytes], most: int, look: Callable[[Path], None]
     ) -> Upload:
         """Keep a file that is written down as it comes and never in memory whole. most: bytes that it may have. look:
-        raises what is wrong with it. `Refused` where there is no room. Of what is not kept nothing stays."""
+        raises what is wrong with it. `Refused` where there is no room. Of what is not kept nothing stays; what is
+        whole is kept, whether or not its client still waits."""
         name, size = new_id("file"), 0
         kept = await self.write(self.ledger.kept, tenant)
+        arriving = self.store.arriving(name)
         try:
-            with _room_on_disk():
-                async with self._worked(self.store.arriving(name)) as path:
+            with room_on_disk():
+                path = await self.work(arriving.__enter__)
+                try:
                     with path.open("wb") as stream:
                         async for data in chunks:
                             size += len(data)
@@ -79,27 +91,25 @@ class Books:
                             if size > most:
                                 raise Refused(413, "too_large", f"such a file may have {most:,} bytes")
                             if kept + self._arriving[tenant] > MOST_KEPT:
-                                raise _no_room()
+                                raise no_room()
                             await self.work(stream.write, data)
-                    await self.work(look, path)
+                    await asyncio.get_running_loop().run_in_executor(self._looks, look, path)
+                except BaseException as error:
+                    await asyncio.shield(
+                        self.work(arriving.__exit__, type(error), error, error.__traceback__)
+                    )
+                    raise
+                upload = Upload(name, tenant, format, size, 0, 0, now())
+                await asyncio.shield(self._arrived(arriving, upload))
         finally:
             self._arriving[tenant] = self._arriving.get(tenant, 0) - size
             if not self._arriving[tenant]:
                 del self._arriving[tenant]
-        upload = Upload(name, tenant, format, size, 0, 0, now())
-        await self._enter(upload)
         return upload
 
-    @contextlib.asynccontextmanager
-    async def _worked(self, context: AbstractContextManager[T]) -> AsyncIterator[T]:
-        """A context whose beginning and end may take a while."""
-        found = await self.work(context.__enter__)
-        try:
-            yield found
-        except BaseException as error:
-            await self.work(context.__exit__, type(error), error, error.__traceback__)
-            raise
-        await self.work(context.__exit__, None, None, None)
+    async def _arrived(self, arriving: AbstractContextManager[Path], upload: Upload) -> None:
+        await self.work(arriving.__exit__, None, None, None)
+        await self._enter(upload)
 
     async def _enter(self, upload: Upload) -> None:
         """Write down whose a file is that is on the disk; else it is gone."""
@@ -108,9 +118,9 @@ class Books:
             entered = await self.write(self.ledger.add_upload, upload, MOST_KEPT)
         finally:
             if not entered:
-                await self.work(self.store.drop, upload.id)
+                await self.drop(upload.id)
         if not entered:
-            raise _no_room()
+            raise no_room()
 
     async def drop(self, *names: str) -> None:
         """Forget files; they are gone from the disk even where the ledger fails."""
@@ -127,6 +137,7 @@ class Books:
         await self.work(self.store.sweep, keep, needed)
 
     def close(self) -> None:
+        self._looks.shutdown()
         self._files.shutdown()
         self._ledger.shutdown()
         self.ledger.close()

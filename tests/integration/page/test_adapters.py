@@ -90,6 +90,57 @@ def test_a_lora_is_uploaded_and_drawn_with(adapted, visitor, tmp_path):
     assert box.is_checked() and page.get_by_role("checkbox", name="My own").count() == 1
     page.select_option("#model", "pocket")
     assert page.is_visible("#send-lora") and not box.is_checked()
+    client("DELETE", f"/v1/files/{job['request']['loras'][0]['name']}")
+    visitor.press("Take settings")
+    page.wait_for_selector("#lora-said:text('not there any more')")
+    assert box.count() == 0 and page.get_by_role("checkbox", name="ink").is_visible()
+    visitor.ready()
+
+
+def test_a_model_that_takes_no_loras_is_given_none(adapted, browser, tmp_path):
+    """As after its server's keeper took them away."""
+    client = Client(adapted)
+    name = client.post(
+        "/v1/files",
+        data=small_adapted.write(tmp_path)[1].read_bytes(),
+        headers={"content-type": "application/octet-stream"},
+    ).json()["id"]
+    body = {"prompt": "a cat", "steps": 2, "seed": 1, "size": [64, 64], "loras": [{"name": name}]}
+    client.wait(client.post("/v1/jobs", {"model": "sd", "request": body}).json()["id"])
+    visitor = Visitor(browser, adapted.url)
+    page = visitor.page
+
+    def without(route):
+        answer = route.fetch()
+        told = answer.json()
+        for model in told["data"]:
+            model["lora_bytes"], model["loras"] = 0, []
+        route.fulfill(response=answer, json=told)
+
+    page.route("**/v1/models", without)
+    page.reload()
+    visitor.ready()
+    page.locator("#tiles .tile").first.click()
+    visitor.press("Take settings")
+    page.wait_for_function("document.querySelector('#prompt').value === 'a cat'")
+    with page.expect_request("**/v1/estimate") as asked:
+        visitor.fill(steps=2)
+    assert (
+        "loras" not in asked.value.post_data_json["request"] and page.locator("#loras .adapter").count() == 0
+    )
+    visitor.close()
+
+
+def test_what_is_said_of_adapters_stands_beside_the_price(visitor):
+    page = visitor.page
+
+    def noted(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json=answer.json() | {"notes": ["the LoRA ink is for 4 steps"]})
+
+    page.route("**/v1/estimate", noted)
+    visitor.fill(steps=4)
+    page.wait_for_selector("#price .aside:text('The LoRA ink is for 4 steps.')")
 
 
 def test_settings_bring_adapters_along_and_another_model_has_none_of_them(visitor):

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from sfumato import pictures
 from sfumato.errors import DataError
 from sfumato.serve.asked import MOST_PIXELS
-from sfumato.serve.books import Books
+from sfumato.serve.books import Books, room_on_disk
 from sfumato.serve.job import now
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import Upload
@@ -66,11 +66,12 @@ def digest_of(value: Any, *more: bytes) -> str:
 
 
 async def form_body(request: Request) -> FormData:
-    """The form of a body. `Refused` for anything else."""
+    """The form of a body, whose files go to a temporary disk. `Refused` for anything else, and where that is full."""
     if kind_of_body(request) != "multipart/form-data":
         raise Refused(415, "unsupported_media_type", "send a form: multipart/form-data")
     try:
-        return await request.form(max_files=8, max_fields=64, max_part_size=FIELD)
+        with room_on_disk():
+            return await request.form(max_files=8, max_fields=64, max_part_size=FIELD)
     except HTTPException as error:
         raise bad(f"the form cannot be read: {str(error.detail)[:200]}") from None
     except (ValueError, KeyError, UnicodeDecodeError):
@@ -78,6 +79,12 @@ async def form_body(request: Request) -> FormData:
 
 
 async def file_of(form: FormData, *names: str) -> bytes | None:
+    """The bytes of the one file of a form, as `upload_of`."""
+    found = upload_of(form, *names)
+    return None if found is None else await found.read()
+
+
+def upload_of(form: FormData, *names: str) -> UploadFile | None:
     """The one file of a form under one of these names; None if there is none. `Refused` for several, or for text."""
     found = [value for name in names for value in form.getlist(name)]
     if not found:
@@ -86,7 +93,7 @@ async def file_of(form: FormData, *names: str) -> bytes | None:
         raise bad(f"give one {names[0]}, not {len(found)}", names[0])
     if not isinstance(found[0], UploadFile):
         raise bad(f"{names[0]} must be a file", names[0])
-    return await found[0].read()
+    return found[0]
 
 
 def idempotency_of(request: Request) -> str | None:

@@ -7,20 +7,23 @@ from pathlib import Path
 
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message
 
 from sfumato import pictures
 from sfumato.checkpoint.header import read_header
 from sfumato.checkpoint.numbers import check_numbers
 from sfumato.errors import CheckpointError
 from sfumato.families.lora import described
+from sfumato.serve.books import Books, no_room
 from sfumato.serve.desk import Desk
 from sfumato.serve.keys import Key
 from sfumato.serve.ledger import Upload
 from sfumato.serve.refusals import Refused, bad
 from sfumato.serve.store import LORA, UPLOADS
 from sfumato.serve.web.answers import Gone
-from sfumato.serve.web.body import form_body, kind_of_body, look_at_file
-from sfumato.storage import PICKLES, length_in
+from sfumato.serve.web.body import form_body, kind_of_body, look_at_file, upload_of
+from sfumato.serve.web.guard import FORM
+from sfumato.storage import HEADER_LIMIT, PICKLES, length_in
 from sfumato.video import formats
 
 TOLD = 64  # bytes by which a file is known
@@ -30,7 +33,7 @@ MOST_HEADER = 16 * 2**20  # bytes: ten times what a LoRA's notes and names are, 
 
 async def kept(desk: Desk, key: Key, request: Request) -> Upload:
     """The file of a body, or of the form that it is, when it is kept. `Refused` for what is none, or has no place."""
-    chunks = _blocks(await _sent(request))
+    chunks = _blocks(await _sent(desk.books, key, request))
     start = await anext(chunks, b"")
     if _is_checkpoint(start):
         return await _kept_lora(desk, key, start, chunks)
@@ -39,8 +42,9 @@ async def kept(desk: Desk, key: Key, request: Request) -> Upload:
         data += more
     if len(data) > most:
         raise Refused(413, "too_large", f"a picture or clip may have {most:,} bytes")
-    upload = await look_at_file(desk.books, key, bytes(data), "file")
-    await desk.books.keep(upload, bytes(data))
+    whole = bytes(data)
+    upload = await look_at_file(desk.books, key, whole, "file")
+    await desk.books.keep(upload, whole)
     return upload
 
 
@@ -62,7 +66,7 @@ async def _kept_lora(desk: Desk, key: Key, start: bytes, rest: AsyncIterator[byt
             yield more
 
     try:
-        length = length_in(start[:9], most, "the file")
+        length = length_in(start[:9], HEADER_LIMIT, "the file")
         if length > MOST_HEADER:
             raise bad(f"the file's header has {length:,} bytes, and a LoRA's {MOST_HEADER:,} at most", "file")
         return await desk.books.receive(key.id, LORA, whole(), most, _look)
@@ -80,14 +84,25 @@ def _look(path: Path) -> None:
         raise CheckpointError(str(error).replace(str(path), "the file")) from None
 
 
-async def _sent(request: Request) -> AsyncIterator[bytes]:
+async def _sent(books: Books, key: Key, request: Request) -> AsyncIterator[bytes]:
     """The bytes of the one file that was sent, in pieces. `Refused` for a form without one."""
     if kind_of_body(request) in UPLOADS.values():
         return _pieces(request)
-    files = (await form_body(request)).getlist("file")
-    if len(files) != 1 or not isinstance(files[0], UploadFile):
+    room = FORM + await books.room(key.id)
+
+    async def receive() -> Message:
+        """A form lies on a temporary disk before its file can be looked at: no more of it than could be kept."""
+        nonlocal room
+        message = await request.receive()
+        room -= len(message.get("body", b""))
+        if room < 0:
+            raise no_room()
+        return message
+
+    file = upload_of(await form_body(Request(request.scope, receive)), "file")
+    if file is None:
         raise bad("the form must have one file", "file")
-    return _read(files[0])
+    return _read(file)
 
 
 async def _pieces(request: Request) -> AsyncIterator[bytes]:

@@ -23,14 +23,14 @@ from sfumato.serve.web.jobs import MOST_LISTED, Family, key_of, told, whole
 from sfumato.serve.web.schema import BINARY, EXAMPLE, sends
 
 PICTURES = Family(
-    PICTURE,
-    "/jobs",
-    "/estimate",
-    "/preflight",
-    "pictures",
-    "picture",
-    MEDIA,
-    {"request": EXAMPLE, "previews": 4},
+    kind=PICTURE,
+    path="/jobs",
+    estimate="/estimate",
+    preflight="/preflight",
+    outputs="pictures",
+    output="picture",
+    media=MEDIA,
+    example={"request": EXAMPLE, "previews": 4},
 )
 
 Find = Callable[[str], Coroutine[Any, Any, Any]]

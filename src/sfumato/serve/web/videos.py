@@ -19,14 +19,14 @@ from sfumato.serve.web.schema import BINARY
 
 EXAMPLE = {"prompt": "a red ball rolls to the left", "frames": 9, "seed": 7}
 FAMILY = Family(
-    CLIP,
-    "/videos",
-    "/videos/estimate",
-    "/videos/preflight",
-    "clips",
-    "clip",
-    CLIPS,
-    {"request": EXAMPLE, "previews": 4},
+    kind=CLIP,
+    path="/videos",
+    estimate="/videos/estimate",
+    preflight="/videos/preflight",
+    outputs="clips",
+    output="clip",
+    media=CLIPS,
+    example={"request": EXAMPLE, "previews": 4},
 )
 FILES = ("image", "clip")  # of a form: what a clip begins with
 NUMBERS = {"previews": int, "deadline": float}

@@ -1,6 +1,6 @@
 // What a model has beside itself: LoRAs to mix in, those that were sent here too, and ControlNets that follow a picture.
 
-import { Refusal, upload } from "./api.js";
+import { Refusal, ask, upload } from "./api.js";
 import { $, h } from "./dom.js";
 import { Slot } from "./slot.js";
 import { trouble } from "./words.js";
@@ -94,10 +94,34 @@ export function read() {
   return asked;
 }
 
-/** Show those of a request. */
+/** Whether the server has a file still. */
+async function there(id) {
+  try {
+    await ask(`v1/files/${id}`, { headers: { range: "bytes=0-0" } });
+    return true;
+  } catch (error) {
+    if (error.status !== 404 && error.status !== 400) throw error;
+    return false;
+  }
+}
+
+/** Show those of a request; one that was sent and is not there any more is told. */
 export async function write(request) {
   const uses = (request.loras ?? []).map((use) => (typeof use === "string" ? { name: use } : use));
-  for (const { name } of uses) if (/^file_/.test(name) && !loras.some((each) => each.name === name)) add(name);
+  $("lora-said").className = $("lora-said").textContent = "";
+  for (const { name } of takes ? uses : []) {
+    if (!/^file_/.test(name)) continue;
+    const found = loras.find((each) => each.name === name);
+    if (await there(name)) {
+      if (!found) add(name);
+      continue;
+    }
+    $("lora-said").className = "trouble-line";
+    $("lora-said").textContent = "A LoRA of that picture is not there any more; upload it again to draw with it.";
+    sent.delete(name);
+    found?.row.remove();
+    loras = loras.filter((each) => each !== found);
+  }
   for (const each of loras) {
     const use = uses.find(({ name }) => name === each.name);
     each.box.checked = Boolean(use);

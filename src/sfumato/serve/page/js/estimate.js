@@ -40,13 +40,14 @@ export async function look() {
   }
 }
 
-function priced({ price, seconds: takes, wait_seconds: waits, pictures }) {
+function priced({ price, seconds: takes, wait_seconds: waits, pictures, notes }) {
   const node = $("price");
   const most = price.most_micros ? `at most ${money(price.most_micros, price.currency)}` : "free";
   const time = `about ${seconds(takes)}`;
   const parts = [h("b", {}, most), ` · ${time}`];
   if (pictures > 1) parts.push(` for ${pictures}`);
   if (waits > 1) parts.push(h("span", { class: "aside" }, `after ${seconds(waits)} of others`));
+  parts.push(...notes.map((text) => h("span", { class: "aside" }, sentence(text))));
   node.replaceChildren(...parts);
   node.classList.remove("waiting");
   clearField();
