@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import small_svd
 from helpers import tiny_system
@@ -15,9 +18,11 @@ from sfumato.receipts.clips import encoded
 from sfumato.receipts.work import work_of
 from sfumato.serve.asked import files_of, request_of
 from sfumato.serve.worker.costs import Costs
-from sfumato.serve.worker.models import Opened, shortest, usual
+from sfumato.serve.worker.models import Opened, _shared, shortest, usual
+from sfumato.serve.worker.together import Bench, Together
 from sfumato.types import Clip, Request
 from sfumato.video.read import decode_clip
+from small_video import video_system
 
 CPU = torch.device("cpu")
 FRAMES = 3
@@ -59,6 +64,23 @@ def test_a_model_of_pictures_draws_no_clips():
     with pytest.raises(InputError) as refused:
         opened(Model(tiny_system(), CPU, "tiny")).asked(Request("a"), "clip")
     assert refused.value.argument == "model"
+
+
+@pytest.mark.parametrize("kind", ["svd", "pocket"])
+def test_clips_are_decoded_by_the_device_s_thread_on_the_account_of_who_asks(moves, kind):
+    model = moves if kind == "svd" else Model(video_system(), CPU, "film")
+    bench, seen = Bench(CPU), set()
+    shared = _shared(model, "it", Together(bench, 16), None)
+    latent = torch.randn(1, *model.latent_shape(64, 64, 9 if kind == "pocket" else FRAMES))
+    watch = register_module_forward_pre_hook(lambda *_: seen.add(threading.current_thread().name))
+    try:
+        pieces = list(shared.decode_pieces(latent))
+    finally:
+        watch.remove()
+        spent = bench.spent()
+        bench.close()
+    assert seen == {"device"} and spent.other > 0
+    assert torch.equal(torch.cat(pieces, 2), torch.cat(list(model.decode_pieces(latent)), 2))
 
 
 @pytest.mark.full  # traces the network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -52,6 +52,12 @@ class Shared:
                 return call(*args, **kwargs)
 
         return self._together.bench.do(work)
+
+    def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
+        """Each piece is decoded by the bench when it is asked for."""
+        pieces = self._done(self._system.decode_pieces, latent)
+        while (piece := self._done(next, pieces, None)) is not None:
+            yield piece
 
     def network(self, x: Tensor, time: Tensor, cond: Conditioning, **more: Any) -> Tensor:
         return self._together(self._system, self._precision, x, time, cond, more)
