@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -238,7 +240,7 @@ def test_a_lora_of_another_key_is_not_there(desk, path):
     ]
     for name, (status, error) in zip((theirs, "file_"), told, strict=True):
         assert (status, error["param"]) == (400, "loras") and name in error["message"]
-    assert told[0][1]["message"].partition("'")[0] == told[1][1]["message"].partition("'")[0]
+    assert told[0][1]["message"].partition('"')[0] == told[1][1]["message"].partition('"')[0]
 
 
 def test_a_file_counts_where_it_belongs(desk):
@@ -416,3 +418,44 @@ def test_one_that_does_not_fit_is_told_by_its_id(model, tmp_path):
         pass
     with found.opened({good: files[good]}):  # what was open stays so
         assert list(model.system.adapters.opened) == [good]
+
+
+def test_of_those_that_fail_nothing_stays_beside_the_few(model, tmp_path):
+    found, bad = Sent(model.system.adapters), str(tmp_path / "bad")
+    (tmp_path / "bad").write_bytes(save(tensors(module="dit.blocks.99.nothing")))
+    good = fitting(model, tmp_path / "good")
+    for _ in range(IDLE + 3):
+        with pytest.raises(InputError), found.opened({new_id("file"): good, new_id("file"): bad}):
+            pass
+        assert len(model.system.adapters.opened) <= IDLE
+    assert set(found._known) == set(model.system.adapters.opened)
+
+
+def test_nobody_waits_for_a_file_that_another_opens(model, tmp_path, monkeypatch):
+    adapters = model.system.adapters
+    found, slow, quick = Sent(adapters), new_id("file"), new_id("file")
+    paths = {name: fitting(model, tmp_path / name) for name in (slow, quick)}
+    begun, go, opened, really = threading.Event(), threading.Event(), [], adapters.open
+
+    def open_slowly(path, name):
+        opened.append(name)
+        if name == slow:
+            begun.set()
+            assert go.wait(60)
+        return really(path, name)
+
+    monkeypatch.setattr(adapters, "open", open_slowly)
+
+    def need(name):
+        with found.opened({name: paths[name]}):
+            assert name in adapters.opened
+            return True
+
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            both = [threads.submit(need, slow) for _ in range(2)]
+            assert begun.wait(60) and threads.submit(need, quick).result(60)
+        finally:
+            go.set()
+        assert all(each.result(60) for each in both)
+    assert sorted(opened) == sorted([slow, quick])  # each once
