@@ -18,6 +18,7 @@ from sfumato.receipts.clips import encoded
 from sfumato.receipts.work import work_of
 from sfumato.serve.asked import files_of, request_of
 from sfumato.serve.worker.costs import Costs
+from sfumato.serve.worker.loras import Sent
 from sfumato.serve.worker.models import Opened, _shared, shortest, usual
 from sfumato.serve.worker.together import Bench, Together
 from sfumato.types import Clip, Request
@@ -40,7 +41,7 @@ def costs(moves):
 
 
 def opened(model: Model) -> Opened:
-    return Opened("it", model, model)
+    return Opened("it", model, model, Sent(model.system.adapters))
 
 
 def test_a_clip_is_asked_for_where_clips_are_drawn(moves):

@@ -365,7 +365,7 @@ def test_it_is_drawn_as_one_of_the_server_s_and_the_model_is_as_before(model, tm
     def drawn(*uses: LoraUse):
         return model.generate(Request("a cube", steps=2, size=(16, 16), loras=uses))
 
-    opened = Opened("it", model, model)
+    opened = Opened("it", model, model, Sent(model.system.adapters))
     plain, named = drawn(), drawn(LoraUse("ink", 0.8))
     with opened.sent.opened({name: path}):
         found = drawn(LoraUse(name, 0.8))
@@ -377,7 +377,7 @@ def test_it_is_drawn_as_one_of_the_server_s_and_the_model_is_as_before(model, tm
 
 
 def test_nobody_draws_with_another_s_or_hears_of_it(model, tmp_path):
-    opened, name = Opened("it", model, model), new_id("file")
+    opened, name = Opened("it", model, model, Sent(model.system.adapters)), new_id("file")
     with opened.sent.opened({name: fitting(model, tmp_path / "x")}):
         assert opened.asked(Request(loras=(LoraUse(name),)), "picture", [name]).loras
         for other in (name, "none"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,16 +67,12 @@ class Shared:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to serve. model: it alone; shared: the same as drawings have it."""
+    """A model to serve. model: it alone; shared: the same as drawings have it; sent: the LoRAs of its clients."""
 
     name: str
     model: Model
     shared: Model
-
-    @functools.cached_property
-    def sent(self) -> Sent:
-        """The LoRAs of its clients."""
-        return Sent(self.model.system.adapters)
+    sent: Sent
 
     @property
     def loras(self) -> list[str]:
@@ -148,7 +143,8 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
     refiner = None
     if found.refiner is not None:
         refiner = _shared(found.refiner, f"{spec.name}-refiner", together, None)
-    return Opened(spec.name, found, _shared(found, spec.name, together, refiner))
+    shared = _shared(found, spec.name, together, refiner)
+    return Opened(spec.name, found, shared, Sent(found.system.adapters))
 
 
 def _named(model: Model, name: str) -> Model:
