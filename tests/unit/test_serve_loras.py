@@ -15,7 +15,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from asgi import asked, desk_of, scope_of
 from helpers import noise, tiny_system
@@ -416,6 +416,11 @@ def test_one_that_does_not_fit_is_told_by_its_id(model, tmp_path):
     (tmp_path / "x").write_bytes(save(tensors(module="dit.blocks.99.nothing")))
     with pytest.raises(InputError, match="has nothing for this pocket model"), found.opened(files):
         pass
+    beside = {"bundle_emb.cat.string_to_param.*": torch.ones(1, 4)}
+    (tmp_path / "x").write_bytes(save(load((tmp_path / "y").read_bytes()) | beside))
+    with pytest.raises(InputError, match="have no place") as error, found.opened(files):
+        pass
+    assert "--" not in str(error.value)  # no option of the command line
     with found.opened({good: files[good]}):  # what was open stays so
         assert list(model.system.adapters.opened) == [good]
 

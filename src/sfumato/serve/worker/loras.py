@@ -11,7 +11,6 @@ from sfumato.adapters.fold import Adapters
 from sfumato.errors import CheckpointError, InputError
 
 IDLE = 4  # that stay open for the next request, of a model
-ADVICE = "; take the rest with --lora-partial"  # to who sits at the command line
 
 
 @dataclass
@@ -67,4 +66,4 @@ def _open(adapters: Adapters, name: str, path: str) -> None:
     try:
         adapters.open(path, name)
     except CheckpointError as error:
-        raise InputError(str(error).replace(path, name).removesuffix(ADVICE), argument="loras") from None
+        raise InputError(str(error).replace(path, name), argument="loras") from None
