@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,19 @@ def test_what_a_clip_takes_grows_with_its_frames(moves, costs):
     costs.memory = two.need
     with pytest.raises(InputError, match="memory"):
         costs.expected(moves.complete(Request(image=first, frames=3, size=size, count=2)))
+
+
+@pytest.mark.full  # traces the network
+def test_a_film_that_the_disk_has_no_room_for_is_refused(moves, costs, monkeypatch):
+    request = moves.complete(Request(image=small_svd.picture(), frames=3, size=(64, 64), count=2))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=6 * 3 * 64 * 64 - 1))
+    costs.expected(request)  # frames that few wait in memory
+    monkeypatch.setattr("sfumato.video.frames.IN_MEMORY", 0)
+    with pytest.raises(InputError, match=r"6 frames of 64x64 need .* of the server's disk") as refused:
+        costs.expected(request)
+    assert refused.value.argument == "frames"
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=6 * 3 * 64 * 64))
+    costs.expected(request)
 
 
 @pytest.mark.full  # traces the network
