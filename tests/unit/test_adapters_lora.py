@@ -330,14 +330,14 @@ def test_weights_that_are_none(bases, tmp_path, weight):
     read(bases, "sd1", one(bases), tmp_path)
     with pytest.raises(InputError, match="weight of LoRA"):
         adapters(bases, "sd1").attach(tmp_path / "ink.safetensors", weight)
-    with pytest.raises(InputError, match="factor of 'mid'"):
+    with pytest.raises(InputError, match='factor of "mid"'):
         adapters(bases, "sd1").attach(tmp_path / "ink.safetensors", blocks={"mid": weight})
 
 
 def test_blocks_that_do_not_exist(bases, tmp_path):
     read(bases, "sd1", one(bases), tmp_path)
     with pytest.raises(
-        InputError, match=r"sd1 has no block 'down\.9'; there are unet, down, mid, up, text, text1"
+        InputError, match=r'sd1 has no block "down\.9"; there are unet, down, mid, up, text, text1'
     ):
         adapters(bases, "sd1").attach(tmp_path / "ink.safetensors", blocks={"down.9": 0.5})
 
