@@ -40,16 +40,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-HEIC = (
-    b"heic",
-    b"heix",
-    b"heim",
-    b"heis",
-    b"hevc",
-    b"hevx",
-    b"mif1",
-    b"msf1",
-)  # brands; others are of videos
+# brands; others are of videos
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 UNKNOWN = "not a picture"  # what `describe` says where it knows no better
 _OTHERS = (
     (b"GIF8", "a GIF"),

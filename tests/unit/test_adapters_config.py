@@ -73,7 +73,7 @@ def test_patterns_of_alpha_are_those_of_peft(bases, tmp_path):
     assert set(right.values()) == {1, 2, 3, 5, 7, 9, 11, 13, 15}
     assert {m: deltas[f"{m}.weight"].scale for m in found} == {m: a / RANK for m, a in right.items()}
     for pattern, said in (
-        ("to_nothing", r"alpha_pattern to_nothing \(matches no module of the file\); .* --lora-partial"),
+        ("to_nothing", r"alpha_pattern to_nothing \(matches no module of the file\); .* `partial`"),
         ("to_(q", "'?to_\\(q'? is no regular expression"),
         ("(.+)+x", r"\+ is not read there in the pattern"),
         ("(?x:(.+) +)Z", r"\? is not read there"),

@@ -179,7 +179,7 @@ def test_nothing_is_dropped_silently(bases, tmp_path):
         "2 of 4 tensors have no place" in said
         and "lora_te3_nowhere.lora_up.weight (no module of sd1)" in said
     )
-    assert "something (no part of a LoRA)" in said and "--lora-partial" in said
+    assert "something (no part of a LoRA)" in said and said.endswith("take the rest with `partial`")
     found = read(bases, "sd1", bad, tmp_path, partial=True)
     assert set(found.report.left) == {"lora_te3_nowhere.lora_up.weight", "something"}
     assert "2 left out" in found.report.describe()
@@ -330,14 +330,14 @@ def test_weights_that_are_none(bases, tmp_path, weight):
     read(bases, "sd1", one(bases), tmp_path)
     with pytest.raises(InputError, match="weight of LoRA"):
         adapters(bases, "sd1").attach(tmp_path / "ink.safetensors", weight)
-    with pytest.raises(InputError, match="factor of 'mid'"):
+    with pytest.raises(InputError, match='factor of "mid"'):
         adapters(bases, "sd1").attach(tmp_path / "ink.safetensors", blocks={"mid": weight})
 
 
 def test_blocks_that_do_not_exist(bases, tmp_path):
     read(bases, "sd1", one(bases), tmp_path)
     with pytest.raises(
-        InputError, match=r"sd1 has no block 'down\.9'; there are unet, down, mid, up, text, text1"
+        InputError, match=r'sd1 has no block "down\.9"; there are unet, down, mid, up, text, text1'
     ):
         adapters(bases, "sd1").attach(tmp_path / "ink.safetensors", blocks={"down.9": 0.5})
 

@@ -164,7 +164,7 @@ def test_controlnets_of_other_families_are_told_by_name(capsys):
         require_control(Path("folder"), "pocket", "pocket")
     key = "lora_unet_mid_block_attentions_0_proj_in"
     save_file({f"{key}.lora_up.weight": torch.ones(2, 1)}, "ink.safetensors")
-    with pytest.raises(CheckpointError, match="is a LoRA, not a ControlNet"):
+    with pytest.raises(CheckpointError, match="is a LoRA, not a ControlNet; give it by `loras`"):
         require_control(Path("ink.safetensors"), "pocket", "pocket")
 
 

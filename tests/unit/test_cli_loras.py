@@ -153,6 +153,7 @@ def test_a_part_is_taken_only_when_asked_for(model, capsys):
     save_file(tensors, "odd.safetensors")
     said = refused(capsys, "generate", "x", "-m", model, *LIGHT, "--lora", "odd.safetensors")
     assert "1 of 4 tensors have no place" in said and "lora_unet_sky.lora_up.weight" in said
+    assert said.endswith("take the rest with --lora-partial")
     drawn = draw(model, "--lora", "odd.safetensors", "--lora-partial")
     assert "note: LoRA odd: kohya, rank 4: 1 of unet; 1 left out: lora_unet_sky" in capsys.readouterr().err
     assert (drawn == draw(model, "--lora", "ink.safetensors")).all()
@@ -186,6 +187,8 @@ def test_what_stands_beside_loras_or_in_their_place_is_told_with_its_option(mode
     assert "a file of its own by --embedding" in refused(
         capsys, "generate", "x", "-m", model, *LIGHT, "--lora", "both.safetensors"
     )
+    draw(model, "--lora", "both.safetensors", "--lora-partial")
+    assert "a file of its own by --embedding" in capsys.readouterr().err
     save_file(small_control.tensors("sd1"), "canny.safetensors")
     assert "is a ControlNet, not a LoRA; give it by --controlnet KIND=FILE" in refused(
         capsys, "generate", "x", "-m", model, *LIGHT, "--lora", "canny.safetensors"

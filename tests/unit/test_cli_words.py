@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
 import small_sd
 from helpers import tiny_folder
 from sfumato.checkpoint.header import read_header
-from sfumato.cli.app import run
-from sfumato.cli.fields import option_of
+from sfumato.cli.app import build, run
+from sfumato.cli.fields import in_words, option_of
 from sfumato.errors import InputError
 from sfumato.families.sd.shapes import SYSTEMS
 from sfumato.receipts.provenance import read_recipe
@@ -96,6 +97,13 @@ def test_only_the_field_that_is_wrong_is_called_as_its_option(capsys):
 
 def words(error, **options):
     return worded(str(error), error.argument, lambda field: option_of(field, options))
+
+
+def test_notes_name_the_options_of_the_verb():
+    context = typer.Context(typer.main.get_command(build()).commands["generate"])
+    note = "say others by `clip_skip` or `steps`; take the rest with `partial`, or `frames`"
+    said = "say others by --clip-skip or --steps; take the rest with --lora-partial, or `frames`"
+    assert in_words(note, context) == said
 
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):

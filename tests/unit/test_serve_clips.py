@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import small_svd
 from helpers import tiny_system
@@ -15,9 +19,12 @@ from sfumato.receipts.clips import encoded
 from sfumato.receipts.work import work_of
 from sfumato.serve.asked import files_of, request_of
 from sfumato.serve.worker.costs import Costs
-from sfumato.serve.worker.models import Opened, shortest, usual
+from sfumato.serve.worker.loras import Sent
+from sfumato.serve.worker.models import Opened, _shared, shortest, usual
+from sfumato.serve.worker.together import Bench, Together
 from sfumato.types import Clip, Request
 from sfumato.video.read import decode_clip
+from small_video import video_system
 
 CPU = torch.device("cpu")
 FRAMES = 3
@@ -35,7 +42,7 @@ def costs(moves):
 
 
 def opened(model: Model) -> Opened:
-    return Opened("it", model, model)
+    return Opened("it", model, model, Sent(model.system.adapters))
 
 
 def test_a_clip_is_asked_for_where_clips_are_drawn(moves):
@@ -61,6 +68,23 @@ def test_a_model_of_pictures_draws_no_clips():
     assert refused.value.argument == "model"
 
 
+@pytest.mark.parametrize("kind", ["svd", "pocket"])
+def test_clips_are_decoded_by_the_device_s_thread_on_the_account_of_who_asks(moves, kind):
+    model = moves if kind == "svd" else Model(video_system(), CPU, "film")
+    bench, seen = Bench(CPU), set()
+    shared = _shared(model, "it", Together(bench, 16), None)
+    latent = torch.randn(1, *model.latent_shape(64, 64, 9 if kind == "pocket" else FRAMES))
+    watch = register_module_forward_pre_hook(lambda *_: seen.add(threading.current_thread().name))
+    try:
+        pieces = list(shared.decode_pieces(latent))
+    finally:
+        watch.remove()
+        spent = bench.spent()
+        bench.close()
+    assert seen == {"device"} and spent.other > 0
+    assert torch.equal(torch.cat(pieces, 2), torch.cat(list(model.decode_pieces(latent)), 2))
+
+
 @pytest.mark.full  # traces the network
 def test_what_a_clip_takes_grows_with_its_frames(moves, costs):
     first, size = small_svd.picture(), (256, 192)
@@ -79,6 +103,19 @@ def test_what_a_clip_takes_grows_with_its_frames(moves, costs):
     costs.memory = two.need
     with pytest.raises(InputError, match="memory"):
         costs.expected(moves.complete(Request(image=first, frames=3, size=size, count=2)))
+
+
+@pytest.mark.full  # traces the network
+def test_a_film_that_the_disk_has_no_room_for_is_refused(moves, costs, monkeypatch):
+    request = moves.complete(Request(image=small_svd.picture(), frames=3, size=(64, 64), count=2))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=6 * 3 * 64 * 64 - 1))
+    costs.expected(request)  # frames that few wait in memory
+    monkeypatch.setattr("sfumato.video.frames.IN_MEMORY", 0)
+    with pytest.raises(InputError, match=r"6 frames of 64x64 need .* of the server's disk") as refused:
+        costs.expected(request)
+    assert refused.value.argument == "frames"
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=6 * 3 * 64 * 64))
+    costs.expected(request)
 
 
 @pytest.mark.full  # traces the network

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from asgi import ask, asked, desk_of, scope_of
 from helpers import noise, tiny_system
@@ -489,7 +490,7 @@ def test_it_is_drawn_as_one_of_the_server_s_and_the_model_is_as_before(model, tm
     def drawn(*uses: LoraUse):
         return model.generate(Request("a cube", steps=2, size=(16, 16), loras=uses))
 
-    opened = Opened("it", model, model)
+    opened = Opened("it", model, model, Sent(model.system.adapters))
     plain, named = drawn(), drawn(LoraUse("ink", 0.8))
     with opened.sent.opened({name: path}):
         found = drawn(LoraUse(name, 0.8))
@@ -501,7 +502,7 @@ def test_it_is_drawn_as_one_of_the_server_s_and_the_model_is_as_before(model, tm
 
 
 def test_nobody_draws_with_another_s_or_hears_of_it(model, tmp_path):
-    opened, name = Opened("it", model, model), new_id("file")
+    opened, name = Opened("it", model, model, Sent(model.system.adapters)), new_id("file")
     with opened.sent.opened({name: fitting(model, tmp_path / "x")}):
         assert opened.asked(Request(loras=(LoraUse(name),)), "picture", [name]).loras
         for other in (name, "none"):
@@ -540,5 +541,51 @@ def test_one_that_does_not_fit_is_told_by_its_id(model, tmp_path):
     (tmp_path / "x").write_bytes(save(tensors(module="dit.blocks.99.nothing")))
     with pytest.raises(InputError, match="has nothing for this pocket model"), found.opened(given):
         pass
+    beside = {"bundle_emb.cat.string_to_param.*": torch.ones(1, 4)}
+    (tmp_path / "x").write_bytes(save(load((tmp_path / "y").read_bytes()) | beside))
+    with pytest.raises(InputError, match="have no place") as error, found.opened(given):
+        pass
+    assert "--" not in str(error.value)  # no option of the command line
     with found.opened({good: given[good]}):  # what was open stays so
         assert list(model.system.adapters.opened) == [good]
+
+
+def test_of_those_that_fail_nothing_stays_beside_the_few(model, tmp_path):
+    found, bad = Sent(model.system.adapters), str(tmp_path / "bad")
+    (tmp_path / "bad").write_bytes(save(tensors(module="dit.blocks.99.nothing")))
+    good = fitting(model, tmp_path / "good")
+    for _ in range(IDLE + 3):
+        with pytest.raises(InputError), found.opened({new_id("file"): good, new_id("file"): bad}):
+            pass
+        assert len(model.system.adapters.opened) <= IDLE
+    assert set(found._known) == set(model.system.adapters.opened)
+
+
+def test_nobody_waits_for_a_file_that_another_opens(model, tmp_path, monkeypatch):
+    adapters = model.system.adapters
+    found, slow, quick = Sent(adapters), new_id("file"), new_id("file")
+    paths = {name: fitting(model, tmp_path / name) for name in (slow, quick)}
+    begun, go, opened, really = threading.Event(), threading.Event(), [], adapters.open
+
+    def open_slowly(path, name):
+        opened.append(name)
+        if name == slow:
+            begun.set()
+            assert go.wait(60)
+        return really(path, name)
+
+    monkeypatch.setattr(adapters, "open", open_slowly)
+
+    def need(name):
+        with found.opened({name: paths[name]}):
+            assert name in adapters.opened
+            return True
+
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            both = [threads.submit(need, slow) for _ in range(2)]
+            assert begun.wait(60) and threads.submit(need, quick).result(60)
+        finally:
+            go.set()
+        assert all(each.result(60) for each in both)
+    assert sorted(opened) == sorted([slow, quick])  # each once

@@ -15,6 +15,7 @@ from sfumato.families.sd.system import open_system
 from sfumato.generate import Model, drawing_dtype, load
 from sfumato.serve.settings import ModelSpec
 from sfumato.serve.worker.costs import Costs, passes, traced
+from sfumato.serve.worker.loras import Sent
 from sfumato.serve.worker.models import Opened, Shared, _shared, open_model
 from sfumato.serve.worker.together import Bench, Together
 from sfumato.types import Control, HiRes, Inpaint, Request, Variation
@@ -27,7 +28,11 @@ ROUNDING = 2  # of small networks in float32 with random weights
 
 
 def opened(model: Model, rows: int = 16) -> Opened:
-    return Opened("it", model, _shared(model, "it", Together(Bench(CPU), rows), None))
+    return opened_with(model, Together(Bench(CPU), rows))
+
+
+def opened_with(model: Model, together: Together, refiner: Model | None = None) -> Opened:
+    return Opened("it", model, _shared(model, "it", together, refiner), Sent(model.system.adapters))
 
 
 def together_of(found: Opened) -> Together:
@@ -150,7 +155,7 @@ def test_a_refiner_shares_as_well(tmp_path):
     second = small("sdxl-refiner", tmp_path / "b")
     model = Model(small("sdxl", tmp_path / "a").system, CPU, "it", refiner=second)
     together = Together(Bench(CPU), 16)
-    found = Opened("it", model, _shared(model, "it", together, _shared(model.refiner, "r", together, None)))
+    found = opened_with(model, together, _shared(model.refiner, "r", together, None))
     requests = [Request("a cube", seed=k, steps=5 + k, size=(64, 64), refine_at=0.6) for k in range(3)]
     alone = [found.model.generate(request) for request in requests]
     shared = drawn(found, requests, apart=0.05)
@@ -307,7 +312,7 @@ def test_what_does_not_fit_is_refused_before_it_is_accepted(pocket):
 def test_a_model_is_opened_as_it_was_specified(tmp_path):
     together = Together(Bench(CPU), 16)
     found = open_model(ModelSpec("mine", "pocket"), "cpu", together, None)
-    assert isinstance(found.shared.system, Shared)
+    assert isinstance(found.shared.system, Shared) and found.sent._adapters is found.model.system.adapters
     facts = found.facts()
     assert (
         facts["name"] == "mine"

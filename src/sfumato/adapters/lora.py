@@ -126,7 +126,7 @@ def read_lora(
         )
     unused = config.unused(modules)
     if unused and not partial:
-        raise CheckpointError(f"{file}: {listed(unused)}; take the rest with --lora-partial")
+        raise CheckpointError(f"{file}: {listed(unused)}; take the rest with `partial`")
     left = {key: _foreign(key) for key in unknown}
     deltas: dict[str, dict[str, Delta]] = {}
     sources: dict[tuple[str, str], str] = {}
@@ -161,7 +161,7 @@ def read_lora(
     if left and not partial:
         raise CheckpointError(
             f"{file}: {len(left)} of {len(weights)} tensors have no place in this {names.family} model: "
-            f"{listed(left)}; take the rest with --lora-partial"
+            f"{listed(left)}; take the rest with `partial`"
         )
     ranks = [delta.rank for own in deltas.values() for delta in own.values() if delta.rank]
     report = Report(
@@ -178,7 +178,7 @@ def read_lora(
 def _foreign(key: str) -> str:
     """Why a tensor is not used."""
     if key.startswith(BUNDLED):
-        return "a textual inversion, which is given as a file of its own by --embedding"
+        return "a textual inversion, which is given as a file of its own by `embeddings`"
     return f"{kind} is not read here" if (kind := refused(key)) else "no part of a LoRA"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.cli import parse
 from sfumato.cli.options import left_open
+from sfumato.wording import worded
 
 if TYPE_CHECKING:
     from typer import Context
@@ -59,6 +60,7 @@ FIELDS: dict[str, tuple[str, Read]] = {
 OTHERS = {  # fields, and arguments of `sfumato.load`, that an option of another name gives, or gives with another
     "guidance_first": "guidance", "loras": "lora", "controls": "control", "clip": "init", "refine_at": "refiner",
     "inpaint": "mask-blur", "controlnets": "controlnet", "annotators": "annotator", "embeddings": "embedding",
+    "partial": "lora-partial",
 }  # fmt: skip
 MAY_DROP = ("hires.scale", "guidance_interval", "variation", "skip_layers.layers")
 
@@ -107,6 +109,15 @@ def option_of(field: str, options: Mapping[str, str]) -> str | None:
         if (written := options.get(name.replace("-", "_"))) is not None:
             return written + (" FIRST:LAST" if field == "guidance_first" else more)
     return None
+
+
+def in_words(note: str, context: Context) -> str:
+    """What the library says of a request, with the verb's options in place of fields."""
+    options = {
+        parameter.name: next((text for text in parameter.opts if text.startswith("--")), parameter.opts[0])
+        for parameter in context.command.params
+    }
+    return worded(note, None, lambda field: option_of(field, options))
 
 
 def dropped(context: Context) -> set[str]:

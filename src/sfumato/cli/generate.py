@@ -12,7 +12,6 @@ from sfumato.cli import bulk, controls, fields, loras, options, parse, show, wat
 from sfumato.cli import like as likeness
 from sfumato.cli.memory import peak, planned, show_plan
 from sfumato.errors import InputError
-from sfumato.wording import worded
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
@@ -178,9 +177,9 @@ def generate(
     if loaded.system.only_clips:
         raise InputError(f"{model} draws clips and no pictures; use sfumato animate", argument="model")
     for note in loras.attach(loaded, adapters, request.loras or (), lora_partial):
-        show.note(note)
+        show.note(fields.in_words(note, context))
     for note in [] if loaded.system.adapters is None else loaded.system.adapters.notes(request):
-        show.note(worded(note, None, "--{}".format))
+        show.note(fields.in_words(note, context))
     for note in controls.idle(loaded, request, networks):
         show.note(note)
     _note_guess(loaded)

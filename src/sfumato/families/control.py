@@ -26,7 +26,7 @@ def require_control(path: Path, family: str, title: str) -> None:
         return
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
     if describe(shapes, {}) is not None:
-        raise CheckpointError(f"{path} is a LoRA, not a ControlNet; give it by --lora")
+        raise CheckpointError(f"{path} is a LoRA, not a ControlNet; give it by `loras`")
     theirs, name = whose(shapes, header.metadata)
     if theirs not in ("", family):
         raise InputError(f"{path} is a ControlNet for {name}; this model is {title}", argument="controlnet")

@@ -112,7 +112,7 @@ def require_family(path: Path, family: str, width: int | None = None) -> None:
 
         if whose({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)[0]:
             raise CheckpointError(
-                f"{file} is a ControlNet, not a LoRA; give it by --controlnet KIND=FILE"
+                f"{file} is a ControlNet, not a LoRA; give it by `controlnets` KIND=FILE"
             ) from None
         raise
     if found.family and found.family != family:

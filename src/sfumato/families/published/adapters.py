@@ -188,11 +188,9 @@ def few_steps(lora: Lora, ways: Mapping[str, Mapping[str, Any]]) -> Wish:
         own = dict(ways[way])
         if any(_says(text, "cfg") for text in texts):
             own.pop("guidance", None)
-        called = told == lora.name or told not in (
-            lora.path.stem,
-            folder,
-        )  # a file's own name may be nobody's business
-        by = f"for it is called {shown(told[:80])}" if called else "by its file's name"
+        # a file's own name may be nobody's business
+        called = told == lora.name or told not in (lora.path.stem, folder)
+        by = f"for it is called {shown(told)}" if called else "by its file's name"
         return Wish({"steps": steps, **own}, f"one made for few steps ({way}), {by}")
     return Wish()
 

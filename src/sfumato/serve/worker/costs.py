@@ -8,6 +8,8 @@ checkpoints, and for models of our own traced on tensors without numbers.
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import threading
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +28,7 @@ from sfumato.receipts.work import by_stage, calls, work_of
 from sfumato.serve.worker.together import Spent
 from sfumato.tasks.latent import steps_to_run
 from sfumato.types import Request
+from sfumato.video.frames import in_memory
 
 WEIGHT = 0.3  # of what the last job says, against those before
 UNKNOWN = 1e-6  # seconds for a pixel of a call, of a model that has drawn nothing yet
@@ -114,6 +117,7 @@ class Costs:
         runs = passes(self.model, request)
         one = sum(run.calls * self._at(self._call, run.pixels) for run in runs)
         one += self._at(self._rest, runs[-1].pixels)
+        _check_disk(request)
         request = _nominal(request)
         need, flops = self._memory(request, runs), by_stage(work_of(self.plain, request))
         seconds, frames = request.count * one, request.frames or 1
@@ -195,6 +199,20 @@ class _WithoutAdapters:
 
     def __getattr__(self, name: str) -> Any:
         return None if name == "adapters" else getattr(self._system, name)
+
+
+def _check_disk(request: Request) -> None:
+    """`InputError` for a film whose frames do not fit on the disk, where they wait to be written."""
+    frames, size = request.count * (request.frames or 1), request.size or (0, 0)
+    if not request.moves or in_memory(frames, size):
+        return
+    need, free = 3 * frames * size[0] * size[1], shutil.disk_usage(tempfile.gettempdir()).free
+    if need > free:
+        raise InputError(
+            f"{frames:,} frames of {size[0]}x{size[1]} need {planning.shown(need)} of the server's disk until they are "
+            f"written, and {planning.shown(free)} are free; draw fewer, or smaller",
+            argument="frames",
+        )
 
 
 def _nominal(request: Request) -> Request:

@@ -5,51 +5,65 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from sfumato.adapters.fold import Adapters
 from sfumato.errors import CheckpointError, InputError
 
 IDLE = 4  # that stay open for the next request, of a model
-ADVICE = "; take the rest with --lora-partial"  # to who sits at the command line
+
+
+@dataclass
+class _Lora:
+    """users: who need it now. turn: to open its file, which may be long."""
+
+    users: int = 0
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Sent:
-    """Those of one model, called by their ids. Threads may share it."""
+    """Those of one model, called by their ids. Threads may share it, and wait for nothing but what they need."""
 
     def __init__(self, adapters: Adapters | None):
         self._adapters = adapters
-        self._users: dict[str, int] = {}  # those that are open, the latest used last
-        self._turn = threading.Lock()
+        self._known: dict[str, _Lora] = {}  # those that are open or about to be, the latest used last
+        self._turn = threading.Lock()  # to count their users
 
     @contextlib.contextmanager
     def opened(self, files: Mapping[str, str]) -> Iterator[None]:
         """While inside, the model knows these. `InputError` for one that does not fit it, or is not there."""
-        if (
-            self._adapters is None or not files
-        ):  # that a model takes none is said by who completes the request
+        adapters = self._adapters
+        if adapters is None or not files:  # that a model takes none is said by who completes the request
             yield
             return
         with self._turn:
-            for name, path in files.items():
-                if name not in self._users:
-                    self._open(name, path)
-                    self._users[name] = 0
-            for name in files:
-                self._users[name] = self._users.pop(name) + 1
+            wanted = {name: self._known.pop(name, _Lora()) for name in files}
+            self._known |= wanted
+            for lora in wanted.values():
+                lora.users += 1
         try:
+            for name, lora in wanted.items():
+                with lora.turn:
+                    if name not in adapters.opened:
+                        _open(adapters, name, files[name])
             yield
         finally:
             with self._turn:
-                for name in files:
-                    self._users[name] -= 1
-                idle = [name for name, users in self._users.items() if not users]
-                for name in idle[:-IDLE]:
-                    del self._users[name]
-                    self._adapters.close(name)
+                for lora in wanted.values():
+                    lora.users -= 1
+                self._trim(adapters)
 
-    def _open(self, name: str, path: str) -> None:
-        assert self._adapters is not None
-        try:
-            self._adapters.open(path, name)
-        except CheckpointError as error:
-            raise InputError(str(error).replace(path, name).removesuffix(ADVICE), argument="loras") from None
+    def _trim(self, adapters: Adapters) -> None:
+        """Forget those that nobody uses, but for a few that are open."""
+        idle = [name for name, lora in self._known.items() if not lora.users]
+        kept = [name for name in idle if name in adapters.opened][-IDLE:]
+        for name in set(idle).difference(kept):
+            del self._known[name]
+            adapters.close(name)
+
+
+def _open(adapters: Adapters, name: str, path: str) -> None:
+    try:
+        adapters.open(path, name)
+    except CheckpointError as error:
+        raise InputError(str(error).replace(path, name), argument="loras") from None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -53,6 +52,12 @@ class Shared:
 
         return self._together.bench.do(work)
 
+    def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
+        """Each piece is decoded by the bench when it is asked for."""
+        pieces = self._done(self._system.decode_pieces, latent)
+        while (piece := self._done(next, pieces, None)) is not None:
+            yield piece
+
     def network(self, x: Tensor, time: Tensor, cond: Conditioning, **more: Any) -> Tensor:
         return self._together(self._system, self._precision, x, time, cond, more)
 
@@ -62,16 +67,12 @@ class Shared:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to serve. model: it alone; shared: the same as drawings have it."""
+    """A model to serve. model: it alone; shared: the same as drawings have it; sent: the LoRAs of its clients."""
 
     name: str
     model: Model
     shared: Model
-
-    @functools.cached_property
-    def sent(self) -> Sent:
-        """The LoRAs of its clients."""
-        return Sent(self.model.system.adapters)
+    sent: Sent
 
     @property
     def loras(self) -> list[str]:
@@ -142,7 +143,8 @@ def open_model(spec: ModelSpec, device: str | None, together: Together, memory: 
     refiner = None
     if found.refiner is not None:
         refiner = _shared(found.refiner, f"{spec.name}-refiner", together, None)
-    return Opened(spec.name, found, _shared(found, spec.name, together, refiner))
+    shared = _shared(found, spec.name, together, refiner)
+    return Opened(spec.name, found, shared, Sent(found.system.adapters))
 
 
 def _named(model: Model, name: str) -> Model:
