@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -80,6 +82,29 @@ def test_what_was_compiled_is_read_the_next_time(tmp_path):
     for file in files:
         file.write_bytes(b"damaged")
     assert distance(engine(0)(*given), first) < 1e-6 and asked == [0, 1, 0]
+
+
+@needs_it
+@pytest.mark.skipif(sys.platform != "linux", reason="sigaltstack's structure is Linux's")
+@torch.inference_mode()
+def test_whoever_has_it_compiled_keeps_its_stack_for_signals(tmp_path):
+    """Or a signal after the network is gone, Ctrl+C among them, could end the process."""
+    config = CONFIGS["sd1"]
+    with torch.inference_mode(False):
+        network = UNet(config).eval()
+    given, named = inputs_of(config)
+    before = stack_for_signals()
+    for _ in ("compiled", "read"):
+        engine = OpenVINONetwork(config, lambda: network, "w", torch.float32, cache=tmp_path)
+        engine(*given, **named)
+        assert stack_for_signals() == before
+
+
+def stack_for_signals() -> bytes:
+    """This thread's `stack_t`: where it lies, flags, and size."""
+    found = ctypes.create_string_buffer(24)
+    assert ctypes.CDLL(None).sigaltstack(None, found) == 0
+    return found.raw[:12] + found.raw[16:]  # what lies between is padding
 
 
 @needs_it

@@ -14,9 +14,10 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from sfumato.nn.spatial import GEGLU, AsOne, same_halves
 from sfumato.nn.unet import Upsample
 from sfumato.storage import atomic_file, cache_folder
 
+T = TypeVar("T")
 ENGINE = "openvino"
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "int8"}
 DONE = (0.0, 0.3, 0.6, 0.95)  # shares of the way from noise at which the ranges of eight bits are taken
@@ -136,7 +138,7 @@ class OpenVINONetwork:
                 make = eight_bits if self.dtype == torch.int8 else converted
                 with AsOne() if alike else nullcontext():
                     model = make(self.network(), given, **fixed)
-                made = openvino.Core().compile_model(model, self.device, options)
+                made = _apart(lambda: openvino.Core().compile_model(model, self.device, options))
                 with atomic_file(file) as temporary, temporary.open("wb") as stream:
                     stream.write(made.export_model().getbuffer())
             self.compiled[key] = made
@@ -158,10 +160,20 @@ def _read(file: Path, device: str, options: dict[str, Any]) -> Any:
     import openvino
 
     try:
-        with file.open("rb") as stream:
-            return openvino.Core().import_model(stream.read(), device, options)
+        return _apart(lambda: openvino.Core().import_model(file.read_bytes(), device, options))
     except RuntimeError:
         return None
+
+
+def _apart(make: Callable[[], T]) -> T:
+    """What `make` makes, in a thread of its own that ends with it.
+
+    OpenVINO gives the thread that opens the CPU another stack for signals. Its memory goes with the last network, and
+    should another thread let that one go, the first is left without a stack: the next signal, such as Ctrl+C, would end
+    the process by a segmentation fault.
+    """
+    with ThreadPoolExecutor(1, "openvino") as thread:
+        return thread.submit(make).result()
 
 
 def converted(network: nn.Module, given: dict[str, Tensor], **fixed: Any) -> Any:
