@@ -11,6 +11,7 @@ from sfumato.checkpoint.cast import Room
 from sfumato.checkpoint.fill import Streamed
 from sfumato.checkpoint.layer import fitting, given, own, packed_layer, read_layer, refuse, told
 from sfumato.nn.packed import PackedGEGLU, PackedLinear, layers
+from sfumato.runtime import workers
 
 
 def refill(module: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> None:
@@ -70,19 +71,27 @@ def add_products(network: nn.Module, tensors: Mapping[str, Tensor], names: Itera
     """Add to packed matrices in place what `tensors` adds to the base, where they are the base's now; which were those.
 
     tensors: with `apart` and `bare` of `adapters.fold.Folded`; of another mapping nothing is done. Nobody may be using
-    the network. What `fill_layers` and `refill_layers` make of the same tensors is the same, to the bit.
+    the network. What `fill_layers` and `refill_layers` make of the same tensors is the same, to the bit. Each layer is
+    one thread's: its factors take as long to lay out as a part of its product, and there one thread alone works.
     """
-    names, done = frozenset(names), set()
+    names = frozenset(names)
     bare: Callable[[str], bool] = getattr(tensors, "bare", lambda name: False)
     apart: Callable[[str], tuple[Tensor, Tensor] | None] = getattr(tensors, "apart", lambda name: None)
+    found = {}
     for name in names:
         path, _, kind = name.rpartition(".")
         if kind != "weight" or f"{path}.bias" in names or not bare(name):
             continue
         layer = _packed_at(network, path)
-        if layer is not None and (factors := apart(name)) is not None and layer.add(*factors):
-            done.add(name)
-    return frozenset(done)
+        if layer is not None:
+            found[name] = layer
+
+    @torch.inference_mode()
+    def added(name: str) -> bool:
+        return (factors := apart(name)) is not None and found[name].add(*factors)
+
+    with workers("products", torch.get_num_threads(), threads=1) as pool:
+        return frozenset(name for name, done in zip(found, pool.map(added, found), strict=True) if done)
 
 
 def _packed_at(network: nn.Module, path: str) -> PackedLinear | PackedGEGLU | None:
