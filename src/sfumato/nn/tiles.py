@@ -95,8 +95,8 @@ def add_product(tiles: Tensor, up: Tensor, down: Tensor) -> None:
     group = min(BLOCKS, count)
     left = down.to(dtype).view(rank, -1, together).permute(1, 2, 0).reshape(-1, together * rank)
     left = left.expand(group, -1, -1)  # (blocks, I, r), or (blocks, I/2, 2r)
-    right = up.to(dtype).view(count, OUTPUTS, rank).transpose(1, 2).contiguous()
-    right = right if together == 1 else _spread(right)
+    right = up.to(dtype).view(count, OUTPUTS, rank).transpose(1, 2)
+    right = right if together == 1 else _spread(right.contiguous())
     for start in range(0, count, group):
         own = tiles[start : start + group]
         torch.baddbmm(own, left[: len(own)], right[start : start + group], out=own)
