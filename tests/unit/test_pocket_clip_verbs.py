@@ -204,6 +204,17 @@ def test_animate_plans_and_keeps_within_memory(folder, capsys):
     assert told(capsys, *given, "--memory", "64GB", "-o", "out.gif")["memory"]["planned"] > 0
 
 
+def test_a_film_is_limited_and_planned_by_what_must_be_in_memory(folder, capsys):
+    """1.6 billion pixels: of a kind that Pillow writes with all frames, and of one that is written as they come."""
+    given = ["animate", "a red cube", "-m", str(folder), "--size", "640"]
+    film = told(capsys, *given, "--plan", "--frames", "4001")
+    assert "write" not in film["stages"]
+    assert run([*given, "--frames", "4001", "--plan", "-o", "out.webp"]) == 2
+    assert "write mp4 or webm" in capsys.readouterr().err
+    shorter = told(capsys, *given, "--frames", "1001", "--plan", "-o", "out.webp")
+    assert shorter["stages"]["write"]["activations"] >= 4 * 1001 * 640 * 640
+
+
 def test_what_a_film_costs_is_told_from_a_few_of_its_pieces(folder):
     model = load(folder)
     request = model.complete(Request("a red cube", frames=101, steps=1))

@@ -19,7 +19,7 @@ from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.receipts.clips import read_recipe
 from sfumato.sampling.noise import SeededNoise, SharedNoise
 from sfumato.storage import read_json, write_json
-from sfumato.types import Clip, Conditioning, Request
+from sfumato.types import Clip, Conditioning, HiRes, Request
 from small_video import VIDEO, picture_system, video_system, write_video
 
 
@@ -124,6 +124,7 @@ def test_strength_nothing_gives_the_clip_back_through_the_autoencoder(model):
     [
         ({"frames": 8}, "frames"),
         ({"frames": 9, "reuse": 2}, "reuse"),
+        ({"frames": 9, "hires": HiRes(2)}, "hires"),
         ({"frames": 9, "guidance_first": 1.0}, None),
     ],
 )
