@@ -30,13 +30,15 @@ from sfumato.serve import books, keys
 from sfumato.serve.asked import files_of, loras_of
 from sfumato.serve.job import now
 from sfumato.serve.ledger import FAILED, LedgerError, Upload
+from sfumato.serve.refusals import Refused
 from sfumato.serve.store import LORA, new_id
 from sfumato.serve.web import files
+from sfumato.serve.web.answers import succeeded
 from sfumato.serve.web.app import build
 from sfumato.serve.worker.loras import IDLE, Sent
 from sfumato.serve.worker.models import Opened
 from sfumato.types import LoraUse, Request
-from shop import in_shop
+from shop import in_shop, record
 
 EDGE = "xyzzy"
 JSON = {"content_type": "application/json"}
@@ -509,6 +511,14 @@ def test_nobody_draws_with_another_s_or_hears_of_it(model, tmp_path):
                 opened.asked(Request(loras=(LoraUse(other),)), "picture", [])
             assert error.value.argument == "loras"
             assert str(error.value).count("file_") == (other == name)
+
+
+def test_one_that_overflows_is_its_client_s_fault():
+    for param, status in (("loras", 400), (None, 500)):
+        error = {"code": "bad_checkpoint", "message": "with file_… at weight 1", "param": param}
+        with pytest.raises(Refused) as refused:
+            succeeded(record(1, state=FAILED, error=error))
+        assert (refused.value.status, refused.value.param) == (status, param)
 
 
 def test_those_in_use_stay_open_and_a_few_more(model, tmp_path):
