@@ -172,7 +172,7 @@ def test_a_request_weighs_for_itself(place, ink):
         picture(model, loras=(LoraUse("pen"),))
     with pytest.raises(InputError, match='has no block "nowhere"'):
         picture(model, loras=(LoraUse("ink", 1.0, {"nowhere": 0}),))
-    with pytest.raises(InputError, match="names one twice"):
+    with pytest.raises(InputError, match='loras names "ink" twice'):
         picture(model, loras=(LoraUse("ink"), LoraUse("ink")))
     with pytest.raises(InputError, match="not in the prompt"):
         picture(model, prompt="a cat <lora:ink:1>")

@@ -210,7 +210,7 @@ def test_a_form_has_one_file(desk):
     app = build(desk)
     text = f'--{EDGE}\r\ncontent-disposition: form-data; name="file"\r\n\r\nx\r\n--{EDGE}--\r\n'.encode()
     for body, words in (
-        (form(), "the form must have one file"),
+        (form(), 'the form must have one file, called "file"'),
         (form(LORA_FILE, LORA_FILE), "give one file, not 2"),
         (text, "file must be a file"),
     ):
@@ -365,7 +365,7 @@ def test_a_file_counts_where_it_belongs(desk):
     lora, picture = sent(app), sent(app, png(noise(64, 64)))
     for field, request in (("image", {"image": lora}), ("loras", {"loras": [picture]})):
         status, error = refusal(app, "/v1/jobs", wanting(request), **JSON)
-        assert (status, error["param"]) == (400, field) and "is of the format" in error["message"]
+        assert (status, error["param"]) == (400, field) and "of the format" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,15 @@ def test_of_too_many_files_the_field_of_the_first_too_many_is_told(pictures):
 
 
 @pytest.mark.parametrize(
-    "door", ["/v1/jobs", "/v1/videos", "/v1/estimate", "/v1/preflight", "/sdapi/v1/txt2img"]
+    "door",
+    [
+        "/v1/jobs",
+        "/v1/videos",
+        "/v1/estimate",
+        "/v1/preflight",
+        "/sdapi/v1/txt2img",
+        "/v1/images/generations",
+    ],
 )
 def test_who_draws_is_told_where_it_lies(desk, monkeypatch, door):
     """By every door; and no byte of it is carried there."""
@@ -404,11 +412,9 @@ def test_who_draws_is_told_where_it_lies(desk, monkeypatch, door):
 
     desk.floor.devices[0].facts = [facts]
     monkeypatch.setattr(desk.floor, "some_device", device)
-    body = (
-        {"prompt": f"a cat <lora:{name}:0.8>"}
-        if "sdapi" in door
-        else {"request": {"loras": [{"name": name}]}}
-    )
+    named = {"loras": [{"name": name}]}
+    body = {"prompt": f"a cat <lora:{name}:0.8>"} if "sdapi" in door else {"request": named}
+    body = {"prompt": "a cat", **named} if "images" in door else body
     assert refusal(app, door, json.dumps(body).encode(), **JSON)[1]["message"] == "enough"
     [(message, parts)] = heard
     assert message["loras"] == {name: str(desk.settings.data / "uploads" / name)}
@@ -499,6 +505,7 @@ def test_it_is_drawn_as_one_of_the_server_s_and_the_model_is_as_before(model, tm
     pictures = [np.asarray(each.images[0]) for each in (plain, named, found, drawn())]
     assert (pictures[1] == pictures[2]).all() and (pictures[0] == pictures[3]).all()
     assert (pictures[0] != pictures[1]).any()
+    assert "flow_dynamic" in (schedules := opened.facts()["schedules"]) and "ays" not in schedules
     assert opened.facts()["loras"] == ["ink"] and opened.facts()["takes_loras"]
 
 

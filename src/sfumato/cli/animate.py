@@ -147,6 +147,8 @@ def animate(
         given["image"] = parse.picture("image", image)
     if init is not None:
         given["clip"] = _clip(init, given.get("frames"), given.get("fps"))
+    elif strength is not None:
+        raise InputError("strength goes with a `clip` to begin with", argument="strength")
     said = {} if like is None else _said(like, given)
     request = Request.from_dict(parse.merged(given, {"prompt": "", **said}))
     check_output(output, request.count)

@@ -44,8 +44,9 @@ def planned(
         asked = {"plan": told, "memory": limit is not None, "offload": packaged and offload is not None}
         for name in asked:
             if asked[name]:
+                so = "all of it stays in memory" if name == "offload" else "tells no plan"
                 raise InputError(
-                    f"{name} is for checkpoints that PyTorch runs; {why} and tells no plan", argument=name
+                    f"{name} is for checkpoints that PyTorch runs; {why} and {so}", argument=name
                 )
         return (model if packaged else planning.offloaded(model, offload or "none")), None
     found = planning.plan(model, request, offload, limit)

@@ -33,7 +33,7 @@ SHORT = 0.05  # of the time that a file announces: what may be missing at its en
 STILL = 10.0  # frames per second of a GIF that says 0, as browsers show it
 STILL_HEAD = 2**20  # bytes of a picture in which its header lies
 BEGUN = ("clip", "init")  # arguments that a clip begins with
-READ = "mp4, mov, webm, mkv, avi, animated WebP and GIF, and folders of pictures are read"
+READ = "mp4, mov, webm, mkv, avi, animated WebP and GIF are read"
 _PICTURE = re.compile(r".*\.(png|jpe?g|webp)", re.IGNORECASE)
 
 
