@@ -148,7 +148,7 @@ REFUSED = {
     "hires in a mask": (["--image", "ok.png", "--mask", "ok.png", "--hires", "2"], "do one after the other"),
     "variation": (["--variation", "7"], "variation must be like SEED:STRENGTH"),
     "variation 2": (["--variation", "7:2"], "variation.strength must be between 0 and 1"),
-    "eta": (["--sampler", "euler", "--eta", "1"], "sampler euler has no eta"),
+    "eta": (["--sampler", "euler", "--eta", "1"], "--eta means nothing to the sampler euler"),
     "clip skip": (["--clip-skip", "2"], "--clip-skip 2 is more than this model's text encoder allows, 1"),
     "like nothing": (["--like", "absent.png"], "like 'absent.png' does not exist"),
     "like a plain picture": (["--like", "ok.png"], "ok.png does not say how it was made"),

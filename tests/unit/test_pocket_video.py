@@ -139,7 +139,7 @@ def test_what_it_cannot_draw_is_named(model, changes, argument):
 def test_a_clip_to_begin_with_says_how_long_a_clip_is(model):
     frames = [Image.new("RGB", (32, 32))] * 9
     assert as_clip(model, Request(clip=Clip(frames, 8.0))).moves
-    with pytest.raises(InputError, match="2 frames"):
+    with pytest.raises(InputError, match="2 or more"):
         as_clip(model, Request(clip=Clip(frames[:1], 8.0)))
 
 

@@ -51,7 +51,7 @@ def as_clip(model: Model, request: Request) -> Request:
         frames = model.clip_preset["frames"] if request.clip is None else len(request.clip.frames)
         request = replace(request, frames=frames)
     if request.frames == 1:
-        raise InputError("a clip has 2 frames or more", argument="frames")
+        raise InputError("frames must be 2 or more for a clip, not 1", argument="frames")
     return request
 
 

@@ -39,7 +39,8 @@ def complete(model: Model, request: Request) -> Request:
     sampler_named(request.sampler)
     if request.eta is not None and request.sampler not in eta_samplers():
         raise InputError(
-            f"sampler {request.sampler} has no eta; leave it out, or use one of {', '.join(eta_samplers())}",
+            f"eta means nothing to the sampler {request.sampler}; leave it out, or use one of "
+            f"{', '.join(eta_samplers())}",
             argument="eta",
         )
     levels_of(model, request)
