@@ -4,6 +4,9 @@ Every message is a sentence that says what was wrong, with which argument, and w
 prints it as one line and exits with `exit_code`; nothing below ever shows a traceback for bad input.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SfumatoError(Exception):
     """Something failed. `code` is stable and meant for programs; `exit_code` is the command line's."""
@@ -56,3 +59,13 @@ class Cancelled(SfumatoError):
 
     code = "cancelled"
     exit_code = 130
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Bad input that is found inside, and names no argument itself, is of this one."""
+    try:
+        yield
+    except InputError as error:
+        error.argument = error.argument or argument
+        raise

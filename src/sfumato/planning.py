@@ -15,6 +15,8 @@ from sfumato.memory import OFFLOADS, MemoryPlan, Stage, available, check_offload
 from sfumato.receipts.work import remember
 from sfumato.tasks.canvas import by, nearest_size
 from sfumato.types import Request
+from sfumato.video.frames import in_memory
+from sfumato.video.write import held
 
 FILLED = 0.92  # of the memory that is allowed: so far a peak was above its plan (docs/memory.md)
 KERNELS = 48 << 20  # bytes that libraries keep on a CPU once they have worked: code, and pages of theirs
@@ -61,11 +63,20 @@ def tells_clips(model: Model) -> bool:
     return model.system.traces_clips
 
 
-def plan_clip(model: Model, request: Request, limit: int | None = None) -> MemoryPlan:
-    """The plan of drawing a clip with a model that `tells_clips`, all of it in memory."""
+def plan_clip(
+    model: Model, request: Request, limit: int | None = None, kind: str | None = None
+) -> MemoryPlan:
+    """The plan of drawing a clip with a model that `tells_clips`, all of it in memory. kind: of file that it is
+    written to (`video.formats.WRITTEN`); None is one that is written frame after frame.
+    """
     request = model.complete(request)
+    assert request.size is not None and request.frames is not None
     with model.precision():
         stages = model.system.trace_clip(request)
+    if writing := held(kind or "", request.frames, request.size):
+        frames = request.count * request.frames
+        drawn = 4 * frames * request.size[0] * request.size[1] if in_memory(frames, request.size) else 0
+        stages = (*stages, Stage("write", stages[0].weights, writing + drawn))
     return _all_in_memory(model, stages, limit)
 
 
@@ -250,7 +261,7 @@ def _ways(model: Model, request: Request, found: MemoryPlan) -> list[str]:
     return ways
 
 
-def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputError:
+def refusal_of_clip(model: Model, request: Request, found: MemoryPlan, kind: str | None = None) -> InputError:
     """What to say of a clip's plan that does not fit, with what would: a smaller size, or fewer frames."""
     request = model.complete(request)
     assert request.size is not None
@@ -258,7 +269,7 @@ def refusal_of_clip(model: Model, request: Request, found: MemoryPlan) -> InputE
     half = nearest_size((request.size[0] // 2, request.size[1] // 2), model.system.config.multiple)
     smaller, fewer = replace(request, size=half), replace(request, frames=_half(model, request))
     for option, other in ((f"`size` {by(half)}", smaller), (f"`frames` {fewer.frames}", fewer)):
-        if other != request and (least := plan_clip(model, other, found.limit)).fits:
+        if other != request and (least := plan_clip(model, other, found.limit, kind)).fits:
             ways.append(f"{option} ({shown(least.peak)})")
     remedy = f"what fits: {' or '.join(ways)}" if ways else "no shorter or smaller clip fits"
     return _refused(request, found, "", remedy)

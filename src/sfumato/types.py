@@ -201,7 +201,9 @@ class Request:
                 values[name] = nested(kind, name, values[name])
         for name, kind in LISTS.items():
             if isinstance(values.get(name), list | tuple):
-                values[name] = tuple(kind.from_json(each, pictures) for each in values[name])
+                values[name] = tuple(
+                    _entry(kind, name, number, each, pictures) for number, each in enumerate(values[name])
+                )
             elif values.get(name) is not None:
                 raise InputError(f"{name} must be a list, not {checks.shown(values[name])}", argument=name)
         for name in ("image", "mask"):
@@ -244,6 +246,8 @@ class Request:
             )
             if getattr(self, name) is not None
         ]
+        if self.motion is not None and self.motion.augment != Motion.augment:
+            given.insert(0, "motion.augment")
         if self.micro is not None:
             given += [
                 f"micro.{f.name}" for f in fields(self.micro) if getattr(self.micro, f.name) is not None
@@ -358,8 +362,11 @@ class Request:
             for each in value:
                 each.validate()
         names = [use.name for use in self.loras or ()]
-        if len(set(names)) < len(names):
-            raise InputError("loras names one twice; add up its weights", argument="loras")
+        twice = [name for number, name in enumerate(names) if name in names[:number]]
+        if twice:
+            raise InputError(
+                f"loras names {checks.shown(twice[0])} twice; add up its weights", argument="loras"
+            )
         if self.inpaint is not None:
             if self.mask is None and self.outpaint is None:
                 raise InputError("inpaint needs a `mask`, or `outpaint`", argument="inpaint")
@@ -374,6 +381,16 @@ class Request:
                 "do one after the other",
                 argument="hires",
             )
+
+
+def _entry(kind: Any, name: str, number: int, value: Any, pictures: tuple[Image, ...]) -> Any:
+    """One of a list, whose number the error says."""
+    try:
+        return kind.from_json(value, pictures)
+    except InputError as error:
+        if not (said := str(error)).startswith(f"{name} "):
+            raise
+        raise InputError(f"{name}[{number}]{said.removeprefix(name)}", argument=name) from None
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def test_a_request_weighs_for_itself(place, ink):
         picture(model, loras=(LoraUse("pen"),))
     with pytest.raises(InputError, match='has no block "nowhere"'):
         picture(model, loras=(LoraUse("ink", 1.0, {"nowhere": 0}),))
-    with pytest.raises(InputError, match="names one twice"):
+    with pytest.raises(InputError, match='loras names "ink" twice'):
         picture(model, loras=(LoraUse("ink"), LoraUse("ink")))
     with pytest.raises(InputError, match="not in the prompt"):
         picture(model, prompt="a cat <lora:ink:1>")
@@ -234,9 +234,10 @@ def test_what_a_weight_makes_infinite_is_not_the_files_fault(place, tmp_path, of
     model = opened(place, offload=offload)
     with pytest.raises(
         CheckpointError, match=r"conv_in\.weight with loud at weight 2 is beyond the range of float32"
-    ):
+    ) as refused:
         model.attach(tmp_path / "loud.safetensors", 2)
         answers(model)  # of one that opens its networks when they are called
+    assert refused.value.argument == "loras" or offload != "none"
 
 
 def test_what_is_refused_changes_nothing_of_what_was_attached(place, ink, tmp_path):

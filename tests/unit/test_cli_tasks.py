@@ -143,12 +143,12 @@ REFUSED = {
     "hires strength alone": (["--hires-strength", "0.5"], "go with --hires SCALE"),
     "upscaler": (
         ["--hires", "2", "--upscaler", "esrgan"],
-        "upscaler 'esrgan' is unknown; use one of latent-nearest",
+        '--upscaler "esrgan" is unknown; use one of latent-nearest',
     ),
     "hires in a mask": (["--image", "ok.png", "--mask", "ok.png", "--hires", "2"], "do one after the other"),
     "variation": (["--variation", "7"], "variation must be like SEED:STRENGTH"),
-    "variation 2": (["--variation", "7:2"], "variation.strength must be between 0 and 1"),
-    "eta": (["--sampler", "euler", "--eta", "1"], "sampler euler has no eta"),
+    "variation 2": (["--variation", "7:2"], "--variation strength must be between 0 and 1"),
+    "eta": (["--sampler", "euler", "--eta", "1"], "--eta means nothing to the sampler euler"),
     "clip skip": (["--clip-skip", "2"], "--clip-skip 2 is more than this model's text encoder allows, 1"),
     "like nothing": (["--like", "absent.png"], "like 'absent.png' does not exist"),
     "like a plain picture": (["--like", "ok.png"], "ok.png does not say how it was made"),
@@ -228,7 +228,7 @@ def test_hostile_pictures_are_one_line_exit_2_and_no_file(model, capsys, case, o
     if option == "like" and case == "a JPEG cut short":  # what it says would stand before the cut
         said = "x.png does not say how it was made"
     else:
-        assert err.startswith(f"error: {option} 'x.png' ")
+        assert err.startswith(f"error: --{option} 'x.png' ")
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert said in err and len(err) < 300
     assert sorted(os.listdir()) == ["ok.png", "x.png"]

@@ -87,7 +87,7 @@ def test_a_request_goes_through_json_and_back():
         InputError, match=r'control canny names the picture "sha256:.*give the picture itself'
     ):
         Request.from_dict(values, [noise(SIDE, SIDE, seed=5)])
-    with pytest.raises(InputError, match='controls has no field "wait"'):
+    with pytest.raises(InputError, match='controls\[0\] has no field "wait"'):
         Request.from_dict({"controls": [{"name": "canny", "wait": 1}]})
 
 

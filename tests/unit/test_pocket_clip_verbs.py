@@ -107,6 +107,38 @@ def test_a_kind_that_needs_all_frames_is_refused_before_drawing_what_is_too_long
     assert "gif is written with all frames in memory, and 9 of 32x32 are too many" in capsys.readouterr().err
 
 
+def test_what_is_wrong_is_called_by_its_option(folder, capsys):
+    """And what is cut off, or no clip at all, is told as such."""
+    pytest.importorskip("av")
+    noise(32, 32).save("a.png")
+    Path("b.txt").write_text("no clip")
+    draw(folder, "-o", "c.mp4")
+    draw(folder, "--init", "c.mp4", "--strength", "0.5", "-o", "d.mp4")
+    Path("cut.mp4").write_bytes(Path("c.mp4").read_bytes()[:1000])
+    again = ["replay", "d.mp4", "-m", str(folder)]
+    assert run([*again, "--picture", "c.mp4"]) == 0
+    capsys.readouterr()
+    animate = ["animate", "a cube", "-m", str(folder)]
+    for arguments, said in (
+        ([*animate, "--init", "a.png"], "--init 'a.png' is a PNG picture"),
+        ([*animate, "--image", "c.mp4"], "--image 'c.mp4' is a video"),
+        ([*animate, "--init", "."], "give --fps"),
+        ([*animate, "--init", "cut.mp4"], "cut off"),
+        ([*animate, "--like", "b.txt"], "--like 'b.txt' is no picture or clip; PNG"),
+        ([*animate, "--strength", "0.5"], "--strength goes with a --init to begin with"),
+        ([*animate, "--frames", "1"], "--frames must be 2 or more"),
+        ([*animate, "--augment", "0.1"], "knows nothing of --augment"),
+        ([*animate, "-o", "a.png/x.mp4"], "'a.png' is no folder"),
+        ([*animate, "--offload", "model"], "all of it stays in memory"),
+        (["replay", "b.txt"], "file 'b.txt' is no picture or clip"),
+        (["replay", "cut.mp4"], "cut off"),
+        (again, "give the clip that it began with by --picture FILE"),
+    ):
+        assert run(arguments) == 2
+        assert said in capsys.readouterr().err
+    assert run([*animate, "--init", "c.mp4", "--plan"]) == 0
+
+
 def test_a_clip_of_other_weights_is_another(folder, tmp_path, capsys):
     from sfumato.families.pocket import save_folder
     from small_video import video_system
@@ -202,6 +234,17 @@ def test_animate_plans_and_keeps_within_memory(folder, capsys):
     assert run([*given, "--memory", "1MB", "-o", "out.gif"]) == 2
     assert "drawing 9 frames of 32x32 needs" in capsys.readouterr().err
     assert told(capsys, *given, "--memory", "64GB", "-o", "out.gif")["memory"]["planned"] > 0
+
+
+def test_a_film_is_limited_and_planned_by_what_must_be_in_memory(folder, capsys):
+    """1.6 billion pixels: of a kind that Pillow writes with all frames, and of one that is written as they come."""
+    given = ["animate", "a red cube", "-m", str(folder), "--size", "640"]
+    film = told(capsys, *given, "--plan", "--frames", "4001")
+    assert "write" not in film["stages"]
+    assert run([*given, "--frames", "4001", "--plan", "-o", "out.webp"]) == 2
+    assert "write mp4 or webm" in capsys.readouterr().err
+    shorter = told(capsys, *given, "--frames", "1001", "--plan", "-o", "out.webp")
+    assert shorter["stages"]["write"]["activations"] >= 4 * 1001 * 640 * 640
 
 
 def test_what_a_film_costs_is_told_from_a_few_of_its_pieces(folder):

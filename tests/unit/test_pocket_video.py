@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from helpers import CPU, noise
 from sfumato import load
 from sfumato.cli.app import run
+from sfumato.drawing.clips import as_clip
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.pocket import VideoConfig, fresh_video, open_folder
 from sfumato.families.pocket.video import pieces
@@ -19,7 +21,7 @@ from sfumato.nn.dit import DiT, DiTConfig
 from sfumato.receipts.clips import read_recipe
 from sfumato.sampling.noise import SeededNoise, SharedNoise
 from sfumato.storage import read_json, write_json
-from sfumato.types import Clip, Conditioning, Request
+from sfumato.types import Clip, Conditioning, HiRes, Request
 from small_video import VIDEO, picture_system, video_system, write_video
 
 
@@ -124,6 +126,7 @@ def test_strength_nothing_gives_the_clip_back_through_the_autoencoder(model):
     [
         ({"frames": 8}, "frames"),
         ({"frames": 9, "reuse": 2}, "reuse"),
+        ({"frames": 9, "hires": HiRes(2)}, "hires"),
         ({"frames": 9, "guidance_first": 1.0}, None),
     ],
 )
@@ -131,6 +134,13 @@ def test_what_it_cannot_draw_is_named(model, changes, argument):
     with pytest.raises(InputError) as caught:
         model.generate(Request("a red cube", **changes))
     assert argument is None or caught.value.argument == argument
+
+
+def test_a_clip_to_begin_with_says_how_long_a_clip_is(model):
+    frames = [Image.new("RGB", (32, 32))] * 9
+    assert as_clip(model, Request(clip=Clip(frames, 8.0))).moves
+    with pytest.raises(InputError, match="2 or more"):
+        as_clip(model, Request(clip=Clip(frames[:1], 8.0)))
 
 
 def test_pictures_are_drawn_as_before_and_say_nothing_of_clips(model):

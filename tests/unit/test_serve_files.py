@@ -69,6 +69,27 @@ def test_of_what_is_refused_nothing_is_kept(desk, path, monkeypatch):
     assert desk.ledger.uploads_of(keys.LOCAL, 9) == []
 
 
+def test_what_is_wrong_with_a_file_is_told(desk):
+    app = build(desk)
+
+    def said(path: str, body: bytes, **headers: str) -> str:
+        status, _, answer = asked(app, "POST", path, body, **headers)
+        assert status in (400, 415)
+        return json.loads(answer)["error"]["message"]
+
+    def part(name: str, value: bytes, file: str = "") -> bytes:
+        head = f'--{EDGE}\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+        return head + value + f"\r\n--{EDGE}--\r\n".encode()
+
+    text = '; filename="a.txt"'
+    assert said("/v1/videos", part("image", b"x"), **FORM) == "image must be a file"
+    assert "is no clip; mp4" in said("/v1/videos", part("clip", b"x", text), **FORM)
+    assert 'called "file"' in said("/v1/files", part("image", PICTURE, text), **FORM)
+    assert "with a Content-Type such as image/png" in said("/v1/files", b"{}", **JSON)
+    assert "no picture, clip or LoRA; PNG" in said("/v1/files", part("file", b"x", text), **FORM)
+    assert "the file is empty; PNG" in said("/v1/files", part("file", b"", text), **FORM)
+
+
 def test_what_is_a_job_s_alone_goes_with_it(tmp_path):
     names = [new_id("file") for _ in range(2)]
 

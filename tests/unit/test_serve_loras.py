@@ -31,13 +31,15 @@ from sfumato.serve import books, keys
 from sfumato.serve.asked import files_of, loras_of
 from sfumato.serve.job import now
 from sfumato.serve.ledger import FAILED, LedgerError, Upload
+from sfumato.serve.refusals import Refused
 from sfumato.serve.store import LORA, new_id
 from sfumato.serve.web import files
+from sfumato.serve.web.answers import succeeded
 from sfumato.serve.web.app import build
 from sfumato.serve.worker.loras import IDLE, Sent
 from sfumato.serve.worker.models import Opened
 from sfumato.types import LoraUse, Request
-from shop import in_shop
+from shop import in_shop, record
 
 EDGE = "xyzzy"
 JSON = {"content_type": "application/json"}
@@ -209,7 +211,7 @@ def test_a_form_has_one_file(desk):
     app = build(desk)
     text = f'--{EDGE}\r\ncontent-disposition: form-data; name="file"\r\n\r\nx\r\n--{EDGE}--\r\n'.encode()
     for body, words in (
-        (form(), "the form must have one file"),
+        (form(), 'the form must have one file, called "file"'),
         (form(LORA_FILE, LORA_FILE), "give one file, not 2"),
         (text, "file must be a file"),
     ):
@@ -364,7 +366,7 @@ def test_a_file_counts_where_it_belongs(desk):
     lora, picture = sent(app), sent(app, png(noise(64, 64)))
     for field, request in (("image", {"image": lora}), ("loras", {"loras": [picture]})):
         status, error = refusal(app, "/v1/jobs", wanting(request), **JSON)
-        assert (status, error["param"]) == (400, field) and "is of the format" in error["message"]
+        assert (status, error["param"]) == (400, field) and "of the format" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -385,7 +387,15 @@ def test_of_too_many_files_the_field_of_the_first_too_many_is_told(pictures):
 
 
 @pytest.mark.parametrize(
-    "door", ["/v1/jobs", "/v1/videos", "/v1/estimate", "/v1/preflight", "/sdapi/v1/txt2img"]
+    "door",
+    [
+        "/v1/jobs",
+        "/v1/videos",
+        "/v1/estimate",
+        "/v1/preflight",
+        "/sdapi/v1/txt2img",
+        "/v1/images/generations",
+    ],
 )
 def test_who_draws_is_told_where_it_lies(desk, monkeypatch, door):
     """By every door; and no byte of it is carried there."""
@@ -403,11 +413,9 @@ def test_who_draws_is_told_where_it_lies(desk, monkeypatch, door):
 
     desk.floor.devices[0].facts = [facts]
     monkeypatch.setattr(desk.floor, "some_device", device)
-    body = (
-        {"prompt": f"a cat <lora:{name}:0.8>"}
-        if "sdapi" in door
-        else {"request": {"loras": [{"name": name}]}}
-    )
+    named = {"loras": [{"name": name}]}
+    body = {"prompt": f"a cat <lora:{name}:0.8>"} if "sdapi" in door else {"request": named}
+    body = {"prompt": "a cat", **named} if "images" in door else body
     assert refusal(app, door, json.dumps(body).encode(), **JSON)[1]["message"] == "enough"
     [(message, parts)] = heard
     assert message["loras"] == {name: str(desk.settings.data / "uploads" / name)}
@@ -498,6 +506,7 @@ def test_it_is_drawn_as_one_of_the_server_s_and_the_model_is_as_before(model, tm
     pictures = [np.asarray(each.images[0]) for each in (plain, named, found, drawn())]
     assert (pictures[1] == pictures[2]).all() and (pictures[0] == pictures[3]).all()
     assert (pictures[0] != pictures[1]).any()
+    assert "flow_dynamic" in (schedules := opened.facts()["schedules"]) and "ays" not in schedules
     assert opened.facts()["loras"] == ["ink"] and opened.facts()["takes_loras"]
 
 
@@ -510,6 +519,14 @@ def test_nobody_draws_with_another_s_or_hears_of_it(model, tmp_path):
                 opened.asked(Request(loras=(LoraUse(other),)), "picture", [])
             assert error.value.argument == "loras"
             assert str(error.value).count("file_") == (other == name)
+
+
+def test_one_that_overflows_is_its_client_s_fault():
+    for param, status in (("loras", 400), (None, 500)):
+        error = {"code": "bad_checkpoint", "message": "with file_… at weight 1", "param": param}
+        with pytest.raises(Refused) as refused:
+            succeeded(record(1, state=FAILED, error=error))
+        assert (refused.value.status, refused.value.param) == (status, param)
 
 
 def test_those_in_use_stay_open_and_a_few_more(model, tmp_path):

@@ -253,6 +253,7 @@ def test_outputs_are_all_there_or_none(tmp_path):
             "the nearest legal size is 128x128 and/or 256x256",
         ),
         ("'moves' reads no prompt; leave it out", "'moves' reads no prompt; leave it out"),
+        ("it has none; one is opened with the model, by `controlnets` a=FILE", "it has none"),
     ],
 )
 def test_a_message_says_no_place_of_this_machine(tmp_path, said, told):

@@ -45,6 +45,28 @@ def test_no_body_is_read_where_there_is_no_room(full, path):
     assert json.loads(body)["error"]["code"] == "queue_full"
 
 
+@pytest.mark.parametrize("path, fewer", [("/v1/jobs", "steps"), ("/v1/videos", "frames or steps")])
+def test_what_is_too_long_is_said_by_its_estimate(desk, monkeypatch, path, fewer):
+    app = build(desk)
+
+    async def expected(ask, files, parts):
+        few = {"pictures": 1, "pixel_steps": 4, "calls": 1, "steps": 4, "flops": {}}
+        return {"expected": {"seconds": 1e6, **few}, "notes": ["so"]}
+
+    monkeypatch.setattr(desk, "expected", expected)
+    monkeypatch.setattr(desk, "price", lambda model, expected: 1)
+    estimate = path.replace("jobs", "estimate") + "/estimate" * (path == "/v1/videos")
+    _, late = json.loads(asked(app, "POST", estimate, b'{"request": {}}', **JSON)[2])["notes"]
+    status, _, body = asked(app, "POST", path, b'{"request": {}}', **JSON)
+    error = json.loads(body)["error"]
+    assert (status, error["param"], error["message"]) == (400, "deadline", late) and f"fewer {fewer}" in late
+
+
+def test_strength_of_a_clip_goes_with_a_clip(desk):
+    status, _, body = asked(build(desk), "POST", "/v1/videos", b'{"request": {"strength": 0.5}}', **JSON)
+    assert (status, json.loads(body)["error"]["message"]) == (400, "strength goes with a clip to begin with")
+
+
 def test_submissions_are_all_routes_where_jobs_come_in(full):
     """Of the others none is refused for want of room; and those that are named are there."""
     document = json.loads(asked(full, "GET", "/openapi.json")[2])

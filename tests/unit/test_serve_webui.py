@@ -71,11 +71,16 @@ def param(answer: tuple[int, dict]) -> str:
         ("img2img", {"init_images": [START], "resize_mode": {"a": 1}}, "resize_mode"),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": "bm8="}]}}}, "alwayson_scripts"),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": "?"}]}}}, "alwayson_scripts"),
+        ("txt2img", {"scheduler": "foo", "sampler_name": "Euler"}, "scheduler"),
+        ("txt2img", {"sampler_index": "foo"}, "sampler_index"),
+        ("txt2img", {"prompt": "x <lora::0.8>"}, "prompt"),
+        ("txt2img", {"prompt": "x <lora:ink:abc>"}, "prompt"),
     ],
 )
 def test_what_would_make_another_picture_is_refused_by_name(post, path, body, name):
     answer = post(path, {"prompt": "x"} | body)
     assert param(answer) == name and "controls" not in answer[1]["error"]["message"]
+    assert "'abc'" not in answer[1]["error"]["message"]
     assert post.asks == []
 
 
@@ -96,6 +101,7 @@ def test_what_asks_for_nothing_is_passed_over(post, body):
     "ours, text, theirs, told",
     [
         ("guidance", "guidance must be a number", "cfg_scale", "cfg_scale must be a number"),
+        ("size", "size's height must be 1", "height", "height must be 1"),
         ("size", "size 130x128 is not a multiple", "width", "width x height 130x128 is not a multiple"),
         (
             "count",

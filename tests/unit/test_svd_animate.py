@@ -105,7 +105,7 @@ def test_animate_refuses_in_one_line(small, place, capsys, tmp_path_factory):
     still = ["-m", str(tiny_folder(tmp_path_factory.mktemp("still")))]
     assert "draws pictures and no clips" in refused(capsys, "a cat", *still, "-o", "x.gif")
     assert "must end in .mp4" in refused(capsys, *svd, "--image", "photo.png", "-o", "x.png")
-    assert "2 frames or more" in refused(capsys, *svd, "--image", "photo.png", "--frames", "1")
+    assert "--frames must be 2 or more" in refused(capsys, *svd, "--image", "photo.png", "--frames", "1")
     assert "frames must be a whole number, not 'x'" in refused(capsys, *svd, "--frames", "x")
     assert "guidance must be a number, not 'a'" in refused(capsys, *svd, "--guidance", "a:3")
     assert "motion must be a whole number" in refused(capsys, *svd, "--motion", "lots")

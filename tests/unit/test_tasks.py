@@ -404,7 +404,8 @@ def test_eta_reaches_the_samplers_that_know_it(model):
     assert drawn(model, sampler="ddim", eta=1.0).tobytes() == drawn(model, sampler="euler_a").tobytes()
     assert apart(drawn(model, sampler="ddim", eta=0.5), euler) > 5
     with pytest.raises(
-        InputError, match=r"sampler euler has no eta; leave it out, or use one of euler_a, .*ddim"
+        InputError,
+        match=r"eta means nothing to the sampler euler; leave it out, or use one of euler_a, .*ddim",
     ):
         drawn(model, sampler="euler", eta=0.5)
 

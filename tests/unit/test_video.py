@@ -402,7 +402,7 @@ def test_limits(tmp_path, monkeypatch):
 
 def test_folders_of_pictures(tmp_path):
     place = written(moving(), tmp_path / "frames")
-    assert "give fps" in refusal(place)
+    assert "give `fps`" in refusal(place)
     (place / "notes.txt").write_text("not a picture")
     assert difference(read_clip(place, fps=5), moving()) == 0
     Image.new("RGB", (8, 8)).save(place / "9999.png")

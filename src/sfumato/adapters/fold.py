@@ -24,7 +24,7 @@ from sfumato.adapters.lora import Lora, Report, Shapes, read_lora
 from sfumato.adapters.names import Names
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info, origin, shapes
-from sfumato.errors import InputError, SfumatoError
+from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.types import LoraUse, Request
 
 LARGEST = 2.0**100  # of ΔW that may be added unseen: beside it no number of bfloat16 becomes infinite
@@ -372,9 +372,11 @@ class Adapters:
         try:
             if touched:
                 self.refresh(touched)
-        except BaseException:
+        except BaseException as error:
             for part in self.parts.values():
                 part.now = part.before
+            if isinstance(error, CheckpointError) and uses:
+                error.argument = "loras"
             raise
         for part in self.parts.values():
             part.before = part.now

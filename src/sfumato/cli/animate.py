@@ -132,6 +132,7 @@ def animate(
     """Draw clips: set a picture in motion, or draw from a prompt. Each file carries its recipe."""
     from sfumato.receipts.clips import check_output
     from sfumato.types import Request
+    from sfumato.video.formats import format_of
 
     for name, value in (("lora", lora), ("controlnet", controlnet), ("control", control)):
         if value:
@@ -146,6 +147,8 @@ def animate(
         given["image"] = parse.picture("image", image)
     if init is not None:
         given["clip"] = _clip(init, given.get("frames"), given.get("fps"))
+    elif strength is not None:
+        raise InputError("strength goes with a `clip` to begin with", argument="strength")
     said = {} if like is None else _said(like, given)
     request = Request.from_dict(parse.merged(given, {"prompt": "", **said}))
     check_output(output, request.count)
@@ -172,7 +175,7 @@ def animate(
     )
     request = as_clip(loaded, request)
     _check_shape(loaded, request, output)
-    loaded, found = planned(loaded, request, offload, limit, told=plan)
+    loaded, found = planned(loaded, request, offload, limit, told=plan, kind=format_of(output))
     if plan:
         show_plan(found, request, as_json)
         return

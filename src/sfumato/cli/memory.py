@@ -16,29 +16,37 @@ if TYPE_CHECKING:
 
 
 def planned(
-    model: Model, request: Request, offload: str | None, limit: int | None, *, told: bool
+    model: Model,
+    request: Request,
+    offload: str | None,
+    limit: int | None,
+    *,
+    told: bool,
+    kind: str | None = None,
 ) -> tuple[Model, MemoryPlan | None]:
     """The model as a plan that fits wants it, and the plan; None of a model that tells none.
 
-    told: only the plan is wanted, and the model stays as it is. `InputError` when nothing fits, with what would; and
-    when a plan or a limit is asked of a model that tells none, or a level of one that has none.
+    told: only the plan is wanted, and the model stays as it is. kind: of file that a clip is written to. `InputError`
+    when nothing fits, with what would; and when a plan or a limit is asked of a model that tells none, or a level of
+    one that has none.
     """
     from sfumato import planning
     from sfumato.memory import leave_no_holes
 
     if not planning.tells(model):
         if request.moves and planning.tells_clips(model) and (told or limit is not None) and offload is None:
-            found = planning.plan_clip(model, request, limit)
+            found = planning.plan_clip(model, request, limit, kind)
             if not found.fits:
-                raise planning.refusal_of_clip(model, request, found)
+                raise planning.refusal_of_clip(model, request, found, kind)
             return model, found
         packaged = not model.system.traces
         why = f"{model.name!r} is small" if packaged else "what another engine takes is not known"
         asked = {"plan": told, "memory": limit is not None, "offload": packaged and offload is not None}
         for name in asked:
             if asked[name]:
+                so = "all of it stays in memory" if name == "offload" else "tells no plan"
                 raise InputError(
-                    f"{name} is for checkpoints that PyTorch runs; {why} and tells no plan", argument=name
+                    f"{name} is for checkpoints that PyTorch runs; {why} and {so}", argument=name
                 )
         return (model if packaged else planning.offloaded(model, offload or "none")), None
     found = planning.plan(model, request, offload, limit)

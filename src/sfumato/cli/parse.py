@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import InputError
+from sfumato.errors import InputError, naming
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,8 @@ def picture(name: str, path: Path, mask: bool = False, black: bool = False) -> I
     from sfumato.pictures import BLACK, WHITE, decode, decode_mask, read_file, shown
 
     data, called = read_file(path, name), f"{name} {shown(path)}"
-    return decode_mask(data, called) if mask else decode(data, called, BLACK if black else WHITE)
+    with naming(name):
+        return decode_mask(data, called) if mask else decode(data, called, BLACK if black else WHITE)
 
 
 def dtype(text: str, names: Mapping[str, str] = DTYPES, name: str = "dtype") -> torch.dtype:

@@ -135,12 +135,12 @@ def replay(
 
 def _read(file: Path) -> tuple[dict[str, Any], Sequence[Image]]:
     """The recipe in a file, and the picture or the frames that are there."""
-    from sfumato.receipts import clips, provenance
+    from sfumato.receipts import clips
     from sfumato.video.formats import BY_PYAV
     from sfumato.video.read import read_clip
 
     moving = file.is_dir() or file.suffix.lower().removeprefix(".") in (*BY_PYAV, "gif")
-    recipe = clips.read_recipe(file) if moving else provenance.read_recipe(file)
+    recipe = clips.read_recipe(file)
     said = recipe.get("request")
     moving = moving or (isinstance(said, dict) and "frames" in said)  # a WebP may be either
     if not moving:
@@ -171,7 +171,12 @@ def _request(recipe: dict[str, Any], file: Path, pictures: list[Image]) -> Reque
         return Request.from_dict(recipe.get("request", {}), pictures)
     except InputError as error:
         text = str(error)
-        if "give the picture itself" in text:
+        if "give the picture itself" in text or "give the clip itself" in text:
+            text = (
+                text.replace("picture itself", "clip that it began with")
+                if "clip" in recipe["request"]
+                else text
+            )
             text += " by --picture FILE" if not pictures else ": none that --picture gives is the recipe's"
         raise InputError(f"{file}: {text}", argument=error.argument) from None
 

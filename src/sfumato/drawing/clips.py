@@ -37,7 +37,8 @@ def makes_clips(model: Model) -> bool:
 
 
 def as_clip(model: Model, request: Request) -> Request:
-    """The request as one for a clip, of as many frames as the model was made for where it says nothing of them.
+    """The request as one for a clip, of as many frames as the clip that it begins with has, or else as the model was
+    made for, where it says nothing of them.
 
     `InputError` for a model that draws none, and for a single frame.
     """
@@ -46,10 +47,11 @@ def as_clip(model: Model, request: Request) -> Request:
             f"{checks.shown(model.name)} draws pictures and no clips; name a model that does",
             argument="model",
         )
-    if request.frames is None and request.clip is None:
-        request = replace(request, frames=model.clip_preset["frames"])
+    if request.frames is None:
+        frames = model.clip_preset["frames"] if request.clip is None else len(request.clip.frames)
+        request = replace(request, frames=frames)
     if request.frames == 1:
-        raise InputError("a clip has 2 frames or more", argument="frames")
+        raise InputError("frames must be 2 or more for a clip, not 1", argument="frames")
     return request
 
 

@@ -39,7 +39,8 @@ def complete(model: Model, request: Request) -> Request:
     sampler_named(request.sampler)
     if request.eta is not None and request.sampler not in eta_samplers():
         raise InputError(
-            f"sampler {request.sampler} has no eta; leave it out, or use one of {', '.join(eta_samplers())}",
+            f"eta means nothing to the sampler {request.sampler}; leave it out, or use one of "
+            f"{', '.join(eta_samplers())}",
             argument="eta",
         )
     levels_of(model, request)
@@ -87,9 +88,9 @@ def _check_clip(model: Model, request: Request) -> None:
             if getattr(request, name):
                 raise InputError(f"{checks.shown(model.name)} reads no `{name}`; leave it out", argument=name)
     if request.moves:
-        if request.variation is not None or request.controls:
-            name = "variation" if request.variation is not None else "controls"
-            raise InputError(f"{name} is for pictures; leave it out of a clip", argument=name)
+        for name in ("variation", "controls", "hires"):
+            if getattr(request, name):
+                raise InputError(f"{name} is for pictures; leave it out of a clip", argument=name)
         if system.window is not None:
             for name in ("loras", "reuse", "skip_layers"):
                 if getattr(request, name) not in (None, (), 1):
@@ -97,7 +98,7 @@ def _check_clip(model: Model, request: Request) -> None:
                         f"{name} is for pictures of this model; leave it out of a clip", argument=name
                     )
         frames, (width, height) = request.frames or 1, request.size
-        if frames * width * height > MAX_CLIP_PIXELS:
+        if system.window is None and frames * width * height > MAX_CLIP_PIXELS:
             raise InputError(
                 f"{frames} frames of {by(request.size)} are {frames * width * height:,} pixels, and a clip has at most "
                 f"{MAX_CLIP_PIXELS:,}; ask for fewer frames, or a smaller size",

@@ -100,9 +100,9 @@ def _metadata(recipe: dict[str, Any], kind: str) -> dict[str, Any]:
     return {}
 
 
-def read_recipe(path: str | os.PathLike[str], argument: str = "path") -> dict[str, Any]:
+def read_recipe(path: str | os.PathLike[str], argument: str = "file") -> dict[str, Any]:
     """The recipe inside a clip written by `save_clips`. Raises `InputError` if there is none or it is no clip."""
-    from sfumato.video.read import notes
+    from sfumato.video.read import notes, read_clip
 
     found = notes(path, argument)
     text = found.get("comment", "")
@@ -110,5 +110,7 @@ def read_recipe(path: str | os.PathLike[str], argument: str = "path") -> dict[st
         found = found | {"sfumato": text}
     recipe = provenance.recipe_in(found, path)
     if recipe is None:
+        if Path(path).suffix.lower().removeprefix(".") in BY_PYAV:
+            read_clip(path, argument=argument, frames=1)  # one that is cut off says so
         raise InputError(f"{path} carries no recipe of ours")
     return recipe

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from xml.sax.saxutils import escape
 
-from sfumato.errors import InputError, SfumatoError
+from sfumato.errors import InputError, SfumatoError, naming
 from sfumato.receipts import webui
 from sfumato.receipts.digests import with_digests
 from sfumato.receipts.share import share
@@ -77,6 +77,10 @@ def check_place(path: str | os.PathLike[str], files: list[Path], *, folder: bool
             f"output {shown} holds characters no file name can have", argument="output"
         ) from None
     try:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise InputError(
+                f"{str(path.parent)!r} is no folder; output {shown} cannot lie in it", argument="output"
+            )
         if not path.parent.is_dir():
             raise InputError(
                 f"the folder {str(path.parent)!r} does not exist; create it first", argument="output"
@@ -238,10 +242,11 @@ def _texts_of(value: object) -> dict[str, str]:
     return {str(name): str(inner) for name, inner in value.items()} if isinstance(value, dict) else {}
 
 
-def _texts(path: str | os.PathLike[str], argument: str = "path") -> dict[str, str]:
+def _texts(path: str | os.PathLike[str], argument: str = "file") -> dict[str, str]:
     from sfumato.pictures import read_file, shown, texts
 
-    return texts(read_file(path, argument), f"{argument} {shown(path)}")
+    with naming(argument):
+        return texts(read_file(path, argument), f"{argument} {shown(path)}")
 
 
 def recipe_in(texts: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any] | None:

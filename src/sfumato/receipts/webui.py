@@ -18,6 +18,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from sfumato import checks
 from sfumato.errors import InputError
 
 SAMPLERS = {  # ours → label
@@ -174,7 +175,7 @@ def _use(tag: re.Match[str]) -> dict[str, Any]:
             named[key] = float(value)
         except ValueError:
             raise InputError(
-                f"its LoRA {tag[1]!r} has the weight {value[:40]!r}, which is no number"
+                f"its LoRA {checks.shown(tag[1])} has the weight {checks.shown(value[:40])}, which is no number"
             ) from None
     text = named.get("te", 1.0)
     weight = named.get("unet", text)

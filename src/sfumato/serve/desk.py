@@ -11,7 +11,7 @@ from typing import Any
 
 from sfumato import checks
 from sfumato.serve import process
-from sfumato.serve.asked import LORAS, PICTURE, files_of, loras_of
+from sfumato.serve.asked import CLIP, LORAS, PICTURE, files_of, loras_of
 from sfumato.serve.books import RETRY_WINDOW, Books
 from sfumato.serve.devices import Connect
 from sfumato.serve.floor import Floor
@@ -190,13 +190,9 @@ class Desk:
         files, parts = await self.files(key, ask)
         checked = await self.expected(ask, files, parts)
         expected, made = checked["expected"], now()
-        seconds = min(ask.deadline or self.settings.deadline, self.settings.longest)
-        if expected["seconds"] > seconds:
-            raise bad(
-                f"this would take {expected['seconds']:.0f} s of the device, and its deadline is {seconds:.0f} s; ask "
-                "for fewer steps, or smaller or fewer pictures",
-                "deadline",
-            )
+        seconds = self._deadline(ask)
+        for why in self.too_long(ask, expected):
+            raise bad(why, "deadline")
         if self.floor.wait() + expected["seconds"] > seconds:
             raise Refused(
                 429,
@@ -249,6 +245,22 @@ class Desk:
         self.metrics.accepted.labels(record.model).inc()
         return record, live
 
+    def _deadline(self, ask: Ask) -> float:
+        return min(ask.deadline or self.settings.deadline, self.settings.longest)
+
+    def too_long(self, ask: Ask, expected: Mapping[str, Any]) -> list[str]:
+        """Why a job could not be done before its deadline; nothing where it could."""
+        seconds = self._deadline(ask)
+        if expected["seconds"] <= seconds:
+            return []
+        fewer = "steps, or smaller or fewer pictures"
+        if ask.kind == CLIP:
+            fewer = "frames or steps, or smaller or fewer clips"
+        return [
+            f"this would take {expected['seconds']:.0f} s of the device, and its deadline is {seconds:.0f} s; ask for "
+            f"fewer {fewer}"
+        ]
+
     async def _drop(self, ask: Ask) -> None:
         """Forget what came with a job that is not accepted."""
         with contextlib.suppress(LedgerError, OSError):  # then it is swept
@@ -266,7 +278,8 @@ class Desk:
             if upload is None:
                 raise file_gone(name, place)
             if (upload.format == LORA) != (place == LORAS):
-                raise bad(f"{place} cannot be {name}, which is of the format {upload.format}", place)
+                what = f"the LoRA {name}" if place == LORAS else f"{place} {name}"
+                raise bad(f"{what} is a file of the format {upload.format}", place)
             if place != LORAS:
                 found[name] = await self.floor.bytes_of(name, place)
         return list(found), list(found.values())

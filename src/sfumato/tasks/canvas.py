@@ -110,7 +110,7 @@ def _settle_clip(request: Request, clip: Clip) -> Request:
 
 def _settle_first(request: Request, image: Image.Image, size: Size) -> Request:
     """The same of a clip, whose first picture it is: brought to the clip's size rather than the reverse."""
-    for name in ("strength", "mask", "outpaint", "inpaint", "hires"):
+    for name in ("strength", "mask", "outpaint", "inpaint"):
         if getattr(request, name) is not None and (name != "strength" or request.clip is None):
             what = "goes with a `clip` to begin with" if name == "strength" else "is for pictures"
             raise InputError(f"{name} {what}; a clip begins with its image as it is", argument=name)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageSequence
 
 from sfumato import pictures
-from sfumato.errors import DataError, InputError
+from sfumato.errors import DataError, InputError, naming
 from sfumato.pictures import shown
 from sfumato.types import MAX_CLIP_PIXELS, MAX_FPS, MAX_FRAMES, Clip
 from sfumato.video.formats import DEMUXERS, pyav, sniff
@@ -33,7 +33,7 @@ SHORT = 0.05  # of the time that a file announces: what may be missing at its en
 STILL = 10.0  # frames per second of a GIF that says 0, as browsers show it
 STILL_HEAD = 2**20  # bytes of a picture in which its header lies
 BEGUN = ("clip", "init")  # arguments that a clip begins with
-READ = "mp4, mov, webm, mkv, avi, animated WebP and GIF, and folders of pictures are read"
+READ = "mp4, mov, webm, mkv, avi, animated WebP and GIF are read"
 _PICTURE = re.compile(r".*\.(png|jpe?g|webp)", re.IGNORECASE)
 
 
@@ -52,10 +52,11 @@ def read_clip(
     rates, or no clip at all.
     """
     name = f"{argument} {shown(path)}"
-    if Path(path).is_dir():
-        return _from_folder(Path(path), name, argument, frames, fps)
-    with _opened(path, argument, name) as stream:
-        return _read(stream, name, argument, frames, MAX_CLIP_PIXELS)
+    with naming(argument):
+        if Path(path).is_dir():
+            return _from_folder(Path(path), name, argument, frames, fps)
+        with _opened(path, argument, name) as stream:
+            return _read(stream, name, argument, frames, MAX_CLIP_PIXELS)
 
 
 def decode_clip(
@@ -107,8 +108,13 @@ def notes(path: str | os.PathLike[str], argument: str = "clip") -> dict[str, str
     if Path(path).is_dir():
         files = _pictures_in(Path(path), name)
         return pictures.texts(pictures.read_file(files[0], argument), name)
-    with _opened(path, argument, name) as stream:
-        kind = sniff(stream.read(64))
+    with naming(argument), _opened(path, argument, name) as stream:
+        start = stream.read(64)
+        kind = sniff(start)
+        if kind is None and pictures.sniff(start) is None:
+            what = pictures.describe(start)
+            what = "no picture or clip" if what == pictures.UNKNOWN else what
+            raise DataError(f"{name} is {what}; PNG, JPEG, WebP, {READ}")
         stream.seek(0)
         if kind in DEMUXERS:
             av = pyav(argument)
@@ -214,7 +220,7 @@ def _decoded(
         if kind == "avi" and guessed:  # whose seconds are those of what is there
             announced = track.frames / guessed
     if not read:
-        raise DataError(f"{name} has no frames")
+        raise DataError(f"{name} has no frames that can be read: it is damaged or cut off")
     if len({picture.size for picture in read}) > 1:
         raise DataError(f"{name} has frames of several sizes")
     waits = [b - a for a, b in pairwise(times)] or [1 / guessed if guessed else 1.0]
@@ -293,7 +299,7 @@ def _from_folder(folder: Path, name: str, argument: str, most: int | None, fps: 
         raise _too_many(name)
     if fps is None:
         raise InputError(
-            f"{name} is a folder, which does not say how fast it is shown; give fps", argument="fps"
+            f"{name} is a folder, which does not say how fast it is shown; give `fps`", argument="fps"
         )
     read: list[Any] = []
     for file in files:

@@ -32,7 +32,8 @@ CONTAINER = {
     "mp4": {"movflags": "use_metadata_tags+faststart"},
     "webm": {},
 }  # any name of a note; index in front
-AT_ONCE = ("gif", "webp")  # which Pillow writes, given all frames
+# kinds that Pillow writes, given all frames, and the bytes of a pixel that it holds until then; 13 in a WebP of noise
+AT_ONCE = {"gif": 3, "webp": 8}
 BT709 = 1  # of H.273's tables of primaries, transfer and matrix
 LIMITED = 1  # FFmpeg's number of the range 16 to 235
 LONGEST = 65_535  # milliseconds or hundredths of a frame's time that GIF and WebP can say
@@ -54,19 +55,26 @@ def check_clip(clip: Clip, kind: str) -> None:
     check_shape(kind, len(clip.frames), clip.size)
 
 
-def check_shape(kind: str, frames: int, size: tuple[int, int]) -> None:
-    """`InputError` for so many frames of (width, height) that no file of this kind can hold; told before drawing."""
+def check_shape(kind: str, frames: int, size: tuple[int, int], argument: str = "output") -> None:
+    """`InputError`, naming `argument`, for so many frames of (width, height) that no file of this kind can hold; told
+    before drawing.
+    """
     width, height = size
     if kind in QUALITY and (width % 2 or height % 2):
         raise InputError(
-            f"{kind} needs even sides, not {width}x{height}; write .webp, .gif or a folder", argument="output"
+            f"{kind} needs even sides, not {width}x{height}; write .webp, .gif or a folder", argument=argument
         )
     if kind in AT_ONCE and frames * width * height > MAX_CLIP_PIXELS:
         raise InputError(
             f"{kind} is written with all frames in memory, and {frames:,} of {width}x{height} are too many for it; "
-            "write .mp4, .webm or a folder",
-            argument="output",
+            "write mp4 or webm",
+            argument=argument,
         )
+
+
+def held(kind: str, frames: int, size: tuple[int, int]) -> int:
+    """Bytes that writing so many frames of (width, height) holds, beside the frames themselves."""
+    return AT_ONCE.get(kind, 0) * frames * size[0] * size[1]
 
 
 def write_clip(

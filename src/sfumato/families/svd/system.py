@@ -65,7 +65,7 @@ class System(PublishedSystem):
 
     family = FAMILY
     animates = True
-    reads = frozenset(["frames", "fps", "guidance_first", "motion", "clip"])
+    reads = frozenset(["frames", "fps", "guidance_first", "motion", "motion.augment", "clip"])
 
     def openers(
         self, parts: Mapping[str, Mapping[str, Tensor]], *, keep: int | None

@@ -68,7 +68,8 @@ def succeeded(record: Record) -> Record:
     if record.state == SUCCEEDED:
         return record
     error = record.error or {"code": "internal", "message": "the job failed", "param": None}
-    status = 422 if record.state == CANCELLED else STATUS.get(error["code"], 500)
+    theirs = 400 if error.get("param") else 500  # what names a field is about what was asked
+    status = 422 if record.state == CANCELLED else STATUS.get(error["code"], theirs)
     after = 5.0 if status in (503, 504) else None
     raise Refused(status, error["code"], error["message"], param=error.get("param"), retry_after=after)
 

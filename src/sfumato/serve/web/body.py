@@ -24,7 +24,7 @@ from sfumato.serve.refusals import Refused, bad
 from sfumato.serve.store import new_id
 from sfumato.storage import strict_json
 from sfumato.video import formats
-from sfumato.video.read import decode_clip
+from sfumato.video.read import READ, decode_clip
 
 RETRIES = "x-stainless-retry-count"  # of OpenAI's clients, which begin with 0
 FIELD = 2**20  # bytes of a form's text field
@@ -114,16 +114,19 @@ def may_retry(headers: Mapping[str, str]) -> bool:
     return RETRIES in headers
 
 
-def unbase64(value: Any, param: str) -> bytes:
-    """The bytes of base64, with or without what a data: URL begins with. `Refused` for anything else, as addresses."""
+def unbase64(value: Any, param: str, what: str | None = None) -> bytes:
+    """The bytes of base64, with or without what a data: URL begins with. `Refused`, which calls it `what`, for anything
+    else, as addresses.
+    """
+    what = what or param
     if not isinstance(value, str):
-        raise bad(f"{param} must be a picture as base64", param)
+        raise bad(f"{what} must be a picture as base64", param)
     head, comma, _ = value[:100].partition(",")
     text = value[len(head) + 1 :] if comma and head.startswith("data:") else value
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise bad(f"{param} must be a picture as base64; addresses are not followed", param) from None
+        raise bad(f"{what} must be a picture as base64; addresses are not followed", param) from None
 
 
 async def look_at_picture(books: Books, key: Key, data: bytes, param: str = "image") -> Upload:
@@ -155,7 +158,11 @@ def _picture(data: bytes, name: str) -> pictures.Header:
 def _picture_or_clip(data: bytes, name: str) -> pictures.Header:
     """A WebP that moves is a picture, too: its first."""
     kind = formats.sniff(data[:64])
-    if kind is None or kind == "webp":
+    if kind is None and name == "file" and pictures.sniff(data[:64]) is None:
+        what = pictures.describe(data[:64]) if data else "empty"
+        what = "no picture, clip or LoRA" if what == pictures.UNKNOWN else what
+        raise DataError(f"the file is {what}; PNG, JPEG, WebP, {READ}, and of LoRAs .safetensors")
+    if name != "clip" and kind in (None, "webp"):
         return _picture(data, name)
     clip = decode_clip(data, f"the {name}", argument=name, frames=2, most=MOST_PIXELS)
-    return pictures.Header(kind, *clip.size)
+    return pictures.Header(kind or "", *clip.size)

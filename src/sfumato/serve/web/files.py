@@ -88,6 +88,9 @@ async def _sent(books: Books, key: Key, request: Request) -> AsyncIterator[bytes
     """The bytes of the one file that was sent, in pieces. `Refused` for a form without one."""
     if kind_of_body(request) in UPLOADS.values():
         return _pieces(request)
+    if kind_of_body(request) != "multipart/form-data":
+        ways = "send the file itself, with a Content-Type such as image/png, or a form with it, called file"
+        raise Refused(415, "unsupported_media_type", f"{ways}: multipart/form-data")
     room = FORM + await books.room(key.id)
 
     async def receive() -> Message:
@@ -101,7 +104,7 @@ async def _sent(books: Books, key: Key, request: Request) -> AsyncIterator[bytes
 
     file = upload_of(await form_body(Request(request.scope, receive)), "file")
     if file is None:
-        raise bad("the form must have one file", "file")
+        raise bad('the form must have one file, called "file"', "file")
     return _read(file)
 
 

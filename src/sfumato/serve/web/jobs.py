@@ -106,7 +106,7 @@ def add(
                 **expected,
                 "price": price,
                 "wait_seconds": waits,
-                "notes": checked["notes"],
+                "notes": [*checked["notes"], *desk.too_long(ask, expected)],
             }
         )
 
@@ -201,6 +201,8 @@ def asked(
     if not isinstance(wanted, dict):
         example = str(family.example["request"]).replace("'", '"')
         raise bad(f"request must be an object, such as {example}", "request")
+    if family.kind == CLIP and wanted.get("strength") is not None and wanted.get("clip") is None:
+        raise bad("strength goes with a clip to begin with", "strength")
     model = body.get("model", desk.settings.models[0].name)
     if not isinstance(model, str):
         raise bad(f"model must be a name, not {checks.shown(model)}", "model")

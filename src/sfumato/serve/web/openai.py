@@ -37,6 +37,7 @@ from sfumato.serve.web.body import (
     may_retry,
 )
 from sfumato.serve.web.schema import BINARY, described, sends
+from sfumato.storage import strict_json
 
 MOST = 10  # pictures
 QUALITY = {
@@ -57,7 +58,7 @@ NEUTRAL = {  # field → values that ask for nothing we do not do
 }
 OURS = {  # plain fields of a request
     "seed": int, "steps": int, "guidance": float, "sampler": str, "schedule": str, "negative": str, "strength": float,
-    "fit": str, "eta": float, "clip_skip": int, "reuse": int,
+    "fit": str, "eta": float, "clip_skip": int, "reuse": int, "loras": list,
 }  # fmt: skip
 EXAMPLE = {"prompt": "a red metal sphere behind a small blue cube", "n": 2, "size": "128x128"}
 EDIT = {"prompt": "two yellow spheres", "image": "start.png"}
@@ -81,7 +82,8 @@ def routes(desk: Desk) -> APIRouter:
     """All of them, on one desk."""
     router = APIRouter(prefix="/v1", tags=["openai"])
     ours = {
-        name: {"type": {int: "integer", float: "number", str: "string"}[kind]} for name, kind in OURS.items()
+        name: {"type": {int: "integer", float: "number", str: "string", list: "array"}[kind]}
+        for name, kind in OURS.items()
     }
     fields = {
         "prompt": {"type": "string", "maxLength": checks.MAX_PROMPT},
@@ -167,11 +169,15 @@ def _texts(form: FormData) -> dict[str, Any]:
         if name == "stream":
             found[name] = _flag(name, value)
             continue
+        if name == "loras":
+            found[name] = _list(name, value)
+            continue
         kind = OURS.get(name, int if name in ("n", "partial_images", "output_compression") else str)
         try:
             found[name] = kind(value)
         except ValueError:
-            raise bad(f"{name} must be a number, not {checks.shown(value)}", name) from None
+            number = "a whole number" if kind is int else "a number"
+            raise bad(f"{name} must be {number}, not {checks.shown(value)}", name) from None
     return found
 
 
@@ -179,6 +185,17 @@ def _flag(name: str, text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise bad(f"{name} must be true or false, not {checks.shown(text)}", name)
     return text.lower() == "true"
+
+
+def _list(name: str, text: str) -> list[Any]:
+    """What a field of a form holds as JSON."""
+    try:
+        found = strict_json(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise bad(f"{name} must be a list as JSON, not {checks.shown(text)}", name)
+    return found
 
 
 def _wanted(desk: Desk, body: dict[str, Any]) -> Wanted:

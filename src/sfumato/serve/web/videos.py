@@ -69,7 +69,7 @@ def _texts(form: FormData) -> dict[str, Any]:
     """The text fields of a form as JSON has them: `request` is JSON itself."""
     found: dict[str, Any] = {}
     for name, value in form.multi_items():
-        if name in FILES and not isinstance(value, str):
+        if name in FILES:
             continue
         if name not in FIELDS or not isinstance(value, str):
             raise bad(f"unknown field {checks.shown(name)}; a form has {', '.join((*FIELDS, *FILES))}", name)
@@ -81,5 +81,6 @@ def _texts(form: FormData) -> dict[str, Any]:
         try:
             found[name] = NUMBERS.get(name, str)(value)
         except ValueError:
-            raise bad(f"{name} must be a number, not {checks.shown(value)}", name) from None
+            number = "a whole number" if NUMBERS.get(name) is int else "a number"
+            raise bad(f"{name} must be {number}, not {checks.shown(value)}", name) from None
     return found

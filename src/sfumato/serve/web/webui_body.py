@@ -7,6 +7,7 @@ refused by name; one with the value that asks for nothing is passed over.
 from __future__ import annotations
 
 import io
+import re
 import secrets
 from typing import Any
 
@@ -60,6 +61,8 @@ def in_their_words(error: Refused | InputError) -> Refused:
     """An error of ours by the names that the web UI's fields have."""
     ours, text = error.param if isinstance(error, Refused) else error.argument, str(error)
     ours = (ours or "").partition("[")[0] or None
+    if side := re.match(r"size's (width|height) ", text):
+        ours, text = side[1], text.removeprefix("size's ")
     text = worded(
         text, ours, lambda field: None if (named := THEIRS.get(field)) is None else WORDS.get(named, named)
     )
@@ -149,20 +152,22 @@ class Body:
             return {}
         try:
             return webui.sampling(sampler or None, schedule or None, (), facts["schedules"])
-        except InputError:
-            wrong = f"sampler {checks.shown(sampler)}" if sampler else ""
-            both = " or ".join(
-                part for part in (wrong, f"scheduler {checks.shown(schedule)}" if schedule else "") if part
-            )
-            raise bad(
-                f"there is no {both[:120]} here; see /sdapi/v1/samplers and /schedulers", "sampler_name"
-            ) from None
+        except InputError as error:
+            what, value, name = "sampler", sampler, "sampler_name"
+            if error.argument == "schedule":
+                what, value, name = "scheduler", schedule, "scheduler"
+            elif not self.given.get(name):
+                name = "sampler_index"
+            raise bad(f"there is no {what} {checks.shown(value)} here; see /sdapi/v1/{what}s", name) from None
 
     def _loras(self, prompt: str) -> tuple[str, list[dict[str, Any]]]:
         try:
-            return webui.loras(prompt)
+            rest, uses = webui.loras(prompt)
         except InputError as error:
             raise bad(str(error), "prompt") from None
+        if (start := rest.find("<lora:")) >= 0:
+            raise bad(f"a LoRA is <lora:NAME:WEIGHT>, not {checks.shown(rest[start : start + 40])}", "prompt")
+        return rest, uses
 
     def _larger(self) -> dict[str, Any]:
         """The second pass, if there is one. Its fields mean nothing without it."""
@@ -250,7 +255,9 @@ class Body:
                 "alwayson_scripts",
             )
         number = len(self.controls)
-        self.pictures[f"control {number}"] = unbase64(image, "alwayson_scripts")
+        self.pictures[f"control {number}"] = unbase64(
+            image, "alwayson_scripts", f"the image of ControlNet's unit {number}"
+        )
         name = unit.get("model")
         values = {
             "name": name.partition(" [")[0] if isinstance(name, str) else name,

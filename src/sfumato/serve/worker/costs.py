@@ -29,6 +29,7 @@ from sfumato.serve.worker.together import Spent
 from sfumato.tasks.latent import steps_to_run
 from sfumato.types import Request
 from sfumato.video.frames import in_memory
+from sfumato.video.write import held
 
 WEIGHT = 0.3  # of what the last job says, against those before
 UNKNOWN = 1e-6  # seconds for a pixel of a call, of a model that has drawn nothing yet
@@ -112,15 +113,21 @@ class Costs:
         self._need: dict[Any, int] = {}  # memory, by kind of request
         self._lock = threading.Lock()
 
-    def expected(self, request: Request) -> Expected:
-        """Of a complete request. `InputError` if the device's memory does not hold it."""
+    def expected(self, request: Request, kind: str = "") -> Expected:
+        """Of a complete request. kind: of file that a clip is written to. `InputError` if the device's memory does not
+        hold it.
+        """
         runs = passes(self.model, request)
         one = sum(run.calls * self._at(self._call, run.pixels) for run in runs)
         one += self._at(self._rest, runs[-1].pixels)
         _check_disk(request)
         request = _nominal(request)
-        need, flops = self._memory(request, runs), by_stage(work_of(self.plain, request))
         seconds, frames = request.count * one, request.frames or 1
+        need, writing = self._memory(request, runs), held(kind, frames, runs[-1].size)
+        if writing > need:
+            need = writing
+            self._check_room(request, runs[-1].size, need)
+        flops = by_stage(work_of(self.plain, request))
         return Expected(request.count, runs, seconds, need, flops, request.fps, frames)
 
     def joules(self, seconds: float) -> float | None:

@@ -12,6 +12,7 @@ import sfumato
 from sfumato.serve.settings import ModelSpec
 
 HIDDEN = "…"
+ADVICE = re.compile(r"; one is opened with the model, by .*")  # to who opens it
 # a path from the root that is at least two names long, and no address of the API's own
 PATH = re.compile(
     r"(?<![\w.:/~…])(?:~|[A-Za-z]:)?[/\\](?!(?:v1|sdapi|page)/)[^\s/\\'\"<>|]+[/\\][^\s'\"<>|,;)]*"
@@ -30,7 +31,7 @@ class Discreet:
     def __call__(self, text: str) -> str:
         for path, name in self._known:
             text = text.replace(path, name)
-        return PATH.sub(HIDDEN, text)
+        return PATH.sub(HIDDEN, ADVICE.sub("", text))
 
 
 def of_models(specs: Iterable[ModelSpec]) -> Discreet:

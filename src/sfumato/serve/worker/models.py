@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import checks, planning
-from sfumato.diffusion.schedules import SCHEDULES
+from sfumato.diffusion.schedules import SCHEDULES, sigmas_for
 from sfumato.drawing.clips import as_clip, makes_clips
 from sfumato.drawing.script import check_texts
 from sfumato.errors import InputError
@@ -119,9 +119,18 @@ class Opened:
             "weights": self.model.hashes,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "samplers": list(SAMPLERS),
-            "schedules": list(SCHEDULES),
+            "schedules": [name for name in SCHEDULES if _possible(name, system)],
             "eta_samplers": eta_samplers(),
         }
+
+
+def _possible(schedule: str, system: Any) -> bool:
+    """Whether a model can be drawn with by the schedule."""
+    try:
+        sigmas_for(schedule, 2, system.levels, 1)
+    except InputError as error:
+        return error.argument != "schedule"
+    return True
 
 
 def open_model(spec: ModelSpec, device: str | None, together: Together, memory: int | None) -> Opened:

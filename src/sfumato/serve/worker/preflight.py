@@ -10,6 +10,7 @@ import numpy as np
 from sfumato import checks
 from sfumato.errors import InputError
 from sfumato.fidelity import store
+from sfumato.fidelity.advice import MASK
 from sfumato.fidelity.instrument import open_instrument
 from sfumato.fidelity.preflight import preflight
 from sfumato.fidelity.prompt import examine, score
@@ -72,9 +73,14 @@ class Preflights:
         )
         boxes = [in_image(request, drawn_on, found.region.box) for found in report.findings]
         findings = tuple(
-            replace(found, region=replace(found.region, box=box))
+            replace(found, region=replace(found.region, box=box), helps=_possible(found.helps, request))
             for found, box in zip(report.findings, boxes, strict=True)
             if box[0] < box[2] and box[1] < box[3]  # else it is of what was filled in beside the picture
         )
         told = replace(report, findings=findings).to_dict()
         return {**told, "model": self.name, "image_size": list(request.image.size)}
+
+
+def _possible(helps: tuple[str, ...], request: Request) -> tuple[str, ...]:
+    """What helps, without what a clip cannot have."""
+    return tuple(way for way in helps if way != MASK or not request.moves)

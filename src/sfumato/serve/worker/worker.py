@@ -102,6 +102,7 @@ class Worker:
         from sfumato.receipts.provenance import check_recipe
         from sfumato.serve.asked import request_of
         from sfumato.serve.worker.job import SUFFIXES
+        from sfumato.video.write import check_shape
 
         opened = self.models[message["model"]]
         given = request_of(message["request"], dict(zip(message["files"], parts, strict=True)))
@@ -110,9 +111,12 @@ class Worker:
         notes = [] if adapters is None else [self.discreet(note) for note in adapters.notes(given)]
         if request.loras is None:
             request = replace(request, loras=() if adapters else None)
-        if not request.moves:
-            check_recipe(request, SUFFIXES[message["format"]])
-        return request, self.costs[message["model"]].expected(request), notes
+        kind = message["format"]
+        if request.moves and request.frames and request.size:
+            check_shape(kind, request.frames, request.size, "format")
+        else:
+            check_recipe(request, SUFFIXES[kind])
+        return request, self.costs[message["model"]].expected(request, kind), notes
 
     def _answer(self, message: dict[str, Any], parts: list[bytes]) -> None:
         """What a request will take, or what of it will not survive; or the error that it is."""
