@@ -258,7 +258,7 @@ def test_tags_of_the_web_ui_are_read(tags, uses):
 
 
 def test_a_tag_without_a_number_is_refused(tmp_path):
-    with pytest.raises(InputError, match="LoRA 'ink' has the weight 'much'"):
+    with pytest.raises(InputError, match='LoRA "ink" has the weight "much"'):
         webui.read(f"a cat <lora:ink:much>{SETTINGS}")
 
 

@@ -185,7 +185,7 @@ def test_hostile_outputs_are_refused_by_name(tmp_path):
         tmp_path / "folder.png": "is a folder",
         tmp_path / "pipe.png": "not a file",
         tmp_path / "absent" / "out.png": "does not exist",
-        tmp_path / "file" / "out.png": "does not exist",
+        tmp_path / "file" / "out.png": "is no folder",
         tmp_path / ("x" * 300 + ".png"): "cannot be written",
         f"{tmp_path}/a\0b.png": "no file name can have",
         f"{tmp_path}/a\ud800b.png": "no file name can have",
