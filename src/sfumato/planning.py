@@ -74,8 +74,7 @@ def plan_clip(
     with model.precision():
         stages = model.system.trace_clip(request)
     if writing := held(kind or "", request.frames, request.size):
-        frames = request.count * request.frames
-        drawn = 4 * frames * request.size[0] * request.size[1] if in_memory(frames, request.size) else 0
+        drawn = in_memory(request.count * request.frames, request.size)
         stages = (*stages, Stage("write", stages[0].weights, writing + drawn))
     return _all_in_memory(model, stages, limit)
 

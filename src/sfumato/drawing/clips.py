@@ -25,7 +25,7 @@ from sfumato.tasks.canvas import beginning
 from sfumato.tasks.latent import Origin
 from sfumato.tasks.pixels import to_image, to_pixels
 from sfumato.types import Clip, Conditioning, Request
-from sfumato.video.frames import Frames, in_memory
+from sfumato.video.frames import Frames, on_disk
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
@@ -63,7 +63,7 @@ def draw_clips(
     Frames that are too many for memory together (`video.frames`) go to the disk as they are decoded.
     """
     assert request.fps is not None and request.frames is not None and request.size is not None
-    keep = tuple if in_memory(request.count * request.frames, request.size) else Frames
+    keep = Frames if on_disk(request.count * request.frames, request.size) else tuple
     origin = None if request.clip is None else origin_of_clip(model, request)
     clock.lap("encode", origin is not None)
     clips = []

@@ -15,9 +15,15 @@ from sfumato.errors import SfumatoError
 IN_MEMORY = 128 << 20  # bytes of pixels, three each: more go to the disk
 
 
-def in_memory(frames: int, size: tuple[int, int]) -> bool:
-    """Whether so many frames, (width, height) in pixels, are kept as pictures."""
-    return 3 * frames * size[0] * size[1] <= IN_MEMORY
+def on_disk(frames: int, size: tuple[int, int]) -> int:
+    """Bytes that so many frames, (width, height) in pixels, have on the disk; 0 where they are kept as pictures."""
+    count = 3 * frames * size[0] * size[1]
+    return count if count > IN_MEMORY else 0
+
+
+def in_memory(frames: int, size: tuple[int, int]) -> int:
+    """Bytes that they have in memory, four a pixel, as Pillow keeps them; 0 where they go to the disk."""
+    return 0 if on_disk(frames, size) else 4 * frames * size[0] * size[1]
 
 
 class Frames(Sequence[Image.Image]):

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 PIXELS = 3 * 4  # bytes of a pixel that is decoded
 PICTURE = 3  # of one in a picture that is done
 ALIKE = 3  # pieces of a film that are decoded: those after them are as the last of these
-FRAME = 4  # of one in a frame that is done, as Pillow keeps it
 
 
 def trace_pictures(
@@ -60,9 +59,8 @@ def trace_clip(system: System, request: Request, window: int) -> tuple[Stage, ..
     pixels = None
     if request.image is not None or request.clip is not None:
         pixels = (1, 3, request.frames if request.clip is not None else 1, height, width)
-    frames = request.count * request.frames
     kept = 2 * math.prod(shape) * 4
-    decoded = frames * width * height * FRAME if in_memory(frames, request.size) else 0
+    decoded = in_memory(request.count * request.frames, request.size)
     drawn, film = (2, C, min(window, T), H, W), (1, *shape)
     return _stages(system, cond, drawn, film, pixels, kept=kept, decoded=decoded, clips=True)
 

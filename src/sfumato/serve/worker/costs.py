@@ -28,7 +28,7 @@ from sfumato.receipts.work import by_stage, calls, work_of
 from sfumato.serve.worker.together import Spent
 from sfumato.tasks.latent import steps_to_run
 from sfumato.types import Request
-from sfumato.video.frames import in_memory
+from sfumato.video.frames import on_disk
 from sfumato.video.write import held
 
 WEIGHT = 0.3  # of what the last job says, against those before
@@ -211,10 +211,8 @@ class _WithoutAdapters:
 def _check_disk(request: Request) -> None:
     """`InputError` for a film whose frames do not fit on the disk, where they wait to be written."""
     frames, size = request.count * (request.frames or 1), request.size or (0, 0)
-    if not request.moves or in_memory(frames, size):
-        return
-    need, free = 3 * frames * size[0] * size[1], shutil.disk_usage(tempfile.gettempdir()).free
-    if need > free:
+    need = on_disk(frames, size) if request.moves else 0
+    if need and need > (free := shutil.disk_usage(tempfile.gettempdir()).free):
         raise InputError(
             f"{frames:,} frames of {size[0]}x{size[1]} need {planning.shown(need)} of the server's disk until they are "
             f"written, and {planning.shown(free)} are free; draw fewer, or smaller",
