@@ -26,7 +26,7 @@ from sfumato.adapters.delta import (
 )
 from sfumato.adapters.names import BIAS, WEIGHT, Names, Target
 from sfumato.adapters.roles import BUNDLED, Spelled, group, refused
-from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.header import UNUSABLE, shown
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.source import Weights, open_weights
 from sfumato.errors import CheckpointError
@@ -187,7 +187,7 @@ def check_numbers(file: Path, spelled: Spelled, weights: Weights) -> None:
     for role, key in spelled.tensors.items():
         dtype = weights.info(key)[0]
         if dtype.is_floating_point and not finite(weights[key]):
-            raise CheckpointError(f"{file}: {shown(key)} holds NaN or infinite values; the file is unusable")
+            raise CheckpointError(f"{file}: {shown(key)} {UNUSABLE}")
         if not dtype.is_floating_point and role not in ("alpha", "scalar"):
             raise CheckpointError(
                 f"{file}: {shown(key)} is of {str(dtype).removeprefix('torch.')}; floating-point numbers are right"

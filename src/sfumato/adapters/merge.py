@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.fold import Adapters, Folded
-from sfumato.checkpoint.layer import UNUSABLE, finite, told
+from sfumato.checkpoint.header import UNUSABLE
+from sfumato.checkpoint.layer import finite, told
 from sfumato.checkpoint.rules import info
 from sfumato.errors import CheckpointError
 

@@ -20,6 +20,7 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+UNUSABLE = "holds NaN or infinite values; the file is unusable"  # of a tensor
 TENSOR_LIMIT = 200_000  # a hundred times the largest model; more would only cost memory
 RANK_LIMIT = 32
 _MARKS_LIMIT = 16 * TENSOR_LIMIT  # of { [ and , in a header: what a parser makes sixty bytes from

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from sfumato.checkpoint.cast import Room, cast
-from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.header import UNUSABLE, shown
 from sfumato.checkpoint.report import SHOWN
 from sfumato.checkpoint.rules import origin
 from sfumato.errors import CheckpointError
 from sfumato.nn.packed import matrix_of, packed
 
-UNUSABLE = "holds NaN or infinite values; the file is unusable"
 Product = tuple[str, tuple[Tensor, Tensor]]  # the name of a matrix, and the factors of what is added to it
 
 

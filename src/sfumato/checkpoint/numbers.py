@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from sfumato.checkpoint.header import Header, shown
+from sfumato.checkpoint.header import UNUSABLE, Header, shown
 from sfumato.errors import CheckpointError
 
 BLOCK = 2**20  # numbers looked at together
@@ -28,6 +28,4 @@ def check_numbers(path: str | os.PathLike[str], header: Header) -> None:
             for first in range(0, entry.count, BLOCK):
                 block = np.fromfile(stream, kind, min(BLOCK, entry.count - first))
                 if ((block & mask) == mask).any():
-                    raise CheckpointError(
-                        f"{path}: {shown(name)} holds NaN or infinite values; the file is unusable"
-                    )
+                    raise CheckpointError(f"{path}: {shown(name)} {UNUSABLE}")

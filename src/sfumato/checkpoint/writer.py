@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from sfumato.checkpoint.header import UNUSABLE
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info, origin
 from sfumato.checkpoint.source import DTYPES
@@ -85,5 +86,5 @@ def _cast(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
             raise CheckpointError(
                 f"tensor {name!r} holds numbers beyond the range of {NAMES[kind]}; use bfloat16 or float32"
             )
-        raise CheckpointError(f"tensor {name!r} holds NaN or infinite values; the file is unusable")
+        raise CheckpointError(f"tensor {name!r} {UNUSABLE}")
     return cast

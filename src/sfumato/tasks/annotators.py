@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.checkpoint.header import shown
+from sfumato.checkpoint.header import UNUSABLE, shown
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.layout import find_parts, read_plain
 from sfumato.checkpoint.source import open_folder
@@ -175,9 +175,7 @@ def open_annotator(place: str | os.PathLike[str]) -> Annotator:
     for name in weights:
         tensor = weights[name]
         if tensor.is_floating_point() and not finite(tensor):
-            raise CheckpointError(
-                f"{folder}: {shown(name)} holds NaN or infinite values; the file is unusable"
-            )
+            raise CheckpointError(f"{folder}: {shown(name)} {UNUSABLE}")
     return Annotator(folder, kind, tensors_hash(weights), part.config, _entrance(folder, kind, part.config))
 
 

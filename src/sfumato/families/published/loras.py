@@ -16,6 +16,7 @@ from sfumato.adapters.merge import merged
 from sfumato.adapters.names import WEIGHT
 from sfumato.adapters.svd import Kept, check_rank, low_rank
 from sfumato.adapters.write import check_target, kohya
+from sfumato.checkpoint.header import UNUSABLE
 from sfumato.checkpoint.layer import finite
 from sfumato.checkpoint.rules import info
 from sfumato.checkpoint.writer import write_tensors
@@ -98,7 +99,7 @@ def extract(
             raise CheckpointError(f"{part} {name} has another shape in {tuned}")
         old, new = (found[name].to(torch.float32) for found in (olds, news))
         if not (finite(old) and finite(new)):
-            raise CheckpointError(f"{part} {name} holds NaN or infinite values; the file is unusable")
+            raise CheckpointError(f"{part} {name} {UNUSABLE}")
         change = new - old
         size = float(change.double().square().sum())
         if size <= (LEAST * float(old.norm())) ** 2:
