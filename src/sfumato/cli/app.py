@@ -92,15 +92,15 @@ def build() -> typer.Typer:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; every failure becomes one line on standard error."""
     try:
+        command: Any = typer.main.get_command(build())
         _refuse_empty_paths(arguments)
-        command = typer.main.get_command(build())
         code = command.main(args=list(arguments) or ["--help"], prog_name="sfumato", standalone_mode=False)
         code = code if isinstance(code, int) else 0
         if code == Cancelled.exit_code:
             _say("stopped")
         return code
     except SfumatoError as error:
-        options = _options(arguments)
+        options = _options(command, arguments)
         argument = getattr(error, "argument", None)
         _complain(worded(str(error), argument, lambda field: fields.option_of(field, options)))
         return error.exit_code
@@ -151,20 +151,14 @@ def _paths(verb: Callable[..., None]) -> tuple[dict[str, str], bool]:
     return options, positional
 
 
-def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """How the options of the verb that a command line begins with are written, by their parameters' names."""
-    verbs = {
-        **VERBS,
-        **{f"{group} {name}": verb for group, (_, own) in GROUPS.items() for name, verb in own.items()},
-    }
-    verb = verbs.get(" ".join(arguments[:1])) or verbs.get(" ".join(arguments[:2]))
-    found = {}
-    for name, hint in ({} if verb is None else get_type_hints(verb[0], include_extras=True)).items():
-        for told in get_args(hint)[1:]:
-            if isinstance(told, typer.models.OptionInfo):
-                written = [text for text in told.param_decls or () if text.startswith("--")]
-                found[name] = (written or [f"--{name.replace('_', '-')}"])[0].partition("/")[0]
-    return found
+def _options(command: Any, arguments: Sequence[str]) -> dict[str, str]:
+    """`fields.options_of` the verb that a command line begins with."""
+    for word in arguments:
+        inner = getattr(command, "commands", {}).get(word)
+        if inner is None:
+            break
+        command = inner
+    return fields.options_of(command)
 
 
 def _complain(message: str) -> None:

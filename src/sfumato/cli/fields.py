@@ -113,11 +113,14 @@ def option_of(field: str, options: Mapping[str, str]) -> str | None:
 
 def in_words(note: str, context: Context) -> str:
     """What the library says of a request, with the verb's options in place of fields."""
-    options = {
-        parameter.name: next((text for text in parameter.opts if text.startswith("--")), parameter.opts[0])
-        for parameter in context.command.params
-    }
+    options = options_of(context.command)
     return worded(note, None, lambda field: option_of(field, options))
+
+
+def options_of(command: Any) -> dict[str, str]:
+    """How a verb's options are written, by their parameters' names."""
+    written = ((each.name, [text for text in each.opts if text.startswith("--")]) for each in command.params)
+    return {name: texts[0] for name, texts in written if texts}
 
 
 def dropped(context: Context) -> set[str]:
