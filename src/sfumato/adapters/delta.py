@@ -250,7 +250,7 @@ def product(changes: Sequence[Change]) -> tuple[Tensor, Tensor] | None:
     for weight, delta in changes:
         if not isinstance(delta, LowRank) or delta.mid is not None:
             return None
-        ups.append(_wide(delta.up).flatten(1) * (weight * delta.scale))
+        ups.append(delta.up.to(torch.float32, copy=True).flatten(1).mul_(weight * delta.scale))
         downs.append(_wide(delta.down).flatten(1))
     return (ups[0], downs[0]) if len(ups) == 1 else (torch.cat(ups, 1), torch.cat(downs))
 
