@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.runtime import fast_dtype
+
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with the learning rate of `adjust_lr_fn="match_rms_adamw"`, up to the rounding of bfloat16.
+    """`torch.optim.Muon` with the learning rate of `adjust_lr_fn="match_rms_adamw"`, up to rounding.
 
     Torch's steps from matrix to matrix, and spends a third of its time on calls too small for the machine. A stack of
     a transformer's like matrices fills it. State, and so checkpoints, are torch's.
@@ -47,7 +49,8 @@ class Muon(torch.optim.Muon):
 def orthogonalised(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7
 ) -> Tensor:
-    """(K, m, n) → bfloat16 (K, m, n): each matrix with its singular values brought near 1.
+    """(K, m, n) → (K, m, n), in the type that the machine multiplies fastest: each matrix with its singular values
+    brought near 1.
 
     The quintic iteration X ← (a + b·XXᵀ + c·(XXᵀ)²) X of Jordan et al. 2024, on the shorter side.
     """
@@ -55,7 +58,7 @@ def orthogonalised(
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)).to(
-        torch.bfloat16, memory_format=torch.contiguous_format
+        fast_dtype(matrices.device), memory_format=torch.contiguous_format
     )
     for _ in range(steps):
         gram = x @ x.mT
