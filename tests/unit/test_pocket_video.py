@@ -61,6 +61,28 @@ def test_a_level_for_each_frame_equals_one_for_all_and_tells_frames_apart():
     assert (other - same).abs().max() > 1e-3
 
 
+def test_some_tokens_of_a_clip_are_answered_as_they_are_among_all_and_the_rest_with_zero():
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(latent_channels=2, patch=2, width=32, depth=2, heads=1, text_width=16)).eval()
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 2, 3, 4, 4)
+    cond = Conditioning(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool))
+    time = torch.tensor([[0.0, 0.4, 0.4], [0.2, 0.5, 0.9]])
+    every = torch.stack([torch.randperm(12), torch.randperm(12)])  # each clip's in an order of its own
+    with torch.no_grad():
+        for level in (time, torch.tensor([0.3, 0.6])):
+            whole = dit(x, level, cond)
+            torch.testing.assert_close(dit(x, level, cond, seen=every), whole, rtol=1e-4, atol=1e-4)
+        some = dit(x, time, cond, seen=torch.tensor([[0, 5, 8], [1, 5, 11]]))
+        other = x.clone()
+        other[0, :, 0, 0, 2] += 1  # token 1, which the first clip does not see, and the second does
+        other[1, :, 0, 0, 0] += 1  # token 0, the other way round
+        torch.testing.assert_close(dit(other, time, cond, seen=torch.tensor([[0, 5, 8], [1, 5, 11]])), some)
+    answered = some.abs().amax(1).unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2)).flatten(1) > 0
+    assert [row.nonzero()[:, 0].tolist() for row in answered] == [[0, 5, 8], [1, 5, 11]]
+
+
 def test_a_single_frame_is_the_picture_in_the_autoencoder_too():
     system, bare = video_system(), picture_system()
     pixels = torch.rand(1, 3, 1, 32, 32) * 2 - 1

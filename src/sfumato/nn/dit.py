@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sfumato.nn.embed import grid_positions, grid_sinusoid, rope_angles, sinusoid, turns
 from sfumato.nn.transformer import Block, rms_norm
@@ -83,16 +84,19 @@ class DiT(nn.Module):
         cond: Conditioning,
         skip_layers: Collection[int] = (),
         control: Sequence[Tensor] = (),
+        seen: Tensor | None = None,
     ) -> Tensor:
         """x: (B, C, T, H, W); time: (B,) or scalar in [0, 1], or (B, T), a level of its own for each frame as in
         diffusion forcing (Chen et al. 2024, 2407.01392); returns (B, C, T, H, W).
 
         skip_layers: blocks to leave out, counted from 0. control: what is added to the latent's tokens, (B, N, D) each,
-        before as many blocks at equal distances, the first among them (`nn/dit_control.py`).
+        before as many blocks at equal distances, the first among them (`nn/dit_control.py`). seen: (B, S) int64, those
+        of the latent's tokens that there are, by their place in the whole, as in the encoder of MaskDiT (Zheng et al.
+        2023, 2306.09305); the others are answered with zero.
         """
-        h, c, positions = self.enter(x, time, cond)
+        h, c, positions = self.enter(x, time, cond, seen)
         h, _ = self._run_blocks(h, c, positions, cond, skip_layers, control)
-        return self._leave(h, c, x)
+        return self._leave(h, c, x, positions, seen)
 
     def forward_with_labels(
         self, x: Tensor, time: Tensor, cond: Conditioning
@@ -100,7 +104,7 @@ class DiT(nn.Module):
         """As `forward`, with the label head's logits (B, T·H·W, Σ classes), or None without a head."""
         h, c, positions = self.enter(x, time, cond)
         h, labels = self._run_blocks(h, c, positions, cond)
-        return self._leave(h, c, x), labels
+        return self._leave(h, c, x, positions), labels
 
     def forward_with_deep(
         self, x: Tensor, time: Tensor, cond: Conditioning, deep: Tensor | None = None
@@ -116,18 +120,24 @@ class DiT(nn.Module):
             deep = h - start
         else:
             h = start + deep
-        return self._leave(h, c, x), deep
+        return self._leave(h, c, x, positions), deep
 
-    def enter(self, x: Tensor, time: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens of text and latent (B, M + N, D), what all are told (B, D), and places in the latent (N, 3).
+    def enter(
+        self, x: Tensor, time: Tensor, cond: Conditioning, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of text and latent (B, M + N, D), what all are told (B, D), and places in the latent (N, 3), or
+        (B, N, 3) where only some are `seen`.
 
         With a time for each frame, (B, 1 + T, D): what the words are told, which is the latest of the times, and each
         frame.
         """
         B, _, T, H, W = x.shape
         p = self.config.patch
-        tokens = self.latent_in(to_patches(x, p))  # (B, N, D)
+        patches = to_patches(x, p)
         positions = grid_positions(T, H // p, W // p, x.device)
+        if seen is not None:
+            patches, positions = patches.take_along_dim(seen[..., None], 1), positions[seen]
+        tokens = self.latent_in(patches)  # (B, N, D)
         tokens = tokens + grid_sinusoid(positions, tokens.shape[-1]).to(tokens.dtype)
         text = self.text_in(cond.tokens)  # (B, M, D)
 
@@ -138,7 +148,7 @@ class DiT(nn.Module):
         else:
             time = time.expand(B)
         c = self.time_in(sinusoid(1000 * time, self.config.time_width)) + pooled_c
-        return torch.cat([text, tokens], dim=1), nn.functional.silu(c), positions
+        return torch.cat([text, tokens], dim=1), functional.silu(c), positions
 
     def _pooled(self, cond: Conditioning) -> Tensor:
         """The mean (B, text_width) of the tokens that are real."""
@@ -149,9 +159,10 @@ class DiT(nn.Module):
 
     def turns(self, h: Tensor, positions: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the blocks need of places and words: cosines and sines, and the mask (B, M + N)."""
-        B, M, N = len(h), h.shape[1] - len(positions), len(positions)
+        B, N = len(h), positions.shape[-2]
+        M = h.shape[1] - N
         angles = rope_angles(positions, self.config.width // self.config.heads)
-        angles = torch.cat([angles.new_zeros(M, angles.shape[1]), angles])  # words do not turn
+        angles = functional.pad(angles, (0, 0, M, 0))  # words do not turn
         cos, sin = turns(angles)
         mask = None if cond.mask is None else torch.cat([cond.mask, cond.mask.new_ones(B, N)], dim=1)
         return cos, sin, mask
@@ -166,7 +177,7 @@ class DiT(nn.Module):
         control: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """(B, M + N, D) → the same after all blocks but the `skipped`, and the label head's logits."""
-        M = h.shape[1] - len(positions)
+        M = h.shape[1] - positions.shape[-2]
         cos, sin, mask = self.turns(h, positions, cond)
         added = dict(zip(places(len(self.blocks), len(control)), control, strict=True))
         shared = self.modulation(c).unflatten(-1, (6, -1))  # (B, 6, D), or (B, 1 + T, 6, D)
@@ -179,28 +190,38 @@ class DiT(nn.Module):
             if i not in skipped:
                 told = shared + self.offsets[i]
                 if owner is not None:
-                    told = told[:, owner].transpose(1, 2)  # (B, 6, M + N, D)
+                    told = of_owners(told, owner).transpose(1, 2)  # (B, 6, M + N, D)
                 h = block(h, cos, sin, mask, told)
             if self.label_out is not None and i + 1 == self.label_depth:
                 labels = self.label_out(rms_norm(h[:, M:]))
         return h, labels
 
-    def _leave(self, h: Tensor, c: Tensor, x: Tensor) -> Tensor:
+    def _leave(
+        self, h: Tensor, c: Tensor, x: Tensor, positions: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         """(B, M + N, D) → a field shaped like x, in its type."""
-        p = self.config.patch
+        p, N = self.config.patch, positions.shape[-2]
         T, H, W = x.shape[-3:]
-        N = T * (H // p) * (W // p)
         told = self.final_modulation(c)
-        told = told[:, None] if c.ndim == 2 else told[:, 1:].repeat_interleave(N // T, 1)  # (B, N, 2D)
+        told = told[:, None] if c.ndim == 2 else of_owners(told, owners(0, positions))  # (B, N, 2D)
         shift, scale = told.chunk(2, dim=-1)
         out = self.latent_out(rms_norm(h[:, -N:]) * (1 + scale) + shift)  # (B, N, C·p²)
+        if seen is not None:
+            whole = out.new_zeros(len(out), T * (H // p) * (W // p), out.shape[-1])
+            out = whole.scatter(1, seen[..., None].expand_as(out), out)
         return from_patches(out, (T, H, W), p).to(x.dtype)
 
 
 def owners(words: int, positions: Tensor) -> Tensor:
-    """(M + N,) of M words and N cells at `positions`: 0 for a word, and 1 + t for a cell of frame t."""
-    frames = positions[:, 0].long()
-    return torch.cat([frames.new_zeros(words), 1 + frames])
+    """(…, M + N) of M words and N cells at `positions` (…, N, 3): 0 for a word, and 1 + t for a cell of frame t."""
+    return functional.pad(1 + positions[..., 0].long(), (words, 0))
+
+
+def of_owners(told: Tensor, owner: Tensor) -> Tensor:
+    """What each token is told, (B, N, …), of what frames are, (B, 1 + T, …). owner: (N,) or (B, N)."""
+    if owner.ndim == 1:
+        return told[:, owner]
+    return told.take_along_dim(owner.view(*owner.shape, *[1] * (told.ndim - 2)), 1)
 
 
 def places(depth: int, count: int) -> list[int]:

@@ -44,40 +44,40 @@ def grid_positions(frames: int, height: int, width: int, device: torch.device | 
 
 
 def grid_sinusoid(positions: Tensor, width: int) -> Tensor:
-    """(N, 3) → (N, width): each axis gets a share of the channels, so that a cell's absolute place can be read."""
+    """(…, 3) → (…, width): each axis gets a share of the channels, so that a cell's absolute place can be read."""
     share = 2 * (width // 6)
-    parts = [sinusoid(positions[:, 1], share, 100.0), sinusoid(positions[:, 2], share, 100.0)]
-    parts.append(sinusoid(positions[:, 0], width - 2 * share, 100.0))
+    parts = [sinusoid(positions[..., 1], share, 100.0), sinusoid(positions[..., 2], share, 100.0)]
+    parts.append(sinusoid(positions[..., 0], width - 2 * share, 100.0))
     return torch.cat(parts, dim=-1)
 
 
 def rope_angles(positions: Tensor, head_width: int, theta: float = 100.0) -> Tensor:
     """Rotation angles of axial rotary embeddings (Su et al. 2021, one share of the head per axis).
 
-    positions: (N, A) indices on A axes → (N, head_width / 2) angles. With three axes time gets a quarter of the
+    positions: (…, A) indices on A axes → (…, head_width / 2) angles. With three axes time gets a quarter of the
     pairs and height and width share the rest; a pair not given to any axis does not turn.
     """
     pairs = head_width // 2
-    axes = positions.shape[1]
+    axes = positions.shape[-1]
     shares = [pairs] if axes == 1 else [pairs // 4, (pairs - pairs // 4) // 2, (pairs - pairs // 4) // 2]
     angles = []
     for axis, share in enumerate(shares):
         frequencies = theta ** (
             -torch.arange(share, device=positions.device, dtype=torch.float32) / max(share, 1)
         )
-        angles.append(positions[:, axis, None] * frequencies)
+        angles.append(positions[..., axis, None] * frequencies)
     rest = pairs - sum(shares)
-    angles.append(positions.new_zeros(len(positions), rest))
+    angles.append(positions.new_zeros(*positions.shape[:-1], rest))
     return torch.cat(angles, dim=-1)
 
 
 def turns(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles (N, D/2) → what `rotate` multiplies by, twice (N, D): cosines, and sines of either sign."""
+    """Angles (…, D/2) → what `rotate` multiplies by, twice (…, D): cosines, and sines of either sign."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of x: (B, N, K, D) by the `turns` (N, D) of their angles."""
+    """Turn the channel pairs (i, i + D/2) of x: (B, N, K, D) by the `turns` of their angles, (N, D) or (B, N, D)."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return torch.addcmul(x * cos[:, None], swapped, sin[:, None])
+    return torch.addcmul(x * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2))
