@@ -70,7 +70,8 @@ class Conditioning:
 
     tokens: (B, N, D) features of a text, or of a picture. mask: (B, N) bool, True where a token is real; None where all
     are read. vector: (B, V) pooled text and sizes. guidance: (B, G) the guidance scale, embedded. channels: (B, E, T,
-    H, W) what the network sees beside the sample; of one frame where all frames see the same.
+    H, W) what the network sees beside the sample, of one frame where all frames see the same; or the latents that are
+    known at the beginning of a clip, (B, C, 0, 1, 1) where there are none.
     """
 
     tokens: Tensor
@@ -179,6 +180,11 @@ class Request:
     def moves(self) -> bool:
         """Whether a clip is asked for."""
         return (self.frames or 1) > 1
+
+    @property
+    def first_given(self) -> bool:
+        """Whether the first frame of the clip that is asked for is given: a picture, and no clip to draw over."""
+        return self.moves and self.image is not None and self.clip is None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], pictures: Iterable[Image] = ()) -> Request:

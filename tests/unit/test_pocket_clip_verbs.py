@@ -263,10 +263,9 @@ def test_the_cost_of_a_clip_is_that_of_drawing_it(folder, capsys):
     assert found["flops"] == by_stage(work_of(model, request))
     real = count_flops(lambda: model.generate(request))
     assert sum(found["flops"].values()) == pytest.approx(real, rel=0.02)
-    longer = told(
-        capsys, "cost", "-m", str(folder), "--frames", "17", "--steps", "2"
-    )  # two stretches of nine
-    assert longer["flops"]["denoise"] == 2 * found["flops"]["denoise"]
+    longer = told(capsys, "cost", "-m", str(folder), "--frames", "17", "--steps", "2")
+    more = longer["flops"]["denoise"] / found["flops"]["denoise"]
+    assert 2 < more < 2.1  # two stretches of nine, and a level for each latent in the second
     assert run(["cost", "-m", str(folder), "--frames", "9", "--pixels"]) == 2
 
 

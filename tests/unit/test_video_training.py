@@ -17,7 +17,7 @@ from sfumato.families.pocket import continued_video, fresh_video, save_folder
 from sfumato.train import run
 from sfumato.train.recipe import read_recipe
 from sfumato.train.video import VideoJob
-from sfumato.train.video_data import ClipBatch, Clips
+from sfumato.train.video_data import PICTURE, ClipBatch, Clips
 from sfumato.train.video_tasks import film_loss
 from sfumato.types import Clip, Request
 from sfumato.video.write import staged, write_clip
@@ -95,7 +95,8 @@ def clips_of(recipe: Path, tmp_path: Path) -> Clips:
     source = job.clips("train", 12)
     system = job.family.fresh_video(job.base, job.config(source))
     latents = torch.randn(12, 4, 4, 4, 4).half()
-    return Clips(source, latents, system.clip_tokenizer, job.own, 0, torch.device("cpu"))
+    patch = job.base.config.denoiser.patch
+    return Clips(source, latents, system.clip_tokenizer, job.own, 0, torch.device("cpu"), patch)
 
 
 def test_a_step_mixes_pictures_windows_and_whole_clips(recipe, tmp_path):
@@ -128,18 +129,76 @@ def test_what_is_known_is_shown_clean_and_asked_for_nothing(recipe, tmp_path):
     clips = clips_of(recipe, tmp_path)
     batch = clips.part(1, 3)
     batch = type(batch)(batch.latents, batch.ids, batch.mask, torch.tensor([0, 2]))
-    seen = {}
+    told = {}
 
-    def net(x, time, ids, mask):
-        seen.update(x=x, time=time)
+    def net(x, time, ids, mask, seen):
+        told.update(x=x, time=time)
         answer = torch.zeros_like(x)
         answer[1, :, :2] = 1e6  # wrong where nothing is asked
         return answer
 
     loss = film_loss(net, batch, clips.recipe, torch.Generator().manual_seed(0))
     assert float(loss) < 100
-    assert torch.equal(seen["x"][1, :, :2], batch.latents[1, :, :2])
-    assert (seen["time"][1, :2] == 0).all() and (seen["time"][1, 2] > 0) and (seen["time"][0] > 0).all()
+    assert torch.equal(told["x"][1, :, :2], batch.latents[1, :, :2])
+    assert (told["time"][1, :2] == 0).all() and (told["time"][1, 2] > 0) and (told["time"][0] > 0).all()
+
+
+def test_short_windows_may_show_a_part_of_a_clip_and_only_that_is_asked_for(recipe, tmp_path):
+    """Three latents of four, the first among them, and a row of two: the one in which something moves."""
+    clips = clips_of(recipe, tmp_path)
+    loss = replace(clips.recipe.loss, known=(0.3, 0.4, 0.3))
+    clips.patch, clips.recipe = 2, replace(clips.recipe, rows=1, loss=loss)
+    clips.latents[:] = clips.latents[:, :, :1]  # nothing moves
+    clips.latents[:, :, 1:, 2:, :2] += 5  # but in the lower row
+    known = set()
+    for step in range(1, 12):
+        batch = clips.part(step, 1)
+        assert batch.latents.shape[2:] == (4, 4, 4) and batch.seen.shape == (2, 3 * 2)
+        for k in range(2):
+            frames, tokens = (batch.seen[k] // 4).unique().tolist(), set((batch.seen[k] % 4).tolist())
+            assert frames[0] == 0 and len(frames) == 3 and tokens == {2, 3}
+            assert int(batch.known[k]) in (0, 1, frames[1] + 1)
+            known.add((0, 1, frames[1] + 1).index(int(batch.known[k])))
+            assert batch.shown[k].nonzero().tolist() == [
+                [t, y, x] for t in frames for y in (2, 3) for x in range(4)
+            ]
+
+        def net(x, time, ids, mask, seen, batch=batch):
+            return torch.where(batch.shown[:, None], torch.zeros_like(x), 1e6)
+
+        assert float(film_loss(net, batch, clips.recipe, torch.Generator().manual_seed(0))) < 1000
+    assert known == {0, 1, 2}
+
+
+def test_a_model_that_learnt_no_clips_from_nothing_draws_their_first_frame_alone(recipe, tmp_path):
+    changes = {"video.rows": 1, "video.loss.known": [0.0, 0.8, 0.2]}
+    model = load(run(recipe, out=tmp_path / "run", overrides=changes))
+    assert model.system.first_alone
+    steps = []
+    asked = Request("a red cube rolls left", frames=9, steps=2, seed=1)
+    clip = model.generate(asked, lambda step: steps.append((step.index, step.total))).clips[0]
+    assert len(clip.frames) == 9 and steps == [(k, 4) for k in range(4)]
+    begun = model.generate(replace(asked, image=clip.frames[0]), lambda step: steps.append(step.total))
+    assert len(begun.clips[0].frames) == 9 and steps[4:] == [2, 2]
+
+
+def test_a_picture_may_be_the_first_frame_of_a_clip_by_its_caption(recipe, tmp_path):
+    """Half of them are where a first frame is drawn as a picture, and none elsewhere."""
+    clips = clips_of(recipe, tmp_path)
+    asked: list[int | None] = []
+    caption = clips.source.caption
+
+    def listening(index, epoch=0, frames=None):
+        asked.append(frames)
+        return caption(index, epoch, frames)
+
+    clips.source.caption = listening
+    for known, share in (((0.5, 0.5), 0.0), ((0.0, 1.0), 0.5)):
+        asked.clear()
+        clips.recipe = replace(clips.recipe, loss=replace(clips.recipe.loss, known=known))
+        for index in range(200):
+            clips._row(index % 12, 0, PICTURE, [0.0, index / 200, 0.9])
+        assert asked.count(None) / len(asked) == share and set(asked) <= {1, None}
 
 
 def test_what_moves_counts_more_where_that_is_asked(recipe, tmp_path):
@@ -153,7 +212,7 @@ def test_what_moves_counts_more_where_that_is_asked(recipe, tmp_path):
         error = torch.zeros(4, 4)
         error[0, 0] = 1.0  # wrong in one cell
 
-        def net(x, time, ids, mask):
+        def net(x, time, ids, mask, seen):
             level = time.clamp(min=1e-3).view(1, 1, -1, 1, 1)
             return (x - latents) / level + error  # the flow itself, and an error
 
@@ -210,6 +269,8 @@ def test_the_loss_falls(recipe, tmp_path):
         ({"video.loss.known": [0.5, 0.2, 0.2, 0.1]}, "video.loss.known"),
         ({"video.shared": 2.0}, "video.shared"),
         ({"video.plain": -0.1}, "video.plain"),
+        ({"video.rows": -1}, "video.rows"),
+        ({"video.mix": [0, 3, 1], "video.loss.known": [0.0, 1.0]}, "video.mix"),
         ({"video.loss.moving": -1.0}, "video.loss.moving"),
         ({"video.fast": 1}, "video.fast"),
     ],

@@ -1,8 +1,9 @@
 """From a request to clips: as for pictures, one clip after the other, since each is as much work as a batch.
 
-A model may draw only so many latents together (`window`). A longer film is drawn in stretches: each goes on from the
-last latents of the one before, which the network is shown as known. The noise is the whole film's, so that a stretch
-has what is its own by the film's seed.
+A model may draw only so many latents together (`window`), and the first one by itself, as a picture (`first_alone`; Emu
+Video, Girdhar et al. 2023, 2311.10709). Then a film is drawn in stretches: each goes on from the last latents of the
+one before, which the network is shown as known. The noise is the whole film's, so that a stretch has what is its own by
+the film's seed; a first latent by itself has other noise, which the frames after it have no part in.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import checks
-from sfumato.drawing.sample import Noise, noise_of, sample
+from sfumato.drawing.sample import noise_of, sample
 from sfumato.drawing.script import Script
 from sfumato.errors import InputError
 from sfumato.runtime import Clock
 from sfumato.sampling import Step
+from sfumato.sampling.noise import Noise
 from sfumato.tasks.canvas import beginning
 from sfumato.tasks.latent import Origin
 from sfumato.tasks.pixels import to_image, to_pixels
@@ -29,6 +31,8 @@ from sfumato.video.frames import Frames, on_disk
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
+
+ALONE = 1 << 18  # draws of noise from here on are those of a first latent that is drawn by itself
 
 
 def makes_clips(model: Model) -> bool:
@@ -87,17 +91,18 @@ def _frames(model: Model, latent: Tensor) -> Iterator[Image.Image]:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The part of a film's noise that belongs to the latents `start` … `stop − 1`."""
+    """The part of a film's noise that belongs to the latents `start` … `stop − 1`. draw: of other noise like it."""
 
     whole: Noise
     start: int
     stop: int
+    draw: int = 0
 
     def initial(self) -> Tensor:
-        return self.whole.initial()[:, :, self.start : self.stop]
+        return self.whole.initial(self.draw)[:, :, self.start : self.stop]
 
     def __call__(self, step: int, draw: int = 0) -> Tensor:
-        return self.whole(step, draw)[:, :, self.start : self.stop]
+        return self.whole(step, self.draw + draw)[:, :, self.start : self.stop]
 
 
 def _film(
@@ -110,7 +115,7 @@ def _film(
     """Normalised latents (1, C, T, H/f, W/f) of a complete request for one clip."""
     assert request.size and request.frames and request.steps
     shape = model.latent_shape(request.size[1], request.size[0], request.frames)
-    stretches = drawn_together(model, shape[1])
+    stretches = drawn_together(model, request, shape[1])
     if len(stretches) == 1 or not isinstance(cond, Conditioning):
         return model.sample(cond, request.seeds(), request, on_step, origin)
     noise = noise_of(model, request.seeds(), shape, request)
@@ -120,22 +125,25 @@ def _film(
         if film is not None:
             known = film[:, :, start:].expand(len(cond), -1, -1, -1, -1)
             told = replace(cond, channels=known)
-        begun = None if origin is None else replace(origin, latent=origin.latent[:, :, start:stop])
-        part = replace(request, frames=model.system.frames_of(stop - start))
+        begin = None if origin is None else replace(origin, latent=origin.latent[:, :, start:stop])
         hear = None if on_step is None else _counted(on_step, number, len(stretches))
         own = Stretch(noise, start, stop)
-        drawn = sample(model, told, request.seeds(), part, hear, begun, noise=own)
+        if stop == 1:
+            own = Stretch(noise_of(model, request.seeds(), (shape[0], 1, *shape[2:]), request), 0, 1, ALONE)
+        drawn = sample(model, told, request.seeds(), request, hear, begin, noise=own)
         film = drawn if film is None else torch.cat([film[:, :, :start], drawn], 2)
     assert film is not None
     return film
 
 
-def drawn_together(model: Model, latents: int) -> list[tuple[int, int]]:
-    """(first, stop) of the latents of a clip that are drawn together. Of a model with a `window` all but the first
-    stretch begin with latents that the one before has drawn.
+def drawn_together(model: Model, request: Request, latents: int) -> list[tuple[int, int]]:
+    """(first, stop) of the latents that are drawn together of what a request asks for: all of a picture, and of a clip
+    of a model that has no `window`. Else all stretches but the first begin with latents that the one before has drawn.
     """
     window, context = model.system.window or (latents, 0)
     stretches = [(0, min(latents, window))]
+    if model.system.first_alone and latents > 1 and not request.first_given:
+        stretches.insert(0, (0, 1))
     while (stop := stretches[-1][1]) < latents:
         stretches.append((stop - context, min(latents, stop - context + window)))
     return stretches

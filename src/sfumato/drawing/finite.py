@@ -69,7 +69,7 @@ def _culprit(
         return SAMPLER, ""
     if not all(map(_finite, _tensors(told))):
         return "the text encoder gives", ""
-    layer, fed = first_not_finite(system.answers(request.frames or 1), lambda: denoise(x, sigma))
+    layer, fed = first_not_finite(system.answers(request.moves), lambda: denoise(x, sigma))
     if layer:
         return f"{layer} of the {system.called} gives", layer
     if not fed and request.controls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from sfumato.drawing.finite import watched
 from sfumato.drawing.request import enlarged_size, levels_of
 from sfumato.drawing.script import Script, script
 from sfumato.sampling import SeededNoise, Step, sampler_named
-from sfumato.sampling.noise import SharedNoise
+from sfumato.sampling.noise import Noise, SharedNoise
 from sfumato.sampling.step import continued
 from sfumato.sampling.variation import VariedNoise
 from sfumato.tasks.canvas import Canvas
@@ -34,14 +34,6 @@ from sfumato.types import Conditioning, HiRes, Request
 
 if TYPE_CHECKING:
     from sfumato.generate import Model
-
-
-class Noise(Protocol):
-    """The noise that drawing begins with, and that of each step."""
-
-    def initial(self) -> Tensor: ...
-
-    def __call__(self, step: int, draw: int = 0) -> Tensor: ...
 
 
 def sample(

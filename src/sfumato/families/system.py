@@ -88,7 +88,7 @@ class DrawingSystem:
         """Its denoiser in messages."""
         return "denoiser"
 
-    def answers(self, frames: int) -> Any:
+    def answers(self, moves: bool) -> Any:
         """The network that `network` calls for pictures, or for clips, by whose layers errors are named."""
         return self.denoiser
 
@@ -218,6 +218,11 @@ class DrawingSystem:
         drawn in such pieces, and `Conditioning.channels` says what is known. None: it draws clips whole.
         """
         return None
+
+    @property
+    def first_alone(self) -> bool:
+        """Whether it draws the first latent of a clip of which nothing is known by itself, as a picture."""
+        return False
 
     def frames_of(self, latents: int) -> int:
         """How many frames so many latents of a clip are."""

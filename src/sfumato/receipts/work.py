@@ -123,6 +123,7 @@ def _key(model: Model, request: Request, size: tuple[int, int]) -> tuple[object,
         request.frames or 1,
         request.guidance == 1,
         _encodes(request),
+        request.first_given,
         request.text_length,
         shown,
         texts,
@@ -146,7 +147,6 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
         return {stage.name: stage.flops for stage in stages if stage.name in STAGES}
     frames = request.frames or 1
     shape = model.latent_shape(size[1], size[0], frames)
-    stretches = Counter(stop - start for start, stop in drawn_together(model, shape[1]))
     film = request.moves and _is_large(model, request, size)  # its pieces are alike, and a trace knows it
     traced = model.system.trace_clip(replace(request, size=size)) if film else ()
     plain = Request(request.prompt, request.negative, size=size, guidance=request.guidance)
@@ -155,11 +155,16 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
     level = torch.tensor(0.5, dtype=torch.float64)
     with torch.inference_mode(), model.precision():
         cond, text = with_flops(model.condition, plain)
-        denoise = denoiser(model, cond, replace(model.complete(plain), guidance_interval=ALWAYS))
+        whole = replace(model.complete(plain), guidance_interval=ALWAYS)
         with _counter(model, request, size) as count:
             x = torch.zeros(1, *shape, device=model.device)
-            steps = (n * count(denoise, x[:, :, :length], level) for length, n in stretches.items())
-            found = {"text": text, "denoise": sum(steps)}
+            found = {"text": text, "denoise": 0}
+            for (length, known), times in _stretches(model, request, shape[1]).items():
+                told = cond
+                if model.system.window is not None and request.moves:
+                    told = replace(cond, channels=x[:, :, :known].expand(len(cond), -1, -1, -1, -1))
+                step = count(denoiser(model, told, whole), x[:, :, :length], level)
+                found["denoise"] += times * step
             if traced:
                 found["decode"] = next(stage.flops for stage in traced if stage.name == "decode")
             else:
@@ -168,6 +173,16 @@ def _counted(model: Model, request: Request, size: tuple[int, int]) -> dict[str,
                 pixels = torch.zeros(1, 3, frames, size[1], size[0], device=model.device)
                 found["encode"] = count(model.system.encode, pixels)
         return found
+
+
+def _stretches(model: Model, request: Request, latents: int) -> Counter[tuple[int, int]]:
+    """(latents, those of them that are known) of what is drawn together, and how often that is."""
+    kinds: Counter[tuple[int, int]] = Counter()
+    done = int(request.first_given)
+    for start, stop in drawn_together(model, request, latents):
+        kinds[stop - start, done - start] += 1
+        done = stop
+    return kinds
 
 
 def _is_large(model: Model, request: Request, size: tuple[int, int]) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,6 +58,14 @@ class SeededNoise:
             else np.empty((0, count))
         )
         return torch.from_numpy(rows).to(self.dtype).to(self.device).view(len(self.seeds), *self.shape)
+
+
+class Noise(Protocol):
+    """The noise that drawing begins with, and that of each step; see `SeededNoise`."""
+
+    def initial(self, draw: int = 0) -> Tensor: ...
+
+    def __call__(self, step: int, draw: int = 0) -> Tensor: ...
 
 
 COMMON = 1 << 20  # draws from here on are the parts that all frames have in common

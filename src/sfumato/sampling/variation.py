@@ -25,10 +25,10 @@ class VariedNoise:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
 
-    def initial(self) -> Tensor:
-        """The noise a picture starts from, before it is scaled to the first level."""
+    def initial(self, draw: int = 0) -> Tensor:
+        """The noise a picture starts from, before it is scaled to the first level; see `SeededNoise`."""
         first, second = self._pair()
-        return self._between(first.initial(), second.initial())
+        return self._between(first.initial(draw), second.initial(draw))
 
     def __call__(self, step: int, draw: int = 0) -> Tensor:
         """Fresh noise for a step; see `SeededNoise`."""

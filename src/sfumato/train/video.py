@@ -47,6 +47,7 @@ LATER = (
     "init",
     "plain",
     "turned",
+    "rows",
 )  # what recipes say since runs have names; the default is what they were without it
 
 
@@ -74,7 +75,8 @@ class VideoJob(Job):
         system = replace(system, video=replace(system.video, temporal=temporal))
         latents = self.latents(temporal, frames, source)
         place = self.folder / "video"
-        clips = Clips(source, latents, system.clip_tokenizer, self.own, self.recipe.seed, self.device)
+        patch = self.base.config.denoiser.patch
+        clips = Clips(source, latents, system.clip_tokenizer, self.own, self.recipe.seed, self.device, patch)
         task = VideoTask(self, system, clips)
         with tensorboard(self.recipe.log, self.world.leads, place) as log:
             state = fit(task, place, self.identity("video"), self.device, self.tell, peak, log)
@@ -112,20 +114,24 @@ class VideoJob(Job):
                 f"{self.own.init!r} is no model of clips of {self.own.base!r}; give one of the same base, or none",
                 argument="video.init",
             )
-        video = replace(
-            given.config.video,
-            frames=self.own.frames,
-            fps=self.own.fps,
-            window=latents_of(self.own.frames),
-            shared=self.own.shared,
-            context=self.context,
-        )
-        return self.family.continued_video(given, video)
+        return self.family.continued_video(given, replace(given.config.video, **self.drawn))
 
     @property
     def context(self) -> int:
         """Latents that are known where a film goes on, as many as training showed at most."""
         return max(1, min(len(self.own.loss.known) - 1, latents_of(self.own.frames) - 1))
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """How the model draws clips, as it was shown them: fields of its card."""
+        return {
+            "frames": self.own.frames,
+            "fps": self.own.fps,
+            "window": latents_of(self.own.frames),
+            "context": self.context,
+            "shared": self.own.shared,
+            "first_alone": self.own.first_alone,
+        }
 
     @property
     def family(self) -> Any:
@@ -156,15 +162,7 @@ class VideoJob(Job):
         known = set(self.base.config.words)
         words = [word for word in learn_words(texts, len(known) + self.own.vocabulary) if word not in known]
         temporal = replace(self.own.temporal, channels=self.base.config.autoencoder.channels)
-        return self.family.VideoConfig(
-            temporal=temporal,
-            words=tuple(words[: self.own.vocabulary]),
-            frames=self.own.frames,
-            fps=self.own.fps,
-            window=latents_of(self.own.frames),
-            shared=self.own.shared,
-            context=self.context,
-        )
+        return self.family.VideoConfig(temporal, tuple(words[: self.own.vocabulary]), **self.drawn)
 
     # --- latents of frames -----------------------------------------------------------------------------------
 
@@ -290,7 +288,7 @@ class VideoJob(Job):
         if not own["loss"]["moving"]:
             del own["loss"]["moving"]
         if stage == "temporal":
-            volatile |= {"train", "mix", "vocabulary", "shared"}
+            volatile |= {"train", "mix", "vocabulary", "shared", "rows"}
             own["loss"] = {"residual": own["loss"]["residual"]}
         own["train"] = {name: value for name, value in own["train"].items() if name not in VOLATILE}
         codec = VOLATILE if stage == "temporal" else VOLATILE - {"steps"}

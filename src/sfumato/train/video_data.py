@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sfumato.autoencoder.causal import STRIDE, latents_of
 from sfumato.data.buckets import Order
@@ -18,8 +19,10 @@ from sfumato.text import Tokenizer, pad
 from sfumato.train.loop import seeded
 from sfumato.train.video_recipe import VideoRecipe
 
-TEXT_MULTIPLE = 32  # prompts are padded to multiples of this many tokens, so that few shapes are compiled
+TEXT_MULTIPLE = 24  # prompts are padded to multiples of this many tokens, so that few shapes are compiled
 PICTURE, SHORT, WHOLE = range(3)  # kinds of microbatches, in the order of a recipe's `mix`
+ASKED = 0.5  # share of the pictures that are learnt with a clip's caption, where a clip's first frame is drawn as one
+MOVED = 0.2  # of `changed`, from which on something has moved there
 
 
 class ClipSource(Source, Protocol):
@@ -37,17 +40,20 @@ class ClipSource(Source, Protocol):
 @dataclass(frozen=True)
 class ClipBatch:
     """One microbatch. latents: (B, C, T, H, W); ids, mask: (B, N); known: (B,) int64, how many latents at the beginning
-    of each are known.
+    of each are known, seen or not; seen: (B, S) int64, the tokens of the latents that there are, or None for all;
+    shown: (B, T, H, W) bool, the cells that are theirs.
     """
 
     latents: Tensor
     ids: Tensor
     mask: Tensor
     known: Tensor
+    seen: Tensor | None = None
+    shown: Tensor | None = None
 
     def first(self) -> ClipBatch:
         """Its first clip alone."""
-        return ClipBatch(self.latents[:1], self.ids[:1], self.mask[:1], self.known[:1])
+        return ClipBatch(*(None if tensor is None else tensor[:1] for tensor in vars(self).values()))
 
 
 class Frames:
@@ -69,7 +75,9 @@ class Frames:
 class Clips:
     """Microbatches of a step of the denoiser: pictures, short windows and whole clips, as the recipe mixes them.
 
-    latents: (M, C, 1 + k, H, W) of all clips. A window that does not begin a clip has its beginning known.
+    latents: (M, C, 1 + k, H, W) of all clips. A window that does not begin a clip has its beginning known. Where the
+    recipe shows some `rows`, a short window is not cut out: it is the whole clip, of which as many latents as it would
+    have are seen. patch: cells of the latent per token and side.
     """
 
     def __init__(
@@ -80,9 +88,10 @@ class Clips:
         recipe: VideoRecipe,
         seed: int,
         device: torch.device,
+        patch: int,
     ):
         self.source, self.latents, self.tokenizer = source, latents, tokenizer
-        self.recipe, self.seed, self.device = recipe, seed, device
+        self.recipe, self.seed, self.device, self.patch = recipe, seed, device, patch
         everything, stills = list(range(len(source))), source.stills()
         self.kinds = [kind for kind, count in enumerate(recipe.mix) for _ in range(count)]
         size = recipe.train.batch // recipe.train.parts
@@ -100,10 +109,34 @@ class Clips:
         place = part - self.kinds.index(kind)
         rows = self._dealt(step, kind)[place * size : (place + 1) * size]
         ids, mask = pad([tokens for *_, tokens in rows], TEXT_MULTIPLE)
-        count = self.lengths[kind]
+        thin = kind == SHORT and self.recipe.rows
+        count = self.lengths[WHOLE if thin else kind]
         latents = torch.stack([self.latents[index, :, at : at + count] for index, at, _, _ in rows]).float()
         known = torch.tensor([known for _, _, known, _ in rows])
-        return ClipBatch(*(tensor.to(self.device) for tensor in (latents, ids, mask, known)))
+        batch = ClipBatch(latents, ids, mask, known)
+        if thin:
+            batch = self._thinned(batch, seeded("cpu", self.seed, "thinned", step, part))
+        return ClipBatch(
+            *(None if tensor is None else tensor.to(self.device) for tensor in vars(batch).values())
+        )
+
+    def _thinned(self, batch: ClipBatch, chance: torch.Generator) -> ClipBatch:
+        """The batch with some latents of each clip seen, its first and others by chance, and the same rows of tokens of
+        each: first those in which something moves. Rows are whole, or their ends would tell where it goes.
+        """
+        B, _, T, H, W = batch.latents.shape
+        high, wide = H // self.patch, W // self.patch
+        others = torch.rand(B, T - 1, generator=chance).argsort(1)[:, : self.lengths[SHORT] - 1]
+        frames = functional.pad(1 + others.sort(1).values, (1, 0))  # (B, F)
+        moved = changed(batch.latents).amax((1, 3)).unflatten(1, (high, self.patch)).amax(2)  # (B, high)
+        rank = torch.where(moved > MOVED, 1 + moved, torch.rand(B, high, generator=chance))
+        rows = rank.topk(min(self.recipe.rows, high), 1).indices.sort(1).values  # (B, R)
+        places = frames[:, :, None, None] * high + rows[:, None, :, None]
+        seen = (places * wide + torch.arange(wide)).flatten(1)
+        shown = torch.zeros(B, T, high, dtype=torch.bool).flatten(1).scatter(1, places.flatten(1), True)
+        shown = shown.view(B, T, high, 1).repeat_interleave(self.patch, 2).expand(B, T, H, W)
+        last = frames.gather(1, (batch.known - 1).clamp(min=0)[:, None])[:, 0]
+        return replace(batch, known=torch.where(batch.known > 0, last + 1, 0), seen=seen, shown=shown)
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -123,11 +156,21 @@ class Clips:
 
     def _row(self, index: int, epoch: int, kind: int, draw: list[float]) -> tuple[int, int, int, list[int]]:
         known = 0 if kind == PICTURE else _chosen(self.recipe.loss.known, draw[0])
-        starts = self.lengths[WHOLE] - self.lengths[kind] + 1 if known and kind == SHORT else 1
-        at = int(draw[1] * starts)
-        frames = {PICTURE: 1, SHORT: None if at else self.recipe.short, WHOLE: None}[kind]
+        begins = kind != SHORT or not known or self.recipe.rows
+        at = 0 if begins else int(draw[1] * (self.lengths[WHOLE] - self.lengths[SHORT] + 1))
+        frames: int | None = None
+        if kind == PICTURE and not (self.recipe.first_alone and draw[1] < ASKED):
+            frames = 1
+        elif kind == SHORT and not at and not self.recipe.rows:
+            frames = self.recipe.short
         text = "" if draw[2] < self.recipe.loss.drop_prompt else self.source.caption(index, epoch, frames)
         return index, at, known, self.tokenizer.encode(text)
+
+
+def changed(x0: Tensor) -> Tensor:
+    """(B, T, H, W) in [0, 1): how far each cell of clips (B, C, T, H, W) is from what it is in the first frame."""
+    distance = (x0 - x0[:, :, :1]).square().mean(1)
+    return distance / (1 + distance)
 
 
 def _chosen(shares: Sequence[float], u: float) -> int:

@@ -42,6 +42,7 @@ class VideoRecipe:
     frames: int = 17  # of a clip of the data, 1 + 4k
     fps: float = 8.0  # of the data
     short: int = 9  # frames of the shorter windows, 1 + 4k
+    rows: int = 0  # rows of tokens that short windows show, first those that move; 0 is all
     shared: float = 0.6  # share of the noise's variance that all frames of a clip have in common
     mix: tuple[int, ...] = (1, 3, 2)  # microbatches of a step: of pictures, of short windows, of whole clips
     plain: float = 0.0  # share of the scenes in which one thing goes straight ahead and all else stands still
@@ -49,8 +50,19 @@ class VideoRecipe:
     vocabulary: int = 256  # words that captions of clips have besides, the most frequent
     samples: tuple[str, ...] = ()  # prompts of the sample sheets; by default some captions
 
+    @property
+    def first_alone(self) -> bool:
+        """Whether no clip is learnt of which nothing is known: its first frame is drawn as a picture then."""
+        return not self.loss.known[0]
 
-VIDEO_RANGES = {"fps": (1, 1000), "plain": (0, 1), "vocabulary": (0, math.inf), "shared": (0, 1)}
+
+VIDEO_RANGES = {
+    "fps": (1, 1000),
+    "rows": (0, math.inf),
+    "plain": (0, 1),
+    "vocabulary": (0, math.inf),
+    "shared": (0, 1),
+}
 VIDEO_LOSS_RANGES = {
     "std": (0, math.inf),
     "drop_prompt": (0, 1),
@@ -80,6 +92,12 @@ def check_video(recipe: VideoRecipe) -> None:
         raise InputError(
             f"video.loss.known must be shares of at most {latents_of(recipe.short)} kinds of clips, not {list(known)}",
             argument="video.loss.known",
+        )
+    if recipe.first_alone and not recipe.mix[0]:
+        raise InputError(
+            "video.mix must have pictures where video.loss.known has no clips of which nothing is known: their first "
+            "frame is drawn as a picture",
+            argument="video.mix",
         )
     if recipe.codec.optimizer == "muon":
         raise InputError(

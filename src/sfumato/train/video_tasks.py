@@ -18,7 +18,7 @@ from sfumato.sampling.noise import mixed
 from sfumato.storage import atomic_directory
 from sfumato.train.loop import Loss, Player, seeded
 from sfumato.train.tasks import save_sheet
-from sfumato.train.video_data import ClipBatch, Clips, Frames
+from sfumato.train.video_data import ClipBatch, Clips, Frames, changed
 from sfumato.train.video_recipe import VideoRecipe
 from sfumato.types import Request
 
@@ -65,14 +65,19 @@ class CodecTask:
 
 
 class FilmNetwork(nn.Module):
-    """The denoiser of clips and the frozen text encoder, as one network: (x, time, ids, mask) → prediction."""
+    """The denoiser of clips and the frozen text encoder, as one network: (x, time, ids, mask) → prediction.
+
+    seen: tokens, as of `DiT`.
+    """
 
     def __init__(self, animator: nn.Module, text: nn.Module):
         super().__init__()
         self.animator, self.text = animator, text.requires_grad_(False)
 
-    def forward(self, x: Tensor, time: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.animator.dit(x, time, self.animator.read(self.text, ids, mask))
+    def forward(
+        self, x: Tensor, time: Tensor, ids: Tensor, mask: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
+        return self.animator.dit(x, time, self.animator.read(self.text, ids, mask), seen=seen)
 
 
 class VideoTask:
@@ -123,7 +128,8 @@ class VideoTask:
 
 
 def film_loss(net: nn.Module, batch: ClipBatch, recipe: VideoRecipe, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the flow noise − x0 over the frames that are not known; chance is of `generator` alone."""
+    """Mean squared error of the flow noise − x0 over what is seen of the frames that are not known; chance is of
+    `generator` alone."""
     x0, loss = batch.latents, recipe.loss
     B, _, T, *_ = x0.shape
     noise = torch.randn(x0.shape, generator=generator, device=generator.device).to(x0.device)
@@ -140,13 +146,9 @@ def film_loss(net: nn.Module, batch: ClipBatch, recipe: VideoRecipe, generator: 
     unknown = torch.arange(T, device=x0.device) >= batch.known[:, None]  # (B, T)
     times = sigma[:, None] * unknown
     level = times[:, None, :, None, None]
-    prediction = net((1 - level) * x0 + level * noise, times.float(), batch.ids, batch.mask)
-    errors = (prediction.float() - (noise - x0)).square().mean(1) * unknown[:, :, None, None]  # (B, T, H, W)
-    weight = 1 + loss.moving * changed(x0)
-    return (errors * weight).sum() / (weight * unknown[:, :, None, None]).sum()
-
-
-def changed(x0: Tensor) -> Tensor:
-    """(B, T, H, W) in [0, 1): how far each cell of clips (B, C, T, H, W) is from what it is in the first frame."""
-    distance = (x0 - x0[:, :, :1]).square().mean(1)
-    return distance / (1 + distance)
+    prediction = net((1 - level) * x0 + level * noise, times.float(), batch.ids, batch.mask, batch.seen)
+    errors = (prediction.float() - (noise - x0)).square().mean(1)  # (B, T, H, W)
+    weight = (1 + loss.moving * changed(x0)) * unknown[:, :, None, None]
+    if batch.shown is not None:
+        weight = weight * batch.shown
+    return (errors * weight).sum() / weight.sum()

@@ -132,6 +132,12 @@ class System(DrawingSystem):
         return None if video is None or self.video is None else (video.window, video.context)
 
     @property
+    def first_alone(self) -> bool:
+        """Whether the first latent of a clip of which nothing is known is drawn by itself, as a picture."""
+        video = self.config.video
+        return video is not None and self.video is not None and video.first_alone
+
+    @property
     def traces_clips(self) -> bool:
         return self.video is not None
 
@@ -195,7 +201,7 @@ class System(DrawingSystem):
 
     def condition(self, prompts: Sequence[str | None], request: Request | None = None) -> Conditioning:
         """Text features of the prompts, padded to a common length; None is the empty one. Of a request for a clip that
-        has a first picture, that too: `channels` are the latents of known frames.
+        has a first picture, that too: `channels` are the latents of known frames, which may be none.
         """
         device = next(self.denoiser.parameters()).device
         if request is not None and request.moves and self.video is not None:
@@ -214,8 +220,9 @@ class System(DrawingSystem):
     ) -> Conditioning:
         ids, mask = self.clip_tokenizer.batch([prompt or "" for prompt in prompts])
         cond = animator.read(self.denoiser.text, ids.to(device), mask.to(device))
-        if request.image is None or request.clip is not None:
-            return cond
+        if not request.first_given:
+            nothing = cond.tokens.new_empty(len(prompts), self.config.autoencoder.channels, 0, 1, 1)
+            return replace(cond, channels=nothing)
         first = to_pixels(first_picture(request))[None].to(device)  # (1, 3, 1, H, W)
         known = self.autoencoder.encode_normalized(first).float()
         return replace(cond, channels=known.expand(len(prompts), -1, -1, -1, -1))
@@ -235,12 +242,12 @@ class System(DrawingSystem):
         skip_layers: tuple[int, ...] = (),
         control: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        if x.shape[2] > 1 and self.video is not None:
+        if (x.shape[2] > 1 or cond.channels is not None) and self.video is not None:
             return self.video.animator.answer(x, time, cond)
         return self.denoiser.dit(x, time, cond, skip_layers, control)
 
-    def answers(self, frames: int) -> Any:
-        return self.denoiser if frames == 1 or self.video is None else self.video.animator
+    def answers(self, moves: bool) -> Any:
+        return self.video.animator if moves and self.video is not None else self.denoiser
 
     @property
     def controls(self) -> tuple[str, ...]:

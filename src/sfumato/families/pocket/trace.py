@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,8 +55,10 @@ def trace_clip(system: System, request: Request, window: int) -> tuple[Stage, ..
     width, height = request.size
     shape = system.latent_shape(request.frames, height, width)
     C, T, H, W = shape
+    known = int(request.first_given or system.first_alone or window < T)
     with torch.inference_mode():
         cond = system.condition([request.prompt, None], Request(request.prompt, frames=request.frames))
+        cond = replace(cond, channels=torch.empty(2, C, known, H, W, device=system.device))
     pixels = None
     if request.image is not None or request.clip is not None:
         pixels = (1, 3, request.frames if request.clip is not None else 1, height, width)

@@ -36,6 +36,9 @@ class VideoConfig:
     window: int = 5  # latents that are drawn together, as many as training showed
     context: int = 2  # of these that are the last ones known, where a film goes on
     shared: float = 0.0  # share of the noise's variance that all frames have in common
+    first_alone: bool = (
+        False  # a clip of which nothing is known begins with its first frame, drawn as a picture
+    )
 
     def __post_init__(self) -> None:
         for name in ("frames", "window", "context"):
@@ -46,6 +49,10 @@ class VideoConfig:
             )
         if not isinstance(self.shared, int | float) or not 0 <= self.shared <= 1:
             raise InputError(f"video.shared must be from 0 to 1, not {self.shared!r}", argument="shared")
+        if not isinstance(self.first_alone, bool):
+            raise InputError(
+                f"video.first_alone must be true or false, not {self.first_alone!r}", argument="first_alone"
+            )
         if not isinstance(self.fps, int | float) or not 1 <= self.fps <= 1000:
             raise InputError(f"video.fps must be from 1 to 1000, not {self.fps!r}", argument="fps")
 
@@ -71,12 +78,12 @@ class Animator(nn.Module):
 
     def answer(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """What the network predicts of (B, C, T, H, W) at one level, scalar or (B,); `cond.channels` (B, C, K, H, W)
-        are the first K frames, known.
+        are the first K frames, known, or none.
 
         These are shown without noise, and answered with the flow that leads to them: every sampler arrives there.
         """
         known = cond.channels
-        if known is None:
+        if known is None or not known.shape[2]:
             return self.dit(x, time, cond)
         B, _, T, *_ = x.shape
         K = min(known.shape[2], T)

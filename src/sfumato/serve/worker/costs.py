@@ -246,7 +246,7 @@ def _pass(model: Model, request: Request, size: Size, steps: int, strength: floa
     if not request.moves:
         return Pass(size, count, called)
     latents = model.latent_shape(size[1], size[0], request.frames or 1)[1]
-    times = len(drawn_together(model, latents))
+    times = len(drawn_together(model, request, latents))
     return Pass(size, times * count, times * called, math.ceil((request.frames or 1) / times))
 
 
