@@ -333,7 +333,7 @@ def fresh_video(system: System, video: VideoConfig) -> System:
     dit = DiT(dit_config(system.config, labels=False))
     base = system.denoiser.dit.state_dict()
     dit.load_state_dict({name: base[name] for name in dit.state_dict()})
-    animator = Animator(dit, len(video.words), system.config.denoiser.text_width)
+    animator = Animator(dit, len(video.words), system.denoiser.text.config)
     nn.init.normal_(animator.words, std=_scale(system))
     return replace(system, config=replace(system.config, video=video), video=VideoParts(temporal, animator))
 
@@ -394,7 +394,7 @@ def _with_video(
     with torch.device("meta"):
         temporal = Causal(video.temporal)
         dit = DiT(dit_config(system.config, labels=False))
-        animator = Animator(dit, len(video.words), system.config.denoiser.text_width)
+        animator = Animator(dit, len(video.words), system.denoiser.text.config)
     for name, module in (("temporal", temporal), ("animator", animator)):
         _read(module, name, directory, card, device)
     return replace(system, video=VideoParts(temporal, animator))

@@ -19,7 +19,7 @@ from sfumato.autoencoder.causal import STRIDE, Cache, Causal, CausalConfig, late
 from sfumato.errors import InputError
 from sfumato.nn.dit import DiT
 from sfumato.nn.plain import from_plain
-from sfumato.text import TextEncoder
+from sfumato.text import TextConfig, TextEncoder
 from sfumato.types import Conditioning
 
 PIECE = 4  # latents of a clip encoded or decoded at a time: sixteen frames
@@ -65,16 +65,22 @@ class VideoConfig:
 
 
 class Animator(nn.Module):
-    """The denoiser of clips, and rows of the text encoder's table for the words that it knows besides."""
+    """The denoiser of clips, and what it reads besides the features of the model's text encoder.
 
-    def __init__(self, dit: DiT, words: int, text_width: int):
+    words: rows of that encoder's table for the words of clips. named: of each token (V + words, text_width), what is
+    added to its features: the encoder learnt its words from pictures, and where it says no place, "left" is all but
+    "right" to it.
+    """
+
+    def __init__(self, dit: DiT, words: int, text: TextConfig):
         super().__init__()
         self.dit = dit
-        self.words = nn.Parameter(torch.zeros(words, text_width))
+        self.words = nn.Parameter(torch.zeros(words, text.width))
+        self.named = nn.Parameter(torch.zeros(text.vocabulary + words, text.width))
 
     def read(self, text: TextEncoder, ids: Tensor, mask: Tensor) -> Conditioning:
-        """Features of prompts by the model's text encoder and these words."""
-        return Conditioning(text(ids, mask, self.words), mask)
+        """Features of prompts."""
+        return Conditioning(text(ids, mask, self.words) + self.named[ids], mask)
 
     def answer(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """What the network predicts of (B, C, T, H, W) at one level, scalar or (B,); `cond.channels` (B, C, K, H, W)
