@@ -83,6 +83,20 @@ def test_some_tokens_of_a_clip_are_answered_as_they_are_among_all_and_the_rest_w
     assert [row.nonzero()[:, 0].tolist() for row in answered] == [[0, 5, 8], [1, 5, 11]]
 
 
+def test_what_a_word_is_is_told_beside_what_the_text_encoder_makes_of_it():
+    system = video_system()
+    animator, text = system.video.animator, system.denoiser.text
+    ids, mask = system.clip_tokenizer.batch(["a red cube rolls left"])
+    features = text(ids, mask, animator.words)
+    with torch.no_grad():
+        animator.named.zero_()
+        assert torch.equal(animator.read(text, ids, mask).tokens, features)
+        left = int(ids[0, mask[0]][-1])
+        animator.named[left] = 1 / features.shape[-1] ** 0.5
+        told = animator.read(text, ids, mask).tokens - features
+    torch.testing.assert_close(told, (ids == left)[..., None].float().expand_as(told))
+
+
 def test_a_single_frame_is_the_picture_in_the_autoencoder_too():
     system, bare = video_system(), picture_system()
     pixels = torch.rand(1, 3, 1, 32, 32) * 2 - 1

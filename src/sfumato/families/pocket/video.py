@@ -6,6 +6,7 @@ more. A known beginning, be it a picture or what a film is to go on from, is sho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -67,9 +68,9 @@ class VideoConfig:
 class Animator(nn.Module):
     """The denoiser of clips, and what it reads besides the features of the model's text encoder.
 
-    words: rows of that encoder's table for the words of clips. named: of each token (V + words, text_width), what is
-    added to its features: the encoder learnt its words from pictures, and where it says no place, "left" is all but
-    "right" to it.
+    words: rows of that encoder's table for the words of clips. named: of each token (V + words, D), what √D times is
+    added to its features (B, N, D): the encoder learnt its words from pictures, and where it says no place, "left" is
+    all but "right" to it. The factor, as of tables elsewhere, lets rows that begin at zero be learnt as fast as layers.
     """
 
     def __init__(self, dit: DiT, words: int, text: TextConfig):
@@ -80,7 +81,8 @@ class Animator(nn.Module):
 
     def read(self, text: TextEncoder, ids: Tensor, mask: Tensor) -> Conditioning:
         """Features of prompts."""
-        return Conditioning(text(ids, mask, self.words) + self.named[ids], mask)
+        features = text(ids, mask, self.words)
+        return Conditioning(features + math.sqrt(features.shape[-1]) * self.named[ids], mask)
 
     def answer(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """What the network predicts of (B, C, T, H, W) at one level, scalar or (B,); `cond.channels` (B, C, K, H, W)
