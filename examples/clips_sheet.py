@@ -1,6 +1,6 @@
 """Draw clips with the packaged model and lay the frames of each out in a row.
 
-    python examples/clips_sheet.py clips.png
+python examples/clips_sheet.py clips.png
 """
 
 import sys
