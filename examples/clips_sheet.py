@@ -6,10 +6,8 @@ python examples/clips_sheet.py clips.png
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 import sfumato
-from sfumato.storage import atomic_file
+from sfumato.train.tasks import save_sheet
 
 PROMPTS = [
     "a red ball rolls to the left past a blue cube",
@@ -20,25 +18,14 @@ PROMPTS = [
 FRAMES = 9  # of a clip
 
 
-def sheet(rows: list[tuple[Image.Image, ...]]) -> Image.Image:
-    """Rows of pictures of one size."""
-    width, height = rows[0][0].size
-    page = Image.new("RGB", (len(rows[0]) * width, len(rows) * height))
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            page.paste(picture, (c * width, r * height))
-    return page
-
-
 def main(path: Path) -> None:
     model = sfumato.load()
     rows = []
     for number, prompt in enumerate(PROMPTS, 1):
         clip = model.generate(sfumato.Request(prompt, frames=FRAMES, seed=number)).clips[0]
-        rows.append(tuple(clip.frames))
+        rows.append(list(clip.frames))
         print(f"{number}/{len(PROMPTS)} {prompt}")
-    with atomic_file(path) as temporary:
-        sheet(rows).save(temporary, format="PNG")
+    save_sheet(rows, path)
     print(f"look at {path.resolve()}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -53,7 +53,11 @@ class ClipBatch:
 
     def first(self) -> ClipBatch:
         """Its first clip alone."""
-        return ClipBatch(*(None if tensor is None else tensor[:1] for tensor in vars(self).values()))
+        return self.change(lambda tensor: tensor[:1])
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> ClipBatch:
+        """The same with `change` applied to every tensor that is there."""
+        return ClipBatch(*(None if tensor is None else change(tensor) for tensor in vars(self).values()))
 
 
 class Frames:
@@ -116,9 +120,7 @@ class Clips:
         batch = ClipBatch(latents, ids, mask, known)
         if thin:
             batch = self._thinned(batch, seeded("cpu", self.seed, "thinned", step, part))
-        return ClipBatch(
-            *(None if tensor is None else tensor.to(self.device) for tensor in vars(batch).values())
-        )
+        return batch.change(lambda tensor: tensor.to(self.device))
 
     def _thinned(self, batch: ClipBatch, chance: torch.Generator) -> ClipBatch:
         """The batch with some latents of each clip seen, its first and others by chance, and the same rows of tokens of
