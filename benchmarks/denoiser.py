@@ -38,6 +38,7 @@ LARGE = {  # these hold the weights in float32 once more, and NNCF takes minutes
     "ours int8 by OpenVINO",
     "ours float32, packed",
 }
+AS_IT_IS = ("time", "mask")  # inputs that keep their type
 Inputs = dict[str, Tensor]
 
 
@@ -46,14 +47,16 @@ class Subject:
     """What is measured.
 
     title: for people. ours: makes our network; theirs: diffusers', whose weights ours takes, or None where diffusers is
-    not installed. inputs: in float32, by the names that our network gives them. ask: one pass of diffusers' network.
-    maps: the network works on maps, for which channels-last memory counts. kept: of its layers in eight bits.
+    not installed. inputs: in float32, by the names that our network gives them; own: those that ours is given, which
+    may say the same with less. ask: one pass of diffusers' network. maps: the network works on maps, for which
+    channels-last memory counts. kept: of its layers in eight bits.
     """
 
     title: str
     ours: Callable[[], nn.Module]
     theirs: Callable[[], nn.Module] | None
     inputs: Inputs
+    own: Inputs
     ask: Callable[[nn.Module, Inputs], Tensor]
     maps: bool
     kept: tuple[str, ...]
@@ -95,6 +98,10 @@ def openvino_call(network: nn.Module, inputs: Inputs, kind: str) -> Callable[[],
     return lambda: torch.from_numpy(compiled(arrays)[0])
 
 
+def on_meta(inputs: Inputs) -> Inputs:
+    return {name: value.to("meta") for name, value in inputs.items()}
+
+
 @torch.inference_mode()
 def alike(inputs: Inputs) -> bool:
     """Whether both halves of the rows are told apart by the text alone."""
@@ -116,18 +123,16 @@ def contenders(subject: Subject, args: Any) -> tuple[dict[str, Callable[[], Tens
 
     ours = ours_with(weights)
 
-    def cast(dtype: torch.dtype, last: bool) -> Inputs:
-        inputs = {
-            name: value if name == "time" else value.to(dtype) for name, value in subject.inputs.items()
-        }
+    def cast(inputs: Inputs, dtype: torch.dtype, last: bool) -> Inputs:
+        inputs = {name: value if name in AS_IT_IS else value.to(dtype) for name, value in inputs.items()}
         return inputs | ({"x": inputs["x"].contiguous(memory_format=LAST)} if last else {})
 
     def passes(network: nn.Module, dtype: torch.dtype, last: bool = False) -> Callable[[], Tensor]:
-        inputs = cast(dtype, last)
+        inputs = cast(subject.own, dtype, last)
         return torch.inference_mode()(lambda: network(**inputs))
 
     def asked(network: nn.Module, dtype: torch.dtype, last: bool = False) -> Callable[[], Tensor]:
-        inputs = cast(dtype, last)
+        inputs = cast(subject.inputs, dtype, last)
         return torch.inference_mode()(lambda: subject.ask(network, inputs))
 
     rough, exact = torch.bfloat16, torch.float32
@@ -162,7 +167,7 @@ def contenders(subject: Subject, args: Any) -> tuple[dict[str, Callable[[], Tens
         known["OpenVINO float32"] = lambda: openvino_call(ours, subject.inputs, "float32")
         known["OpenVINO bfloat16"] = lambda: openvino_call(ours, subject.inputs, "bfloat16")
         if installed("nncf"):
-            known["ours int8 by OpenVINO"] = lambda: openvino_call(ours, subject.inputs, "int8")
+            known["ours int8 by OpenVINO"] = lambda: openvino_call(ours, subject.own, "int8")
     known["ours float32"] = lambda: passes(ours_with(best(exact)), exact, subject.maps)
     known["ours float32, packed"] = lambda: passes(changed(pack, exact), exact, subject.maps)
     known["ours bfloat16"] = lambda: passes(ours_with(best(rough)), rough, subject.maps)
@@ -205,12 +210,10 @@ def measure(subject: Subject, args: Any, facts: dict[str, Any]) -> None:
     calls, network = contenders(subject, args)
     with torch.device("meta"):
         counted = subject.ours()
-    shapes = [value.to("meta") for value in subject.inputs.values()]
     with torch.inference_mode():
-        flops = own = count_flops(counted, *shapes)
-        if alike(subject.inputs):
-            with AsOne():
-                own = count_flops(counted, *shapes)
+        flops = count_flops(counted, **on_meta(subject.inputs))
+        with AsOne() if alike(subject.own) else nullcontext():
+            own = count_flops(counted, **on_meta(subject.own))
     answers = {name: call().clone() for name, call in calls.items()}
     first = next(iter(answers.values()))  # diffusers in float32 unless --only left it out
     errors = {

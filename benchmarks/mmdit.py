@@ -17,7 +17,7 @@ from sfumato.families.sd3.folder import transformer_config
 from sfumato.families.sd3.shapes import SYSTEMS
 from sfumato.nn.mmdit import KEPT, MMDiT, MMDiTConfig
 
-TOKENS = 77 + 256  # of CLIP and of T5
+CLIP, T5 = 77, 256  # tokens of each
 
 
 def diffusers_network(config: MMDiTConfig) -> nn.Module:
@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, default=4, help="joint blocks (default 4); 24 are all of a medium one"
     )
+    parser.add_argument(
+        "--without-t5", action="store_true", help="its tokens are zeros, which ours tells as one"
+    )
     args = parser.parse_args()
     whole = SYSTEMS[args.kind].transformer
     config = replace(whole, layers=args.blocks, dual=tuple(n for n in whole.dual if n < args.blocks))
@@ -46,13 +49,20 @@ def main() -> None:
     inputs = {
         "x": torch.randn(args.batch, config.channels, cells, cells),
         "time": torch.full((args.batch,), 500.0),
-        "context": torch.randn(args.batch, TOKENS, config.context),
+        "context": torch.randn(args.batch, CLIP + T5, config.context),
         "vector": torch.randn(args.batch, config.pooled),
     }
+    own = inputs
+    if args.without_t5:
+        inputs["context"][:, CLIP:] = 0
+        times = torch.ones(args.batch, CLIP + 1)
+        times[:, CLIP] = T5
+        own = inputs | {"context": inputs["context"][:, : CLIP + 1], "mask": times}
     theirs = (lambda: diffusers_network(config)) if installed("diffusers") else None
     title = f"Transformer of {args.kind} with {args.blocks} of {whole.layers} blocks"
-    subject = Subject(title, lambda: MMDiT(config), theirs, inputs, ask, maps=False, kept=KEPT)
-    measure(subject, args, {"kind": args.kind, "blocks": args.blocks})
+    title += " and without T5" if args.without_t5 else ""
+    subject = Subject(title, lambda: MMDiT(config), theirs, inputs, own, ask, maps=False, kept=KEPT)
+    measure(subject, args, {"kind": args.kind, "blocks": args.blocks, "without_t5": args.without_t5})
 
 
 if __name__ == "__main__":

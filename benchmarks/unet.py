@@ -62,7 +62,7 @@ def main() -> None:
         "context": torch.randn(args.batch, TOKENS, CONTEXT),
     }
     theirs = (lambda: diffusers_network(config)) if installed("diffusers") else None
-    subject = Subject("U-Net", lambda: UNet(config), theirs, inputs, ask, maps=True, kept=KEPT)
+    subject = Subject("U-Net", lambda: UNet(config), theirs, inputs, inputs, ask, maps=True, kept=KEPT)
     measure(subject, args, {"channels": args.channels})
 
 

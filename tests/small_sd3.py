@@ -12,6 +12,7 @@ import torch
 from sfumato.autoencoder.kl import AutoencoderKL
 from sfumato.checkpoint.rules import View
 from sfumato.families.published import folder as published
+from sfumato.families.published.condition import TextFeatures
 from sfumato.families.published.keys import text_folder_map
 from sfumato.families.published.kinds import TextPart
 from sfumato.families.sd3 import folder
@@ -107,6 +108,13 @@ def theirs(seed: int = 3) -> dict[str, torch.nn.Module]:
 def named(part: str, state: Mapping[str, torch.Tensor]) -> View:
     """An encoder's tensors under our names, from those that transformers saves."""
     return text_folder_map(TextPart(part, CONFIGS[part], ()), state.keys()).to_ours(state, part)
+
+
+def one_by_one(features: TextFeatures) -> torch.Tensor:
+    """The tokens (1, Σ mask, D), each as often as it counts, as diffusers has them."""
+    if features.mask is None:
+        return features.tokens
+    return features.tokens.repeat_interleave(features.mask[0].long(), dim=1)
 
 
 # --- whole models --------------------------------------------------------------------------------------------------

@@ -68,10 +68,11 @@ LISTS: dict[str, Any] = {"loras": LoraUse, "controls": Control}  # fields with s
 class Conditioning:
     """What a denoiser is told. The last four are for networks that ask for them, and None for others.
 
-    tokens: (B, N, D) features of a text, or of a picture. mask: (B, N) bool, True where a token is real; None where all
-    are read. vector: (B, V) pooled text and sizes. guidance: (B, G) the guidance scale, embedded. channels: (B, E, T,
-    H, W) what the network sees beside the sample, of one frame where all frames see the same; or the latents that are
-    known at the beginning of a clip, (B, C, 0, 1, 1) where there are none.
+    tokens: (B, N, D) features of a text, or of a picture. mask: (B, N) bool, True where a token is real; or numbers,
+    how many equal tokens each one stands for; None where all are read, once each. vector: (B, V) pooled text and sizes.
+    guidance: (B, G) the guidance scale, embedded. channels: (B, E, T, H, W) what the network sees beside the sample, of
+    one frame where all frames see the same; or the latents that are known at the beginning of a clip, (B, C, 0, 1, 1)
+    where there are none.
     """
 
     tokens: Tensor

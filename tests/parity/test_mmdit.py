@@ -82,6 +82,20 @@ def test_layers_left_out(agrees, skip):
     agrees("MMDiT, layers left out", f"without {skip}", mine, other, BOUND, THEIRS)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_that_are_alike_may_be_told_as_one(agrees, case):
+    config = CASES[case]
+    theirs = theirs_of(config)
+    x, time, context, vector = inputs_of(config, 12, 16)
+    times = torch.ones(2, 11)
+    times[:, -1] = 256
+    with torch.no_grad():
+        mine = ours_of(config, theirs)(x, time, context, vector, times)
+        spread = context.repeat_interleave(times[0].long(), dim=1)
+        other = theirs(x, spread, vector, time, return_dict=False)[0]
+    agrees("MMDiT, 256 tokens alike, told as one", case, mine, other, BOUND, THEIRS)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["sd3-medium", "sd3.5-medium"])
 def test_of_published_size(agrees, kind):

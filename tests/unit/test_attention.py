@@ -136,6 +136,23 @@ def test_keys_that_are_masked_are_not_attended_to(keys):
         assert error(out[one], q[one], k[one, :, :seen], v[one, :, :seen]) < 8e-3
 
 
+@pytest.mark.parametrize("scale", [1.0, 20.0], ids=["near", "beyond the reach"])
+@pytest.mark.parametrize("queries, width", [(30, 16), (1000, 40), (1500, 64)])
+def test_a_key_may_stand_for_many(queries, width, scale):
+    q, k, v = (
+        heads(2, 3, queries, width, scale),
+        heads(2, 3, 90, width, seed=1),
+        heads(2, 3, 90, width, seed=2),
+    )
+    counts = torch.ones(2, 90)
+    counts[0, 88], counts[:, 89], counts[1, :20] = 77, 300, 0
+    out = attention(q, k, v, counts)
+    for row, each in enumerate(counts.long()):
+        one = slice(row, row + 1)
+        spread = [t[one].repeat_interleave(each, dim=2) for t in (k, v)]
+        assert error(out[one], q[one], *spread) < 8e-3
+
+
 @pytest.mark.parametrize("length", [64, 700])
 def test_gradients_reach_queries_keys_and_values(length):
     q, k, v = (heads(1, 2, length, 16, seed=s).detach().requires_grad_() for s in range(3))

@@ -14,6 +14,7 @@ from helpers import relative_error
 from sfumato.checkpoint.fill import Streamed, fill_layers
 from sfumato.errors import InputError
 from sfumato.nn.mmdit import KEPT, MMDiT, MMDiTConfig
+from sfumato.nn.mmdit_control import MMDiTControl
 from sfumato.nn.openvino import OpenVINONetwork
 from sfumato.nn.packed import PackedLinear, pack
 from sfumato.nn.quantized import QuantizedLinear, can_quantize, quantize
@@ -37,6 +38,11 @@ def inputs(height: int = 12, width: int = 8) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
     x = torch.randn(2, CONFIG.channels, height, width)
     return x, torch.tensor([800.0, 20.0]), torch.randn(2, 7, CONFIG.context), torch.randn(2, CONFIG.pooled)
+
+
+def spread(context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Its tokens, each as often as it counts."""
+    return context.repeat_interleave(mask[0].long(), dim=1)
 
 
 @torch.inference_mode()
@@ -69,6 +75,7 @@ def test_inputs_that_do_not_fit_are_named(network):
         ((x, time, context[..., :3], vector), r"context must have shape \(2, M, 24\)"),
         ((x, time, context, None), r"vector must have shape \(2, 20\), not None"),
         ((x, time, context, vector[:1]), r"vector must have shape \(2, 20\), not \(1, 20\)"),
+        ((x, time, context, vector, torch.ones(7)), r"mask must have shape \(2, 7\), not \(7,\)"),
     ):
         with pytest.raises(InputError, match=said):
             network(*bad)
@@ -100,6 +107,25 @@ def test_layers_left_out_are_not_run(network):
         weight.fill_(torch.nan)
     assert torch.equal(answer(other, skip_layers=(1,)), answer(network, skip_layers=(1,)))
     assert not answer(other).isfinite().any()
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+def test_a_token_may_stand_for_many(network, dtype, bound, either):
+    """As if it came so often: of a plain network, of a packed one, and of a ControlNet."""
+    x, time, context, vector = inputs()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 200]]).float().expand(2, -1)
+    control = MMDiTControl.of(network, 2).eval().requires_grad_(False)
+    for layer in (control.pos_embed_input.proj, *control.controlnet_blocks):
+        nn.init.normal_(layer.weight, std=0.1)
+    for made in (network, control):
+        more = {} if made is network else {"hint": x}
+        with torch.inference_mode():
+            exact = made(x, time, spread(context, mask), vector, **more)
+            packed = copy.deepcopy(made).to(dtype)
+            pack(packed)
+            answers = packed(x, time, context, vector, mask, **more)
+        for one, same in zip(answers, exact, strict=True):
+            assert relative_error(one, same) < bound
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
@@ -161,7 +187,12 @@ def test_openvino_answers_as_the_network(network, tmp_path, dtype, bound):
     for named in ({}, {"skip_layers": (1,)}):
         assert relative_error(answer(engine, **named), answer(network, **named)) < bound
     assert relative_error(answer(engine, 8, 16), answer(network, 8, 16)) < bound
-    assert len(list(tmp_path.iterdir())) == 3
+    mask = torch.tensor([[1.0, 1, 1, 1, 1, 1, 50]]).expand(2, -1)
+    x, time, context, vector = inputs()
+    with torch.inference_mode():
+        one_by_one = network(x, time, spread(context, mask), vector)
+    assert relative_error(answer(engine, mask=mask), one_by_one) < bound
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_without_norms_and_second_attentions(network):

@@ -48,11 +48,16 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 @pytest.mark.parametrize("length", [7, 520], ids=["by products", "fused"])
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["nothing", "hidden", "counted"])
 def test_every_route_of_attention_is_attention(length, dtype, error, masked):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, length, 16).to(dtype) for _ in range(3))
-    mask = torch.stack([torch.arange(length) < length - 3, torch.arange(length) % 2 == 0]) if masked else None
+    places = torch.arange(length)
+    mask = {
+        "nothing": None,
+        "hidden": torch.stack([places < length - 3, places % 2 == 0]),
+        "counted": torch.stack([1 + 76 * (places == 2), places % 3]),
+    }[masked]
     out = attention(q, k, v, mask)
     assert out.dtype == dtype and out.shape == q.shape
     assert (out.double() - exact_attention(q, k, v, mask)).abs().max() < error

@@ -27,29 +27,24 @@ HEADROOM = 8.0  # nats below 0 from which sigmoid(x) is exp(x) but for 3e-4 of i
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √D) v. q: (B, K, N, D); k, v: (B, K, M, D); mask: (B, M) bool, True for the keys that may be
-    attended to. Returns (B, K, N, D).
+    """softmax(q kᵀ / √D) v. q: (B, K, N, D); k, v: (B, K, M, D); mask: (B, M), how many equal keys each one stands for:
+    whole numbers, or bool, True for the keys that may be attended to. Returns (B, K, N, D).
+
+    A key that stands for n of them has ln n added to its scores, and the answer is that of all n. On GPUs the kernels
+    want this number in the type of q, which rounds it: there masks should be bool.
 
     PyTorch's fused CPU kernel does not use the matrix unit of a CPU with fast bfloat16. There attention without
     gradients takes plain products of some heads at a time where sequences are short, and goes block by block where they
-    are long and nothing is masked. 16 bits on other CPUs go through the fused kernel in float32. bfloat16 that does
-    none of these, for its gradients or a mask, takes plain products of all heads together up to 512² scores of each,
-    which are all held in memory. Longer sequences, and every other device and precision, keep the fused kernel.
+    are long. 16 bits on other CPUs go through the fused kernel in float32. bfloat16 that does none of these, for its
+    gradients, takes plain products of all heads together up to 512² scores of each, which are all held in memory.
+    Longer sequences, and every other device and precision, keep the fused kernel.
     """
     if has_torch_function((q, k, v)):  # a mode that counts operations sees this one whole
         return handle_torch_function(attention, (q, k, v), q, k, v, mask)
-    bias = None
-    if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)[
-            :, None, None, :
-        ]
     if products_are_fast(q) and not _needs_gradient(q, k, v):
-        if _is_short(q, k):
-            return _plain(q, k, v, bias)
-        if bias is None:
-            return _blocked(q, k, v)
+        return _plain(q, k, v, mask) if _is_short(q, k, mask) else _blocked(q, k, v, mask)
+    bias = None if mask is None else _bias(mask)
     if products_are_widened(q) and not _needs_gradient(q, k, v):
-        bias = None if bias is None else bias.float()
         wide = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias)
         return wide.to(q.dtype)
     if _fits_whole(q, k):
@@ -66,10 +61,10 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     """
     B, K, N, D = q.shape
     M, result = k.shape[-2], q.numel() * q.element_size()
-    if _is_short(q, k):
+    if _is_short(q, k, mask):
         laid = _copied(q) + _copied(k) + _copied(v) + result
         return laid + max(4 * min(B * K, _heads(N * M)) * N * M, result)  # scores and their softmax
-    if mask is None and products_are_fast(q):
+    if products_are_fast(q):
         width, lanes = _width(D), _lanes(B * K, N * M)
         rows = _rows(N, M, lanes)
         laid = _copied(q) + 2 * k.numel() + (_copied(v) if width == D else 2 * B * K * M * width)
@@ -89,9 +84,10 @@ def _copied(x: Tensor) -> int:
     return 0 if x.is_contiguous() else 2 * x.numel()
 
 
-def _is_short(q: Tensor, k: Tensor) -> bool:
-    """Whether `_plain` is the route where there are no gradients."""
-    return products_are_fast(q) and _scores(q, k) <= SHORT
+def _is_short(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether `_plain` is the route where there are no gradients. What it adds to scores is rounded: bool masks only."""
+    exact = mask is None or mask.dtype == torch.bool
+    return products_are_fast(q) and exact and _scores(q, k) <= SHORT
 
 
 def _scores(q: Tensor, k: Tensor) -> int:
@@ -100,7 +96,7 @@ def _scores(q: Tensor, k: Tensor) -> int:
 
 
 def _fits_whole(q: Tensor, k: Tensor) -> bool:
-    """Whether the scores of all heads may be held together: the way of bfloat16 with gradients, or with a mask."""
+    """Whether the scores of all heads may be held together: the way of bfloat16 with gradients."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and _scores(q, k) <= 512 * 512
 
 
@@ -108,9 +104,14 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _bias(mask: Tensor) -> Tensor:
+    """(B, M) → (B, 1, 1, M) of float32: what is added to the scores of keys that stand for so many."""
+    return mask.float().log()[:, None, None, :]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of bfloat16 heads by plain products and a softmax, as many heads at a time as hold SCORES scores.
-    bias: (B, 1, 1, M), added to the scores.
+    mask: (B, M) bool.
 
     Rounded scores far from 0 would spoil the weights. So they are made twice (and counted once: see `flops`): the first
     ones tell each row's largest, and the second ones are rounded after it was taken off, when those that count are near
@@ -119,7 +120,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     B, K, N, D = q.shape
     heads, scale = _heads(_scores(q, k)), 1 / math.sqrt(D)
     queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
-    added = None if bias is None else bias.expand(-1, K, -1, -1).flatten(0, 1)
+    added = None if mask is None else _bias(mask).to(q.dtype).expand(-1, K, -1, -1).flatten(0, 1)
     nothing = q.new_empty(1)
     out = q.new_empty(B * K, N, D)
     for place in range(0, B * K, heads):
@@ -143,7 +144,7 @@ def _heads(scores: int) -> int:
     return max(1, SCORES // scores)
 
 
-def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Exact attention of bfloat16 heads, a block of queries at a time: SCORES numbers of memory, whatever N and M are.
 
     The softmax is no pass of its own. oneDNN can apply a sigmoid to a product's float32 sums before it rounds them, and
@@ -152,47 +153,58 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The shift is one number per head. Keys less their mean give the same softmax, and scores whose mean over the keys is
     0; so a row's largest score lies between 0 and max‖q‖·max‖k‖ (Cauchy–Schwarz), the reach. Up to REACH no row can
-    vanish or overflow. A head that reaches further goes to the fused kernel.
+    vanish or overflow. A head that reaches further goes to the fused kernel. A key that stands for n counts n times in
+    the mean, and has ln n added to the shift, which no mask makes less than 0 for a key that is seen.
 
     A large head is one thread's from beginning to end: many threads that share its short products wait for one another
     at the end of every one.
     """
     B, K, N, D = q.shape
     M, width, scale = k.shape[-2], _width(D), 1 / math.sqrt(D)
-    queries = q.contiguous()
-    middle = k.mean(-2, keepdim=True, dtype=torch.float32).mul_(-scale).to(k.dtype)
-    keys = torch.addcmul(middle, k.contiguous(), q.new_ones(1), value=scale)  # rounded once
+    queries, keys = q.contiguous(), k.contiguous()
+    bias = q.new_zeros(B, 1, 1, M, dtype=torch.float32) if mask is None else _bias(mask)
+    middle = _mean(keys, mask).mul_(-scale).to(k.dtype)
+    keys = torch.addcmul(middle, keys, q.new_ones(1), value=scale)  # rounded once
     values = v.contiguous() if width == D else v.new_ones(B, K, M, width)
     if width > D:  # products work on whole vectors anyway: in the spare room ones, which give the row's sum
         values[..., :D] = v
     out = q.new_empty(B, N, K, D).transpose(1, 2)
-    reaches = (_longest(queries) * _longest(keys)).tolist()
+    seen = _longest(keys) if mask is None else _longest(keys * (mask > 0)[:, None, :, None])
+    reaches = (_longest(queries) * seen + bias.amax(-1)[..., 0]).tolist()
     lanes = _lanes(B * K, N * M)
     rows = _rows(N, M, lanes)
 
     def head(place: tuple[int, int]) -> None:
-        reach = reaches[place[0]][place[1]]
+        added, reach = bias[place[0]], reaches[place[0]][place[1]]
         with torch.inference_mode():  # what the caller has set does not hold in other threads
             if reach <= REACH:  # not if it is NaN
-                shift = -reach - HEADROOM
-                _head(queries[place], keys[place], values[place], shift, rows, out[place])
+                shifts = added[0, 0] - (reach + HEADROOM)
+                _head(queries[place], keys[place], values[place], shifts, rows, out[place])
             else:
-                out[place] = functional.scaled_dot_product_attention(*(t[place][None] for t in (q, k, v)))[0]
+                one = (t[place][None] for t in (q, k, v))
+                out[place] = functional.scaled_dot_product_attention(*one, None if mask is None else added)[0]
 
     heads = itertools.product(range(B), range(K))
     deque(_pool(lanes, os.getpid()).map(head, heads) if lanes > 1 else map(head, heads), maxlen=0)
     return out
 
 
-def _head(q: Tensor, k: Tensor, v: Tensor, shift: float, rows: int, out: Tensor) -> None:
-    """Attention of one head to `out`: (N, D), `rows` queries at a time, with weights exp(q·k + shift).
+def _mean(keys: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, K, M, D) → (B, K, 1, D), of float32 where nothing is masked."""
+    if mask is None:
+        return keys.mean(-2, keepdim=True, dtype=torch.float32)
+    share = mask / mask.sum(-1, keepdim=True)
+    return torch.matmul(share[:, None, None, :].to(keys.dtype), keys)
 
-    v: (M, width), of which what is beyond D is ones.
+
+def _head(q: Tensor, k: Tensor, v: Tensor, shifts: Tensor, rows: int, out: Tensor) -> None:
+    """Attention of one head to `out`: (N, D), `rows` queries at a time, with weights exp(q·k + shifts).
+
+    v: (M, width), of which what is beyond D is ones. shifts: (M,) of float32.
     """
-    (N, D), (M, width) = q.shape, v.shape
+    (N, D), width = q.shape, v.shape[-1]
     if rows < N:  # blocks share the keys, which are then worth laying out in tiles once
         k = torch.ops.mkldnn._reorder_linear_weight(k, rows)
-    shifts = q.new_full((M,), shift)
     mixed = q.new_empty(N, width)
     totals = mixed[:, D : D + 1] if width > D else q.new_empty(N, 1)
     for first in range(0, N, rows):

@@ -159,8 +159,13 @@ class JointAttention(nn.Module):
         if self.answers:
             self.to_add_out = nn.Linear(D, D)
 
-    def forward(self, x: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x: (B, N, D); text: (B, M, D). Returns the answers to both, that to the text None where there is none."""
+    def forward(
+        self, x: Tensor, text: Tensor | None = None, times: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: (B, N, D); text: (B, M, D); times: (B, N + M), how many equal tokens each one stands for.
+
+        Returns the answers to both, that to the text None where there is none.
+        """
         N = x.shape[1]
         q = self._heads(self.to_q(x), self.norm_q)  # each (B, K, N, D/K)
         k = self._heads(self.to_k(x), self.norm_k)
@@ -170,7 +175,7 @@ class JointAttention(nn.Module):
                 q = torch.cat([q, self._heads(self.add_q_proj(text), self.norm_added_q)], dim=2)
             k = torch.cat([k, self._heads(self.add_k_proj(text), self.norm_added_k)], dim=2)
             v = torch.cat([v, self._heads(self.add_v_proj(text))], dim=2)
-        h = attention(q, k, v).transpose(1, 2).flatten(2)
+        h = attention(q, k, v, times).transpose(1, 2).flatten(2)
         if not self.answers:
             return self.to_out[0](h), None
         return self.to_out[0](h[:, :N]), self.to_add_out(h[:, N:])
@@ -201,8 +206,10 @@ class JointBlock(nn.Module):
         self.ff = FeedForward(D, TanhGELU(D, 4 * D))
         self.ff_context = None if last else FeedForward(D, TanhGELU(D, 4 * D))
 
-    def forward(self, x: Tensor, text: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, N, D); text: (B, M, D); told: (B, D), after its activation."""
+    def forward(
+        self, x: Tensor, text: Tensor, told: Tensor, times: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x: (B, N, D); text: (B, M, D); told: (B, D), after its activation; times: as for the attention."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(told)  # each (B, 1, D)
         if self.ff_context is None:  # here alone the scale comes first, as in `norm_out`
             scale_text, shift_text = self.norm1_context(told)
@@ -210,7 +217,7 @@ class JointBlock(nn.Module):
             shift_text, scale_text, gate_text, *rest = self.norm1_context(told)
         normed = norm(x)
         answer, of_text = self.attn(
-            modulated(normed, shift, scale), modulated(norm(text), shift_text, scale_text)
+            modulated(normed, shift, scale), modulated(norm(text), shift_text, scale_text), times
         )
         x = torch.addcmul(x, gate, answer)
         if self.attn2 is not None:
@@ -258,6 +265,7 @@ class MMDiT(nn.Module):
         time: Tensor,
         context: Tensor,
         vector: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         skip_layers: Collection[int] = (),
         control: Sequence[Tensor] = (),
@@ -265,20 +273,21 @@ class MMDiT(nn.Module):
         """(B, C, H, W) → (B, C, H, W) in the type of x; H and W are multiples of the patch.
 
         time: (B,) or a scalar, 0 … 1000, a thousand times the noise level. context: (B, M, `config.context`). vector:
-        (B, `config.pooled`), the pooled text. skip_layers: numbers of blocks that are not run, counted from 0.
-        control: tensors (B, N, D) of which each is added after as many blocks as the others, the last block aside; of
-        `MMDiTControl`. Raises `InputError` where a shape is not the config's, or the picture is larger than the table
-        of positions.
+        (B, `config.pooled`), the pooled text. mask: (B, M), how many equal tokens of the text each one stands for, or
+        bool. skip_layers: numbers of blocks that are not run, counted from 0. control: tensors (B, N, D) of which each
+        is added after as many blocks as the others, the last block aside; of `MMDiTControl`. Raises `InputError` where
+        a shape is not the config's, or the picture is larger than the table of positions.
         """
-        pooled = check_inputs(self.config, x, context, vector)
+        pooled = check_inputs(self.config, x, context, vector, mask)
         dtype = self.dtype
         told = functional.silu(self.time_text_embed(time.expand(len(x)), pooled.to(dtype)))  # (B, D)
         text = self.context_embedder(context.to(dtype))  # (B, M, D)
         h = self.pos_embed(x.to(dtype))  # (B, N, D)
+        times = times_of_all(h, mask)
         layers = len(self.transformer_blocks)
         for number, block in enumerate(self.transformer_blocks):
             if number not in skip_layers:
-                h, text = block(h, text, told)
+                h, text = block(h, text, told, times)
             if control and number < layers - 1:
                 h = h + control[number * len(control) // layers].to(h.dtype)
         scale, shift = self.norm_out(told)
@@ -292,7 +301,14 @@ class MMDiT(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), C, height, width)
 
 
-def check_inputs(config: MMDiTConfig, x: Tensor, context: Tensor, vector: Tensor | None) -> Tensor:
+def times_of_all(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+    """How many tokens each one stands for, of a picture's (B, N, D), one each, and behind them a text's (B, M)."""
+    return None if mask is None else torch.cat([mask.new_ones(tokens.shape[:2]), mask], dim=1)
+
+
+def check_inputs(
+    config: MMDiTConfig, x: Tensor, context: Tensor, vector: Tensor | None, mask: Tensor | None
+) -> Tensor:
     """The vector, once all shapes are those of the config."""
     if x.ndim != 4 or x.shape[1] != config.channels:
         raise InputError(
@@ -308,6 +324,10 @@ def check_inputs(config: MMDiTConfig, x: Tensor, context: Tensor, vector: Tensor
     if vector is None or vector.shape != (B, config.pooled):
         shape = None if vector is None else tuple(vector.shape)
         raise InputError(f"vector must have shape ({B}, {config.pooled}), not {shape}", argument="vector")
+    if mask is not None and mask.shape != context.shape[:2]:
+        raise InputError(
+            f"mask must have shape {tuple(context.shape[:2])}, not {tuple(mask.shape)}", argument="mask"
+        )
     return vector
 
 

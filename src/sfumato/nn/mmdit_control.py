@@ -27,6 +27,7 @@ from sfumato.nn.mmdit import (
     check_inputs,
     modulated,
     norm,
+    times_of_all,
 )
 from sfumato.nn.spatial import FeedForward, TanhGELU
 
@@ -143,16 +144,17 @@ class MMDiTControl(nn.Module):
         time: Tensor,
         context: Tensor,
         vector: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         hint: Tensor,
     ) -> tuple[Tensor, ...]:
         """For each of its blocks (B, N, D), as `MMDiT` takes them.
 
-        x, time, context, vector: as the transformer has them. hint: (B or 1, C + extra, H, W), the control picture's
-        latent, of the cells of x. Raises `InputError` where a shape is not the config's.
+        x, time, context, vector, mask: as the transformer has them. hint: (B or 1, C + extra, H, W), the control
+        picture's latent, of the cells of x. Raises `InputError` where a shape is not the config's.
         """
         shape = self.config.blocks
-        pooled = check_inputs(shape, x, context, vector)
+        pooled = check_inputs(shape, x, context, vector, mask)
         wanted = shape.channels + self.config.extra, *x.shape[-2:]
         if hint.shape[1:] != wanted or len(hint) not in (1, len(x)):
             raise InputError(
@@ -164,11 +166,12 @@ class MMDiTControl(nn.Module):
         told = functional.silu(self.time_text_embed(time.expand(len(x)), pooled.to(dtype)))  # (B, D)
         h = self.pos_embed(x.to(dtype)) + self.pos_embed_input(hint.to(dtype))  # (B, N, D)
         text = None if self.context_embedder is None else self.context_embedder(context.to(dtype))
+        times = times_of_all(h, mask)
         found = []
         for block, out in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
             if text is None:
                 h = block(h, told)
             else:
-                h, text = block(h, text, told)
+                h, text = block(h, text, told, times)
             found.append(out(h))
         return tuple(found)

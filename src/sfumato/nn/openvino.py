@@ -97,13 +97,14 @@ class OpenVINONetwork:
         time: Tensor,
         context: Tensor,
         vector: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         time_cond: Tensor | None = None,
         skip_layers: Collection[int] = (),
     ) -> Tensor:
         """As the network's own, without what a ControlNet adds. Leaving layers out is another network to the engine."""
-        named = {"x": x, "time": time.expand(len(x)), "context": context, "vector": vector}
-        named["time_cond"] = time_cond
+        named = {"x": x, "time": time.expand(len(x)), "context": context}
+        named |= {"vector": vector, "mask": mask, "time_cond": time_cond}
         given = {
             name: tensor.detach().float().cpu().contiguous()
             for name, tensor in named.items()

@@ -56,15 +56,22 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """tokens: (B, N, D). pooled: (B, P), or None where the family has none."""
+    """tokens: (B, N, D). pooled: (B, P), or None where the family has none. mask: (B, N), how many equal tokens each
+    one stands for; None is one each.
+    """
 
     tokens: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
 
     def parted(self, count: int) -> tuple[TextFeatures, TextFeatures]:
         """The first `count` rows, and the others."""
-        pooled = (None, None) if self.pooled is None else (self.pooled[:count], self.pooled[count:])
-        return TextFeatures(self.tokens[:count], pooled[0]), TextFeatures(self.tokens[count:], pooled[1])
+        tensors = (self.tokens, self.pooled, self.mask)
+        first, others = (
+            TextFeatures(*(None if tensor is None else tensor[rows] for tensor in tensors))  # type: ignore[arg-type]
+            for rows in (slice(count), slice(count, None))
+        )
+        return first, others
 
 
 def check_prompts(prompts: Sequence[str], negatives: Sequence[str | None] | None) -> None:

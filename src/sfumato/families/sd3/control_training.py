@@ -32,8 +32,9 @@ class ControlTrainee(training.ControlTrainee):
         self, network: MMDiTControl, x: Tensor, time: Tensor, cond: Conditioning, hints: Tensor
     ) -> tuple[Tensor, ...]:
         """What it adds at a step."""
-        return network(x[:, :, 0], time, cond.tokens, cond.vector, hint=hints)
+        return network(x[:, :, 0], time, cond.tokens, cond.vector, cond.mask, hint=hints)
 
     def answer(self, x: Tensor, time: Tensor, cond: Conditioning, control: tuple[Tensor, ...]) -> Tensor:
         """What the transformer answers with that."""
-        return self.base(x[:, :, 0], time, cond.tokens, cond.vector, control=control)[:, :, None]
+        told = (cond.tokens, cond.vector, cond.mask)
+        return self.base(x[:, :, 0], time, *told, control=control)[:, :, None]

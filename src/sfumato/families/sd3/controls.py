@@ -40,7 +40,7 @@ def controller(network: MMDiTControl, shown: Tensor, times: int = 1) -> Controll
     """
 
     def adds(x: Tensor, time: Tensor, cond: Conditioning, guess: bool) -> tuple[Tensor, ...]:
-        found = network(x[:, :, 0], time, cond.tokens, cond.vector, hint=shown)
+        found = network(x[:, :, 0], time, cond.tokens, cond.vector, cond.mask, hint=shown)
         return tuple(tensor for tensor in found for _ in range(times))
 
     return adds

@@ -196,15 +196,9 @@ class System(PublishedSystem):
 
     def condition(self, prompts: Sequence[str | None], request: Request) -> Conditioning:
         """2B texts, B wanted and then B to stay away from; one that is not there is the empty one."""
-        options = TextOptions.of(request)
-        half = len(prompts) // 2
-        wanted, unwanted = encode_prompts(
-            self.text, [prompt or "" for prompt in prompts[:half]], prompts[half:], options
-        )
-        assert unwanted is not None
-        tokens = torch.cat([wanted.tokens, unwanted.tokens])
-        assert wanted.pooled is not None and unwanted.pooled is not None
-        return Conditioning(tokens, None, torch.cat([wanted.pooled, unwanted.pooled]))
+        texts = [prompt or "" for prompt in prompts]
+        features, _ = encode_prompts(self.text, texts, options=TextOptions.of(request))
+        return Conditioning(features.tokens, features.mask, features.pooled)
 
     def check_texts(self, texts: Sequence[str], request: Request) -> None:
         """`InputError` for a text that cannot be laid out, as one of more tokens than T5 reads."""
@@ -224,7 +218,8 @@ class System(PublishedSystem):
         control: what ControlNets add to its tokens.
         """
         more: dict[str, Any] = {"control": control} if control else {}
-        out = self.denoiser(x[:, :, 0], time, cond.tokens, cond.vector, skip_layers=skip_layers, **more)
+        told = (cond.tokens, cond.vector, cond.mask)
+        out = self.denoiser(x[:, :, 0], time, *told, skip_layers=skip_layers, **more)
         return out[:, :, None]
 
     # --- ControlNets -----------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def reader(system: System, captions: Iterable[str]) -> Read:
 
     def read(some: Sequence[str]) -> Conditioning:
         features = encode(system.text, [_sections(caption) for caption in some], options, windows)
-        return Conditioning(features.tokens, None, features.pooled)
+        return Conditioning(features.tokens, features.mask, features.pooled)
 
     return read
 
