@@ -85,7 +85,7 @@ def _copied(x: Tensor) -> int:
 
 
 def _is_short(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    """Whether `_plain` is the route where there are no gradients. What it adds to scores is rounded: bool masks only."""
+    """Whether `_plain` is the route without gradients. What it adds to scores is rounded, so it takes bool masks."""
     exact = mask is None or mask.dtype == torch.bool
     return products_are_fast(q) and exact and _scores(q, k) <= SHORT
 
