@@ -23,6 +23,7 @@ from sfumato.storage import save_tensors, write_json
 from sfumato.text.clip import PROJECTION, ClipConfig
 from sfumato.text.clip_tokens import bundled, save_folder
 from sfumato.text.t5 import T5Config
+from sfumato.types import Conditioning
 
 WORDS = (
     "a red metal sphere behind the small blue cube in front of an old house, three green cats on one table. "
@@ -110,11 +111,11 @@ def named(part: str, state: Mapping[str, torch.Tensor]) -> View:
     return text_folder_map(TextPart(part, CONFIGS[part], ()), state.keys()).to_ours(state, part)
 
 
-def one_by_one(features: TextFeatures) -> torch.Tensor:
-    """The tokens (1, Σ mask, D), each as often as it counts, as diffusers has them."""
-    if features.mask is None:
-        return features.tokens
-    return features.tokens.repeat_interleave(features.mask[0].long(), dim=1)
+def one_by_one(told: TextFeatures | Conditioning) -> torch.Tensor:
+    """The tokens (B, Σ mask, D), each as often as it counts, as diffusers has them."""
+    if told.mask is None:
+        return told.tokens
+    return told.tokens.repeat_interleave(told.mask[0].long(), dim=1)
 
 
 # --- whole models --------------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         if bias is not None:
             scores = scores + bias
         return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
+    if bias is not None and q.device.type != "cpu":
+        bias = bias.to(q.dtype)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 

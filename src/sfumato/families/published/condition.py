@@ -66,12 +66,11 @@ class TextFeatures:
 
     def parted(self, count: int) -> tuple[TextFeatures, TextFeatures]:
         """The first `count` rows, and the others."""
-        tensors = (self.tokens, self.pooled, self.mask)
-        first, others = (
-            TextFeatures(*(None if tensor is None else tensor[rows] for tensor in tensors))  # type: ignore[arg-type]
-            for rows in (slice(count), slice(count, None))
-        )
-        return first, others
+        return self._rows(slice(count)), self._rows(slice(count, None))
+
+    def _rows(self, rows: slice) -> TextFeatures:
+        pooled, mask = (None if tensor is None else tensor[rows] for tensor in (self.pooled, self.mask))
+        return TextFeatures(self.tokens[rows], pooled, mask)
 
 
 def check_prompts(prompts: Sequence[str], negatives: Sequence[str | None] | None) -> None:
