@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.families.sd3.folder import transformer_config
 from sfumato.families.sd3.shapes import SYSTEMS
+from sfumato.nn.attention import as_two
 from sfumato.nn.mmdit import KEPT, MMDiT, MMDiTConfig
 
 CLIP, T5 = 77, 256  # tokens of each
@@ -39,7 +40,7 @@ def main() -> None:
         "--blocks", type=int, default=4, help="joint blocks (default 4); 24 are all of a medium one"
     )
     parser.add_argument(
-        "--without-t5", action="store_true", help="its tokens are zeros, which ours tells as one"
+        "--without-t5", action="store_true", help="its tokens are zeros, told to ours as two for all"
     )
     args = parser.parse_args()
     whole = SYSTEMS[args.kind].transformer
@@ -55,9 +56,8 @@ def main() -> None:
     own = inputs
     if args.without_t5:
         inputs["context"][:, CLIP:] = 0
-        times = torch.ones(args.batch, CLIP + 1)
-        times[:, CLIP] = T5
-        own = inputs | {"context": inputs["context"][:, : CLIP + 1], "mask": times}
+        counts = torch.tensor([1.0] * CLIP + list(as_two(T5))).expand(args.batch, -1)
+        own = inputs | {"context": inputs["context"][:, : CLIP + 2], "mask": counts}
     theirs = (lambda: diffusers_network(config)) if installed("diffusers") else None
     title = f"Transformer of {args.kind} with {args.blocks} of {whole.layers} blocks"
     title += " and without T5" if args.without_t5 else ""

@@ -92,6 +92,11 @@ def plain(value: object) -> str:
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
 
 
+def spread(tensor: torch.Tensor, counts: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """What a tensor holds along `dim`, each as often as it counts."""
+    return tensor.repeat_interleave(counts.long(), dim=dim)
+
+
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """‖ours − theirs‖ / ‖theirs‖, in float64."""
     assert ours.shape == theirs.shape

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from helpers import spread
 from sfumato.autoencoder.kl import AutoencoderKL
 from sfumato.checkpoint.rules import View
 from sfumato.families.published import folder as published
@@ -112,10 +113,14 @@ def named(part: str, state: Mapping[str, torch.Tensor]) -> View:
 
 
 def one_by_one(told: TextFeatures | Conditioning) -> torch.Tensor:
-    """The tokens (B, Σ mask, D), each as often as it counts, as diffusers has them."""
+    """The tokens (B, N, D) as diffusers has them, two that stand for many as so many."""
     if told.mask is None:
         return told.tokens
-    return told.tokens.repeat_interleave(told.mask[0].long(), dim=1)
+    (first, second), counts = (told.mask[0] != 1).nonzero().flatten().tolist(), told.mask[0]
+    assert second == first + 1 and torch.equal(told.tokens[:, first], told.tokens[:, second])
+    many = torch.ones_like(counts)
+    many[first], many[second] = counts[first : second + 1].sum().round(), 0
+    return spread(told.tokens, many)
 
 
 # --- whole models --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+from helpers import spread
 from sfumato.checkpoint.fill import fill_layers
 from sfumato.families.sd3.folder import transformer_config
 from sfumato.families.sd3.shapes import SYSTEMS
@@ -87,12 +88,11 @@ def test_tokens_that_are_alike_may_be_told_as_one(agrees, case):
     config = CASES[case]
     theirs = theirs_of(config)
     x, time, context, vector = inputs_of(config, 12, 16)
-    times = torch.ones(2, 11)
-    times[:, -1] = 256
+    counts = torch.ones(2, 11)
+    counts[:, -1] = 256
     with torch.no_grad():
-        mine = ours_of(config, theirs)(x, time, context, vector, times)
-        spread = context.repeat_interleave(times[0].long(), dim=1)
-        other = theirs(x, spread, vector, time, return_dict=False)[0]
+        mine = ours_of(config, theirs)(x, time, context, vector, counts)
+        other = theirs(x, spread(context, counts[0]), vector, time, return_dict=False)[0]
     agrees("MMDiT, 256 tokens alike, told as one", case, mine, other, BOUND, THEIRS)
 
 

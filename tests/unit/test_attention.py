@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.nn.attention import REACH, SCORES, attention
+from helpers import spread
+from sfumato.nn.attention import REACH, SCORES, as_two, attention
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("either")
@@ -147,10 +148,27 @@ def test_a_key_may_stand_for_many(queries, width, scale):
     counts = torch.ones(2, 90)
     counts[0, 88], counts[:, 89], counts[1, :20] = 77, 300, 0
     out = attention(q, k, v, counts)
-    for row, each in enumerate(counts.long()):
+    for row, each in enumerate(counts):
         one = slice(row, row + 1)
-        spread = [t[one].repeat_interleave(each, dim=2) for t in (k, v)]
-        assert error(out[one], q[one], *spread) < 8e-3
+        assert error(out[one], q[one], *(spread(t[one], each, dim=2) for t in (k, v))) < 8e-3
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("queries", [40, 1100])
+def test_two_keys_stand_for_many_exactly(queries, gradients):
+    """Half of all that is seen, 256 keys of 512; in bfloat16 ln 256 would be that of 252 or 260."""
+    q, k, v = torch.zeros(1, 2, queries, 64), torch.zeros(1, 2, 258, 64), torch.zeros(1, 2, 258, 64)
+    v[:, :, 256:] = 1
+    counts = torch.tensor([[1.0] * 256 + list(as_two(256))])
+    out = attention(q.to(BF16).requires_grad_(gradients), k.to(BF16), v.to(BF16), counts)
+    assert (out.float() - 0.5).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("n", [1, 2, 77, 154, 256, 512])
+def test_counts_of_two_keys_are_exact_in_bfloat16(n):
+    counts = torch.tensor(as_two(n))
+    assert float(counts.sum()) == pytest.approx(n, rel=1e-6) and counts.min() >= 0
+    assert float(counts.log().to(BF16).exp().double().sum()) == pytest.approx(n, rel=1e-3)
 
 
 @pytest.mark.parametrize("length", [64, 700])

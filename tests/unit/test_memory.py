@@ -121,17 +121,19 @@ def test_a_trace_counts_what_is_alive():
     "heads, queries, keys, width",
     [(4, 2048, 2048, 40), (8, 1024, 77, 80), (2, 64, 64, 64), (8, 600, 600, 64), (4, 8192, 16, 160)],
 )
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.usefixtures("one_thread")
-def test_attention_allocates_what_it_says(dtype, apart, heads, queries, keys, width):
+def test_attention_allocates_what_it_says(dtype, apart, heads, queries, keys, width, masked):
     q, k, v = (
         torch.randn(2, tokens, heads * width).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
         for tokens in (queries, keys, keys)
     )
     if apart:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    mask = torch.full((2, keys), 3.0) if masked else None
     with torch.inference_mode(), LiveBytes() as real:
-        attention(q, k, v)
-    assert attention_bytes(q, k, v) == pytest.approx(real.peak, rel=0.02, abs=4096)
+        attention(q, k, v, mask)
+    assert attention_bytes(q, k, v, mask) == pytest.approx(real.peak, rel=0.02, abs=4096)
 
 
 @pytest.mark.parametrize("dtype", [t for t in TYPES if t != torch.float16], ids=str)

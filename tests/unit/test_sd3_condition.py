@@ -93,7 +93,7 @@ def test_an_encoder_that_is_left_out_leaves_zeros_in_its_place(stack):
         tokens[:, rows, columns], vector[:, pooled] = 0, 0
         assert torch.equal(one_by_one(rest), tokens)
         assert torch.equal(rest.pooled, vector)
-        assert rest.tokens.shape[1] == (77 + 1 if left == T5 else tokens.shape[1])
+        assert rest.tokens.shape[1] == (77 + 2 if left == T5 else tokens.shape[1])
 
 
 def test_t5_alone_draws(stack):
@@ -101,7 +101,7 @@ def test_t5_alone_draws(stack):
     tokens = one_by_one(alone)
     assert torch.equal(tokens[:, 77:], features(stack()).tokens[:, 77:])
     assert not tokens[:, :77].any() and not alone.pooled.any()
-    assert alone.tokens.shape[1] == 1 + 256
+    assert alone.tokens.shape[1] == 2 + 256
 
 
 def test_who_reads_is_settled_by_what_is_there_and_what_is_left_out():

@@ -12,18 +12,20 @@ from safetensors.torch import load_file
 
 import small_control as of_unets
 import small_sd3_control as small
-from helpers import CPU, noise
+from helpers import CPU, noise, relative_error
 from sfumato.cli.app import run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.families.sd3.controlnet import open_control
+from sfumato.families.sd3.controls import controller
 from sfumato.families.sd3.shapes import SYSTEMS
 from sfumato.families.sd3.system import open_system
+from sfumato.families.sd3.training import reader
 from sfumato.generate import Model
 from sfumato.nn.quantized import can_quantize
 from sfumato.planning import plan_of
 from sfumato.storage import save_tensors
-from sfumato.types import Control, Request
-from small_sd3 import SIDE, SMALL, TRANSFORMERS, write
+from sfumato.types import Conditioning, Control, Request
+from small_sd3 import SIDE, SMALL, TRANSFORMERS, one_by_one, write
 
 KINDS = ("sd3-medium", small.LARGE)
 
@@ -259,6 +261,28 @@ def test_on_the_command_line_with_a_picture_and_a_mask(tmp_path, monkeypatch, pl
             assert (shown[mask == 0] == np.asarray(Image.open("photo.png"))[mask == 0]).all()
     assert run(["generate", "a", "-m", "c.safetensors"]) == 2
     assert "an SD3 ControlNet; it belongs on a model" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_tokens_of_a_missing_encoder_are_read_as_one_by_one(places):
+    """By a ControlNet at work, and by one and a LoRA in training."""
+    system = open_system(places["sd3-medium"], CPU, torch.float32, systems=SMALL, without=("t5",))
+    cond = reader(system, ["a red cube"])(["a red cube", "a sphere"])
+    assert cond.mask is not None and cond.tokens.shape[1] == 77 + 2
+    each = Conditioning(one_by_one(cond), None, cond.vector)
+    trainee = system.control_trainee(2, 0)
+    network, x, time = (
+        small.network(trainee.network.config),
+        torch.randn(2, 16, 1, 8, 12),
+        torch.rand(2) * 900,
+    )
+    hints = torch.randn(2, 16, 8, 12)
+    found = [trainee.adds(network, x, time, told, hints) for told in (cond, each)]
+    found += [controller(network, hints)(x, time, told, False) for told in (cond, each)]
+    found += [(trainee.answer(x, time, told, found[0]),) for told in (cond, each)]
+    for one, other in zip(found[::2], found[1::2], strict=True):
+        for ours, same in zip(one, other, strict=True):
+            assert relative_error(ours, same) < 1e-5
 
 
 def test_one_that_was_trained_opens_in_diffusers(tmp_path, systems):

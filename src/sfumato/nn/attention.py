@@ -30,8 +30,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(q kᵀ / √D) v. q: (B, K, N, D); k, v: (B, K, M, D); mask: (B, M), how many equal keys each one stands for:
     whole numbers, or bool, True for the keys that may be attended to. Returns (B, K, N, D).
 
-    A key that stands for n of them has ln n added to its scores, and the answer is that of all n. On GPUs the kernels
-    want this number in the type of q, which rounds it: there masks should be bool.
+    A key that stands for n of them has ln n added to its scores, and the answer is that of all n. Where ln n is rounded
+    to 16 bits n is another number; see `as_two`.
 
     PyTorch's fused CPU kernel does not use the matrix unit of a CPU with fast bfloat16. There attention without
     gradients takes plain products of some heads at a time where sequences are short, and goes block by block where they
@@ -43,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         return handle_torch_function(attention, (q, k, v), q, k, v, mask)
     if products_are_fast(q) and not _needs_gradient(q, k, v):
         return _plain(q, k, v, mask) if _is_short(q, k, mask) else _blocked(q, k, v, mask)
-    bias = None if mask is None else _bias(mask)
+    bias = None if mask is None else _bias(mask).to(torch.float32 if products_are_widened(q) else q.dtype)
     if products_are_widened(q) and not _needs_gradient(q, k, v):
         wide = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias)
         return wide.to(q.dtype)
@@ -52,9 +52,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         if bias is not None:
             scores = scores + bias
         return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
-    if bias is not None and q.device.type != "cpu":
-        bias = bias.to(q.dtype)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def as_two(n: int) -> tuple[float, float]:
+    """How many two keys may stand for so that they are n together, in 16 bits as well.
+
+    The logarithm of the first is a bfloat16, the last below ln n. The second is the rest, a thirtieth of n or less, and
+    what rounding does to it is a few in ten thousand of n; ln 256 itself rounded would be 252.
+    """
+    exact = math.log(n)
+    grain = 2.0 ** (math.frexp(exact)[1] - 8)  # of numbers of eight bits as large
+    first = math.exp(math.floor(exact / grain) * grain)
+    return first, n - first
 
 
 def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> int:
@@ -76,8 +86,6 @@ def attention_bytes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         return laid + max(_copied(k), result + lanes * head)
     if products_are_widened(q):
         return 4 * (q.numel() + k.numel() + v.numel() + q.numel())  # in float32, the answer too
-    if _fits_whole(q, k):
-        return 10 * B * K * N * M + result  # scores; scores and their softmax in float32
     return result
 
 
@@ -87,7 +95,7 @@ def _copied(x: Tensor) -> int:
 
 
 def _is_short(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    """Whether `_plain` is the route without gradients. What it adds to scores is rounded, so it takes bool masks."""
+    """Whether `_plain` is the route without gradients. It rounds what it adds to scores, so it takes bool masks."""
     exact = mask is None or mask.dtype == torch.bool
     return products_are_fast(q) and exact and _scores(q, k) <= SHORT
 
@@ -156,7 +164,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     The shift is one number per head. Keys less their mean give the same softmax, and scores whose mean over the keys is
     0; so a row's largest score lies between 0 and max‖q‖·max‖k‖ (Cauchy–Schwarz), the reach. Up to REACH no row can
     vanish or overflow. A head that reaches further goes to the fused kernel. A key that stands for n counts n times in
-    the mean, and has ln n added to the shift, which no mask makes less than 0 for a key that is seen.
+    the mean, and ln n is added to its scores: that of one seen is at least about 0, and adds to the reach.
 
     A large head is one thread's from beginning to end: many threads that share its short products wait for one another
     at the end of every one.
@@ -171,8 +179,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if width > D:  # products work on whole vectors anyway: in the spare room ones, which give the row's sum
         values[..., :D] = v
     out = q.new_empty(B, N, K, D).transpose(1, 2)
-    seen = _longest(keys) if mask is None else _longest(keys * (mask > 0)[:, None, :, None])
-    reaches = (_longest(queries) * seen + bias.amax(-1)[..., 0]).tolist()
+    reaches = (_longest(queries) * _longest(keys, mask) + bias.amax(-1)[..., 0]).tolist()
     lanes = _lanes(B * K, N * M)
     rows = _rows(N, M, lanes)
 
@@ -183,8 +190,11 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 shifts = added[0, 0] - (reach + HEADROOM)
                 _head(queries[place], keys[place], values[place], shifts, rows, out[place])
             else:
-                one = (t[place][None] for t in (q, k, v))
-                out[place] = functional.scaled_dot_product_attention(*one, None if mask is None else added)[0]
+                whole = (t[place][None, None] for t in (q, k, v))
+                answer = functional.scaled_dot_product_attention(
+                    *whole, attn_mask=None if mask is None else added[None]
+                )
+                out[place] = answer[0, 0]
 
     heads = itertools.product(range(B), range(K))
     deque(_pool(lanes, os.getpid()).map(head, heads) if lanes > 1 else map(head, heads), maxlen=0)
@@ -192,7 +202,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _mean(keys: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, K, M, D) → (B, K, 1, D), of float32 where nothing is masked."""
+    """(B, K, M, D) → (B, K, 1, D), rounded shares and all: keys less any vector at all give the same softmax."""
     if mask is None:
         return keys.mean(-2, keepdim=True, dtype=torch.float32)
     share = mask / mask.sum(-1, keepdim=True)
@@ -245,6 +255,9 @@ def _pool(lanes: int, process: int) -> ThreadPoolExecutor:
     return workers("head", lanes, threads=1)
 
 
-def _longest(vectors: Tensor) -> Tensor:
-    """(B, K, N, D) → (B, K): at least the length of the longest vector of each head, float32."""
-    return torch.linalg.vector_norm(vectors, dim=-1).amax(-1).float() * ROUNDED
+def _longest(vectors: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, K, N, D) → (B, K): at least the length of the longest vector of each head, float32, of those in the mask."""
+    lengths = torch.linalg.vector_norm(vectors, dim=-1)  # (B, K, N)
+    if mask is not None:
+        lengths = lengths.masked_fill(mask[:, None, :] == 0, 0)
+    return lengths.amax(-1).float() * ROUNDED

@@ -160,9 +160,9 @@ class JointAttention(nn.Module):
             self.to_add_out = nn.Linear(D, D)
 
     def forward(
-        self, x: Tensor, text: Tensor | None = None, times: Tensor | None = None
+        self, x: Tensor, text: Tensor | None = None, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x: (B, N, D); text: (B, M, D); times: (B, N + M), how many equal tokens each one stands for.
+        """x: (B, N, D); text: (B, M, D); counts: (B, N + M), how many equal tokens each one stands for.
 
         Returns the answers to both, that to the text None where there is none.
         """
@@ -175,7 +175,7 @@ class JointAttention(nn.Module):
                 q = torch.cat([q, self._heads(self.add_q_proj(text), self.norm_added_q)], dim=2)
             k = torch.cat([k, self._heads(self.add_k_proj(text), self.norm_added_k)], dim=2)
             v = torch.cat([v, self._heads(self.add_v_proj(text))], dim=2)
-        h = attention(q, k, v, times).transpose(1, 2).flatten(2)
+        h = attention(q, k, v, counts).transpose(1, 2).flatten(2)
         if not self.answers:
             return self.to_out[0](h), None
         return self.to_out[0](h[:, :N]), self.to_add_out(h[:, N:])
@@ -207,9 +207,9 @@ class JointBlock(nn.Module):
         self.ff_context = None if last else FeedForward(D, TanhGELU(D, 4 * D))
 
     def forward(
-        self, x: Tensor, text: Tensor, told: Tensor, times: Tensor | None = None
+        self, x: Tensor, text: Tensor, told: Tensor, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x: (B, N, D); text: (B, M, D); told: (B, D), after its activation; times: as for the attention."""
+        """x: (B, N, D); text: (B, M, D); told: (B, D), after its activation; counts: as for the attention."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(told)  # each (B, 1, D)
         if self.ff_context is None:  # here alone the scale comes first, as in `norm_out`
             scale_text, shift_text = self.norm1_context(told)
@@ -217,7 +217,7 @@ class JointBlock(nn.Module):
             shift_text, scale_text, gate_text, *rest = self.norm1_context(told)
         normed = norm(x)
         answer, of_text = self.attn(
-            modulated(normed, shift, scale), modulated(norm(text), shift_text, scale_text), times
+            modulated(normed, shift, scale), modulated(norm(text), shift_text, scale_text), counts
         )
         x = torch.addcmul(x, gate, answer)
         if self.attn2 is not None:
@@ -283,11 +283,11 @@ class MMDiT(nn.Module):
         told = functional.silu(self.time_text_embed(time.expand(len(x)), pooled.to(dtype)))  # (B, D)
         text = self.context_embedder(context.to(dtype))  # (B, M, D)
         h = self.pos_embed(x.to(dtype))  # (B, N, D)
-        times = times_of_all(h, mask)
+        counts = counts_of_all(h, mask)
         layers = len(self.transformer_blocks)
         for number, block in enumerate(self.transformer_blocks):
             if number not in skip_layers:
-                h, text = block(h, text, told, times)
+                h, text = block(h, text, told, counts)
             if control and number < layers - 1:
                 h = h + control[number * len(control) // layers].to(h.dtype)
         scale, shift = self.norm_out(told)
@@ -301,7 +301,7 @@ class MMDiT(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), C, height, width)
 
 
-def times_of_all(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+def counts_of_all(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
     """How many tokens each one stands for, of a picture's (B, N, D), one each, and behind them a text's (B, M)."""
     return None if mask is None else torch.cat([mask.new_ones(tokens.shape[:2]), mask], dim=1)
 

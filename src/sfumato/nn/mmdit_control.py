@@ -25,9 +25,9 @@ from sfumato.nn.mmdit import (
     PatchEmbed,
     TimeTextEmbedding,
     check_inputs,
+    counts_of_all,
     modulated,
     norm,
-    times_of_all,
 )
 from sfumato.nn.spatial import FeedForward, TanhGELU
 
@@ -166,12 +166,12 @@ class MMDiTControl(nn.Module):
         told = functional.silu(self.time_text_embed(time.expand(len(x)), pooled.to(dtype)))  # (B, D)
         h = self.pos_embed(x.to(dtype)) + self.pos_embed_input(hint.to(dtype))  # (B, N, D)
         text = None if self.context_embedder is None else self.context_embedder(context.to(dtype))
-        times = times_of_all(h, mask)
+        counts = counts_of_all(h, mask)
         found = []
         for block, out in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
             if text is None:
                 h = block(h, told)
             else:
-                h, text = block(h, text, told, times)
+                h, text = block(h, text, told, counts)
             found.append(out(h))
         return tuple(found)
