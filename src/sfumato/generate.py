@@ -160,8 +160,8 @@ class Model:
 
     @property
     def clip_preset(self) -> dict[str, Any]:
-        """What a request for a clip gets where it leaves that open, and what `preset` says otherwise: frames, fps, and
-        guidance or guidance_first where clips have their own. Empty of a model that draws none.
+        """What a request for a clip gets besides where it leaves that open: frames, fps and perhaps guidance_first;
+        empty of a model that draws none.
         """
         return dict(self.system.clip_preset)
 

@@ -209,21 +209,10 @@ def test_a_folder_without_its_parts_for_clips_is_refused(folder, tmp_path):
         open_folder(tmp_path / "m", CPU)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"frames": 8}, {"context": 3}, {"fps": 0}, {"shared": 2}, {"window": 0}, {"guidance": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"frames": 8}, {"context": 3}, {"fps": 0}, {"shared": 2}, {"window": 0}])
 def test_shapes_are_checked(wrong):
     with pytest.raises(InputError):
         VideoConfig(**{"window": 3, "context": 1, **wrong})
-
-
-def test_clips_may_have_a_guidance_of_their_own():
-    of_pictures = video_system().config.preset.guidance
-    for video, of_clips in ((VIDEO, of_pictures), (replace(VIDEO, guidance=7.5), 7.5)):
-        model = Model(video_system(video), CPU, "film", torch.float32)
-        assert model.complete(Request("a cube", frames=9)).guidance == of_clips
-        assert model.complete(Request("a cube", frames=9, guidance=1.0)).guidance == 1.0
-        assert model.complete(Request("a cube")).guidance == of_pictures
 
 
 def test_frames_share_noise_and_it_stays_standard():

@@ -178,8 +178,8 @@ class DrawingSystem:
 
     @property
     def clip_preset(self) -> Mapping[str, Any]:
-        """What a request for a clip gets that leaves it open: frames, fps, and guidance where clips have one of their
-        own. Empty: it draws no clips.
+        """What a request for a clip gets that leaves it open: frames, fps and perhaps guidance_first. Empty: it draws
+        no clips.
         """
         return NOTHING
 

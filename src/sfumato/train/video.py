@@ -123,9 +123,8 @@ class VideoJob(Job):
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """How the model draws clips, most of it as it was shown them: fields of its card."""
-        guidance = {"guidance": self.own.guidance} if self.own.guidance else {}
-        return guidance | {
+        """How the model draws clips, as it was shown them: fields of its card."""
+        return {
             "frames": self.own.frames,
             "fps": self.own.fps,
             "window": latents_of(self.own.frames),
@@ -285,9 +284,7 @@ class VideoJob(Job):
     def identity(self, stage: str) -> str:
         """A hash of what decides the weights of a stage at a given step."""
         own = asdict(self.own)
-        volatile = {"samples", "guidance"} | {
-            name for name in LATER if own[name] == getattr(VideoRecipe, name)
-        }
+        volatile = {"samples"} | {name for name in LATER if own[name] == getattr(VideoRecipe, name)}
         if not own["loss"]["moving"]:
             del own["loss"]["moving"]
         if stage == "temporal":

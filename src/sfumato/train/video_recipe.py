@@ -41,7 +41,6 @@ class VideoRecipe:
     )
     frames: int = 17  # of a clip of the data, 1 + 4k
     fps: float = 8.0  # of the data
-    guidance: float = 0.0  # of a clip when the user says nothing; 0 is that of `init`, or of pictures
     short: int = 9  # frames of the shorter windows, 1 + 4k
     rows: int = 0  # rows of tokens that short windows show, first those that move; 0 is all
     shared: float = 0.6  # share of the noise's variance that all frames of a clip have in common
@@ -59,7 +58,6 @@ class VideoRecipe:
 
 VIDEO_RANGES = {
     "fps": (1, 1000),
-    "guidance": (0, 100),
     "rows": (0, math.inf),
     "plain": (0, 1),
     "vocabulary": (0, math.inf),

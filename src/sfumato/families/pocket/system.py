@@ -123,10 +123,7 @@ class System(DrawingSystem):
     def clip_preset(self) -> dict[str, Any]:
         """What a request for a clip leaves open; empty for a model that draws none."""
         video = self.config.video
-        if video is None or self.video is None:
-            return {}
-        own = {} if video.guidance is None else {"guidance": video.guidance}
-        return {"frames": video.frames, "fps": video.fps, **own}
+        return {} if video is None or self.video is None else {"frames": video.frames, "fps": video.fps}
 
     @property
     def window(self) -> tuple[int, int] | None:

@@ -34,7 +34,6 @@ class VideoConfig:
     words: tuple[str, ...] = ()  # which the tokenizer knows besides the model's own, for clips
     frames: int = 17  # of a clip of which nothing is said
     fps: float = 8.0
-    guidance: float | None = None  # of a clip, its first frame too; None is the model's own of pictures
     window: int = 5  # latents that are drawn together, as many as training showed
     context: int = 2  # of these that are the last ones known, where a film goes on
     shared: float = 0.0  # share of the noise's variance that all frames have in common
@@ -55,8 +54,6 @@ class VideoConfig:
             raise InputError(
                 f"video.first_alone must be true or false, not {self.first_alone!r}", argument="first_alone"
             )
-        if self.guidance is not None:
-            checks.number("video.guidance", self.guidance, 0.0, 100.0)
         if not isinstance(self.fps, int | float) or not 1 <= self.fps <= 1000:
             raise InputError(f"video.fps must be from 1 to 1000, not {self.fps!r}", argument="fps")
 

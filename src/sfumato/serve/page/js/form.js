@@ -90,8 +90,7 @@ export function choose(name) {
   $("width").step = $("height").step = model.multiple;
   adapters.offer(model, changed);
   $("kinds").hidden = !model.clips;
-  form().elements.kind.value = model.clips && (preset.frames ?? 1) > 1 ? "clip" : "picture";
-  showKind();
+  setKind(model.clips && (preset.frames ?? 1) > 1 ? "clip" : "picture");
   $("start-aside").textContent = model.needs_image ? "this model needs one" : "optional";
   for (const id of ["prompt-field", "negative-field"]) $(id).hidden = !reads();
   if (start?.full) sizeOfStart();
@@ -100,7 +99,6 @@ export function choose(name) {
 }
 
 export function setKind(kind) {
-  if (form().elements.kind.value === kind) return;
   form().elements.kind.value = kind;
   showKind();
 }
@@ -109,8 +107,6 @@ function showKind() {
   $("clip-fields").hidden = !moves();
   $("paint").hidden = $("strength-field").hidden = moves();
   $("draw").textContent = moves() ? "Animate" : "Draw";
-  const own = [model.preset.guidance, model.clip_preset.guidance ?? model.preset.guidance]; // of pictures, of clips
-  if (own.includes(number("guidance"))) put("guidance", own[Number(moves())]);
   changed();
 }
 
