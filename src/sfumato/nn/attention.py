@@ -27,8 +27,8 @@ HEADROOM = 8.0  # nats below 0 from which sigmoid(x) is exp(x) but for 3e-4 of i
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √D) v. q: (B, K, N, D); k, v: (B, K, M, D); mask: (B, M), how many equal keys each one stands for:
-    whole numbers, or bool, True for the keys that may be attended to. Returns (B, K, N, D).
+    """softmax(q kᵀ / √D) v. q: (B, K, N, D); k, v: (B, K, M, D); mask: (B, M), how many equal keys each one stands for,
+    or bool, True for the keys that may be attended to. Returns (B, K, N, D).
 
     A key that stands for n of them has ln n added to its scores, and the answer is that of all n. Where ln n is rounded
     to 16 bits n is another number; see `as_two`.
