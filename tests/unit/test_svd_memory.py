@@ -95,4 +95,4 @@ def test_a_refused_clip_is_told_how_many_frames_fit(place):
     model = opened(place)
     request = model.complete(replace(REQUEST, frames=5))
     said = str(planning.refusal(model, request, planning.plan(model, request, "none")))
-    assert "drawing 5 frames of" in said and " or --frames 3 (" in said
+    assert "drawing 5 frames of" in said and " or `frames` 3 (" in said
